@@ -1,0 +1,37 @@
+"""The exceptions that the package raises for what a user can mend.
+
+Each message says what was given, where (file and line, or key path), and what to do.
+"""
+
+
+class Phi3LightningError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(Phi3LightningError, ValueError):
+    """An option has a value that cannot work; the message names its key path."""
+
+
+class DataError(Phi3LightningError, ValueError):
+    """A file or a row cannot be used; the message names file and line."""
+
+
+class ModelError(Phi3LightningError, ValueError):
+    """A base model cannot be used, or an adapter cannot be attached to it."""
+
+
+class CheckpointError(Phi3LightningError, RuntimeError):
+    """A checkpoint cannot be read, or does not belong to this run."""
+
+
+class DivergenceError(Phi3LightningError, RuntimeError):
+    """Training produced a loss or a gradient that is not finite; no weight was changed by it.
+
+    Args:
+        message: What happened, at which optimiser step.
+        row_ids: The rows of the accumulation window in which it happened, as the batches name them.
+    """
+
+    def __init__(self, message: str, row_ids: list[int]) -> None:
+        super().__init__(message)
+        self.row_ids = row_ids
