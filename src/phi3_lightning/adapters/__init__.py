@@ -1,0 +1,1 @@
+"""Trainable low-rank adapters on a frozen model."""

@@ -1,0 +1,151 @@
+"""What the user fills in: frozen dataclasses whose ranges are checked when they are made.
+
+The docstring under a field is its ``--help`` text. Names follow PEFT (LoRA), torch (optimisers) and
+transformers (schedules, generation).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Self
+
+from phi3_lightning.errors import ConfigError
+
+PHI3_LINEAR_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+"""The linear layers of a Phi-3 decoder block; q, k, v and gate, up are fused."""
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise a ConfigError that names ``key`` unless ``condition`` holds.
+
+    Args:
+        condition: What must be true of the value.
+        key: The key path as the user writes it, for example ``model.lora.r``.
+        value: What was given.
+        remedy: What to write instead.
+
+    Raises:
+        ConfigError: If ``condition`` is false.
+    """
+    if not condition:
+        raise ConfigError(f"{key}: {value!r} cannot be used: {remedy}")
+
+
+class _FromMapping:
+    """Lets a section be given as a mapping, as scripts and checkpoints do."""
+
+    @classmethod
+    def of(cls, section: Self | Mapping[str, Any]) -> Self:
+        """Return ``section`` as an instance of this class.
+
+        Args:
+            section: An instance, or a mapping of its fields.
+
+        Raises:
+            ConfigError: If the mapping has a key that this section lacks, or a value out of range.
+        """
+        if isinstance(section, cls):
+            return section
+        try:
+            return cls(**section)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ConfigError(f"{cls.__name__}: {str(error).removeprefix(f'{cls.__name__}.__init__() ')}") from None
+
+
+@dataclass(frozen=True)
+class LoRA(_FromMapping):
+    """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in PEFT's own key names."""
+
+    r: int = 16
+    """Rank of the update: each adapted matrix gets r x (in + out) trainable values."""
+    lora_alpha: float = 32
+    """The update is scaled by lora_alpha / r."""
+    lora_dropout: float = 0.05
+    """Probability with which an input value of an adapter is dropped in training."""
+    target_modules: list[str] | str = PHI3_LINEAR_LAYERS  # type: ignore[assignment]
+    """Layers to adapt: their names, 'all-linear', or one regular expression that matches whole module paths."""
+    use_rslora: bool = False
+    """Scale by lora_alpha / sqrt(r) instead (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732)."""
+    bias: Literal["none"] = "none"
+    """Which biases are trained. Phi-3 has none, so there is one value."""
+    task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
+    """PEFT's name of the task, accepted so that a peft_config of a script drops in."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not isinstance(self.target_modules, str):
+            object.__setattr__(self, "target_modules", list(self.target_modules))
+        require(self.r >= 1, "model.lora.r", self.r, "the rank is at least 1")
+        require(self.lora_alpha > 0, "model.lora.lora_alpha", self.lora_alpha, "it is above 0, often 2 x r")
+        require(0 <= self.lora_dropout < 1, "model.lora.lora_dropout", self.lora_dropout, "it is in [0, 1)")
+        require(len(self.target_modules) > 0, "model.lora.target_modules", self.target_modules, "name a layer")
+
+
+@dataclass(frozen=True)
+class Optimizer(_FromMapping):
+    """How the adapters are updated."""
+
+    name: Literal["adamw"] = "adamw"
+    """AdamW (Loshchilov and Hutter 2019, https://arxiv.org/abs/1711.05101)."""
+    lr: float = 2.0e-4
+    """Highest learning rate of the schedule. LoRA learns at 1e-4 to 5e-4; 5e-6 needs many thousand steps."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay, on matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the running averages of the gradient and of its square."""
+    eps: float = 1.0e-8
+    """Added to the denominator of the update."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        object.__setattr__(self, "betas", tuple(self.betas))
+        require(self.lr > 0, "model.optimizer.lr", self.lr, "it is above 0, for LoRA often 2e-4")
+        require(self.weight_decay >= 0, "model.optimizer.weight_decay", self.weight_decay, "it is 0 or more")
+        require(
+            len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "model.optimizer.betas",
+            self.betas,
+            "two numbers in [0, 1), often [0.9, 0.999]",
+        )
+        require(self.eps > 0, "model.optimizer.eps", self.eps, "it is above 0, often 1e-8")
+
+
+@dataclass(frozen=True)
+class Schedule(_FromMapping):
+    """How the learning rate moves over the optimiser steps of the run."""
+
+    name: Literal["linear", "cosine", "constant"] = "cosine"
+    """What follows the warm-up: a straight line to 0, half a cosine to 0, or no change."""
+    warmup: int | float = 0.03
+    """Optimiser steps of linear warm-up: a number (10), or a fraction of the run (0.03), rounded up."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        valid = self.warmup >= 0 if isinstance(self.warmup, int) else 0 <= self.warmup < 1
+        require(valid, "model.schedule.warmup", self.warmup, "a whole number of steps, or a fraction in [0, 1)")
+
+
+@dataclass(frozen=True)
+class Generation(_FromMapping):
+    """How answers are written by ``predict``."""
+
+    max_new_tokens: int = 256
+    """Longest answer, in tokens."""
+    do_sample: bool = False
+    """Draw each token instead of taking the likeliest."""
+    temperature: float = 1.0
+    """Divides the logits before a token is drawn; needs do_sample."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this share of the probability; needs do_sample."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        require(self.max_new_tokens >= 1, "model.generation.max_new_tokens", self.max_new_tokens, "it is at least 1")
+        require(self.temperature > 0, "model.generation.temperature", self.temperature, "it is above 0")
+        require(0 < self.top_p <= 1, "model.generation.top_p", self.top_p, "it is in (0, 1]")
+        sampled = (self.temperature, self.top_p) != (1.0, 1.0)
+        require(
+            self.do_sample or not sampled,
+            "model.generation",
+            {"temperature": self.temperature, "top_p": self.top_p},
+            "set model.generation.do_sample: true, or leave both at 1.0",
+        )

@@ -1,0 +1,66 @@
+"""Metrics that count tokens, so that neither batch size nor ranks change them."""
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+
+class TokenMean(Metric):
+    """Mean of a quantity over supervised tokens; NaN where there were none.
+
+    Sums are float64, so that the order of batches does not show in the digits that are printed.
+    """
+
+    total: Tensor
+    tokens: Tensor
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("total", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, total: Tensor, tokens: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            total: The quantity, summed over the batch's supervised tokens, a scalar.
+            tokens: Number of supervised tokens of the batch, a scalar.
+        """
+        self.total += total.double()
+        self.tokens += tokens
+
+    def compute(self) -> Tensor:
+        """Return the mean over all tokens so far, a float32 scalar."""
+        return (self.total / self.tokens).float()
+
+
+class Perplexity(TokenMean):
+    """The exponential of the mean token loss."""
+
+    def compute(self) -> Tensor:
+        """Return the perplexity of all tokens so far, a float32 scalar."""
+        return (self.total / self.tokens).exp().float()
+
+
+class TokenMetrics(nn.Module):
+    """What is measured on held-out rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loss = TokenMean()
+        self.perplexity = Perplexity()
+        self.token_accuracy = TokenMean()
+
+    def update(self, loss_sum: Tensor, count: Tensor, correct: Tensor, supervised: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss_sum: Sum of the losses, a scalar.
+            count: The weight of the batch in the loss, a scalar.
+            correct: Supervised tokens that were the likeliest, a scalar.
+            supervised: Supervised tokens, a scalar.
+        """
+        self.loss.update(loss_sum, count)
+        self.perplexity.update(loss_sum, count)
+        self.token_accuracy.update(correct, supervised)

@@ -1,0 +1,1 @@
+"""The frozen Phi-3 and its loss."""

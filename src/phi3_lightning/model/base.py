@@ -1,0 +1,200 @@
+"""The frozen Phi-3: which models are taken, and how one is made ready."""
+
+import hashlib
+import logging
+from pathlib import Path
+from typing import Literal, cast
+
+import torch
+from torch import nn
+from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedConfig
+from transformers.utils.import_utils import is_flash_attn_2_available
+
+from phi3_lightning.errors import ModelError
+
+log = logging.getLogger(__name__)
+
+DType = Literal["bfloat16", "float16", "float32"]
+Initialisation = Literal["pretrained", "random"]
+Checkpointing = Literal["none", "full"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+
+RELATIVES = {
+    "phi3small": "Phi-3-small has its own block-sparse architecture",
+    "phi3_v": "Phi-3-vision takes images",
+    "phimoe": "Phi-3.5-MoE is a mixture of experts",
+    "phi4mm": "Phi-4-multimodal takes images and sound",
+    "phi": "Phi-1 and Phi-2 have another architecture",
+}
+"""Models that people take for a ``Phi3ForCausalLM``, and why they are none."""
+
+
+def read_config(base: str, revision: str | None = None) -> Phi3Config:
+    """Read the configuration of a base model, and refuse what is not a ``Phi3ForCausalLM``.
+
+    Args:
+        base: A folder or a hub id.
+        revision: Branch, tag or commit of the hub repository.
+
+    Returns:
+        The configuration, with the rope type ``su`` of early 128k models under its present name ``longrope``.
+
+    Raises:
+        ModelError: If there is no configuration, or it describes another architecture.
+    """
+    if Path(base).is_dir() and not (Path(base) / "config.json").is_file():
+        raise ModelError(f"model.base: {base} has no config.json; give the folder that holds the model's files")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(base, revision=revision)
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f"model.base: no configuration for {base!r}; give a folder with config.json or a hub id ({error})"
+        ) from error
+    kind, architectures = config.get("model_type"), config.get("architectures") or ["Phi3ForCausalLM"]
+    if kind != "phi3" or architectures != ["Phi3ForCausalLM"]:
+        reason = RELATIVES.get(str(kind), "it has another architecture")
+        raise ModelError(
+            f"model.base: {base} is a {kind!r} model ({', '.join(architectures)}): {reason}. "
+            "Phi3ForCausalLM models work: Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini"
+        )
+    rope = config.get("rope_scaling") or {}
+    if rope.get("type") == "su":
+        config["rope_scaling"] = {**rope, "type": "longrope"}
+    return Phi3Config.from_dict(config)
+
+
+def skeleton(config: Phi3Config) -> Phi3ForCausalLM:
+    """Return the model of ``config`` without weights, on the meta device."""
+    with torch.device("meta"):
+        return Phi3ForCausalLM(config)
+
+
+def load(
+    base: str,
+    *,
+    revision: str | None = None,
+    init: Initialisation = "pretrained",
+    dtype: DType = "bfloat16",
+    attn_implementation: Attention = "auto",
+    device: torch.device | str = "cpu",
+) -> Phi3ForCausalLM:
+    """Load a base model, or make one with random weights from its configuration.
+
+    Args:
+        base: A folder or a hub id.
+        revision: Branch, tag or commit of the hub repository.
+        init: ``pretrained`` reads the safetensors; ``random`` needs config.json alone.
+        dtype: Type of the weights.
+        attn_implementation: The attention kernel; ``auto`` takes flash attention where it is installed on a GPU.
+        device: Where the weights are made.
+
+    Returns:
+        The frozen model, in evaluation mode.
+
+    Raises:
+        ModelError: If the model cannot be used, or the attention kernel is not available.
+    """
+    config = read_config(base, revision)
+    attention = choose_attention(attn_implementation, torch.device(device))
+    torch_dtype = getattr(torch, dtype)
+    if init == "random":
+        model = _random(config, torch_dtype, attention, torch.device(device))
+    else:
+        try:
+            model = Phi3ForCausalLM.from_pretrained(
+                base,
+                config=config,
+                revision=revision or "main",
+                dtype=torch_dtype,
+                attn_implementation=attention,
+                use_safetensors=True,
+                device_map={"": device},
+            )
+        except OSError as error:
+            raise ModelError(
+                f"model.base: {base} has no safetensors weights ({error}); give a folder or hub id that has them, "
+                "or set model.init: random for a trial without weights"
+            ) from error
+    return model.requires_grad_(False)
+
+
+def _random(config: Phi3Config, dtype: torch.dtype, attention: str, device: torch.device) -> Phi3ForCausalLM:
+    config._attn_implementation = attention
+    config.dtype = dtype
+    model = skeleton(config)
+    nn.Module.to(model, dtype=dtype).to_empty(device=device)
+    model.tie_weights()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # the same weights in every run: a checkpoint finds its base again
+        for module in model.modules():
+            model._init_weights(module)
+    return cast("Phi3ForCausalLM", model.eval())
+
+
+def choose_attention(wanted: Attention, device: torch.device) -> str:
+    """Return the attention kernel that transformers is asked for.
+
+    Args:
+        wanted: What the user wrote.
+        device: Where the model will run.
+
+    Returns:
+        The name of a kernel that runs on ``device``.
+
+    Raises:
+        ModelError: If flash attention is asked for and cannot run.
+    """
+    flash = device.type == "cuda" and is_flash_attn_2_available()
+    if wanted == "flash_attention_2" and not flash:
+        raise ModelError(
+            f"model.attn_implementation: flash_attention_2 needs a CUDA device and the package flash-attn, "
+            f"and this run uses {device.type}; use sdpa"
+        )
+    if wanted != "auto":
+        return wanted
+    chosen = "flash_attention_2" if flash else "sdpa"
+    log.info("attention: %s (%s)", chosen, "flash-attn is installed" if flash else "PyTorch's own kernels")
+    return chosen
+
+
+def checkpoint_activations(model: Phi3ForCausalLM, how: Checkpointing) -> None:
+    """Recompute activations in the backward pass, or keep them.
+
+    Args:
+        model: The model, in any mode: recomputation happens in training mode alone.
+        how: ``full`` keeps one hidden state a layer; ``none`` keeps everything.
+    """
+    if how == "none":
+        return
+    kwargs = {"use_reentrant": False}  # the reentrant variant gives no gradient where the input needs none
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
+    else:  # transformers < 5.20
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
+
+
+@torch.no_grad()
+def fingerprint(model: nn.Module, samples: int = 64) -> str:
+    """Return a hash that tells base models apart at the cost of a glance.
+
+    It covers the name, shape and dtype of each frozen parameter and ``samples`` evenly spaced values of it,
+    so that it takes well under a second for 7.6 GB.
+
+    Args:
+        model: A model, with or without adapters: trainable parameters do not count.
+        samples: Values read of each parameter.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            continue
+        flat = parameter.detach().reshape(-1)
+        count = min(samples, flat.numel())
+        positions = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
+        name = name.replace(".base_layer", "")
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(flat[positions].float().cpu().numpy().tobytes())
+    return digest.hexdigest()

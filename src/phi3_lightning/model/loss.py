@@ -1,0 +1,75 @@
+"""From hidden states to token losses: the only place where labels are shifted.
+
+The head runs on supervised positions only, in chunks whose logits are recomputed in the backward pass, so that
+(positions x vocabulary) float32 values never exist at once.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from torch.utils.checkpoint import checkpoint
+
+from phi3_lightning.batch import IGNORE_INDEX, Batch
+
+CHUNK = 1024
+"""Supervised positions whose logits exist at one time (131 MB in float32 for a vocabulary of 32,064)."""
+
+
+def supervised_positions(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Select the positions that predict a supervised token.
+
+    Args:
+        hidden: Last hidden states, shape (rows, length, hidden size).
+        batch: The batch that they were computed from.
+
+    Returns:
+        The hidden states that predict a supervised token, shape (tokens, hidden size), and those tokens,
+        shape (tokens,), int64.
+    """
+    targets = batch["labels"][:, 1:]
+    supervised = targets != IGNORE_INDEX
+    return hidden[:, :-1][supervised], targets[supervised]
+
+
+def cross_entropy(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the summed loss of the supervised tokens, and their number.
+
+    A batch without a supervised token has the loss 0 with a graph, so that its backward pass gives zeros.
+
+    Args:
+        hidden: Last hidden states, shape (rows, length, hidden size).
+        head: Maps hidden states to logits over the vocabulary.
+        batch: The batch that the hidden states were computed from.
+
+    Returns:
+        The sum of the token losses, a float32 scalar, and the number of supervised tokens, an int64 scalar.
+    """
+    states, targets = supervised_positions(hidden, batch)
+    loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+    for chunk, labels in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
+        loss_sum = loss_sum + checkpoint(_chunk_loss, head, chunk, labels, use_reentrant=False)
+    return loss_sum, torch.tensor(targets.numel(), device=hidden.device)
+
+
+def _chunk_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(head(states).float(), labels, reduction="sum")
+
+
+@torch.no_grad()
+def correct_tokens(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Count the supervised tokens, and those that the model finds likeliest.
+
+    Args:
+        hidden: Last hidden states, shape (rows, length, hidden size).
+        head: Maps hidden states to logits over the vocabulary.
+        batch: The batch that the hidden states were computed from.
+
+    Returns:
+        The number of supervised tokens that are the argmax of their logits, and of all supervised tokens,
+        int64 scalars.
+    """
+    states, targets = supervised_positions(hidden, batch)
+    correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+    for chunk, labels in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
+        correct += (head(chunk).argmax(-1) == labels).sum()
+    return correct, torch.tensor(targets.numel(), device=hidden.device)

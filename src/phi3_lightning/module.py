@@ -1,0 +1,349 @@
+"""``Phi3LoRAModule``: a frozen Phi-3 with a LoRA adapter, as a LightningModule."""
+
+import logging
+import os
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn.modules.module import _IncompatibleKeys
+from transformers import Phi3ForCausalLM
+
+from phi3_lightning import generate, optim
+from phi3_lightning.adapters import targets
+from phi3_lightning.adapters.peft_backend import PeftAdapter
+from phi3_lightning.batch import Batch, PromptBatch
+from phi3_lightning.checkpoint import (
+    IDENTITY,
+    check_identity,
+    check_state,
+    identity,
+    rewind_to_window_start,
+    without_frozen,
+)
+from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require
+from phi3_lightning.errors import ConfigError, ModelError
+from phi3_lightning.metrics import TokenMetrics
+from phi3_lightning.model import base as base_model
+from phi3_lightning.model import loss
+from phi3_lightning.window import TokenWeightedModule
+
+log = logging.getLogger(__name__)
+
+
+class Phi3LoRAModule(TokenWeightedModule):
+    """Fine-tunes any ``Phi3ForCausalLM`` with a LoRA adapter on batches of :class:`~phi3_lightning.batch.Batch`.
+
+    Nothing is loaded before :meth:`configure_model`. Base weights stay as they are, to the bit; adapters and their
+    optimiser state are float32 under every precision of the Trainer; checkpoints hold what can change and nothing else.
+
+    Args:
+        base: Folder or hub id of the base model; in a script also a loaded model, which is used as it is.
+        base_id: Name of the base that adapters record; null: the hub id, never a local path.
+        revision: Branch, tag or commit of the base on the hub.
+        init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
+        dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
+        attn_implementation: Attention kernel; 'auto' takes flash attention where it is installed on a GPU, else sdpa.
+        gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
+        lora: The adapter.
+        optimizer: How the adapter is updated.
+        schedule: How the learning rate moves.
+        generation: How 'predict' writes answers.
+    """
+
+    def __init__(
+        self,
+        base: str | Phi3ForCausalLM,
+        base_id: str | None = None,
+        revision: str | None = None,
+        init: base_model.Initialisation = "pretrained",
+        dtype: base_model.DType = "bfloat16",
+        attn_implementation: base_model.Attention = "auto",
+        gradient_checkpointing: base_model.Checkpointing = "full",
+        lora: LoRA = LoRA(),
+        optimizer: Optimizer = Optimizer(),
+        schedule: Schedule = Schedule(),
+        generation: Generation = Generation(),
+    ) -> None:
+        super().__init__()
+        self.base = base if isinstance(base, str) else str(base.name_or_path)
+        self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
+        self.revision = revision
+        self.init = init
+        self.dtype_name = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.lora = LoRA.of(lora)
+        self.optimizer_config = Optimizer.of(optimizer)
+        self.schedule = Schedule.of(schedule)
+        self.generation = Generation.of(generation)
+        self.save_hyperparameters(self._plain_hyper_parameters())
+
+        self.model: Phi3ForCausalLM | None = None
+        self.adapter: PeftAdapter | None = None
+        self._loaded_base = None if isinstance(base, str) else [base]  # in a list: not a submodule yet
+        self._fingerprint: str | None = None
+        self.val_metrics = TokenMetrics()
+        self.test_metrics = TokenMetrics()
+
+    def _plain_hyper_parameters(self) -> dict[str, Any]:
+        return {
+            "base": self.base,
+            "base_id": self.base_id,
+            "revision": self.revision,
+            "init": self.init,
+            "dtype": self.dtype_name,
+            "attn_implementation": self.attn_implementation,
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "lora": asdict(self.lora),
+            "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
+            "schedule": asdict(self.schedule),
+            "generation": asdict(self.generation),
+        }
+
+    # ------------------------------------------------------------------ the model
+
+    def check_base(self) -> None:
+        """Find what would stop :meth:`configure_model`, without loading a weight.
+
+        Raises:
+            ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
+        """
+        if self._loaded_base is None:
+            model = base_model.skeleton(base_model.read_config(self.base, self.revision))
+            targets.resolve(model, self.lora.target_modules)
+
+    def configure_model(self) -> None:
+        """Load the frozen base and attach the adapter; does nothing the second time.
+
+        Raises:
+            ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
+        """
+        if self.model is not None:
+            return
+        self.check_base()
+        if self._loaded_base is None:
+            model = base_model.load(
+                self.base,
+                revision=self.revision,
+                init=self.init,
+                dtype=self.dtype_name,
+                attn_implementation=self.attn_implementation,
+                device=self.device,
+            )
+        else:
+            model = self._loaded_base[0].requires_grad_(False)
+        if any(hasattr(module, "lora_A") for module in model.modules()):
+            raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
+        base_model.checkpoint_activations(model, self.gradient_checkpointing)
+        self._fingerprint = base_model.fingerprint(model)
+        self.adapter = PeftAdapter(model, self.lora)
+        self.model = model.train()
+
+    def detach_adapter(self) -> Phi3ForCausalLM:
+        """Give the base model back, without the adapter and bit-identical to what was loaded.
+
+        Returns:
+            The base model. The module holds none afterwards.
+        """
+        _, adapter = self._ready()
+        self.model = self.adapter = None
+        return adapter.detach()
+
+    def _ready(self) -> tuple[Phi3ForCausalLM, PeftAdapter]:
+        if self.model is None or self.adapter is None:
+            raise ModelError("the base model is not loaded yet: call configure_model() first")
+        return self.model, self.adapter
+
+    @property
+    def head(self) -> nn.Module:
+        """Maps hidden states to logits over the vocabulary."""
+        return cast("nn.Module", self._ready()[0].lm_head)
+
+    def base_answers(self) -> AbstractContextManager[None]:
+        """Return a context in which the model answers as its base does, the adapter switched off."""
+        return self._ready()[1].disabled()
+
+    def coverage(self) -> list[targets.Coverage]:
+        """Return what is adapted, by kind of layer."""
+        model, adapter = self._ready()
+        return targets.coverage(model, adapter.targets)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Phi3LoRAModule":
+        trained = {id(parameter) for parameter in self.trained_parameters()}
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            # 'bf16-true' converts the whole module, and updates of LoRA's size are lost in bfloat16
+            moved = fn(tensor)
+            return tensor.to(moved.device) if id(tensor) in trained and moved.dtype != tensor.dtype else moved
+
+        return cast("Phi3LoRAModule", super()._apply(keep_dtype, recurse))  # type: ignore[no-untyped-call]
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Return the context of matrix products: the Trainer's precision, or else the type of the base weights."""
+        dtype = cast("nn.Embedding", self._ready()[0].get_input_embeddings()).weight.dtype
+        if torch.is_autocast_enabled(self.device.type) or dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=dtype)
+
+    # ------------------------------------------------------------------ steps
+
+    def setup(self, stage: str) -> None:
+        """Refuse a precision that cannot hold what is trained.
+
+        Raises:
+            ConfigError: If the Trainer's precision does not fit.
+        """
+        precision = self.trainer.precision
+        require(
+            precision not in ("16-true", "transformer-engine-float16"),
+            "trainer.precision",
+            precision,
+            "float16 without loss scaling loses gradients; use bf16-mixed, or 16-mixed on a GPU without bfloat16",
+        )
+        require(
+            self.dtype_name != "float16" or precision == "16-mixed" or stage != "fit",
+            "model.dtype",
+            self.dtype_name,
+            f"it needs trainer.precision: 16-mixed, which scales the loss, and not {precision}; or use bfloat16",
+        )
+
+    def on_fit_start(self) -> None:
+        """Put the model into training mode: loading and predicting leave it in evaluation mode."""
+        self._ready()[0].train()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Run the model up to its head.
+
+        Args:
+            batch: Rows of one or more documents, which do not see each other.
+
+        Returns:
+            Last hidden states, shape (rows, length, hidden size).
+        """
+        model, _ = self._ready()
+        window = model.config.max_position_embeddings
+        longest = max((length for row in batch["lengths"] for length in row), default=0)
+        if longest > window:
+            raise ConfigError(f"data.max_length: a document has {longest} tokens and {self.base} reads {window}")
+        # without mask and cache, positions that restart make the documents of a row invisible to each other
+        output = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        return cast("Tensor", output.last_hidden_state)
+
+    def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return the sum of the token losses and the number of tokens; override it to train another loss.
+
+        Sum and count, not a mean, make the gradient independent of how a window is split into batches. Full logits
+        are ``head(hidden)``; labels are unshifted, and position t predicts token t + 1.
+
+        Args:
+            hidden: Last hidden states, shape (rows, length, hidden size).
+            head: Maps hidden states to logits.
+            batch: The batch.
+
+        Returns:
+            The sum of the losses, a float32 scalar with a graph, and the weight of the batch, a scalar.
+        """
+        return loss.cross_entropy(hidden, head, batch)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the mean loss of the micro-batch; :meth:`backward` weights it by its tokens."""
+        self._seed(batch_idx)
+        with self.autocast():
+            loss_sum, count = self.compute_loss(self(batch), self.head, batch)
+        return self.weighted_mean(loss_sum, count, [row_id for row in batch["row_ids"] for row_id in row])
+
+    def _seed(self, batch_idx: int) -> None:
+        """Seed dropout by position in the run, so that a restart needs no random state."""
+        run_seed = int(os.environ.get("PL_GLOBAL_SEED", "0"))
+        position = [run_seed, self.current_epoch, batch_idx, self.global_rank]
+        torch.manual_seed(int(np.random.SeedSequence(position).generate_state(1, np.uint64)[0]))
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to ``val/loss``, ``val/perplexity`` and ``val/token_accuracy``."""
+        self._evaluate("val", self.val_metrics, batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Add a batch to ``test/loss``, ``test/perplexity`` and ``test/token_accuracy``."""
+        self._evaluate("test", self.test_metrics, batch)
+
+    def _evaluate(self, stage: str, metrics: TokenMetrics, batch: Batch) -> None:
+        with self.autocast():
+            hidden = self(batch)
+            loss_sum, count = self.compute_loss(hidden, self.head, batch)
+            correct, supervised = loss.correct_tokens(hidden, self.head, batch)
+        metrics.update(loss_sum, torch.as_tensor(count), correct, supervised)
+        self.log(f"{stage}/loss", metrics.loss, prog_bar=True)
+        self.log(f"{stage}/perplexity", metrics.perplexity)
+        self.log(f"{stage}/token_accuracy", metrics.token_accuracy)
+
+    def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[list[int]]:
+        """Answer a batch of prompts.
+
+        Returns:
+            The token ids of each answer, up to and including the token that ended it.
+        """
+        with self.autocast():
+            return generate.answers(self._ready()[0], batch, self.generation)
+
+    # ------------------------------------------------------------------ optimisation
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Make the optimiser and the learning-rate schedule of the run."""
+        named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
+        optimizer = optim.make_optimizer(named, self.optimizer_config, fused=not self.scales_loss())
+        scheduler = optim.make_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
+        }
+
+    # ------------------------------------------------------------------ checkpoints
+
+    def _frozen_names(self) -> set[str]:
+        return {
+            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+        }
+
+    def _identity(self) -> dict[str, Any]:
+        return identity(self.base_id, cast("str", self._fingerprint), asdict(self.lora))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen weights out, say which base they were, and never cut an accumulation window."""
+        checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self._frozen_names())
+        checkpoint[IDENTITY] = self._identity()
+        rewind_to_window_start(checkpoint["loops"], self.trainer.accumulate_grad_batches)
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another base or adapter before anything of it is used.
+
+        Raises:
+            CheckpointError: If the checkpoint does not belong to this module.
+        """
+        self.configure_model()
+        check_identity(checkpoint, self._identity())
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load what training can change; frozen weights are never read and never written.
+
+        Args:
+            state_dict: All trainable tensors and buffers, as a checkpoint holds them.
+            strict: Whether each of them must be there, with its shape, and nothing else.
+            assign: As in :meth:`torch.nn.Module.load_state_dict`.
+
+        Raises:
+            CheckpointError: If ``strict`` and the tensors do not fit.
+        """
+        frozen = self._frozen_names()
+        if strict:
+            check_state(state_dict, without_frozen(self.state_dict(), frozen))
+        keys = super().load_state_dict(without_frozen(state_dict, frozen), strict=False, assign=assign)
+        return _IncompatibleKeys([key for key in keys.missing_keys if key not in frozen], keys.unexpected_keys)
