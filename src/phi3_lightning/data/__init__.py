@@ -1,0 +1,1 @@
+"""Chat files in, batches out."""

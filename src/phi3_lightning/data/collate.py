@@ -1,0 +1,85 @@
+"""Token arrays become the batches that the model reads."""
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
+
+
+class Document(NamedTuple):
+    """One tokenised document.
+
+    Args:
+        row_id: Its index in the tokenised data set.
+        input_ids: Its tokens, shape (length,).
+        spans: First and behind-last token of each supervised range, flat, shape (2 * ranges,).
+    """
+
+    row_id: int
+    input_ids: NDArray[np.int32]
+    spans: NDArray[np.int32]
+
+
+def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
+    """Lay documents side by side and rows one above the other.
+
+    Args:
+        rows: The documents of each row; no row at all gives a filler batch that trains nothing.
+        pad_token_id: Fills up short rows. Which tokens are padding follows from lengths, never from this id.
+
+    Returns:
+        A batch, as long as its longest row.
+    """
+    width = max((sum(len(document.input_ids) for document in row) for row in rows), default=2)
+    shape = (max(len(rows), 1), width)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    labels = np.full(shape, IGNORE_INDEX, dtype=np.int64)
+    position_ids = np.zeros(shape, dtype=np.int64)
+    for index, row in enumerate(rows):
+        start = 0
+        for document in row:
+            end = start + len(document.input_ids)
+            input_ids[index, start:end] = document.input_ids
+            position_ids[index, start:end] = np.arange(end - start)
+            for first, stop in document.spans.reshape(-1, 2).tolist():
+                first = max(first, 1)  # nothing predicts a document's first token
+                labels[index, start + first : start + stop] = document.input_ids[first:stop]
+            start = end
+    return Batch(
+        input_ids=torch.from_numpy(input_ids),
+        labels=torch.from_numpy(labels),
+        position_ids=torch.from_numpy(position_ids),
+        lengths=[[len(document.input_ids) for document in row] for row in rows] or [[]],
+        row_ids=[[document.row_id for document in row] for row in rows] or [[]],
+    )
+
+
+def collate_prompts(prompts: list[Document], pad_token_id: int, stop_ids: list[int]) -> PromptBatch:
+    """Put prompts one above the other, ending together.
+
+    Args:
+        prompts: The prompts; none at all gives a filler batch of one padded prompt without a row id.
+        pad_token_id: Fills up short prompts on the left.
+        stop_ids: The tokens that end an answer.
+
+    Returns:
+        A batch, as long as its longest prompt.
+    """
+    width = max((len(prompt.input_ids) for prompt in prompts), default=2)
+    shape = (max(len(prompts), 1), width)
+    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
+    attention_mask = np.zeros(shape, dtype=np.int64)
+    for index, prompt in enumerate(prompts):
+        input_ids[index, width - len(prompt.input_ids) :] = prompt.input_ids
+        attention_mask[index, width - len(prompt.input_ids) :] = 1
+    if not prompts:
+        attention_mask[:] = 1  # a row without any token has no attention to compute
+    return PromptBatch(
+        input_ids=torch.from_numpy(input_ids),
+        attention_mask=torch.from_numpy(attention_mask),
+        row_ids=[prompt.row_id for prompt in prompts],
+        stop_ids=stop_ids,
+    )

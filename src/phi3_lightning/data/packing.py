@@ -1,0 +1,130 @@
+"""Which documents share a row, and which rows share a batch. Pure numpy: lengths in, a plan out."""
+
+import hashlib
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Batches of rows of documents, as flat arrays.
+
+    Args:
+        documents: Indices of documents, row by row, shape (documents,).
+        rows: Where each row ends in ``documents``, after a leading 0, shape (rows + 1,).
+        batches: Where each batch ends in rows, after a leading 0, shape (batches + 1,).
+    """
+
+    documents: Ints
+    rows: Ints
+    batches: Ints
+
+    def __len__(self) -> int:
+        return len(self.batches) - 1
+
+    def __getitem__(self, batch: int) -> list[list[int]]:
+        """The documents of one batch, row by row."""
+        ends = self.rows[self.batches[batch] : self.batches[batch + 1] + 1]
+        return [self.documents[start:end].tolist() for start, end in pairwise(ends)]
+
+    def fingerprint(self) -> str:
+        """A name for exactly this plan.
+
+        Returns:
+            16 hexadecimal digits.
+        """
+        digest = hashlib.blake2b(digest_size=8)
+        for array in (self.documents, self.rows, self.batches):
+            digest.update(array.tobytes() + b"|")
+        return digest.hexdigest()
+
+
+def pack(lengths: Ints, capacity: int) -> list[list[int]]:
+    """Put whole documents into as few rows as best fit decreasing finds.
+
+    Args:
+        lengths: Tokens of each document, none above ``capacity``, shape (documents,).
+        capacity: Tokens that a row holds.
+
+    Returns:
+        The documents of each row. The same lengths always give the same rows.
+    """
+    rows: list[list[int]] = []
+    by_space: list[list[int]] = [[] for _ in range(capacity + 1)]  # rows by the tokens that still fit
+    open_spaces = 0  # bit n is set where by_space[n] has a row
+    order = np.argsort(-lengths, kind="stable")
+    for document, length in zip(order.tolist(), lengths[order].tolist(), strict=True):
+        fitting = open_spaces >> length
+        if fitting:
+            space = length + (fitting & -fitting).bit_length() - 1
+            row = by_space[space].pop()
+            if not by_space[space]:
+                open_spaces ^= 1 << space
+            rows[row].append(document)
+        else:
+            space, row = capacity, len(rows)
+            rows.append([document])
+        left = space - length
+        if not by_space[left]:
+            open_spaces |= 1 << left
+        by_space[left].append(row)
+    return rows
+
+
+def plan_batches(
+    lengths: Ints,
+    *,
+    batch_size: int,
+    capacity: int | None,
+    seed: int | None = None,
+    apart: int | None = None,
+) -> Plan:
+    """Lay down, once for a run, which documents are computed together.
+
+    Args:
+        lengths: Tokens of each document, shape (documents,).
+        batch_size: Rows of a batch.
+        capacity: Tokens of a packed row; None gives each document a row of its own.
+        seed: Mixes rows before they are put into batches; None keeps batches in order of length, longest first.
+        apart: Documents longer than this never share a batch with shorter ones.
+
+    Returns:
+        The plan. Rows of a batch have similar lengths, so that little of it is padding.
+    """
+    rng = None if seed is None else np.random.default_rng(seed)
+    everyone = np.arange(len(lengths))
+    long = lengths > (lengths.max(initial=0) if apart is None else apart)
+    batches = []
+    for members in (everyone[long], everyone[~long]):
+        if rng is not None:
+            members = rng.permutation(members)  # documents of one length would else be packed in the file's order
+        if capacity is None:
+            rows = [[document] for document in members.tolist()]
+        else:
+            rows = [members[row].tolist() for row in pack(lengths[members], capacity)]
+        batches += _group(rows, lengths, batch_size, rng)
+    flat = [row for batch in batches for row in batch]
+    return Plan(
+        documents=np.array([document for row in flat for document in row], dtype=np.int64),
+        rows=np.cumsum([0, *map(len, flat)], dtype=np.int64),
+        batches=np.cumsum([0, *map(len, batches)], dtype=np.int64),
+    )
+
+
+def _group(
+    rows: list[list[int]], lengths: Ints, batch_size: int, rng: np.random.Generator | None
+) -> list[list[list[int]]]:
+    tokens = np.array([lengths[row].sum() for row in rows], dtype=np.int64)
+    order = np.arange(len(rows)) if rng is None else rng.permutation(len(rows))
+    window = len(rows) if rng is None else 64 * batch_size  # sorting all rows would make batches of one kind of text
+    for start in range(0, len(rows), max(window, 1)):
+        part = order[start : start + window]
+        order[start : start + window] = part[np.argsort(-tokens[part], kind="stable")]
+    return [
+        [rows[row] for row in order[start : start + batch_size].tolist()] for start in range(0, len(rows), batch_size)
+    ]

@@ -1,0 +1,224 @@
+"""Sources become a tokenised Arrow file in a cache: built once, found again by what went into it."""
+
+import hashlib
+import json
+import logging
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import datasets
+import numpy as np
+import pyarrow as pa
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from phi3_lightning.data.collate import Document
+from phi3_lightning.data.encode import Chunk, Encoder, Job, encode_all
+from phi3_lightning.data.packing import Ints
+from phi3_lightning.data.sources import Source
+from phi3_lightning.errors import DataError
+
+log = logging.getLogger(__name__)
+
+_SCHEMA = pa.schema(
+    {
+        "input_ids": pa.list_(pa.int32()),
+        "spans": pa.list_(pa.int32()),
+        "length": pa.int32(),
+        "source": pa.int32(),
+        "row": pa.int64(),
+    }
+)
+_CHUNK = 512  # rows that are tokenised, and written, together
+_SHOWN = 10  # bad rows that an error describes one by one
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What became of the rows of one split.
+
+    Args:
+        read: Rows found.
+        kept: Documents that can be used.
+        dropped: Rows left out, by reason.
+        tokens: Tokens of the kept documents.
+        supervised_tokens: Those of them that are trained.
+    """
+
+    read: int
+    kept: int
+    dropped: dict[str, int]
+    tokens: int
+    supervised_tokens: int
+
+    def __str__(self) -> str:
+        dropped = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped.items())
+        trained = f", {self.supervised_tokens / self.tokens:.1%} of them trained" if self.supervised_tokens else ""
+        return f"{self.read} rows read, {self.kept} kept{dropped}; {self.tokens} tokens{trained}"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A tokenised set, mapped from the disk.
+
+    Args:
+        table: One row a document: ``input_ids``, ``spans``, ``length``, ``source`` and ``row``.
+        statistics: What became of the rows.
+        sources: Where they came from.
+    """
+
+    table: datasets.Dataset
+    statistics: Statistics
+    sources: list[Source]
+
+    def lengths(self) -> Ints:
+        """Tokens of each document.
+
+        Returns:
+            Shape (documents,), int64.
+        """
+        return np.asarray(self.table.data.column("length"), dtype=np.int64)
+
+    def documents(self, indices: list[int]) -> list[Document]:
+        """Read documents.
+
+        Args:
+            indices: Which ones.
+
+        Returns:
+            Their tokens and supervised ranges, in the order asked for.
+        """
+        found = self.table[indices]
+        arrays = zip(indices, found["input_ids"], found["spans"], strict=True)
+        return [Document(index, np.asarray(ids, np.int32), np.asarray(spans, np.int32)) for index, ids, spans in arrays]
+
+    def describe(self, indices: list[int]) -> list[str]:
+        """Say where documents came from.
+
+        Args:
+            indices: Which ones.
+
+        Returns:
+            A place a document, such as ``chats.jsonl:12``.
+        """
+        found = self.table[indices]
+        return [self.sources[source].place(row) for source, row in zip(found["source"], found["row"], strict=True)]
+
+
+def prepare(
+    sources: list[Source],
+    encoder: Encoder,
+    *,
+    on_bad_row: Literal["raise", "skip"],
+    cache_dir: str | None = None,
+    num_proc: int = 1,
+) -> Prepared:
+    """Tokenise rows, or find them tokenised in the cache.
+
+    Args:
+        sources: Where the rows are.
+        encoder: Turns rows into tokens.
+        on_bad_row: Whether rows that cannot be used are an error, or left out and counted.
+        cache_dir: Where tokenised rows are kept; None: where ``datasets`` keeps its own.
+        num_proc: Processes that tokenise; rows and their order do not depend on it.
+
+    Returns:
+        The tokenised rows.
+
+    Raises:
+        DataError: Rows cannot be used, or none is left.
+    """
+    parts = [encoder.fingerprint(), on_bad_row, *(source.fingerprint() for source in sources)]
+    name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "phi3_lightning"
+    if not (cache / name).is_dir():
+        cache.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
+        try:
+            _build(folder, sources, encoder, on_bad_row, num_proc)
+            _publish(folder, cache / name)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    table = datasets.Dataset.from_file(str(cache / name / "data.arrow"))
+    statistics = Statistics(**json.loads((cache / name / "statistics.json").read_text(encoding="utf-8")))
+    return Prepared(table, statistics, sources)
+
+
+def _publish(folder: Path, final: Path) -> None:
+    try:
+        folder.rename(final)  # in one step, so that nobody ever sees half a cache
+    except OSError:
+        if not final.is_dir():  # another process was faster otherwise, with the same content
+            raise
+
+
+def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: str, num_proc: int) -> None:
+    read = tokens = supervised = kept = 0
+    dropped: Counter[str] = Counter()
+    bad: list[str] = []
+    bad_count = 0
+    progress = Progress(
+        SpinnerColumn(), TextColumn("tokenising"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn()
+    )
+    progress.disable = not progress.console.is_terminal
+    task = progress.add_task("", total=None)
+    with progress, pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+        for chunk in encode_all(_jobs(sources), encoder, num_proc):
+            read += chunk.read
+            dropped.update(chunk.dropped)
+            bad_count += len(chunk.bad)
+            bad += [f"{sources[chunk.source].place(row)}: {why}" for row, why in chunk.bad[: _SHOWN - len(bad)]]
+            if len(chunk.lengths):
+                writer.write_batch(_record_batch(chunk))
+                kept += len(chunk.lengths)
+                tokens += int(chunk.lengths.sum())
+                supervised += int((chunk.spans[1::2] - chunk.spans[0::2]).sum())
+            progress.update(task, completed=read)
+    listing = "\n".join(f"  {line}" for line in bad)
+    if bad_count > len(bad):
+        listing += f"\n  and {bad_count - len(bad)} more"
+    if bad and on_bad_row == "raise":
+        raise DataError(
+            f"{bad_count} of {read} rows cannot be used:\n{listing}\n"
+            "Mend them, or set data.on_bad_row: skip to leave such rows out."
+        )
+    statistics = Statistics(read, kept, dict(dropped), tokens, supervised)
+    if not kept:
+        names = ", ".join(sorted({source.place(1).rsplit(":", 1)[0].removesuffix(" row 1") for source in sources}))
+        raise DataError(f"{names}: no row is left to use: {statistics}. Check data.max_length and the rows.")
+    if bad:
+        log.warning("%d of %d rows are left out:\n%s", bad_count, read, listing)
+    (folder / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
+
+
+def _jobs(sources: list[Source]) -> Iterator[Job]:
+    for index, source in enumerate(sources):
+        rows = []
+        for row in source.rows():
+            rows.append(row)
+            if len(rows) == _CHUNK:
+                yield Job(index, rows)
+                rows = []
+        if rows:
+            yield Job(index, rows)
+
+
+def _record_batch(chunk: Chunk) -> pa.RecordBatch:
+    def lists(values: np.ndarray, lengths: np.ndarray) -> pa.ListArray:
+        return pa.ListArray.from_arrays(np.cumsum([0, *lengths], dtype=np.int32), pa.array(values))
+
+    count = len(chunk.lengths)
+    return pa.record_batch(
+        [
+            lists(chunk.input_ids, chunk.lengths),
+            lists(chunk.spans, chunk.span_lengths),
+            pa.array(chunk.lengths),
+            pa.array(np.full(count, chunk.source, dtype=np.int32)),
+            pa.array(chunk.rows),
+        ],
+        schema=_SCHEMA,
+    )
