@@ -10,6 +10,7 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
@@ -176,12 +177,12 @@ class Phi3LoRAModule(TokenWeightedModule):
         return targets.coverage(model, adapter.targets)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Phi3LoRAModule":
-        trained = {id(parameter) for parameter in self.trained_parameters()}
+        frozen = {id(parameter) for parameter in self.parameters() if not parameter.requires_grad}
 
         def keep_dtype(tensor: Tensor) -> Tensor:
-            # 'bf16-true' converts the whole module, and updates of LoRA's size are lost in bfloat16
+            # 'bf16-true' converts the whole module: bfloat16 would lose LoRA's updates, rotary angles and token counts
             moved = fn(tensor)
-            return tensor.to(moved.device) if id(tensor) in trained and moved.dtype != tensor.dtype else moved
+            return moved if id(tensor) in frozen or moved.dtype == tensor.dtype else tensor.to(moved.device)
 
         return cast("Phi3LoRAModule", super()._apply(keep_dtype, recurse))  # type: ignore[no-untyped-call]
 
@@ -297,7 +298,9 @@ class Phi3LoRAModule(TokenWeightedModule):
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """Make the optimiser and the learning-rate schedule of the run."""
         named = [(name, parameter) for name, parameter in self.named_parameters() if parameter.requires_grad]
-        optimizer = optim.make_optimizer(named, self.optimizer_config, fused=not self.scales_loss())
+        # Lightning refuses to clip under AMP where the optimiser might unscale by itself, as fused ones can
+        clipped_amp = isinstance(self.trainer.precision_plugin, MixedPrecision) and bool(self.trainer.gradient_clip_val)
+        optimizer = optim.make_optimizer(named, self.optimizer_config, fused=not (clipped_amp or self.scales_loss()))
         scheduler = optim.make_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches)
         return {
             "optimizer": optimizer,

@@ -119,10 +119,9 @@ def load(
 
 
 def _random(config: Phi3Config, dtype: torch.dtype, attention: str, device: torch.device) -> Phi3ForCausalLM:
-    config._attn_implementation = attention
-    config.dtype = dtype
-    model = skeleton(config)
-    nn.Module.to(model, dtype=dtype).to_empty(device=device)
+    with torch.device("meta"):
+        model = Phi3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+    model.to_empty(device=device)
     model.tie_weights()
     with torch.random.fork_rng():
         torch.manual_seed(0)  # the same weights in every run: a checkpoint finds its base again
