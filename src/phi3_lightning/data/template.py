@@ -33,6 +33,21 @@ class _Rendered(NamedTuple):
     contents: list[tuple[int, int]]  # characters of each message's content
 
 
+class _Pieces:
+    """Encodings of a text's pieces, read as one."""
+
+    def __init__(self, starts: list[int], encodings: list[Encoding]) -> None:
+        self.ids = [token for encoding in encodings for token in encoding.ids]
+        self.offsets = [
+            (at + start, at + end)
+            for at, encoding in zip(starts[:-1], encodings, strict=True)
+            for start, end in encoding.offsets
+        ]
+
+    def char_to_token(self, char: int) -> int | None:
+        return next((index for index, (start, end) in enumerate(self.offsets) if start <= char < end), None)
+
+
 def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
     """Load a tokenizer exactly as its ``tokenizer.json`` defines it.
 
@@ -136,9 +151,13 @@ class ChatTemplate:
         finally:
             backend.encode_special_tokens = False
 
-    def _supervise(self, chat: Conversation, rendered: _Rendered, encoding: Encoding) -> Encoded | BadRowError:
+    def _supervise(
+        self, chat: Conversation, rendered: _Rendered, encoding: Encoding | _Pieces
+    ) -> Encoded | BadRowError:
         if any(self._special_text.search(message["content"]) for message in chat.messages):
-            encoding = self._defuse(rendered, encoding)
+            if not self._can_defuse:
+                return BadRowError("special-token text", "this tokenizer can only read it as a turn; remove it")
+            encoding = self._defuse(rendered, encoding.ids, encoding.offsets)
         spans = []
         for index, (start, end) in enumerate(rendered.contents):
             if not chat.trained[index]:
@@ -155,19 +174,18 @@ class ChatTemplate:
             spans.append((first + swallowed, last + 1))
         return Encoded(encoding.ids, spans)
 
-    def _defuse(self, rendered: _Rendered, encoding: Encoding) -> Encoding:
+    def _defuse(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> _Pieces:
         """Encode again so that only the template's special tokens are special, and a content's are plain text."""
         cuts = [0]
-        for index, token in enumerate(encoding.ids):
-            start, end = encoding.offsets[index]
+        for token, (start, end) in zip(ids, offsets, strict=True):
             if token in self._special_ids and not any(a <= start < b for a, b in rendered.contents):
                 cuts += [start, end]
         cuts.append(len(rendered.text))
         pieces = [rendered.text[start:end] for start, end in pairwise(cuts)]
-        encodings = [Encoding()] * len(pieces)
+        encodings: list[Encoding | None] = [None] * len(pieces)
         encodings[0::2] = self._encode_texts(pieces[0::2], plain=True)
         encodings[1::2] = self._encode_texts(pieces[1::2])
-        return Encoding.merge(encodings, growing_offsets=True)
+        return _Pieces(cuts, [piece for piece in encodings if piece is not None])
 
     def _check(self) -> int:
         """Try the template on a small chat and return its end-of-turn token."""
@@ -179,9 +197,13 @@ class ChatTemplate:
         ]
         conversation = Conversation(chat, [False, True, False, True])
         [encoded] = self.encode([conversation])
-        if isinstance(encoded, BadRowError):
+        [rendered] = self._render([chat], add_generation_prompt=False)
+        if isinstance(encoded, BadRowError) or isinstance(rendered, BadRowError):
             raise ConfigError(f"data.tokenizer: the chat template cannot be trained with ({encoded}).")
         ids = encoded.input_ids
+        [whole] = self._encode_texts([rendered.text])
+        # Some tokenizers treat a text's beginning differently: their texts cannot be encoded piece by piece.
+        self._can_defuse = self._defuse(rendered, whole.ids, whole.offsets).ids == ids
         if ids[0] == ids[1] == self.tokenizer.bos_token_id:
             raise ConfigError("data.tokenizer: the chat template begins with two bos tokens; remove one from it.")
         ends = {ids[end - 1] for _, end in encoded.spans}

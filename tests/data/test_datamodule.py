@@ -1,0 +1,283 @@
+"""ChatDataModule under a Trainer: every row once an epoch, resumed where it stopped, alike on all ranks."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from phi3_lightning.batch import Batch, PromptBatch
+from phi3_lightning.data.datamodule import ChatDataModule
+from phi3_lightning.errors import CheckpointError, ConfigError, DataError, DivergenceError
+
+from .conftest import chat
+
+Write = Callable[..., str]
+
+
+class Recorder(LightningModule):
+    """Writes down which rows it is given."""
+
+    def __init__(self, fail_at: int | None = None) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.fail_at = fail_at
+        self.trained: list[tuple[int, list[int]]] = []
+        self.validated: list[int] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        rows = [row_id for row in batch["row_ids"] for row_id in row]
+        if self.global_step == self.fail_at:
+            raise DivergenceError("The loss is not finite.", rows[:1])
+        self.trained.append((self.current_epoch, rows))
+        return self.weight.sum()
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        self.validated += [row_id for row in batch["row_ids"] for row_id in row]
+
+    test_step = validation_step
+
+    def predict_step(self, batch: PromptBatch) -> list[int]:
+        assert batch["input_ids"].shape == batch["attention_mask"].shape
+        return batch["row_ids"]
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def trainer(folder: Path, **options: Any) -> Trainer:
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"max_epochs": 1, "enable_checkpointing": False} | options
+    return Trainer(accelerator="cpu", default_root_dir=folder, **quiet, **options)
+
+
+@pytest.fixture
+def data(write: Write, tmp_path: Path, tokenizer_folder: str) -> Callable[..., ChatDataModule]:
+    path = write([chat(f"question {index}", "word " * (3 * index)) for index in range(23)])
+
+    def data(**options: Any) -> ChatDataModule:
+        small = {"train": path, "tokenizer": tokenizer_folder, "max_length": 400, "batch_size": 2, "num_workers": 0}
+        return ChatDataModule(**(small | {"cache_dir": str(tmp_path / "cache")} | options))
+
+    return data
+
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`"),
+    pytest.mark.filterwarnings("ignore:The '.*_dataloader' does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning"),
+]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_every_row_once_an_epoch_in_another_order(
+    data: Callable[..., ChatDataModule], tmp_path: Path, packing: bool, num_workers: int
+) -> None:
+    datamodule, module = data(packing=packing, num_workers=num_workers), Recorder()
+    trainer(tmp_path, max_epochs=2).fit(module, datamodule=datamodule)
+    epochs = [[row for epoch, rows in module.trained if epoch == number for row in rows] for number in (0, 1)]
+    assert epochs[0] != epochs[1]
+    assert sorted(epochs[0]) == sorted(epochs[1])
+    assert sorted({*epochs[0], *module.validated}) == list(range(23))
+    assert len(epochs[0]) == datamodule.train_documents == 22
+    assert (datamodule.train_rows < 22) == packing
+
+
+def test_workers_change_nothing(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    modules = [Recorder(), Recorder()]
+    for module, num_workers in zip(modules, (0, 2), strict=True):
+        trainer(tmp_path, max_epochs=2).fit(module, datamodule=data(num_workers=num_workers))
+    assert modules[0].trained == modules[1].trained
+
+
+def test_iterating_draws_nothing_from_the_global_generator(data: Callable[..., ChatDataModule]) -> None:
+    datamodule = data()
+    datamodule.prepare_data()
+    datamodule.setup()
+    before = torch.get_rng_state()
+    list(datamodule.train_dataloader())
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_a_resumed_run_sees_what_an_uninterrupted_one_does(
+    data: Callable[..., ChatDataModule], tmp_path: Path, num_workers: int, every: int
+) -> None:
+    whole = Recorder()
+    keep = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"enable_checkpointing": True, "accumulate_grad_batches": every, "limit_val_batches": 0}
+    trainer(tmp_path, max_epochs=3, callbacks=[keep], **options).fit(whole, datamodule=data(packing=False))
+    checkpoints = sorted((tmp_path / "kept").glob("step=*.ckpt"), key=lambda path: int(path.stem[5:]))
+    assert len(checkpoints) == len(whole.trained) // 11 * -(-11 // every)
+    for step, path in enumerate(checkpoints, start=1):
+        module = Recorder()
+        options = {"accumulate_grad_batches": every, "limit_val_batches": 0}
+        trainer(tmp_path, max_epochs=3, **options).fit(
+            module, datamodule=data(packing=False, num_workers=num_workers), ckpt_path=path
+        )
+        windows, within = divmod(step, -(-11 // every))
+        assert module.trained == whole.trained[windows * 11 + within * every :]
+
+
+def test_another_order_within_an_epoch_is_refused(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=4, save_top_k=-1)
+    options = {"limit_val_batches": 0, "enable_checkpointing": True}
+    trainer(tmp_path, max_steps=4, max_epochs=-1, callbacks=[keep], **options).fit(
+        Recorder(), datamodule=data(packing=False)
+    )
+    checkpoint = tmp_path / "kept" / "step=4.ckpt"
+    for change in ({"seed": 7}, {"batch_size": 3}, {"val_fraction": 0.5}):
+        with pytest.raises(CheckpointError, match="within an epoch"):
+            trainer(tmp_path, limit_val_batches=0).fit(
+                Recorder(), datamodule=data(packing=False, **change), ckpt_path=checkpoint
+            )
+    changed = data(packing=False, seed=7)
+    trainer(tmp_path).validate(
+        Recorder(), datamodule=changed, ckpt_path=checkpoint
+    )  # which does not go on with the order
+
+
+def test_another_order_from_the_next_epoch_on_is_allowed(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    keep = ModelCheckpoint(tmp_path / "kept", filename="end", save_on_train_epoch_end=True)
+    options = {"limit_val_batches": 0, "enable_checkpointing": True}
+    trainer(tmp_path, callbacks=[keep], **options).fit(Recorder(), datamodule=data())
+    module = Recorder()
+    trainer(tmp_path, max_epochs=2, limit_val_batches=0).fit(
+        module, datamodule=data(seed=7), ckpt_path=tmp_path / "kept" / "end.ckpt"
+    )
+    assert {epoch for epoch, _ in module.trained} == {1}
+    assert sum(len(rows) for _, rows in module.trained) == 22
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_ranks_see_every_row_once_and_agree_on_the_split(
+    data: Callable[..., ChatDataModule], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ranks: int
+) -> None:
+    seen: dict[str, list[int]] = {"train": [], "val": []}
+    lengths = set()
+    for rank in range(ranks):
+        datamodule = data(packing=False, val_fraction=0.2)
+        datamodule.trainer = trainer(tmp_path)
+        monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", {"num_replicas": ranks, "rank": rank})
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        for split, loader in (("train", datamodule.train_dataloader()), ("val", datamodule.val_dataloader())):
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            lengths.add((split, len(batches)))
+            seen[split] += [row_id for batch in batches for row in batch["row_ids"] for row_id in row]
+    assert len(lengths) == 2
+    assert sorted(seen["train"] + seen["val"]) == list(range(23))
+    assert len(seen["val"]) == 5
+
+
+def test_fit_validate_test_and_predict_in_one_process(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    path = data().options.train
+    datamodule, module, run = data(test=path, predict=path, val_fraction=0.2), Recorder(), trainer(tmp_path)
+    run.fit(module, datamodule=datamodule)
+    val = sorted(module.validated[-5:])
+    module.validated = []
+    run.validate(module, datamodule=datamodule, verbose=False)
+    assert sorted(module.validated) == val
+    module.validated = []
+    run.test(module, datamodule=datamodule, verbose=False)
+    assert sorted(module.validated) == list(range(23))
+    predicted = run.predict(module, datamodule=datamodule)
+    assert predicted is not None
+    assert sorted(row for batch in predicted for row in batch) == list(range(23))
+
+
+@pytest.mark.parametrize("limits", [{"fast_dev_run": True}, {"limit_train_batches": 2}, {"overfit_batches": 2}])
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_lightnings_limits_work(data: Callable[..., ChatDataModule], tmp_path: Path, limits: dict[str, Any]) -> None:
+    module = Recorder()
+    trainer(tmp_path, max_epochs=2, **limits).fit(module, datamodule=data(packing=False))
+    epochs = [[rows for epoch, rows in module.trained if epoch == number] for number in (0, 1)]
+    assert [len(epoch) for epoch in epochs] == ([1, 0] if "fast_dev_run" in limits else [2, 2])
+    if "overfit_batches" in limits:
+        assert epochs[0] == epochs[1]
+
+
+def test_no_validation_at_all(data: Callable[..., ChatDataModule], tmp_path: Path, write: Write) -> None:
+    for options in ({"val_fraction": 0.0}, {"train": write([chat()], "one.jsonl")}):
+        module = Recorder()
+        trainer(tmp_path).fit(module, datamodule=data(**options))
+        assert module.validated == []
+        assert module.trained
+    with pytest.raises(ConfigError, match=r"data\.val"):
+        trainer(tmp_path).validate(Recorder(), datamodule=data(val_fraction=0.0))
+
+
+def test_the_seed_of_seed_everything_is_used_unless_one_is_given(data: Callable[..., ChatDataModule]) -> None:
+    def plan(**options: Any) -> Any:
+        datamodule = data(**options)
+        datamodule.prepare_data()
+        datamodule.setup()
+        return datamodule.state_dict()
+
+    seed_everything(3, verbose=False)
+    assert plan() == plan(seed=3) != plan(seed=4)
+
+
+def test_a_row_that_diverged_is_named(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    with pytest.raises(DivergenceError) as caught:
+        trainer(tmp_path).fit(Recorder(fail_at=2), datamodule=data(packing=False))
+    assert f"chats.jsonl:{caught.value.row_ids[0] + 1}" in caught.value.__notes__[0]
+
+
+def test_longrope_models_never_mix_long_and_short(
+    data: Callable[..., ChatDataModule], tokenizer: Any, tmp_path: Path
+) -> None:
+    folder = tmp_path / "longrope"
+    tokenizer.save_pretrained(folder)
+    for rope in ('"rope_scaling": {"type": "su"}', '"rope_parameters": {"rope_type": "longrope"}'):
+        (folder / "config.json").write_text(
+            f'{{"max_position_embeddings": 512, "original_max_position_embeddings": 50, {rope}}}'
+        )
+        datamodule = data(tokenizer=str(folder))
+        datamodule.prepare_data()
+        datamodule.setup()
+        kinds = [{length > 50 for row in batch["lengths"] for length in row} for batch in datamodule.train_dataloader()]
+        assert all(len(kind) == 1 for kind in kinds)
+        assert len({kind.pop() for kind in kinds}) == 2
+
+
+def test_nothing_is_loaded_on_construction_and_faults_are_named_early(
+    data: Callable[..., ChatDataModule], tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        data(train=str(tmp_path / "missing.jsonl")).validate_sources()
+    with pytest.raises(ConfigError, match=r"data\.max_length: 513 .* 512"):
+        data(max_length=513).validate_sources()
+    with pytest.raises(ConfigError, match=r"data\.tokenizer"):
+        data(tokenizer=None).prepare_data()
+    with pytest.raises(ConfigError, match=r"data\.train"):
+        trainer(tmp_path).fit(Recorder(), datamodule=data(train=None))
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"max_length": 1}, {"batch_size": 0}, {"num_workers": -1}, {"num_proc": 0}, {"val_fraction": 1.0}]
+)
+def test_ranges_are_checked_on_construction(data: Callable[..., ChatDataModule], wrong: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):
+        data(**wrong)
+
+
+def test_a_prompt_beyond_the_window_is_named(data: Callable[..., ChatDataModule], write: Write, tmp_path: Path) -> None:
+    fits = write([chat("a question " * 20)], "fits.jsonl")  # longer than max_length, shorter than the window
+    trainer(tmp_path).predict(Recorder(), datamodule=data(predict=fits, max_length=16))
+    with pytest.raises(DataError, match=r"long\.jsonl:1: prompt too long"):
+        trainer(tmp_path).predict(Recorder(), datamodule=data(predict=write([chat("x" * 600)], "long.jsonl")))
+
+
+def test_hyper_parameters_are_plain(data: Callable[..., ChatDataModule]) -> None:
+    def plain(value: Any) -> bool:
+        return value is None or type(value) in (str, int, float, bool)
+
+    assert all(plain(value) for value in data().hparams.values())

@@ -1,0 +1,214 @@
+"""Files become tokens once; odd files give the rows of clean ones, and every fault is named with its place."""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from phi3_lightning.data.encode import EncodeOptions, Encoder
+from phi3_lightning.data.prepare import Prepared, prepare
+from phi3_lightning.data.sources import find_sources
+from phi3_lightning.data.template import ChatTemplate
+from phi3_lightning.errors import DataError
+
+from .conftest import chat
+
+Write = Callable[..., str]
+
+
+@pytest.fixture
+def tokenise(tokenizer: Any, tmp_path: Path) -> Callable[..., Prepared]:
+    template = ChatTemplate(tokenizer)
+
+    def tokenise(files: str | list[str], *, max_length: int = 256, **options: Any) -> Prepared:
+        encoder = Encoder(template, EncodeOptions("chat", max_length, "drop"))
+        options = {"on_bad_row": "raise", "cache_dir": str(tmp_path / "cache")} | options
+        return prepare(find_sources(files), encoder, **options)
+
+    return tokenise
+
+
+def tokens(prepared: Prepared) -> list[list[int]]:
+    return [document.input_ids.tolist() for document in prepared.documents(list(range(len(prepared.table))))]
+
+
+CHATS = [chat("one\u2028two"), chat("a", "😀"), chat("b", "the end")]
+
+
+def test_odd_bytes_give_the_rows_of_the_clean_file(tokenise: Callable[..., Prepared], tmp_path: Path) -> None:
+    lines = [json.dumps(row, ensure_ascii=False).encode() for row in CHATS]
+    (tmp_path / "clean.jsonl").write_bytes(b"\n".join(lines))
+    (tmp_path / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*lines[:2], b"", lines[2], b"", b"  ", b""]))
+    clean, odd = (tokenise(str(tmp_path / name)) for name in ("clean.jsonl", "odd.jsonl"))
+    assert tokens(clean) == tokens(odd)
+    assert clean.statistics == odd.statistics
+    assert odd.describe([2]) == [f"{tmp_path / 'odd.jsonl'}:4"]
+
+
+def test_json_lines_arrays_and_parquet_are_one(tokenise: Callable[..., Prepared], write: Write, tmp_path: Path) -> None:
+    lines = write(CHATS)
+    array = write([json.dumps(CHATS, indent=2)], "chats.json")
+    pyarrow.parquet.write_table(pa.Table.from_pylist(CHATS), tmp_path / "chats.parquet")
+    prepared = [tokenise(files) for files in (lines, array, str(tmp_path / "chats.parquet"))]
+    assert tokens(prepared[0]) == tokens(prepared[1]) == tokens(prepared[2])
+    assert prepared[1].describe([1]) == [f"{array} row 2"]
+
+
+def test_several_files_keep_their_places(tokenise: Callable[..., Prepared], write: Write) -> None:
+    first, second = write(CHATS[:2], "first.jsonl"), write(CHATS[2:], "second.jsonl")
+    prepared = tokenise([first, second])
+    assert prepared.describe([2, 0]) == [f"{second}:1", f"{first}:1"]
+    assert prepared.statistics.kept == 3
+
+
+def test_bad_rows_are_reported_together_by_line(tokenise: Callable[..., Prepared], write: Write) -> None:
+    path = write([chat(), *(['{"messages": '] * 12), chat(), {"messages": [{"role": "human", "content": "x"}]}])
+    with pytest.raises(DataError) as caught:
+        tokenise(path)
+    message = str(caught.value)
+    assert message.startswith("13 of 15 rows")
+    assert f"{path}:2: not JSON" in message
+    assert message.count(f"{path}:") == 10
+    assert "and 3 more" in message
+    assert "data.on_bad_row: skip" in message
+
+
+def test_skipped_rows_are_counted_and_change_no_other(
+    tokenise: Callable[..., Prepared], write: Write, caplog: pytest.LogCaptureFixture
+) -> None:
+    odd = {"messages": [{"role": "User", "content": None}]}
+    surrogate = '{"prompt": "\\ud800", "completion": "x"}'
+    mixed = write([CHATS[0], odd, CHATS[1], surrogate, CHATS[2]], "mixed.jsonl")
+    prepared = tokenise(mixed, on_bad_row="skip")
+    assert tokens(prepared) == tokens(tokenise(write(CHATS)))
+    assert prepared.statistics.dropped == {"unknown role": 1, "lone surrogate": 1}
+    assert f"{mixed}:2: unknown role" in caplog.text
+    assert f"{mixed}:4: lone surrogate" in caplog.text
+
+
+def test_a_line_that_is_not_utf8_is_named(tokenise: Callable[..., Prepared], tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    path.write_bytes(json.dumps(chat()).encode() + b'\n{"prompt": "\xff"}\n')
+    with pytest.raises(DataError, match=r"chats\.jsonl:2: not JSON"):
+        tokenise(str(path))
+
+
+def test_deep_nesting_is_a_bad_row_not_a_crash(tokenise: Callable[..., Prepared], write: Write) -> None:
+    with pytest.raises(DataError, match=r":1: not JSON"):
+        tokenise(write(['{"a": ' + "[" * 100_000]))
+
+
+def test_rows_too_long_are_dropped_and_counted(tokenise: Callable[..., Prepared], write: Write) -> None:
+    prepared = tokenise(write([chat("a question " * 99, "ok"), chat()]), max_length=32)
+    assert prepared.statistics.dropped == {"longer than max_length 32": 1}
+    assert prepared.statistics.kept == 1
+
+
+def test_a_length_that_just_fits_changes_nothing(tokenise: Callable[..., Prepared], write: Write) -> None:
+    path = write([chat()])
+    [ids] = tokens(tokenise(path))
+    assert tokens(tokenise(path, max_length=len(ids))) == [ids]
+    with pytest.raises(DataError, match="max_length"):
+        tokenise(path, max_length=len(ids) - 1)
+
+
+def test_the_cache_is_built_once_and_follows_content_and_options(
+    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path
+) -> None:
+    def built() -> int:
+        return len(list((tmp_path / "cache" / "phi3_lightning").iterdir()))
+
+    path = write(CHATS)
+    tokenise(path)
+    tokenise(path)
+    assert built() == 1
+    tokenise(write(CHATS, "renamed.jsonl"))
+    assert built() == 1
+    write(CHATS[:2])
+    assert tokenise(path).statistics.kept == 2
+    tokenise(path, max_length=200)
+    assert built() == 3
+
+
+def test_processes_that_start_together_share_one_cache(
+    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path
+) -> None:
+    path = write(CHATS * 50)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda _: tokens(tokenise(path)), range(4)))
+    assert all(other == found[0] for other in found)
+    assert len(list((tmp_path / "cache" / "phi3_lightning").iterdir())) == 1
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.parametrize("rows", [3, 1500])
+def test_several_processes_give_the_same_rows_in_the_same_order(
+    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path, rows: int
+) -> None:
+    path = write([chat(f"question {index}", "the answer " * (index % 7)) for index in range(rows)])
+    alone = tokenise(path, cache_dir=str(tmp_path / "alone"))  # which also has used the tokenizer's threads
+    several = tokenise(path, num_proc=4)
+    assert tokens(several) == tokens(alone)
+    assert several.describe([rows - 1]) == [f"{path}:{rows}"]
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "empty"),
+        ("\n  \n", "empty"),
+        ("\ufeff\n", "empty"),
+        ('[{"prompt": "a"', "not a JSON array"),
+        ("PAR1x", "Parquet"),
+    ],
+)
+def test_files_that_cannot_be_read_are_named(
+    tokenise: Callable[..., Prepared], tmp_path: Path, content: str, message: str
+) -> None:
+    path = tmp_path / "chats.json"
+    path.write_text(content, encoding="utf-8")
+    with pytest.raises(DataError, match=message) as caught:
+        tokenise(str(path))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["missing.jsonl", "./missing", "/no/such/file", "missing.parquet"])
+def test_a_missing_file_is_named(name: str) -> None:
+    with pytest.raises(DataError, match="no such file"):
+        find_sources(name)
+
+
+def test_a_hub_set_is_read_by_datasets(tokenise: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    asked = []
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        asked.append((name, split))
+        return datasets.Dataset.from_list(CHATS)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    prepared = tokenise("someone/chats:train_sft")
+    assert set(asked) == {("someone/chats", "train_sft")}
+    assert prepared.describe([1]) == ["someone/chats:train_sft row 2"]
+    assert prepared.statistics.kept == 3
+
+
+def test_a_hub_set_that_is_not_there_is_named(
+    tokenise: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    def load_dataset(name: str, split: str) -> datasets.Dataset:
+        raise datasets.exceptions.DatasetNotFoundError(name)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError, match="neither a file nor a data set"):
+        tokenise("someone/chats")
