@@ -106,3 +106,17 @@ def rewind_to_window_start(loops: dict[str, Any], accumulate_grad_batches: int) 
         position = progress[scope]["ready"] - cut
         for state in ("ready", "started", "processed", "completed"):
             progress[scope][state] = position
+
+
+def repeat_validation(loops: dict[str, Any]) -> None:
+    """Make a restart run the validation that was cut off, from its first batch.
+
+    Lightning would skip it, or count the rest of it as a whole.
+
+    Args:
+        loops: The ``loops`` entry of a checkpoint; changed in place.
+    """
+    progress = loops["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    progress["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
+    # the state in which Lightning sees a validation that has begun and not ended
+    progress["total"] = {"ready": 1, "started": 1, "processed": 0, "completed": 0}

@@ -1,0 +1,9 @@
+"""Callbacks that the command line adds to a run; each works in any Trainer."""
+
+from phi3_lightning.callbacks.checkpoint import RunCheckpoint
+from phi3_lightning.callbacks.predictions import PredictionWriter
+from phi3_lightning.callbacks.progress import LineProgress
+from phi3_lightning.callbacks.report import RunReport
+from phi3_lightning.callbacks.throughput import Throughput
+
+__all__ = ["LineProgress", "PredictionWriter", "RunCheckpoint", "RunReport", "Throughput"]

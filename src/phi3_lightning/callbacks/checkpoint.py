@@ -1,0 +1,139 @@
+"""The two checkpoints of a run: the newest, and the best."""
+
+import math
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from phi3_lightning.checkpoint import repeat_validation
+from phi3_lightning.config import require
+
+
+class RunCheckpoint(Checkpoint):
+    """Keeps ``last.ckpt``, from which the same command goes on, and ``best.ckpt``.
+
+    ``last.ckpt`` is written on the way, at the end of each epoch and of training, and when the job is asked to stop
+    (SIGTERM); ``best.ckpt`` after a validation that was better than all before it. Both are real files, and a folder
+    may be moved: only the best value is remembered, no path.
+
+    Args:
+        dirpath: Folder of the two files; null: ``checkpoints`` in the run's folder.
+        monitor: The metric, lower is better, that decides which checkpoint is the best; null keeps the newest only.
+        every_n_steps: Write ``last.ckpt`` every so many optimiser steps; null: by time alone.
+        every_n_minutes: Write ``last.ckpt`` when so many minutes have passed since the last time.
+    """
+
+    def __init__(
+        self,
+        dirpath: str | None = None,
+        monitor: str | None = "val/loss",
+        every_n_steps: int | None = None,
+        every_n_minutes: float = 5.0,
+    ) -> None:
+        if every_n_steps is not None:
+            require(every_n_steps >= 1, "checkpoint.every_n_steps", every_n_steps, "it is at least 1")
+        require(every_n_minutes >= 0, "checkpoint.every_n_minutes", every_n_minutes, "it is 0 or more")
+        self.dirpath = None if dirpath is None else Path(dirpath)
+        self.monitor = monitor
+        self.every_n_steps = every_n_steps
+        self.every_n_minutes = every_n_minutes
+        self.best_score = math.inf
+        self._saved_step = 0
+        self._saved_at = time.monotonic()
+        self._validation_cut = False
+
+    @property
+    def last_path(self) -> Path:
+        """Where the newest checkpoint is."""
+        return self._folder() / "last.ckpt"
+
+    @property
+    def best_path(self) -> Path:
+        """Where the best checkpoint is."""
+        return self._folder() / "best.ckpt"
+
+    def _folder(self) -> Path:
+        if self.dirpath is None:
+            raise ValueError("RunCheckpoint: dirpath is not known before the run starts")
+        return self.dirpath
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if self.dirpath is None:
+            self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # what follows an epoch's last batch is saved at the epoch's end, from where Lightning restarts cleanly
+        if not trainer.is_last_batch and self._due(trainer):
+            self._save_last(trainer)
+
+    def _due(self, trainer: pl.Trainer) -> bool:
+        if trainer.global_step == self._saved_step:
+            return False
+        if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
+            return True
+        late = time.monotonic() - self._saved_at >= self.every_n_minutes * 60
+        return bool(trainer.strategy.broadcast(late))
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        score = trainer.callback_metrics.get(self.monitor)
+        if score is not None and score.item() < self.best_score:  # false for NaN
+            self.best_score = score.item()
+            self._save(trainer, self.best_path)
+
+    @override
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save_last(trainer)
+
+    @override
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.global_step != self._saved_step:
+            self._save_last(trainer)
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        # any other exception may have come in the middle of a step
+        if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._validation_cut = trainer.validating
+            self._save_last(trainer)
+
+    @override
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if self._validation_cut:
+            repeat_validation(checkpoint["loops"])
+
+    def _save(self, trainer: pl.Trainer, path: Path) -> None:
+        if not cast("Any", trainer).fast_dev_run:  # set in a place that type checkers do not see
+            trainer.save_checkpoint(path, weights_only=False)  # False: with optimiser and loops
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        self._save(trainer, self.last_path)
+        self._saved_step = trainer.global_step
+        self._saved_at = time.monotonic()
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"monitor": self.monitor, "best_score": self.best_score}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["monitor"] == self.monitor:
+            self.best_score = state_dict["best_score"]

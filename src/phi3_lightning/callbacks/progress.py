@@ -1,0 +1,49 @@
+"""Progress where there is no terminal to draw a bar in."""
+
+import time
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+
+class LineProgress(ProgressBar):
+    """Logs a plain line with step, loss and speed now and then.
+
+    Args:
+        every_n_seconds: Least time between two lines.
+    """
+
+    def __init__(self, every_n_seconds: float = 10.0) -> None:
+        super().__init__()
+        self.every_n_seconds = every_n_seconds
+        self._last = 0.0
+
+    @override
+    def disable(self) -> None:
+        self.every_n_seconds = float("inf")
+
+    @override
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if time.monotonic() - self._last >= self.every_n_seconds or trainer.is_last_batch:
+            self._last = time.monotonic()
+            rank_zero_info(
+                f"epoch {trainer.current_epoch}, batch {batch_idx + 1}/{trainer.num_training_batches}, "
+                f"step {trainer.global_step}: {_readable(self.get_metrics(trainer, pl_module))}"
+            )
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking and self.every_n_seconds != float("inf"):
+            rank_zero_info(f"step {trainer.global_step}, validated: {_readable(self.get_metrics(trainer, pl_module))}")
+
+
+def _readable(metrics: dict[str, Any]) -> str:
+    numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
+    return ", ".join(
+        f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.4g}" for name, value in numbers.items()
+    )

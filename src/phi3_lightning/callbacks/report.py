@@ -1,0 +1,137 @@
+"""What a run says of itself in the terminal: before the first step, and at its end."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typing_extensions import override
+
+from phi3_lightning import optim
+from phi3_lightning.batch import PromptBatch
+from phi3_lightning.module import Phi3LoRAModule
+
+SMALLEST_MOVE = 1e-3
+"""AdamW moves a value by about the learning rate a step; a LoRA whose values end below this changes no answer."""
+
+HELD_OUT = ("val/loss", "val/token_accuracy")
+
+
+class RunReport(pl.Callback):
+    """Prints what is trained and for how long, and what came of it.
+
+    Args:
+        folder: The run's folder.
+        prompts: How many prompts of ``data.predict`` base and tuned model answer at the end.
+    """
+
+    def __init__(self, folder: str | Path, prompts: int = 3) -> None:
+        self.folder = Path(folder)
+        self.prompts = prompts
+        self._console = Console()
+        self._first: dict[str, float] = {}
+        self._last: dict[str, float] = {}
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
+        steps = trainer.estimated_stepping_batches
+        warmup = optim.warmup_steps(pl_module.schedule, steps)
+        self._warn_if_nothing_moves(pl_module, steps)
+        self._print_coverage(pl_module)
+        accumulated = trainer.accumulate_grad_batches
+        self._print(
+            f"{trainer.num_training_batches} batches an epoch, {accumulated} to an optimiser step; "
+            f"{steps} optimiser steps, {warmup} of them warm-up; "
+            f"starting at epoch {trainer.current_epoch}, step {trainer.global_step}"
+        )
+
+    @staticmethod
+    def _warn_if_nothing_moves(module: Phi3LoRAModule, steps: float) -> None:
+        share = 1.0 if module.schedule.name == "constant" else 0.5  # mean of a falling schedule
+        move = steps * share * module.optimizer_config.lr
+        if move < SMALLEST_MOVE:
+            rank_zero_warn(
+                f"{steps} optimiser steps at model.optimizer.lr {module.optimizer_config.lr:g} move an adapter value "
+                f"by about {move:.1e} at most: the answers will not change. LoRA learns at 1e-4 to 5e-4"
+            )
+
+    def _print_coverage(self, module: Phi3LoRAModule) -> None:
+        table = Table(title=f"LoRA, rank {module.lora.r}")
+        for column in ("layer", "adapted", "parameters"):
+            table.add_column(column, justify="left" if column == "layer" else "right")
+        for entry in module.coverage():
+            table.add_row(entry.layer, f"{entry.adapted} of {entry.existing}", f"{entry.parameters:,}")
+        self._print(table)
+        trained = sum(parameter.numel() for parameter in module.trained_parameters())
+        total = sum(parameter.numel() for parameter in module.parameters())
+        self._print(f"trainable {trained:,} of {total:,} parameters ({trained / total:.2%})")
+
+    @override
+    def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if math.isinf(trainer.num_sanity_val_steps):  # all of the validation data, before the first step
+            self._first = _held_out(trainer)
+
+    @override
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._last = _held_out(trainer)
+            self._first = self._first or self._last
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
+        if self._last:
+            self._print_held_out()
+        self._print_answers(trainer, pl_module)
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            self._print(f"checkpoint: {last} ({last.stat().st_size / 1e6:.1f} MB)")
+        if (self.folder / "tensorboard").is_dir():
+            self._print(f"curves:     tensorboard --logdir {self.folder / 'tensorboard'}")
+
+    def _print_held_out(self) -> None:
+        table = Table(title="held-out rows")
+        for column in ("", "first", "last"):
+            table.add_column(column, justify="right" if column else "left")
+        for name in self._last:
+            table.add_row(name, f"{self._first[name]:.4f}", f"{self._last[name]:.4f}")
+        self._print(table)
+
+    def _print_answers(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> None:
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        if data.options.predict is None:
+            return
+        data.setup("predict")
+        rows: dict[int, tuple[str, str, str]] = {}
+        for batch in data.predict_dataloader():
+            rows |= self._answer(module, trainer.strategy.batch_to_device(batch), data.tokenizer)
+            if len(rows) >= self.prompts:
+                break
+        table = Table(title="answers", show_lines=True)
+        for column in ("prompt", "base", "tuned"):
+            table.add_column(column, ratio=1)
+        for row_id in sorted(rows)[: self.prompts]:
+            table.add_row(*map(Text, rows[row_id]))  # Text: an answer may hold square brackets
+        self._print(table)
+
+    @staticmethod
+    def _answer(module: Phi3LoRAModule, batch: PromptBatch, tokenizer: Any) -> dict[int, tuple[str, str, str]]:
+        tuned = module.predict_step(batch, 0)
+        with module.base_answers():
+            base = module.predict_step(batch, 0)
+        prompts = [
+            ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
+        ]
+        texts = [tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, base, tuned)]
+        return dict(zip(batch["row_ids"], zip(*texts, strict=True), strict=False))  # a filler row has no id
+
+    @rank_zero_only
+    def _print(self, what: str | Table) -> None:
+        self._console.print(what, highlight=False)
+
+
+def _held_out(trainer: pl.Trainer) -> dict[str, float]:
+    return {name: trainer.callback_metrics[name].item() for name in HELD_OUT if name in trainer.callback_metrics}

@@ -1,0 +1,202 @@
+"""The command line: LightningCLI over the two classes, with one folder a run."""
+
+import difflib
+import re
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace, set_parsing_settings
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from typing_extensions import override
+
+from phi3_lightning.callbacks import LineProgress, PredictionWriter, RunCheckpoint, RunReport, Throughput
+from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
+from phi3_lightning.data.datamodule import ChatDataModule
+from phi3_lightning.errors import Phi3LightningError
+from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.platform import check_platform
+from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+ELSEWHERE = {
+    "--optimizer": "the optimiser is --model.optimizer.name, .lr, .weight_decay",
+    "--lr_scheduler": "the schedule is --model.schedule.name, .warmup",
+}
+"""LightningCLI's own options that have another place here."""
+
+
+class Parser(LightningArgumentParser):
+    """Says which key was meant."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
+        if "class_path" in message and re.search(r"\b(model|data)\b", message):
+            hints.append("options stand directly under model: and data:, without class_path and init_args")
+        hints += [f"did you mean {meant}?" for key in _keys_in(message) for meant in self._nearest(key)]
+        super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
+
+    def _nearest(self, key: str) -> list[str]:
+        known = [action.dest for action in self._actions]
+        if key in known:
+            return []
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        leaf = key.rpartition(".")[2]
+        return near or [name for name in known if name.rpartition(".")[2] == leaf][:3]
+
+
+def _keys_in(message: str) -> list[str]:
+    return re.findall(r"--([\w.]+)", message) + re.findall(r"[Kk]ey ['\"]([\w.]+)['\"]", message)
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keeps what the user asked for in the run's folder, once the run has really begun."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            config = self.config.clone()
+            for key in ("ckpt_path", "resume"):  # of one call, not of the run
+                config.pop(key, None)
+            text = self.parser.dump(config, skip_none=False, skip_validation=True)
+            RunFolder.named(config.run, config.trainer.default_root_dir).keep_config(text)
+
+
+class Phi3CLI(LightningCLI):
+    """``fit``, ``validate``, ``test`` and ``predict`` over a run folder.
+
+    Args:
+        args: The command line; None: ``sys.argv``.
+    """
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            Phi3LoRAModule,
+            ChatDataModule,
+            save_config_callback=SaveRunConfig,
+            save_config_kwargs={"save_to_log_dir": True},
+            trainer_defaults={"enable_model_summary": False},  # the table of adapted layers says more
+            seed_everything_default=42,
+            parser_class=Parser,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=args,
+        )
+
+    @override
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_argument("--run", type=str, default="phi3-lora", help="Name of the run: its folder is runs/NAME.")
+        parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+
+    @override
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "fit":
+            parser.add_argument(
+                "--resume",
+                type=Resume,
+                default="auto",
+                help="Go on from the run's last checkpoint if there is one, or never, which needs an empty folder.",
+            )
+        return parser
+
+    @override
+    def _parse_ckpt_path(self) -> None:
+        """Leave the options as the user typed them; the checkpoint's identity is compared when it is loaded."""
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        config = self.config[self.subcommand]
+        check_platform(str(config.trainer.accelerator))
+        if config.data.tokenizer is None:
+            config.data.tokenizer, config.data.revision = config.model.base, config.model.revision
+        self.run_folder = RunFolder.named(config.run, config.trainer.default_root_dir)
+        self.finished: str | None = None
+        if config.trainer.fast_dev_run:
+            return
+        if self.subcommand == "fit":
+            self._choose_start(config)
+        else:
+            self._choose_evaluated(config)
+
+    def _choose_start(self, config: Namespace) -> None:
+        if config.ckpt_path is not None:
+            read_checkpoint(Path(config.ckpt_path))
+            return
+        newest = self.run_folder.newest(config.resume)
+        if newest is None:
+            rank_zero_info(f"{self.run_folder.path}: no checkpoint yet, starting at step 0")
+            return
+        path, checkpoint = newest
+        self.finished = nothing_left(checkpoint, config.trainer.max_epochs, config.trainer.max_steps)
+        config.ckpt_path = str(path)
+        rank_zero_info(f"{path}: going on after epoch {checkpoint['epoch']}, step {checkpoint['global_step']}")
+
+    def _choose_evaluated(self, config: Namespace) -> None:
+        if config.ckpt_path is None:
+            path = self.run_folder.evaluated()
+            config.ckpt_path = None if path is None else str(path)
+            rank_zero_info(
+                f"{path}: taken" if path else f"{self.run_folder.path}: no checkpoint, the base model answers"
+            )
+
+    @override
+    def after_instantiate_classes(self) -> None:
+        if self.finished is None:
+            self.datamodule.validate_sources()
+            self.model.check_base()
+
+    @override
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        config = self._get(self.config_init, "trainer")
+        callbacks = list(config.callbacks or [])
+        logger: bool | Logger | list[Logger] = config.logger
+        if logger is None or logger is True:
+            logger = TensorBoardLogger(
+                self.run_folder.path, name="", version="", sub_dir="tensorboard", default_hp_metric=False
+            )
+        checkpoint: RunCheckpoint = self._get(self.config_init, "checkpoint")
+        if checkpoint.dirpath is None:
+            checkpoint.dirpath = self.run_folder.checkpoints
+        callbacks += [Throughput(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
+        if logger:
+            callbacks.append(LearningRateMonitor(logging_interval="step"))
+        if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
+            callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
+        plugins = config.plugins or []
+        plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
+        return super().instantiate_trainer(logger=logger, callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def fit(self, **kwargs: Any) -> None:
+        """Train, unless the run has nothing left to do."""
+        if self.finished is not None:
+            rank_zero_info(f"{self.run_folder.path}: nothing left to do: {self.finished}")
+            return
+        self.trainer.fit(**kwargs)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        args: The arguments; None: ``sys.argv``.
+    """
+    try:
+        Phi3CLI(args)
+    except SIGTERMException:
+        sys.exit(143)  # 128 + SIGTERM, as the shell has it
+    except Phi3LightningError as error:
+        notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
+        print(f"error: {error}{notes}", file=sys.stderr)
+        sys.exit(1)
