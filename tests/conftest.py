@@ -4,8 +4,17 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+
+import synthetic
 
 REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # tests run beside each other, and two pools of torch threads on the same cores slow each other down many times
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -15,3 +24,9 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is missing (set PHI3_LIGHTNING_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of a tiny random Phi-3 in float32."""
+    return synthetic.save_tiny(tmp_path_factory.mktemp("tiny") / "base")

@@ -1,0 +1,73 @@
+"""Small models and batches that tests make up."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader
+from transformers import Phi3Config, Phi3ForCausalLM
+
+from phi3_lightning.batch import IGNORE_INDEX, Batch
+
+VOCABULARY = 97
+
+
+def tiny_config(**changes) -> Phi3Config:
+    """A Phi-3 of 25,000 parameters: two layers, grouped queries."""
+    options = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "original_max_position_embeddings": 256,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": False,
+    }
+    return Phi3Config(**options | changes)
+
+
+def save_tiny(folder: Path, dtype: torch.dtype = torch.float32, **changes) -> str:
+    """Write a random tiny Phi-3 and return its folder."""
+    torch.manual_seed(7)
+    Phi3ForCausalLM(tiny_config(**changes)).to(dtype).save_pretrained(folder)
+    return str(folder)
+
+
+def document(length: int, supervised: int, seed: int) -> tuple[list[int], list[int]]:
+    """Random ids, and labels on the last ``supervised`` of them."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+    labels = [IGNORE_INDEX] * (length - supervised) + ids[length - supervised :]
+    return ids, labels
+
+
+def batch_of(rows: list[list[tuple[list[int], list[int]]]], first_id: int = 0, pad: int = 0) -> Batch:
+    """A batch whose rows hold the given documents."""
+    width = max(2, *(sum(len(ids) for ids, _ in row) for row in rows))
+    batch: Batch = {
+        "input_ids": torch.full((len(rows), width), pad),
+        "labels": torch.full((len(rows), width), IGNORE_INDEX),
+        "position_ids": torch.zeros((len(rows), width), dtype=torch.int64),
+        "lengths": [[len(ids) for ids, _ in row] for row in rows],
+        "row_ids": [],
+    }
+    for index, row in enumerate(rows):
+        start = 0
+        batch["row_ids"].append(list(range(first_id, first_id + len(row))))
+        first_id += len(row)
+        for ids, labels in row:
+            end = start + len(ids)
+            batch["input_ids"][index, start:end] = torch.tensor(ids)
+            batch["labels"][index, start:end] = torch.tensor(labels)
+            batch["position_ids"][index, start:end] = torch.arange(len(ids))
+            start = end
+    return batch
+
+
+def loader(batches: list[Batch]) -> DataLoader:
+    """Batches as they are, in this order."""
+    return DataLoader(batches, batch_size=None)
