@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_lightning.batch import IGNORE_INDEX, Batch
+from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
+from phi3_lightning.window import TokenWeightedModule
 
 VOCABULARY = 97
 
@@ -71,3 +73,31 @@ def batch_of(rows: list[list[tuple[list[int], list[int]]]], first_id: int = 0, p
 def loader(batches: list[Batch]) -> DataLoader:
     """Batches as they are, in this order."""
     return DataLoader(batches, batch_size=None)
+
+
+def prompt_batch(prompts: list[list[int]], stop_ids: list[int], pad: int = 0) -> PromptBatch:
+    """Left-padded prompts."""
+    width = max(len(prompt) for prompt in prompts)
+    padding = [[pad] * (width - len(prompt)) for prompt in prompts]
+    return {
+        "input_ids": torch.tensor([left + prompt for left, prompt in zip(padding, prompts, strict=True)]),
+        "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
+        "row_ids": list(range(len(prompts))),
+        "stop_ids": stop_ids,
+    }
+
+
+def trainer(folder: Path, **options) -> pl.Trainer:
+    """A Trainer on the CPU that writes nothing and prints nothing unless asked to."""
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    options = {"enable_checkpointing": False, "max_epochs": 1} | options
+    return pl.Trainer(accelerator="cpu", default_root_dir=folder, **quiet | options)
+
+
+def randomised(module: TokenWeightedModule, std: float = 0.05) -> TokenWeightedModule:
+    """Give every trained weight a value: with the zeros that LoRA's B starts from, half of the gradient is hidden."""
+    module.configure_model()
+    torch.manual_seed(11)
+    for parameter in module.trained_parameters():
+        torch.nn.init.normal_(parameter, std=std)
+    return module

@@ -6,7 +6,7 @@ transformers (schedules, generation).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
 
 from phi3_lightning.errors import ConfigError
 
@@ -30,6 +30,24 @@ def require(condition: bool, key: str, value: object, remedy: str) -> None:
         raise ConfigError(f"{key}: {value!r} cannot be used: {remedy}")
 
 
+def require_choice(key: str, value: object, kind: Any) -> None:
+    """Raise a ConfigError that names ``key`` unless ``value`` is one of the choices of a ``Literal``.
+
+    The command line checks types as well; a script has only this, and a misspelt choice must not pass for another.
+
+    Args:
+        key: The key path as the user writes it.
+        value: What was given.
+        kind: The ``Literal``.
+
+    Raises:
+        ConfigError: If ``value`` is no choice.
+    """
+    choices = get_args(kind)
+    valid = any(value == choice and type(value) is type(choice) for choice in choices)
+    require(valid, key, value, f"choose {' or '.join(map(str, choices))}")
+
+
 class _FromMapping:
     """Lets a section be given as a mapping, as scripts and checkpoints do."""
 
@@ -50,6 +68,11 @@ class _FromMapping:
         except TypeError as error:
             raise ConfigError(f"{cls.__name__}: {str(error).removeprefix(f'{cls.__name__}.__init__() ')}") from None
 
+    def _check_choices(self, key: str) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                require_choice(f"{key}.{name}", getattr(self, name), kind)
+
 
 @dataclass(frozen=True)
 class LoRA(_FromMapping):
@@ -69,15 +92,24 @@ class LoRA(_FromMapping):
     """Which biases are trained. Phi-3 has none, so there is one value."""
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """PEFT's name of the task, accepted so that a peft_config of a script drops in."""
+    modules_to_save: None = None
+    """PEFT's key for layers that are trained whole, accepted as null so that a peft_config of a script drops in."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        self._check_choices("model.lora")
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", list(self.target_modules))
         require(self.r >= 1, "model.lora.r", self.r, "the rank is at least 1")
         require(self.lora_alpha > 0, "model.lora.lora_alpha", self.lora_alpha, "it is above 0, often 2 x r")
         require(0 <= self.lora_dropout < 1, "model.lora.lora_dropout", self.lora_dropout, "it is in [0, 1)")
         require(len(self.target_modules) > 0, "model.lora.target_modules", self.target_modules, "name a layer")
+        require(
+            self.modules_to_save is None,
+            "model.lora.modules_to_save",
+            self.modules_to_save,
+            "nothing but the adapter is trained; leave it null",
+        )
 
 
 @dataclass(frozen=True)
@@ -97,6 +129,7 @@ class Optimizer(_FromMapping):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        self._check_choices("model.optimizer")
         object.__setattr__(self, "betas", tuple(self.betas))
         require(self.lr > 0, "model.optimizer.lr", self.lr, "it is above 0, for LoRA often 2e-4")
         require(self.weight_decay >= 0, "model.optimizer.weight_decay", self.weight_decay, "it is 0 or more")
@@ -120,6 +153,7 @@ class Schedule(_FromMapping):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        self._check_choices("model.schedule")
         valid = self.warmup >= 0 if isinstance(self.warmup, int) else 0 <= self.warmup < 1
         require(valid, "model.schedule.warmup", self.warmup, "a whole number of steps, or a fraction in [0, 1)")
 

@@ -28,7 +28,7 @@ from phi3_lightning.checkpoint import (
     rewind_to_window_start,
     without_frozen,
 )
-from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require
+from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
@@ -73,6 +73,10 @@ class Phi3LoRAModule(TokenWeightedModule):
         generation: Generation = Generation(),
     ) -> None:
         super().__init__()
+        require_choice("model.init", init, base_model.Initialisation)
+        require_choice("model.dtype", dtype, base_model.DType)
+        require_choice("model.attn_implementation", attn_implementation, base_model.Attention)
+        require_choice("model.gradient_checkpointing", gradient_checkpointing, base_model.Checkpointing)
         self.base = base if isinstance(base, str) else str(base.name_or_path)
         self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
         self.revision = revision

@@ -1,0 +1,95 @@
+"""Sections are checked when they are made, and name the key that the user wrote."""
+
+import re
+from dataclasses import asdict
+
+import pytest
+
+from phi3_lightning.config import PHI3_LINEAR_LAYERS, Generation, LoRA, Optimizer, Schedule
+from phi3_lightning.errors import ConfigError, Phi3LightningError
+
+OUT_OF_RANGE = [
+    (LoRA, "r", 0, "model.lora.r"),
+    (LoRA, "lora_alpha", 0, "model.lora.lora_alpha"),
+    (LoRA, "lora_dropout", 1.0, "model.lora.lora_dropout"),
+    (LoRA, "lora_dropout", -0.1, "model.lora.lora_dropout"),
+    (LoRA, "target_modules", [], "model.lora.target_modules"),
+    (LoRA, "target_modules", "", "model.lora.target_modules"),
+    (LoRA, "bias", "all", "model.lora.bias"),
+    (LoRA, "modules_to_save", ["lm_head"], "model.lora.modules_to_save"),
+    (Optimizer, "name", "sgd", "model.optimizer.name"),
+    (Optimizer, "lr", 0.0, "model.optimizer.lr"),
+    (Optimizer, "weight_decay", -0.1, "model.optimizer.weight_decay"),
+    (Optimizer, "betas", (0.9, 1.0), "model.optimizer.betas"),
+    (Optimizer, "betas", (0.9,), "model.optimizer.betas"),
+    (Optimizer, "eps", 0.0, "model.optimizer.eps"),
+    (Schedule, "name", "cosin", "model.schedule.name"),
+    (Schedule, "warmup", -1, "model.schedule.warmup"),
+    (Schedule, "warmup", 1.0, "model.schedule.warmup"),
+    (Generation, "max_new_tokens", 0, "model.generation.max_new_tokens"),
+    (Generation, "temperature", 0.0, "model.generation.temperature"),
+    (Generation, "top_p", 0.0, "model.generation.top_p"),
+    (Generation, "top_p", 1.1, "model.generation.top_p"),
+    (Generation, "temperature", 0.7, "model.generation"),
+]
+
+AT_THE_EDGE = [
+    (LoRA, {"r": 1, "lora_alpha": 0.5, "lora_dropout": 0.0, "target_modules": "all-linear"}),
+    (Optimizer, {"weight_decay": 0.0, "betas": (0.0, 0.0), "lr": 1e-12}),
+    (Schedule, {"warmup": 0}),
+    (Schedule, {"warmup": 0.0}),
+    (Schedule, {"warmup": 1}),
+    (Generation, {"max_new_tokens": 1, "do_sample": True, "temperature": 0.7, "top_p": 0.1}),
+]
+
+
+@pytest.mark.parametrize(("section", "field", "value", "key"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_named_with_its_key(section, field, value, key):
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}: .*cannot be used: "):
+        section(**{field: value})
+
+
+@pytest.mark.parametrize(("section", "fields"), AT_THE_EDGE)
+def test_values_at_the_edge_are_taken(section, fields):
+    made = section(**fields)
+    assert {name: getattr(made, name) for name in fields} == fields
+
+
+@pytest.mark.parametrize("section", [LoRA, Optimizer, Schedule, Generation])
+def test_a_mapping_gives_what_the_section_gives(section):
+    assert section.of(asdict(section())) == section()
+    given = section()
+    assert section.of(given) is given
+
+
+@pytest.mark.parametrize("section", [LoRA, Optimizer, Schedule, Generation])
+def test_an_unknown_key_is_named(section):
+    with pytest.raises(ConfigError, match=f"{section.__name__}: .*'rank'"):
+        section.of({"rank": 8})
+
+
+def test_a_peft_config_of_a_script_drops_in():
+    peft_config = {
+        "r": 16,
+        "lora_alpha": 32,
+        "lora_dropout": 0.05,
+        "bias": "none",
+        "task_type": "CAUSAL_LM",
+        "target_modules": "all-linear",
+        "modules_to_save": None,
+    }
+    assert asdict(LoRA.of(peft_config)) == peft_config | {"use_rslora": False}
+
+
+def test_defaults_adapt_every_linear_layer():
+    assert LoRA().target_modules == list(PHI3_LINEAR_LAYERS)
+
+
+def test_sections_cannot_be_changed_behind_their_checks():
+    with pytest.raises(AttributeError):
+        LoRA().r = 0
+
+
+def test_config_errors_are_value_errors_of_the_package():
+    assert issubclass(ConfigError, Phi3LightningError)
+    assert issubclass(ConfigError, ValueError)

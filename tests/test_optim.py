@@ -1,0 +1,112 @@
+"""Optimiser and learning-rate schedule, against their formulas written out."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from phi3_lightning.config import Optimizer, Schedule
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.optim import make_optimizer, make_schedule, warmup_steps
+
+LR = 0.5
+
+
+def rates(schedule: Schedule, total: float, steps: int) -> list[float]:
+    """The learning rate of each optimiser step."""
+    optimizer = make_optimizer([("w", nn.Parameter(torch.ones(2, 2)))], Optimizer(lr=LR), fused=False)
+    scheduler = make_schedule(optimizer, schedule, total)
+    seen = []
+    for _ in range(steps):
+        seen.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return seen
+
+
+FORMULAS = {
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+    "constant": lambda done: 1.0,
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("warmup", [0, 4])
+def test_schedule_is_its_formula(name, warmup):
+    total = 20
+    expected = [
+        LR * (step / warmup if step < warmup else FORMULAS[name]((step - warmup) / (total - warmup)))
+        for step in range(total)
+    ]
+    assert rates(Schedule(name, warmup), total, total) == pytest.approx(expected, rel=1e-12)  # float64 arithmetic
+
+
+@pytest.mark.parametrize(
+    ("warmup", "total", "steps"),
+    [
+        (0.25, 100, 25),
+        (0.25, 101, 26),
+        (0.03, 1000, 30),
+        (0.03, 10, 1),
+        (0.0, 10, 0),
+        (0, 10, 0),
+        (7, 10, 7),
+        (0.95, 10, 9),
+        (0.5, 1, 0),
+    ],
+)
+def test_a_fraction_of_the_run_rounds_up_but_leaves_a_step_and_a_number_stands(warmup, total, steps):
+    assert warmup_steps(Schedule(warmup=warmup), total) == steps
+
+
+@pytest.mark.parametrize(("warmup", "total"), [(10, 10), (11, 10), (1, 1)])
+def test_warmup_that_outlasts_the_run_is_refused(warmup, total):
+    with pytest.raises(ConfigError, match=rf"model\.schedule\.warmup: .* run of {total} optimiser steps"):
+        warmup_steps(Schedule(warmup=warmup), total)
+
+
+def test_a_run_without_end_takes_a_constant_schedule_with_a_number_of_steps():
+    seen = rates(Schedule("constant", 2), math.inf, 5)
+    assert seen == [0, LR / 2, LR, LR, LR]
+
+
+@pytest.mark.parametrize(
+    ("schedule", "key"),
+    [(Schedule("cosine", 2), "name"), (Schedule("linear", 2), "name"), (Schedule("constant", 0.1), "warmup")],
+)
+def test_a_run_without_end_refuses_what_needs_an_end(schedule, key):
+    with pytest.raises(ConfigError, match=rf"model\.schedule\.{key}: "):
+        rates(schedule, math.inf, 1)
+
+
+def test_weight_decay_shrinks_matrices_only():
+    parameters = {
+        name: nn.Parameter(torch.full(shape, 3.0)) for name, shape in {"matrix": (2, 3), "bias": (3,)}.items()
+    }
+    optimizer = make_optimizer(parameters.items(), Optimizer(lr=0.1, weight_decay=0.2), fused=False)
+    for parameter in parameters.values():
+        parameter.grad = torch.zeros_like(parameter)  # so that decay alone moves it
+    optimizer.step()
+    assert parameters["matrix"].detach().unique().item() == pytest.approx(3 * (1 - 0.1 * 0.2), rel=1e-6)  # 8 eps
+    assert torch.equal(parameters["bias"], torch.full((3,), 3.0))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_steps_are_those_of_torch(fused):
+    torch.manual_seed(0)
+    start, gradients = torch.randn(4, 3), torch.randn(5, 4, 3)
+    config = Optimizer(lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+    ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
+    optimizers = [
+        make_optimizer([("w", ours)], config, fused),
+        torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6),
+    ]
+    for gradient in gradients:
+        for parameter, optimizer in zip((ours, theirs), optimizers, strict=True):
+            parameter.grad = gradient.clone()
+            optimizer.step()
+    # 5 steps of about ten roundings each
+    torch.testing.assert_close(ours, theirs, rtol=50 * torch.finfo(torch.float32).eps, atol=0)
+    assert not torch.equal(theirs, start)
