@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from phi3_lightning.data.encode import EncodeOptions, Encoder
+from phi3_lightning.data.encode import Encoder
+from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.prepare import Prepared, prepare
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.template import ChatTemplate
@@ -26,10 +27,10 @@ Write = Callable[..., str]
 def tokenise(tokenizer: Any, tmp_path: Path) -> Callable[..., Prepared]:
     template = ChatTemplate(tokenizer)
 
-    def tokenise(files: str | list[str], *, max_length: int = 256, **options: Any) -> Prepared:
-        encoder = Encoder(template, EncodeOptions("chat", max_length, "drop"))
-        options = {"on_bad_row": "raise", "cache_dir": str(tmp_path / "cache")} | options
-        return prepare(find_sources(files), encoder, **options)
+    def tokenise(files: str | list[str], *, num_proc: int = 1, on_bad_row: Any = "raise", **options: Any) -> Prepared:
+        encoder = Encoder(template, RowOptions(**({"max_length": 256} | options)))
+        cache = str(tmp_path / f"cache{num_proc}")
+        return prepare(find_sources(files), encoder, on_bad_row=on_bad_row, cache_dir=cache, num_proc=num_proc)
 
     return tokenise
 
@@ -122,7 +123,7 @@ def test_the_cache_is_built_once_and_follows_content_and_options(
     tokenise: Callable[..., Prepared], write: Write, tmp_path: Path
 ) -> None:
     def built() -> int:
-        return len(list((tmp_path / "cache" / "phi3_lightning").iterdir()))
+        return len(list((tmp_path / "cache1" / "phi3_lightning").iterdir()))
 
     path = write(CHATS)
     tokenise(path)
@@ -143,7 +144,7 @@ def test_processes_that_start_together_share_one_cache(
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda _: tokens(tokenise(path)), range(4)))
     assert all(other == found[0] for other in found)
-    assert len(list((tmp_path / "cache" / "phi3_lightning").iterdir())) == 1
+    assert len(list((tmp_path / "cache1" / "phi3_lightning").iterdir())) == 1
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -152,7 +153,7 @@ def test_several_processes_give_the_same_rows_in_the_same_order(
     tokenise: Callable[..., Prepared], write: Write, tmp_path: Path, rows: int
 ) -> None:
     path = write([chat(f"question {index}", "the answer " * (index % 7)) for index in range(rows)])
-    alone = tokenise(path, cache_dir=str(tmp_path / "alone"))  # which also has used the tokenizer's threads
+    alone = tokenise(path)  # which also has used the tokenizer's threads
     several = tokenise(path, num_proc=4)
     assert tokens(several) == tokens(alone)
     assert several.describe([rows - 1]) == [f"{path}:{rows}"]

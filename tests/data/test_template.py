@@ -10,9 +10,11 @@ from tokenizers import processors
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer
 
-from phi3_lightning.data.formats import BadRowError, Conversation, parse_conversation, parse_prompt
-from phi3_lightning.data.sources import FileSource, decode_line
-from phi3_lightning.data.template import ChatTemplate, Encoded, load_tokenizer
+from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded
+from phi3_lightning.data.formats import parse_prompt, parse_row
+from phi3_lightning.data.options import RowOptions
+from phi3_lightning.data.readers import decode_line, read_rows
+from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import ConfigError
 
 from .conftest import PHI3_TEMPLATE, build_tokenizer
@@ -25,7 +27,13 @@ def conversation(*contents: str, system: str | None = None) -> Conversation:
     messages += [
         {"role": "assistant" if index % 2 else "user", "content": content} for index, content in enumerate(contents)
     ]
-    return parse_conversation({"messages": messages})
+    return chat_of({"messages": messages})
+
+
+def chat_of(row: object) -> Conversation:
+    parsed = parse_row(row, RowOptions())
+    assert isinstance(parsed, Conversation)
+    return parsed
 
 
 def encode(tokenizer: Any, talk: Conversation, **options: Any) -> Encoded:
@@ -83,7 +91,7 @@ def test_the_end_token_of_each_turn_is_supervised_once_and_the_end_of_text_is_no
 
 def test_a_prompt_is_the_prefix_of_what_was_trained(tokenizer: Any) -> None:
     talk = conversation("q", "one", "q", "  two")
-    prompt = encode(tokenizer, parse_prompt({"messages": talk.messages}), add_generation_prompt=True)
+    prompt = encode(tokenizer, parse_prompt({"messages": talk.messages}, RowOptions()), add_generation_prompt=True)
     whole = encode(tokenizer, talk)
     start = whole.spans[-1][0]
     assert whole.input_ids[:start] == prompt.input_ids
@@ -238,9 +246,19 @@ class TestRealTokenizer:
         assert encode(load_tokenizer(str(tmp_path)), talk).input_ids == right
         assert oracle(AutoTokenizer.from_pretrained(tmp_path), talk) != right  # the trap is still there
 
-    @pytest.mark.parametrize("name", ["messages_multiturn.jsonl", "messages_system.jsonl", "prompt_completion.jsonl"])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "messages_multiturn.jsonl",
+            "messages_system.jsonl",
+            "messages_parts_reasoning_tools.jsonl",
+            "sharegpt_toolcall_en.json",
+            "prompt_completion.jsonl",
+        ],
+    )
     def test_every_row_equals_apply_chat_template(self, real: Any, shared: Path, name: str) -> None:
-        talks = [parse_conversation(decode_line(row)) for _, row in FileSource(shared / "data" / name).rows()]  # type: ignore[arg-type]
+        rows = (decode_line(row) if isinstance(row, bytes) else row for _, row in read_rows(shared / "data" / name))
+        talks = [chat_of(row) for row in rows]
         for talk, encoded in zip(talks, ChatTemplate(real).encode(talks), strict=True):
             assert isinstance(encoded, Encoded)
             assert encoded.input_ids == oracle(real, talk)

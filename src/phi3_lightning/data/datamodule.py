@@ -9,13 +9,12 @@ import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
-from transformers import PreTrainedTokenizerFast
 
 from phi3_lightning.batch import PromptBatch
 from phi3_lightning.data.collate import Document, collate, collate_prompts
-from phi3_lightning.data.encode import EncodeOptions, Encoder
-from phi3_lightning.data.options import Files, Options, Split
-from phi3_lightning.data.packing import Ints, Plan, plan_batches
+from phi3_lightning.data.encode import Encoder
+from phi3_lightning.data.options import Files, Format, Options, Split
+from phi3_lightning.data.packing import Ints, Plan, mix, plan_batches
 from phi3_lightning.data.prepare import Prepared, Statistics, prepare
 from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches
 from phi3_lightning.data.sources import find_sources
@@ -27,46 +26,80 @@ from phi3_lightning.errors import CheckpointError, ConfigError, DivergenceError
 class ChatDataModule(LightningDataModule):
     """Chats, tokenised once, as batches in which exactly the assistant's tokens are supervised.
 
-    A file holds JSON lines, one JSON array, or Parquet, with OpenAI ``messages``, or ``prompt`` and ``completion``.
+    Rows may be OpenAI ``messages``, ShareGPT ``conversations``, Alpaca's ``instruction`` and ``output``, ``prompt`` and
+    ``completion``, plain ``text``, or ready-made ``input_ids`` and ``labels``; files JSON lines, a JSON array, CSV,
+    Parquet or Arrow, packed with gzip or not.
 
     Args:
-        train: Training data: a file, a data set on the hub (``owner/name:split``), or several.
+        train: Training data: a file, folder, glob pattern, data set on the hub (``owner/name:split``), or several.
+        weights: The share of each of several ``train`` data. null: all their rows.
         val: Validation data. null: a part of the training data, see ``val_fraction``.
         val_fraction: The share of the training rows that validates where ``val`` is null. 0: no validation.
         test: Data for ``test``.
         predict: Prompts for ``predict``; an answer at the end of a row is left out.
         tokenizer: Folder or hub id of the tokenizer. The command line fills in ``model.base``.
         revision: Branch, tag or commit of the tokenizer on the hub.
-        max_length: Tokens of a row at most. Longer chats are dropped and counted.
+        chat_template: A file with a Jinja chat template. null: the tokenizer's own.
+        format: What rows look like. auto: seen from their fields.
+        columns: Other names for a format's fields, such as ``{prompt: question, completion: answer}``.
+        conversation_id: For tables of one message a row: the column that tells conversations apart.
+        role: For such tables: the column that says who speaks.
+        content: For such tables: the column that holds what is said.
+        order: For such tables: the column to sort messages by. null: the order of the file.
+        roles: Other names for roles, such as ``{customer: user, agent: assistant}``.
+        repeated_role: Whether neighbouring turns of one role make a bad row, or one turn.
+        system: What becomes of system messages; some templates know none.
+        tools: Whether tool calls, their results and reasoning become text, make a bad row, or are left out.
+        special_text: Whether special-token text in a content is plain text or a bad row. It is never a turn.
+        train_on: Whose contents are trained: all of the assistant's, its last, or everyone's. Messages with
+            ``weight: 0`` or ``train: false`` never are.
+        max_length: Tokens of a row at most.
+        overlong: What becomes of longer chats: left out and counted, cut at the end, shortened by whole early
+            exchanges, or cut into pieces.
         packing: Whether several chats share a row, without seeing each other.
         batch_size: Rows of a micro-batch.
+        max_tokens_per_batch: Tokens of a micro-batch, padding included; in place of ``batch_size``.
         num_workers: Processes that collate batches ahead.
         num_proc: Processes that tokenise; the result does not depend on it.
         on_bad_row: Whether rows that cannot be used are an error, or left out and counted.
-        overlong: What becomes of chats longer than ``max_length``.
         cache_dir: Where tokenised data are kept. null: where ``datasets`` keeps its cache.
-        seed: Decides split and order. null: the global seed of ``seed_everything``, or 0.
+        seed: Decides split, mixture and order. null: the global seed of ``seed_everything``, or 0.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is out of its range, or two contradict each other.
     """
 
     def __init__(
         self,
         train: Files | None = None,
+        weights: list[float] | None = None,
         val: Files | None = None,
         val_fraction: float = 0.05,
         test: Files | None = None,
         predict: Files | None = None,
         tokenizer: str | None = None,
         revision: str | None = None,
+        chat_template: str | None = None,
+        format: Format = "auto",
+        columns: dict[str, str] | None = None,
+        conversation_id: str | None = None,
+        role: str | None = None,
+        content: str | None = None,
+        order: str | None = None,
+        roles: dict[str, str] | None = None,
+        repeated_role: Literal["refuse", "merge"] = "refuse",
+        system: Literal["keep", "merge_into_user", "refuse"] = "keep",
+        tools: Literal["render", "refuse", "drop"] = "render",
+        special_text: Literal["plain", "refuse"] = "plain",
+        train_on: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
+        overlong: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop",
         packing: bool = True,
         batch_size: int = 4,
+        max_tokens_per_batch: int | None = None,
         num_workers: int = 2,
         num_proc: int = 1,
         on_bad_row: Literal["raise", "skip"] = "raise",
-        overlong: Literal["drop"] = "drop",
         cache_dir: str | None = None,
         seed: int | None = None,
     ) -> None:
@@ -75,19 +108,34 @@ class ChatDataModule(LightningDataModule):
         self.save_hyperparameters(logger=False)
         self.options = Options(
             train=train,
+            weights=weights,
             val=val,
             val_fraction=val_fraction,
             test=test,
             predict=predict,
             tokenizer=tokenizer,
             revision=revision,
+            chat_template=chat_template,
+            format=format,
+            columns=columns,
+            conversation_id=conversation_id,
+            role=role,
+            content=content,
+            order=order,
+            roles=roles,
+            repeated_role=repeated_role,
+            system=system,
+            tools=tools,
+            special_text=special_text,
+            train_on=train_on,
             max_length=max_length,
+            overlong=overlong,
             packing=packing,
             batch_size=batch_size,
+            max_tokens_per_batch=max_tokens_per_batch,
             num_workers=num_workers,
             num_proc=num_proc,
             on_bad_row=on_bad_row,
-            overlong=overlong,
             cache_dir=cache_dir,
             seed=seed,
         )
@@ -116,7 +164,7 @@ class ChatDataModule(LightningDataModule):
         """
         self.validate_sources()
         stage = None if self.trainer is None else self.trainer.state.fn
-        template = ChatTemplate(self._load_tokenizer())
+        template = self._load_template()
         for split in self.options.needed(stage):
             self._prepare(split, template)
 
@@ -126,8 +174,8 @@ class ChatDataModule(LightningDataModule):
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None: all that data were given for.
         """
-        self.tokenizer = self._load_tokenizer()
-        self.template = ChatTemplate(self.tokenizer)
+        self.template = self._load_template()
+        self.tokenizer = self.template.tokenizer
         for split in self.options.needed(stage):
             if split not in self._prepared:
                 self._prepared[split] = self._prepare(split, self.template)
@@ -238,33 +286,35 @@ class ChatDataModule(LightningDataModule):
             )
         return window
 
-    def _load_tokenizer(self) -> PreTrainedTokenizerFast:
+    def _load_template(self) -> ChatTemplate:
         if self.options.tokenizer is None:
             raise ConfigError("data.tokenizer: not given; name the folder or hub id of the model's tokenizer.")
-        return load_tokenizer(self.options.tokenizer, self.options.revision)
+        tokenizer = load_tokenizer(self.options.tokenizer, self.options.revision, self.options.chat_template)
+        return ChatTemplate(tokenizer, self.options.special_text)
 
     def _prepare(self, split: Split, template: ChatTemplate) -> Prepared:
         window = self._window()
-        if split == "predict":
-            limit = self.options.max_length if window is None else window.longest
-            options = EncodeOptions("prompt", limit, "drop")
-        else:
-            options = EncodeOptions("chat", self.options.max_length, self.options.overlong)
+        prompts = split == "predict"
+        limit = window.longest if prompts and window is not None else self.options.max_length
         return prepare(
             find_sources(self.options.files(split) or []),
-            Encoder(template, options),
+            Encoder(template, self.options.row_options(max_length=limit), prompts=prompts),
             on_bad_row=self.options.on_bad_row,
             cache_dir=self.options.cache_dir,
             num_proc=self.options.num_proc,
         )
 
     def _shares(self, split: Split) -> dict[Split, Ints]:
-        """The documents of a split; those of the training data may be shared with validation."""
-        count = len(self._prepared[split].table)
-        if split != "train" or self.options.val is not None or self.options.val_fraction == 0 or count < 2:
-            return {split: np.arange(count)}
-        size = min(max(round(count * self.options.val_fraction), 1), count - 1)
-        mixed = np.random.default_rng(self._seed()).permutation(count)
+        """The documents of a split; those of the training data may be mixed, and shared with validation."""
+        documents = np.arange(len(self._prepared[split].table))
+        if split != "train":
+            return {split: documents}
+        if self.options.weights is not None:
+            documents = mix(self._prepared[split].items(), self.options.weights, self._seed())
+        if self.options.val is not None or self.options.val_fraction == 0 or len(documents) < 2:
+            return {split: documents}
+        size = min(max(round(len(documents) * self.options.val_fraction), 1), len(documents) - 1)
+        mixed = np.random.default_rng(self._seed()).permutation(documents)
         self._prepared["val"] = self._prepared["train"]
         return {"train": np.sort(mixed[size:]), "val": np.sort(mixed[:size])}
 
@@ -280,6 +330,7 @@ class ChatDataModule(LightningDataModule):
             self._prepared[split].lengths()[documents],
             batch_size=self.options.batch_size,
             capacity=self.options.max_length if self.options.packing and split != "predict" else None,
+            max_tokens=self.options.max_tokens_per_batch,
             seed=self._seed() if split == "train" else None,
             apart=window.short if window is not None and split != "predict" else None,
         )

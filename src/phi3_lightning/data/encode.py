@@ -8,17 +8,20 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lightning.data.formats import BadRowError, Conversation, parse_conversation, parse_prompt
-from phi3_lightning.data.sources import Row, decode_line
-from phi3_lightning.data.template import ChatTemplate, Encoded
+from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, PlainText
+from phi3_lightning.data.formats import parse_prompt, parse_row
+from phi3_lightning.data.options import RowOptions
+from phi3_lightning.data.overlong import split, truncate_end, truncate_turns
+from phi3_lightning.data.readers import Row, decode_line
+from phi3_lightning.data.template import ChatTemplate
 
 
 class Job(NamedTuple):
@@ -46,6 +49,7 @@ class Chunk(NamedTuple):
         span_lengths: Entries of ``spans`` of each document, shape (kept,), int32.
         dropped: Rows left out, by reason.
         bad: Number and fault of each row that cannot be used.
+        cut: Rows of which something was cut off.
     """
 
     source: int
@@ -57,21 +61,10 @@ class Chunk(NamedTuple):
     span_lengths: NDArray[np.int32]
     dropped: dict[str, int]
     bad: list[tuple[int, str]]
+    cut: int
 
 
-@dataclass(frozen=True)
-class EncodeOptions:
-    """What decides, beside the tokenizer, how a row is tokenised.
-
-    Args:
-        purpose: Rows to train on, or prompts to answer.
-        max_length: Tokens that a document may have.
-        overlong: What becomes of longer ones.
-    """
-
-    purpose: Literal["chat", "prompt"]
-    max_length: int
-    overlong: Literal["drop"]
+Parsed = Conversation | PlainText | Encoded | BadRowError
 
 
 class Encoder:
@@ -79,12 +72,14 @@ class Encoder:
 
     Args:
         template: Renders conversations.
-        options: How.
+        options: How rows are read, and how long documents may be.
+        prompts: Whether rows are prompts to answer instead of chats to train on.
     """
 
-    def __init__(self, template: ChatTemplate, options: EncodeOptions) -> None:
+    def __init__(self, template: ChatTemplate, options: RowOptions, *, prompts: bool = False) -> None:
         self.template = template
         self.options = options
+        self.prompts = prompts
 
     def fingerprint(self) -> str:
         """A name for everything that decides about tokens: tokenizer, template, options and this package's code.
@@ -95,7 +90,8 @@ class Encoder:
         tokenizer = self.template.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, repr(tokenizer.special_tokens_map)]
         parts += [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
-        return hashlib.blake2b(json.dumps([*parts, asdict(self.options)]).encode(), digest_size=16).hexdigest()
+        text = json.dumps([*parts, self.prompts, asdict(self.options)])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def encode(self, job: Job) -> Chunk:
         """Tokenise a chunk of rows.
@@ -106,43 +102,78 @@ class Encoder:
         Returns:
             Tokens of those that can be used, and why the others cannot.
         """
-        numbers, conversations, bad = self._parse(job.rows)
-        prompts = self.options.purpose == "prompt"
-        encoded = self.template.encode(conversations, add_generation_prompt=prompts)
         kept: list[tuple[int, Encoded]] = []
+        bad: list[tuple[int, str]] = []
         dropped: Counter[str] = Counter()
-        for number, item in zip(numbers, encoded, strict=True):
-            error = item if isinstance(item, BadRowError) else self._fault(item)
-            if isinstance(item, Encoded) and error is None:
-                kept.append((number, item))
-            elif isinstance(error, BadRowError):
-                bad.append((number, error))
+        cut = 0
+        parsed = [(number, self._parse(row)) for number, row in job.rows]
+        for (number, item), encoded in zip(parsed, self._encode([item for _, item in parsed]), strict=True):
+            if isinstance(encoded, BadRowError):
+                bad.append((number, str(encoded)))
+                dropped[encoded.reason] += 1
+                continue
+            pieces = self._fit(item, encoded)
+            cut += pieces != [encoded]
+            trained = [piece for piece in pieces if self.prompts or _trains(piece)]
+            kept += [(number, piece) for piece in trained]
+            if not trained:
+                dropped["nothing to train" if pieces else f"longer than max_length {self.options.max_length}"] += 1
+                cut -= pieces != [encoded]
+        return _chunk(job, kept, dropped, bad, cut)
+
+    def _parse(self, row: object) -> Parsed:
+        try:
+            row = decode_line(row) if isinstance(row, bytes) else row
+            return parse_prompt(row, self.options) if self.prompts else parse_row(row, self.options)
+        except BadRowError as error:
+            return error
+
+    def _encode(self, parsed: list[Parsed]) -> list[Encoded | BadRowError]:
+        chats = [item for item in parsed if isinstance(item, Conversation)]
+        texts = [item.text for item in parsed if isinstance(item, PlainText)]
+        encoded_chats = iter(self.template.encode(chats, add_generation_prompt=self.prompts))
+        encoded_texts = iter(self.template.encode_texts(texts))
+        results: list[Encoded | BadRowError] = []
+        for item in parsed:
+            if isinstance(item, Conversation):
+                results.append(next(encoded_chats))
+            elif isinstance(item, PlainText):
+                results.append(next(encoded_texts))
             else:
-                dropped[str(error)] += 1
-        dropped.update(error.reason for _, error in bad)
-        return _chunk(job, kept, dropped, [(number, str(error)) for number, error in sorted(bad, key=lambda b: b[0])])
+                results.append(self._known_tokens(item) if isinstance(item, Encoded) else item)
+            if self.prompts and isinstance(found := results[-1], Encoded):
+                results[-1] = self._whole_prompt(found)
+        return results
 
-    def _parse(self, rows: list[Row]) -> tuple[list[int], list[Conversation], list[tuple[int, BadRowError]]]:
-        parse = parse_conversation if self.options.purpose == "chat" else parse_prompt
-        numbers, conversations, bad = [], [], []
-        for number, row in rows:
-            try:
-                conversations.append(parse(decode_line(row) if isinstance(row, bytes) else row))
-                numbers.append(number)
-            except BadRowError as error:
-                bad.append((number, error))
-        return numbers, conversations, bad
+    def _known_tokens(self, document: Encoded) -> Encoded | BadRowError:
+        count = len(self.template.tokenizer)
+        if not document.input_ids or max(document.input_ids) < count:
+            return document
+        return BadRowError("not tokens", f"id {max(document.input_ids)} is none of the tokenizer's {count}")
 
-    def _fault(self, encoded: Encoded) -> BadRowError | str | None:
-        """Why a row is refused (an error), dropped (a reason), or neither."""
-        length, limit = len(encoded.input_ids), self.options.max_length
-        if self.options.purpose == "prompt":
-            if length <= limit:
-                return None
-            return BadRowError("prompt too long", f"{length} tokens do not fit into {limit}; shorten it")
-        if length > limit:
-            return f"longer than max_length {limit}"
-        return None if any(end > max(start, 1) for start, end in encoded.spans) else "nothing to train"
+    def _whole_prompt(self, prompt: Encoded) -> Encoded | BadRowError:
+        length, limit = len(prompt.input_ids), self.options.max_length
+        if length <= limit:
+            return prompt
+        return BadRowError("prompt too long", f"{length} tokens do not fit into {limit}; shorten it")
+
+    def _fit(self, item: Parsed, document: Encoded) -> list[Encoded]:
+        """The document as it is, or what is left of one that is too long."""
+        limit = self.options.max_length
+        if len(document.input_ids) <= limit:
+            return [document]
+        if self.options.overlong == "split":
+            return split(document, limit)
+        if self.options.overlong == "truncate_end":
+            return [truncate_end(document, limit)]
+        if self.options.overlong == "truncate_turns" and isinstance(item, Conversation):
+            shorter = truncate_turns(item, self.template, limit)
+            return [] if shorter is None else [shorter]
+        return []
+
+
+def _trains(document: Encoded) -> bool:
+    return any(end > max(start, 1) for start, end in document.spans)
 
 
 def encode_all(jobs: Iterator[Job], encoder: Encoder, num_proc: int) -> Iterator[Chunk]:
@@ -200,7 +231,9 @@ def _fork_safe_tokenizers() -> Iterator[None]:
             os.environ["TOKENIZERS_PARALLELISM"] = before
 
 
-def _chunk(job: Job, kept: list[tuple[int, Encoded]], dropped: Counter[str], bad: list[tuple[int, str]]) -> Chunk:
+def _chunk(
+    job: Job, kept: list[tuple[int, Encoded]], dropped: Counter[str], bad: list[tuple[int, str]], cut: int
+) -> Chunk:
     def flat(lists: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         lengths = np.array([len(item) for item in lists], dtype=np.int32)
         return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum())), lengths
@@ -208,4 +241,4 @@ def _chunk(job: Job, kept: list[tuple[int, Encoded]], dropped: Counter[str], bad
     input_ids, lengths = flat([encoded.input_ids for _, encoded in kept])
     spans, span_lengths = flat([list(chain.from_iterable(encoded.spans)) for _, encoded in kept])
     rows = np.array([number for number, _ in kept], dtype=np.int64)
-    return Chunk(job.source, len(job.rows), rows, input_ids, lengths, spans, span_lengths, dict(dropped), bad)
+    return Chunk(job.source, len(job.rows), rows, input_ids, lengths, spans, span_lengths, dict(dropped), bad, cut)

@@ -1,77 +1,58 @@
-"""A row of any known format becomes a conversation, or a named bad row."""
+"""A row of any known format becomes a conversation, a text, or ready-made tokens; or a named bad row."""
 
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Final, Literal, TypedDict
+import json
+from collections.abc import Callable, Mapping
+from itertools import groupby
+from typing import Any, Final
 
-from phi3_lightning.errors import DataError
+from phi3_lightning.batch import IGNORE_INDEX
+from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, PlainText, kind_of
+from phi3_lightning.data.messages import check_text, read_messages
+from phi3_lightning.data.options import FORMATS, RowOptions
+from phi3_lightning.data.turns import prompt_turns, training_turns
 
-Role = Literal["system", "user", "assistant"]
-ROLES: Final[dict[str, Role]] = {
-    "system": "system",
-    "developer": "system",  # OpenAI's newer name for the same role
+SHAREGPT_ROLES: Final = {
+    "human": "user",
+    "gpt": "assistant",
     "user": "user",
     "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
 }
 
-
-class Message(TypedDict):
-    """One message of a chat, as ``apply_chat_template`` takes it."""
-
-    role: Role
-    content: str
+Raw = tuple[list[object], object]
+"""Messages in OpenAI's shape, and the tools that they may call."""
 
 
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """What is said, in order, and which messages are trained.
-
-    Args:
-        messages: The messages of one chat.
-        trained: For each message, whether its content is supervised.
-    """
-
-    messages: list[Message]
-    trained: list[bool]
-
-
-class BadRowError(DataError):
-    """A row cannot be used. Whoever reads the file adds file and line.
-
-    Args:
-        reason: The kind of fault in a few words; rows are counted by it.
-        detail: What was found in this row, and what to do.
-    """
-
-    def __init__(self, reason: str, detail: str) -> None:
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-
-
-def parse_conversation(row: object) -> Conversation:
+def parse_row(row: object, options: RowOptions) -> Conversation | PlainText | Encoded:
     """Read a row for training.
 
     Args:
-        row: A decoded row: OpenAI ``messages``, or ``prompt`` and ``completion``.
+        row: A decoded row.
+        options: Its format and how to treat what it holds.
 
     Returns:
-        A conversation in which users and the assistant take turns and the assistant speaks last.
+        What the row holds.
 
     Raises:
-        BadRowError: The row has no known format, or its turns cannot be trained.
+        BadRowError: The row has no known format, or cannot be trained.
     """
-    messages = _messages(row)
-    _check_order(messages)
-    if messages[-1]["role"] != "assistant":
-        raise BadRowError("last turn is not the assistant's", "nothing answers it; remove it or add the answer")
-    return Conversation(messages, [message["role"] == "assistant" for message in messages])
+    fields = _fields(row, options)
+    name = _recognise(fields, options)
+    if name == "text":
+        return PlainText(_string(fields["text"], "text"))
+    if name == "tokens":
+        return _tokens(fields)
+    return training_turns(read_messages(*_READERS[name](fields), options), options)
 
 
-def parse_prompt(row: object) -> Conversation:
+def parse_prompt(row: object, options: RowOptions) -> Conversation:
     """Read a row for generation; an answer at its end is left out.
 
     Args:
-        row: A decoded row: OpenAI ``messages``, or ``prompt`` with or without ``completion``.
+        row: A decoded row with messages of any format, or a ``prompt`` alone.
+        options: Its format and how to treat what it holds.
 
     Returns:
         A conversation that ends where the assistant is to speak.
@@ -79,89 +60,159 @@ def parse_prompt(row: object) -> Conversation:
     Raises:
         BadRowError: The row has no known format, or does not lead to an answer.
     """
-    messages = _messages(row)
-    if messages[-1]["role"] == "assistant":
-        messages = messages[:-1]
-    if not messages or messages[-1]["role"] != "user":
-        raise BadRowError("no question", "a prompt has a user's message before the assistant's turn")
-    _check_order(messages)
-    return Conversation(messages, [False] * len(messages))
+    fields = _fields(row, options)
+    name = _recognise(fields, options)
+    if name not in _READERS:
+        raise BadRowError("not a chat", f"a row of format '{name}' has no turns that could be answered")
+    return prompt_turns(read_messages(*_READERS[name](fields), options), options)
 
 
-def _messages(row: object) -> list[Message]:
+def _fields(row: object, options: RowOptions) -> Mapping[str, Any]:
     if not isinstance(row, dict):
-        raise BadRowError("not an object", f"a row is a JSON object with named fields, not {_kind(row)}")
-    if "messages" in row:
-        messages = _message_list(row["messages"], "messages")
-    elif "prompt" in row:
-        messages = _side(row["prompt"], "prompt", "user")
-        if "completion" in row:
-            messages += _side(row["completion"], "completion", "assistant")
-    else:
-        found = ", ".join(map(repr, row)) or "nothing"
-        raise BadRowError("unknown format", f"found {found}; known are 'messages', or 'prompt' and 'completion'")
-    if not messages:
-        raise BadRowError("no messages", "'messages' is empty")
-    return messages
+        raise BadRowError("not an object", f"a row is a JSON object with named fields, not {kind_of(row)}")
+    for name, column in (options.columns or {}).items():
+        if column not in row:
+            raise BadRowError("column is missing", f"data.columns names {column!r} for '{name}'; found {_found(row)}")
+    return row | {name: row[column] for name, column in (options.columns or {}).items()}
 
 
-def _side(value: object, key: str, role: Role) -> list[Message]:
-    if isinstance(value, str):
-        return [{"role": role, "content": _content(value, key)}]
-    return _message_list(value, key)
+def _recognise(fields: Mapping[str, Any], options: RowOptions) -> str:
+    names = [name for name in FORMATS if all(key in fields for key in FORMATS[name])]
+    if options.format == "auto" and names:
+        return names[0]
+    if options.format in names:
+        return options.format
+    wanted = "messages" if options.format == "auto" else options.format
+    raise BadRowError(
+        "unknown format",
+        f"found {_found(fields)}; expected {' and '.join(map(repr, FORMATS[wanted]))}"
+        + (f" or another of the formats {', '.join(FORMATS)}" if options.format == "auto" else "")
+        + f"; name other columns with data.columns{suggest_table(list(fields))}",
+    )
 
 
-def _message_list(value: object, key: str) -> list[Message]:
+def suggest_table(columns: list[str]) -> str:
+    """Guess which columns of a table hold one message a row.
+
+    Args:
+        columns: The names in the file's head.
+
+    Returns:
+        The options to set, or an empty text.
+    """
+    hints = {
+        "conversation_id": ("conversation", "thread", "ticket", "session", "dialog", "chat", "case"),
+        "role": ("role", "author", "sender", "speaker", "from"),
+        "content": ("content", "message", "text", "body", "utterance"),
+        "order": ("order", "time", "date", "created", "index", "turn", "position"),
+    }
+    guess: dict[str, str] = {}
+    for option, words in hints.items():
+        fitting = (c for word in words for c in columns if word in c.lower() and c not in guess.values())
+        if found := next(fitting, None):
+            guess[option] = found
+    if not {"conversation_id", "role", "content"} <= guess.keys():
+        return ""
+    return "; one message a row? Try " + " ".join(f"--data.{option} {column}" for option, column in guess.items())
+
+
+def _messages(fields: Mapping[str, Any]) -> Raw:
+    return _list(fields["messages"], "messages"), fields.get("tools")
+
+
+def _sharegpt(fields: Mapping[str, Any]) -> Raw:
+    items = [_sharegpt_item(item) for item in _list(fields["conversations"], "conversations")]
+    return _with_system(fields, items), fields.get("tools")
+
+
+def _sharegpt_item(item: object) -> object:
+    if not isinstance(item, dict) or "from" not in item:
+        return item
+    name, value = item["from"], item.get("value")
+    message = {**item, "role": SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name, "content": value}
+    if name == "function_call":
+        calls = _json(value, "function_call")
+        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
+    return message
+
+
+def _alpaca(fields: Mapping[str, Any]) -> Raw:
+    items: list[object] = []
+    for index, pair in enumerate(_list(fields.get("history") or [], "history")):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise BadRowError("not a message", f"history[{index}] is not a pair of question and answer")
+        items += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+    question = _string(fields["instruction"], "instruction")
+    if fields.get("input"):
+        question = (
+            f"{question}\n\n{_string(fields['input'], 'input')}" if question else _string(fields["input"], "input")
+        )
+    items += [{"role": "user", "content": question}, {"role": "assistant", "content": fields["output"]}]
+    return _with_system(fields, items), fields.get("tools")
+
+
+def _prompt_completion(fields: Mapping[str, Any]) -> Raw:
+    items: list[object] = []
+    for key, role in (("prompt", "user"), ("completion", "assistant")):
+        value = fields.get(key)
+        if isinstance(value, list):
+            items += value
+        elif key in fields:
+            items.append({"role": role, "content": _string(value, key)})
+    return items, fields.get("tools")
+
+
+_READERS: Final[dict[str, Callable[[Mapping[str, Any]], Raw]]] = {
+    "messages": _messages,
+    "sharegpt": _sharegpt,
+    "alpaca": _alpaca,
+    "prompt_completion": _prompt_completion,
+}
+
+
+def _with_system(fields: Mapping[str, Any], items: list[object]) -> list[object]:
+    return [{"role": "system", "content": fields["system"]}, *items] if fields.get("system") else items
+
+
+def _tokens(fields: Mapping[str, Any]) -> Encoded:
+    ids, labels = (_list(fields[key], key) for key in ("input_ids", "labels"))
+    tokens = [token for token in ids if type(token) is int and 0 <= token < 2**31]
+    if len(tokens) != len(ids) or len(ids) != len(labels):
+        raise BadRowError("not tokens", "'input_ids' and 'labels' are lists of token ids of one length")
+    if any(label not in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True)):
+        raise BadRowError(
+            "labels differ from input_ids", f"a label is its own token, not the next one, or {IGNORE_INDEX}"
+        )
+    spans, position = [], 0
+    for trained, run in groupby(labels, key=lambda label: label != IGNORE_INDEX):
+        end = position + len(list(run))
+        if trained:
+            spans.append((position, end))
+        position = end
+    return Encoded(tokens, spans)
+
+
+def _list(value: object, key: str) -> list[object]:
+    value = _json(value, key) if isinstance(value, str) else value
     if not isinstance(value, list):
-        raise BadRowError("no list of messages", f"'{key}' is {_kind(value)}; give a list of role and content")
-    return [_message(item, f"{key}[{index}]") for index, item in enumerate(value)]
-
-
-def _message(item: object, where: str) -> Message:
-    if not isinstance(item, dict):
-        raise BadRowError("not a message", f"{where} is {_kind(item)}; give an object with role and content")
-    role = item.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise BadRowError("unknown role", f"{where}.role is {role!r}; known are {', '.join(ROLES)}")
-    if "content" not in item:
-        raise BadRowError("no content", f"{where} has no content")
-    return {"role": ROLES[role], "content": _content(item["content"], f"{where}.content")}
-
-
-def _content(value: object, where: str) -> str:
-    if isinstance(value, list):
-        value = "".join(_text_part(part, f"{where}[{index}]") for index, part in enumerate(value))
-    if not isinstance(value, str):
-        raise BadRowError("content is not text", f"{where} is {_kind(value)}; give a string or a list of text parts")
-    if not value.isascii():
-        try:
-            value.encode()
-        except UnicodeEncodeError as error:
-            raise BadRowError("lone surrogate", f"{where} is not valid Unicode at character {error.start}") from None
+        raise BadRowError("no list", f"'{key}' is {kind_of(value)}; give a list")
     return value
 
 
-def _text_part(part: object, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
-        return str(part["text"])
-    found = f"a part of type {part.get('type')!r}" if isinstance(part, dict) else _kind(part)
-    raise BadRowError("content is not text", f"{where} is {found}; only {{'type': 'text', 'text': '...'}} is text")
+def _string(value: object, key: str) -> str:
+    if not isinstance(value, str):
+        raise BadRowError("content is not text", f"'{key}' is {kind_of(value)}; give a string")
+    return check_text(value, key)
 
 
-def _check_order(messages: list[Message]) -> None:
-    spoken = [index for index, message in enumerate(messages) if message["role"] != "system"]
-    if spoken and messages[spoken[0]]["role"] == "assistant":
-        raise BadRowError(
-            "assistant speaks first", f"messages[{spoken[0]}] answers nothing; put a user's turn before it"
-        )
-    for before, after in pairwise(spoken):
-        role = messages[after]["role"]
-        if messages[before]["role"] == role:
-            raise BadRowError(
-                f"two {role} turns in a row", f"messages[{before}] and messages[{after}]; merge them or remove one"
-            )
+def _json(value: object, key: str) -> object:
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRowError("not JSON", f"'{key}' holds a text that is no JSON ({error})") from None
 
 
-def _kind(value: object) -> str:
-    names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
-    return names.get(type(value), "a list" if isinstance(value, list) else "an object")
+def _found(fields: Mapping[str, Any]) -> str:
+    return ", ".join(map(repr, fields)) or "nothing"

@@ -1,48 +1,118 @@
 """The options of ChatDataModule, typed, with their ranges."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Final, Literal
 
 from phi3_lightning.errors import ConfigError
 
 Files = str | list[str]
 Split = Literal["train", "val", "test", "predict"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"]
 
-_LEAST = {"max_length": 2, "batch_size": 1, "num_workers": 0, "num_proc": 1}
+FORMATS: Final[dict[str, tuple[str, ...]]] = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt",),
+    "tokens": ("input_ids", "labels"),
+    "text": ("text",),
+}
+"""The fields that a row of each format has; where several fit, the first is meant."""
+
+_COLUMNS = {"input", "system", "history", "completion", "tools", *(key for keys in FORMATS.values() for key in keys)}
+_ROLES = ("system", "user", "assistant", "tool")
+_LEAST = {"max_length": 2, "batch_size": 1, "num_workers": 0, "num_proc": 1, "max_tokens_per_batch": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options:
+class RowOptions:
+    """What decides, beside the tokenizer, how a row is read and tokenised; see ``ChatDataModule``."""
+
+    format: Format = "auto"
+    columns: dict[str, str] | None = None
+    conversation_id: str | None = None
+    role: str | None = None
+    content: str | None = None
+    order: str | None = None
+    roles: dict[str, str] | None = None
+    repeated_role: Literal["refuse", "merge"] = "refuse"
+    system: Literal["keep", "merge_into_user", "refuse"] = "keep"
+    tools: Literal["render", "refuse", "drop"] = "render"
+    special_text: Literal["plain", "refuse"] = "plain"
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    max_length: int = 2048
+    overlong: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop"
+
+    def __post_init__(self) -> None:
+        for name in self.columns or {}:
+            if name not in _COLUMNS:
+                raise ConfigError(f"data.columns: {name!r} is no field of any format; known are {sorted(_COLUMNS)}.")
+        for alias, role in (self.roles or {}).items():
+            if role not in _ROLES:
+                raise ConfigError(f"data.roles: {alias!r} maps to {role!r}; roles are {', '.join(_ROLES)}.")
+        table = {"conversation_id": self.conversation_id, "role": self.role, "content": self.content}
+        missing = [name for name, column in table.items() if column is None]
+        if (0 < len(missing) < len(table)) or (missing and self.order is not None):
+            raise ConfigError(
+                f"data.{missing[0]}: not given; a table of one message a row needs data.conversation_id, data.role and "
+                "data.content."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(RowOptions):
     """What ``ChatDataModule`` was given; its docstring says what each option means.
 
     Raises:
-        ConfigError: A value is out of its range.
+        ConfigError: A value is out of its range, or two contradict each other.
     """
 
     train: Files | None
+    weights: list[float] | None
     val: Files | None
     val_fraction: float
     test: Files | None
     predict: Files | None
     tokenizer: str | None
     revision: str | None
-    max_length: int
+    chat_template: str | None
     packing: bool
     batch_size: int
+    max_tokens_per_batch: int | None
     num_workers: int
     num_proc: int
     on_bad_row: Literal["raise", "skip"]
-    overlong: Literal["drop"]
     cache_dir: str | None
     seed: int | None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value < least:
+            if value is not None and value < least:
                 raise ConfigError(f"data.{name}: {value} is too small; give {least} or more.")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"data.val_fraction: {self.val_fraction} is not in [0, 1); 0.05 is usual.")
+        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.max_length:
+            raise ConfigError(
+                f"data.max_tokens_per_batch: {self.max_tokens_per_batch} holds no row of data.max_length "
+                f"{self.max_length}; give {self.max_length} or more."
+            )
+        if self.weights is not None:
+            count = len(self.train) if isinstance(self.train, list) else 1
+            if len(self.weights) != count or min(self.weights, default=0) <= 0:
+                raise ConfigError(f"data.weights: {self.weights}; give one positive number for each of data.train.")
+
+    def row_options(self, **changes: Any) -> RowOptions:
+        """The part of the options that decides about tokens.
+
+        Args:
+            **changes: Other values for some of them.
+
+        Returns:
+            A copy.
+        """
+        return RowOptions(**({field.name: getattr(self, field.name) for field in fields(RowOptions)} | changes))
 
     def files(self, split: Split) -> Files | None:
         """The files of a split.

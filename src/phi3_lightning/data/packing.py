@@ -81,6 +81,7 @@ def plan_batches(
     *,
     batch_size: int,
     capacity: int | None,
+    max_tokens: int | None = None,
     seed: int | None = None,
     apart: int | None = None,
 ) -> Plan:
@@ -90,6 +91,7 @@ def plan_batches(
         lengths: Tokens of each document, shape (documents,).
         batch_size: Rows of a batch.
         capacity: Tokens of a packed row; None gives each document a row of its own.
+        max_tokens: Tokens of a batch, padding included; in place of ``batch_size``.
         seed: Mixes rows before they are put into batches; None keeps batches in order of length, longest first.
         apart: Documents longer than this never share a batch with shorter ones.
 
@@ -107,7 +109,7 @@ def plan_batches(
             rows = [[document] for document in members.tolist()]
         else:
             rows = [members[row].tolist() for row in pack(lengths[members], capacity)]
-        batches += _group(rows, lengths, batch_size, rng)
+        batches += _group(rows, lengths, batch_size, max_tokens, rng)
     flat = [row for batch in batches for row in batch]
     return Plan(
         documents=np.array([document for row in flat for document in row], dtype=np.int64),
@@ -117,14 +119,40 @@ def plan_batches(
 
 
 def _group(
-    rows: list[list[int]], lengths: Ints, batch_size: int, rng: np.random.Generator | None
+    rows: list[list[int]], lengths: Ints, batch_size: int, max_tokens: int | None, rng: np.random.Generator | None
 ) -> list[list[list[int]]]:
     tokens = np.array([lengths[row].sum() for row in rows], dtype=np.int64)
     order = np.arange(len(rows)) if rng is None else rng.permutation(len(rows))
-    window = len(rows) if rng is None else 64 * batch_size  # sorting all rows would make batches of one kind of text
+    window = len(rows) if rng is None else 256  # sorting all rows would make batches of one kind of text
     for start in range(0, len(rows), max(window, 1)):
         part = order[start : start + window]
         order[start : start + window] = part[np.argsort(-tokens[part], kind="stable")]
-    return [
-        [rows[row] for row in order[start : start + batch_size].tolist()] for start in range(0, len(rows), batch_size)
-    ]
+    batches: list[list[list[int]]] = []
+    longest = 0
+    for row in order.tolist():
+        longest = max(longest, int(tokens[row]))
+        full = batch_size if max_tokens is None else max_tokens // longest
+        if not batches or len(batches[-1]) >= full:
+            batches.append([])
+            longest = int(tokens[row])
+        batches[-1].append(rows[row])
+    return batches
+
+
+def mix(items: Ints, weights: list[float], seed: int) -> Ints:
+    """Choose documents so that sources have given shares. None is taken twice, and as many as possible are taken.
+
+    Args:
+        items: The source of each document, shape (documents,).
+        weights: The share of each source; only their proportions matter.
+        seed: Decides which documents of a source are left out.
+
+    Returns:
+        The chosen documents, in their order, shape (chosen,).
+    """
+    counts = np.bincount(items, minlength=len(weights))
+    shares = np.array(weights) / np.sum(weights)
+    sizes = np.floor(shares * np.min(counts / shares) + 1e-9).astype(np.int64)
+    mixed = np.random.default_rng(seed).permutation(len(items))
+    chosen = [mixed[items[mixed] == item][:size] for item, size in enumerate(sizes)]
+    return np.sort(np.concatenate(chosen))

@@ -8,6 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -18,8 +19,10 @@ from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColum
 
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.encode import Chunk, Encoder, Job, encode_all
+from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.packing import Ints
 from phi3_lightning.data.sources import Source
+from phi3_lightning.data.tables import gather
 from phi3_lightning.errors import DataError
 
 log = logging.getLogger(__name__)
@@ -43,7 +46,8 @@ class Statistics:
 
     Args:
         read: Rows found.
-        kept: Documents that can be used.
+        kept: Documents that can be used; of a row that is split, several.
+        cut: Rows of which something was cut off, because they are too long.
         dropped: Rows left out, by reason.
         tokens: Tokens of the kept documents.
         supervised_tokens: Those of them that are trained.
@@ -51,6 +55,7 @@ class Statistics:
 
     read: int
     kept: int
+    cut: int
     dropped: dict[str, int]
     tokens: int
     supervised_tokens: int
@@ -58,7 +63,8 @@ class Statistics:
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped.items())
         trained = f", {self.supervised_tokens / self.tokens:.1%} of them trained" if self.supervised_tokens else ""
-        return f"{self.read} rows read, {self.kept} kept{dropped}; {self.tokens} tokens{trained}"
+        cut = f", {self.cut} cut" if self.cut else ""
+        return f"{self.read} rows read, {self.kept} kept{cut}{dropped}; {self.tokens} tokens{trained}"
 
 
 @dataclass(frozen=True)
@@ -95,6 +101,16 @@ class Prepared:
         found = self.table[indices]
         arrays = zip(indices, found["input_ids"], found["spans"], strict=True)
         return [Document(index, np.asarray(ids, np.int32), np.asarray(spans, np.int32)) for index, ids, spans in arrays]
+
+    def items(self) -> Ints:
+        """Which of the things that the user gave each document belongs to.
+
+        Returns:
+            Shape (documents,), int64.
+        """
+        items: Ints = np.array([source.item for source in self.sources], dtype=np.int64)
+        sources: Ints = np.asarray(self.table.data.column("source"), dtype=np.int64)
+        return items[sources]
 
     def describe(self, indices: list[int]) -> list[str]:
         """Say where documents came from.
@@ -157,18 +173,17 @@ def _publish(folder: Path, final: Path) -> None:
 
 
 def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: str, num_proc: int) -> None:
-    read = tokens = supervised = kept = 0
+    read = cut = tokens = supervised = kept = bad_count = 0
     dropped: Counter[str] = Counter()
     bad: list[str] = []
-    bad_count = 0
-    progress = Progress(
-        SpinnerColumn(), TextColumn("tokenising"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn()
-    )
+    columns = (SpinnerColumn(), TextColumn("tokenising"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
+    progress = Progress(*columns)
     progress.disable = not progress.console.is_terminal
     task = progress.add_task("", total=None)
     with progress, pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
-        for chunk in encode_all(_jobs(sources), encoder, num_proc):
+        for chunk in encode_all(_jobs(sources, encoder.options), encoder, num_proc):
             read += chunk.read
+            cut += chunk.cut
             dropped.update(chunk.dropped)
             bad_count += len(chunk.bad)
             bad += [f"{sources[chunk.source].place(row)}: {why}" for row, why in chunk.bad[: _SHOWN - len(bad)]]
@@ -178,33 +193,32 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
                 tokens += int(chunk.lengths.sum())
                 supervised += int((chunk.spans[1::2] - chunk.spans[0::2]).sum())
             progress.update(task, completed=read)
-    listing = "\n".join(f"  {line}" for line in bad)
-    if bad_count > len(bad):
-        listing += f"\n  and {bad_count - len(bad)} more"
-    if bad and on_bad_row == "raise":
-        raise DataError(
-            f"{bad_count} of {read} rows cannot be used:\n{listing}\n"
-            "Mend them, or set data.on_bad_row: skip to leave such rows out."
-        )
-    statistics = Statistics(read, kept, dict(dropped), tokens, supervised)
+    _report_bad_rows(bad, bad_count, read, on_bad_row)
+    statistics = Statistics(read, kept, cut, dict(dropped), tokens, supervised)
     if not kept:
-        names = ", ".join(sorted({source.place(1).rsplit(":", 1)[0].removesuffix(" row 1") for source in sources}))
+        names = ", ".join(sorted({source.name() for source in sources}))
         raise DataError(f"{names}: no row is left to use: {statistics}. Check data.max_length and the rows.")
-    if bad:
-        log.warning("%d of %d rows are left out:\n%s", bad_count, read, listing)
     (folder / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
 
 
-def _jobs(sources: list[Source]) -> Iterator[Job]:
+def _report_bad_rows(bad: list[str], count: int, read: int, on_bad_row: str) -> None:
+    listing = "\n".join(f"  {line}" for line in bad)
+    if count > len(bad):
+        listing += f"\n  and {count - len(bad)} more"
+    if bad and on_bad_row == "raise":
+        raise DataError(
+            f"{count} of {read} rows cannot be used:\n{listing}\n"
+            "Mend them, or set data.on_bad_row: skip to leave such rows out."
+        )
+    if bad:
+        log.warning("%d of %d rows are left out:\n%s", count, read, listing)
+
+
+def _jobs(sources: list[Source], options: RowOptions) -> Iterator[Job]:
     for index, source in enumerate(sources):
-        rows = []
-        for row in source.rows():
-            rows.append(row)
-            if len(rows) == _CHUNK:
-                yield Job(index, rows)
-                rows = []
-        if rows:
-            yield Job(index, rows)
+        rows = source.rows() if options.conversation_id is None else gather(source.rows(), options)
+        while part := list(islice(rows, _CHUNK)):
+            yield Job(index, part)
 
 
 def _record_batch(chunk: Chunk) -> pa.RecordBatch:

@@ -1,38 +1,31 @@
-"""Where rows come from: files and hub data sets, one decoded row at a time, each with its place."""
+"""Where rows come from: files, folders and hub data sets."""
 
+import glob
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
-from typing import BinaryIO
 
 import datasets
-import pyarrow
-import pyarrow.parquet
 
-from phi3_lightning.data.formats import BadRowError
+from phi3_lightning.data.readers import BOM, SUFFIXES, Row, data_suffix, kind_of_file, open_file, read_rows
 from phi3_lightning.errors import DataError
 
-Row = tuple[int, object]
-"""A row's number in its source, from 1 (its line, where there are lines), and its values, or the bytes of its line."""
-
-_BOM = b"\xef\xbb\xbf"
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^:/]+))?")
-_SUFFIXES = {".jsonl", ".json", ".ndjson", ".parquet"}
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file of rows: JSON lines, one JSON array, or Parquet. The content tells which.
+    """A file of rows: JSON lines, one JSON array, CSV, Parquet or Arrow, packed with gzip or not.
 
     Args:
         path: The file.
+        item: Which of the things that the user gave it belongs to.
     """
 
     path: Path
+    item: int = 0
 
     def check(self) -> None:
         """Look whether the file can be read at all, in no time.
@@ -42,23 +35,29 @@ class FileSource:
         """
         if not self.path.exists():
             raise DataError(f"{self.path}: no such file. Give a path, or a data set on the hub as 'owner/name:split'.")
-        if not self.path.is_file():
-            raise DataError(f"{self.path}: not a file. Give JSON, JSON lines or Parquet files.")
         try:
-            with self.path.open("rb") as file:
-                if not file.read(4).removeprefix(_BOM).strip() and not file.read().strip():
+            with open_file(self.path) as file:
+                if not file.read(4).removeprefix(BOM).strip() and not file.read().strip():
                     raise DataError(f"{self.path}: the file is empty. Write one chat per line into it.")
         except OSError as error:
-            raise DataError(f"{self.path}: cannot be read ({error.strerror}). Check its permissions.") from error
+            raise DataError(f"{self.path}: cannot be read ({error}). Check it and its permissions.") from error
 
     def fingerprint(self) -> str:
-        """A name for the file's content.
+        """A name for the file's content, and for its place among what the user gave.
 
         Returns:
             Hexadecimal digits.
         """
         with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "blake2b").hexdigest()
+            return f"{self.item}:{data_suffix(self.path)}:{hashlib.file_digest(file, 'blake2b').hexdigest()}"
+
+    def name(self) -> str:
+        """What the user calls it.
+
+        Returns:
+            Its path.
+        """
+        return str(self.path)
 
     def place(self, row: int) -> str:
         """Say where a row is.
@@ -69,39 +68,15 @@ class FileSource:
         Returns:
             ``path:line``, or the row's number in files without lines.
         """
-        with self.path.open("rb") as file:
-            return f"{self.path}:{row}" if _content_kind(file) == "lines" else f"{self.path} row {row}"
+        return f"{self.path}:{row}" if kind_of_file(self.path) == "lines" else f"{self.path} row {row}"
 
     def rows(self) -> Iterator[Row]:
         """Read the file from its beginning.
 
-        Yields:
-            Each row; lines as bytes, for ``decode_line``.
-
-        Raises:
-            DataError: The file as a whole cannot be decoded.
+        Returns:
+            Its rows; lines as bytes, for ``decode_line``.
         """
-        with self.path.open("rb") as file:
-            kind = _content_kind(file)
-            if kind == "parquet":
-                yield from self._parquet_rows(file)
-            elif kind == "array":
-                yield from enumerate(self._array(file), start=1)
-            else:
-                yield from _line_rows(file)
-
-    def _parquet_rows(self, file: BinaryIO) -> Iterator[Row]:
-        try:
-            batches = pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024)
-            yield from enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
-        except (pyarrow.ArrowException, OSError) as error:
-            raise DataError(f"{self.path}: not a Parquet file that can be read ({error}).") from error
-
-    def _array(self, file: BinaryIO) -> list[object]:
-        try:
-            return list(json.loads(file.read().removeprefix(_BOM)))
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{self.path}: not a JSON array ({error}). Mend it, or write one row per line.") from error
+        return read_rows(self.path)
 
 
 @dataclass(frozen=True)
@@ -109,23 +84,33 @@ class HubSource:
     """A split of a data set on the Hugging Face hub.
 
     Args:
-        name: Its id, ``owner/name``.
+        id: Its name on the hub, ``owner/name``.
         split: The split.
+        item: Which of the things that the user gave it is.
     """
 
-    name: str
+    id: str
     split: str
+    item: int = 0
 
     def check(self) -> None:
         """Nothing can be said without the network; the set is looked for when it is read."""
 
     def fingerprint(self) -> str:
-        """A name for the set's content.
+        """A name for the set's content, and for its place among what the user gave.
 
         Returns:
             The fingerprint that ``datasets`` gives it.
         """
-        return f"{self.name}:{self.split}:{self._load()._fingerprint}"
+        return f"{self.item}:{self.id}:{self.split}:{self._load()._fingerprint}"
+
+    def name(self) -> str:
+        """What the user calls it.
+
+        Returns:
+            Its id and split.
+        """
+        return f"{self.id}:{self.split}"
 
     def place(self, row: int) -> str:
         """Say where a row is.
@@ -136,26 +121,26 @@ class HubSource:
         Returns:
             Name, split and number.
         """
-        return f"{self.name}:{self.split} row {row}"
+        return f"{self.id}:{self.split} row {row}"
 
     def rows(self) -> Iterator[Row]:
         """Read the split from its beginning.
 
-        Yields:
-            Each row.
+        Returns:
+            Its rows.
 
         Raises:
             DataError: There is no such set or split, or the hub cannot be reached.
         """
-        yield from enumerate(self._load(), start=1)
+        return enumerate(self._load(), start=1)
 
     def _load(self) -> datasets.Dataset:
         try:
-            return datasets.load_dataset(self.name, split=self.split)
+            return datasets.load_dataset(self.id, split=self.split)
         except Exception as error:  # load_dataset lets through whatever its many back ends raise
             raise DataError(
-                f"{self.name}: neither a file nor a data set with a split {self.split!r} that can be loaded from the "
-                f"hub ({error}). Check the spelling, or name the split: '{self.name}:SPLIT'."
+                f"{self.id}: neither a file nor a data set with a split {self.split!r} that can be loaded from the "
+                f"hub ({error}). Check the spelling, or name the split: '{self.id}:SPLIT'."
             ) from error
 
 
@@ -166,56 +151,37 @@ def find_sources(given: str | list[str]) -> list[Source]:
     """Understand what a user gave as data.
 
     Args:
-        given: A path, a hub id (``owner/name`` or ``owner/name:split``), or several of them.
+        given: A file, a folder, a glob pattern, a hub id (``owner/name`` or ``owner/name:split``), or several of them.
 
     Returns:
-        The sources, in the order given.
+        The sources, in the order given; files of a folder or a pattern by name.
 
     Raises:
         DataError: A path leads nowhere, or a file cannot be read.
     """
-    sources = [_find(item) for item in ([given] if isinstance(given, str) else given)]
+    items = [given] if isinstance(given, str) else given
+    sources = [source for index, item in enumerate(items) for source in _find(item, index)]
     for source in sources:
         source.check()
     return sources
 
 
-def _find(given: str) -> Source:
+def _find(given: str, item: int) -> list[Source]:
     path = Path(given).expanduser()
     hub = _HUB.fullmatch(given)
-    if path.exists() or hub is None or path.suffix.lower() in _SUFFIXES:
-        return FileSource(path)
-    return HubSource(hub["name"], hub["split"] or "train")
+    if path.is_dir():
+        return _files(given, item, [str(file) for file in path.rglob("*")])
+    if path.exists() or (hub and data_suffix(path) in SUFFIXES):
+        return [FileSource(path, item)]
+    if any(sign in given for sign in "*?["):
+        return _files(given, item, glob.glob(str(path), recursive=True))  # noqa: PTH207, a pattern may be absolute
+    return [FileSource(path, item)] if hub is None else [HubSource(hub["name"], hub["split"] or "train", item)]
 
 
-def _content_kind(file: BinaryIO) -> str:
-    start = file.read(4096)
-    file.seek(0)
-    if start.startswith(b"PAR1"):
-        return "parquet"
-    return "array" if start.removeprefix(_BOM).lstrip().startswith(b"[") else "lines"
-
-
-def _line_rows(file: BinaryIO) -> Iterator[Row]:
-    for number, line in enumerate(file, start=1):  # bytes: only line feeds end a line, as JSON lines has it
-        text = line.removeprefix(_BOM) if number == 1 else line
-        if text.strip():
-            yield number, text
-
-
-def decode_line(line: bytes) -> object:
-    """Decode one line of JSON lines.
-
-    Args:
-        line: Its bytes.
-
-    Returns:
-        The row.
-
-    Raises:
-        BadRowError: It is not UTF-8, or not JSON.
-    """
-    try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise BadRowError("not JSON", f"{error}") from None
+def _files(given: str, item: int, found: list[str]) -> list[Source]:
+    files = sorted(path for path in map(Path, found) if data_suffix(path) in SUFFIXES and path.is_file())
+    if any(path.suffix == ".arrow" for path in files):  # a saved data set, whose JSON files describe it
+        files = [path for path in files if path.suffix == ".arrow"]
+    if not files:
+        raise DataError(f"{given}: no data files in it; known are {', '.join(sorted(SUFFIXES))}, and these with .gz.")
+    return [FileSource(path, item) for path in files]

@@ -3,34 +3,16 @@
 import re
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Any, Final, NamedTuple
+from pathlib import Path
+from typing import Any, Literal
 
 from jinja2 import TemplateError
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
-from phi3_lightning.data.formats import BadRowError, Conversation, Message
+from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, Message
+from phi3_lightning.data.marks import MARKS, Rendered, free_marks, lost, mark, unmark
 from phi3_lightning.errors import ConfigError
-
-# Unicode sets these aside for a program's own use and text never holds them, so they mark where contents begin and end.
-_MARKS: Final = [chr(code) for code in range(0xFDD0, 0xFDF0)]
-
-
-class Encoded(NamedTuple):
-    """A tokenised conversation.
-
-    Args:
-        input_ids: The tokenizer's own rendering of the whole conversation.
-        spans: Supervised tokens as half-open ranges, in order: each trained content and its end-of-turn token.
-    """
-
-    input_ids: list[int]
-    spans: list[tuple[int, int]]
-
-
-class _Rendered(NamedTuple):
-    text: str
-    contents: list[tuple[int, int]]  # characters of each message's content
 
 
 class _Pieces:
@@ -48,7 +30,7 @@ class _Pieces:
         return next((index for index, (start, end) in enumerate(self.offsets) if start <= char < end), None)
 
 
-def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenizerFast:
+def load_tokenizer(name: str, revision: str | None = None, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Load a tokenizer exactly as its ``tokenizer.json`` defines it.
 
     ``AutoTokenizer`` rebuilds the tokenizer of a folder that names Llama's class, which changes the ids of Phi-3.
@@ -56,12 +38,13 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
     Args:
         name: Folder or hub id.
         revision: Branch, tag or commit on the hub.
+        chat_template: A file with a Jinja template to use instead of the tokenizer's own.
 
     Returns:
         The tokenizer, without truncation and padding of its own.
 
     Raises:
-        ConfigError: There is no such tokenizer, or it has no chat template.
+        ConfigError: There is no such tokenizer or file, or there is no chat template.
     """
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main")
@@ -69,8 +52,13 @@ def load_tokenizer(name: str, revision: str | None = None) -> PreTrainedTokenize
         raise ConfigError(
             f"data.tokenizer: cannot load {name!r} ({error}). Give a folder with tokenizer.json, or a hub id."
         ) from error
+    if chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"data.chat_template: cannot read {chat_template} ({error}).") from error
     if tokenizer.chat_template is None:
-        raise ConfigError(f"data.tokenizer: {name!r} has no chat template, so chats cannot be rendered.")
+        raise ConfigError(f"data.tokenizer: {name!r} has no chat template; give one with data.chat_template.")
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
@@ -81,13 +69,15 @@ class ChatTemplate:
 
     Args:
         tokenizer: A tokenizer with a chat template.
+        special_text: Whether a special token's text within a content is plain text, or refused. It is never a turn.
 
     Raises:
         ConfigError: The template loses text, doubles the first token, or ends no turn with a token of its own.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, special_text: Literal["plain", "refuse"] = "plain") -> None:
         self.tokenizer = tokenizer
+        self._can_defuse = special_text == "plain"
         added = tokenizer.added_tokens_decoder
         self._special_ids = {index for index, token in added.items() if token.special}
         specials = sorted((added[index].content for index in self._special_ids), key=len, reverse=True)
@@ -113,35 +103,58 @@ class ChatTemplate:
             For each conversation its tokens, or why the template cannot render it.
         """
         rendered = self._render([conversation.messages for conversation in conversations], add_generation_prompt)
-        good = [item for item in rendered if isinstance(item, _Rendered)]
+        good = [item for item in rendered if isinstance(item, Rendered)]
         encodings = iter(self._encode_texts([item.text for item in good]))
         return [
             item if isinstance(item, BadRowError) else self._supervise(conversation, item, next(encodings))
             for conversation, item in zip(conversations, rendered, strict=True)
         ]
 
-    def _render(self, chats: list[list[Message]], add_generation_prompt: bool) -> list[_Rendered | BadRowError]:
+    def encode_texts(self, texts: Sequence[str]) -> list[Encoded | BadRowError]:
+        """Tokenise texts without turns; each ends with the end-of-text token, and all of it is supervised.
+
+        Args:
+            texts: The texts.
+
+        Returns:
+            For each text its tokens, or why it is refused.
+        """
+        backend = self.tokenizer.backend_tokenizer
+        backend.encode_special_tokens = True
+        try:
+            encodings = backend.encode_batch(list(texts), add_special_tokens=True)
+        finally:
+            backend.encode_special_tokens = False
+        end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
+        results: list[Encoded | BadRowError] = []
+        for text, encoding in zip(texts, encodings, strict=True):
+            special = None if self._can_defuse else self._special_text.search(text)
+            ids = encoding.ids + end
+            results.append(_refused(special.group()) if special else Encoded(ids, [(0, len(ids))]))
+        return results
+
+    def _render(self, chats: list[list[Message]], add_generation_prompt: bool) -> list[Rendered | BadRowError]:
         def apply(batch: list[list[Message]]) -> list[str]:
             render: Any = self.tokenizer.apply_chat_template  # its annotations know no TypedDict
             texts: list[str] = render(batch, tokenize=False, add_generation_prompt=add_generation_prompt)
             return texts
 
-        def one(chat: list[Message]) -> _Rendered | BadRowError:
+        def one(chat: list[Message]) -> Rendered | BadRowError:
             try:
-                marks = _free_marks(chat)
-                plain, outer, inner = apply([chat, _mark(chat, *marks), _mark(chat, *marks, strip=True)])
-                return _unmark(chat, plain, outer, marks) or _unmark(chat, plain, inner, marks) or _lost(chat, plain)
+                marks = free_marks(chat)
+                plain, outer, inner = apply([chat, mark(chat, *marks), mark(chat, *marks, strip=True)])
+                return unmark(chat, plain, outer, marks) or unmark(chat, plain, inner, marks) or lost(chat, plain)
             except (TemplateError, TypeError, ValueError, KeyError) as error:
                 return BadRowError("the chat template refuses it", str(error))
 
-        marks = (_MARKS[0], _MARKS[1])
+        marks = (MARKS[0], MARKS[1])
         try:
             plain = apply(chats)
-            outer = apply([_mark(chat, *marks) for chat in chats])
+            outer = apply([mark(chat, *marks) for chat in chats])
         except (TemplateError, TypeError, ValueError, KeyError):
             return [one(chat) for chat in chats]
         rows = zip(chats, plain, outer, strict=True)
-        return [_unmark(chat, text, marked, marks) or one(chat) for chat, text, marked in rows]
+        return [unmark(chat, text, marked, marks) or one(chat) for chat, text, marked in rows]
 
     def _encode_texts(self, texts: list[str], *, plain: bool = False) -> list[Encoding]:
         backend = self.tokenizer.backend_tokenizer
@@ -151,12 +164,11 @@ class ChatTemplate:
         finally:
             backend.encode_special_tokens = False
 
-    def _supervise(
-        self, chat: Conversation, rendered: _Rendered, encoding: Encoding | _Pieces
-    ) -> Encoded | BadRowError:
-        if any(self._special_text.search(message["content"]) for message in chat.messages):
+    def _supervise(self, chat: Conversation, rendered: Rendered, encoding: Encoding | _Pieces) -> Encoded | BadRowError:
+        special = next(filter(None, (self._special_text.search(message["content"]) for message in chat.messages)), None)
+        if special:
             if not self._can_defuse:
-                return BadRowError("special-token text", "this tokenizer can only read it as a turn; remove it")
+                return _refused(special.group())
             encoding = self._defuse(rendered, encoding.ids, encoding.offsets)
         spans = []
         for index, (start, end) in enumerate(rendered.contents):
@@ -174,7 +186,7 @@ class ChatTemplate:
             spans.append((first + swallowed, last + 1))
         return Encoded(encoding.ids, spans)
 
-    def _defuse(self, rendered: _Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> _Pieces:
+    def _defuse(self, rendered: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> _Pieces:
         """Encode again so that only the template's special tokens are special, and a content's are plain text."""
         cuts = [0]
         for token, (start, end) in zip(ids, offsets, strict=True):
@@ -203,7 +215,7 @@ class ChatTemplate:
         ids = encoded.input_ids
         [whole] = self._encode_texts([rendered.text])
         # Some tokenizers treat a text's beginning differently: their texts cannot be encoded piece by piece.
-        self._can_defuse = self._defuse(rendered, whole.ids, whole.offsets).ids == ids
+        self._can_defuse &= self._defuse(rendered, whole.ids, whole.offsets).ids == ids
         if ids[0] == ids[1] == self.tokenizer.bos_token_id:
             raise ConfigError("data.tokenizer: the chat template begins with two bos tokens; remove one from it.")
         ends = {ids[end - 1] for _, end in encoded.spans}
@@ -212,49 +224,5 @@ class ChatTemplate:
         return ends.pop()
 
 
-def _free_marks(chat: list[Message]) -> tuple[str, str]:
-    said = "".join(message["content"] for message in chat)
-    free = [mark for mark in _MARKS if mark not in said]
-    if len(free) < 2:
-        raise ValueError("the contents hold all of Unicode's noncharacters U+FDD0 to U+FDEF")
-    return free[0], free[1]
-
-
-def _mark(chat: list[Message], opening: str, closing: str, *, strip: bool = False) -> list[Message]:
-    marked: list[Message] = []
-    for message in chat:
-        content = message["content"]
-        if strip:  # for templates that trim contents: the marks go inside the outer white space
-            inner = content.strip()
-            head, _, tail = content.partition(inner) if inner else (content, "", "")
-            content = f"{head}{opening}{inner}{closing}{tail}"
-        else:
-            content = f"{opening}{content}{closing}"
-        marked.append({"role": message["role"], "content": content})
-    return marked
-
-
-def _unmark(chat: list[Message], plain: str, marked: str, marks: tuple[str, str]) -> _Rendered | None:
-    """Take the marks out; None where the template changed, moved or lost a content."""
-    opening, closing = marks
-    parts = re.split(f"[{opening}{closing}]", marked)
-    if len(parts) != 2 * len(chat) + 1 or "".join(parts) != plain:
-        return None
-    contents = []
-    position = 0
-    for index, part in enumerate(parts):
-        if index % 2:
-            if part.strip() != chat[index // 2]["content"].strip():
-                return None
-            contents.append((position, position + len(part)))
-        position += len(part)
-    return _Rendered(plain, contents)
-
-
-def _lost(chat: list[Message], text: str) -> BadRowError:
-    for index, message in enumerate(chat):
-        if message["content"].strip() not in text:
-            return BadRowError(
-                "the chat template loses text", f"messages[{index}] of role {message['role']!r} is not rendered"
-            )
-    return BadRowError("the chat template changes text", "contents are moved or rewritten, so they cannot be trained")
+def _refused(special: str) -> BadRowError:
+    return BadRowError("special-token text", f"{special!r} within a content; remove it")

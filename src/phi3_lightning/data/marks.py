@@ -1,0 +1,110 @@
+"""Private characters around contents show where a chat template puts them."""
+
+import re
+from typing import Final, NamedTuple
+
+from phi3_lightning.data.conversation import BadRowError, Message
+
+# Unicode sets these aside for a program's own use and text never holds them, so they mark where contents begin and end.
+MARKS: Final = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+
+
+class Rendered(NamedTuple):
+    """A chat as the template writes it.
+
+    Args:
+        text: The whole.
+        contents: Where in it each message's content is, as half-open ranges of characters.
+    """
+
+    text: str
+    contents: list[tuple[int, int]]
+
+
+def free_marks(chat: list[Message]) -> tuple[str, str]:
+    """Find two marks that a chat does not hold.
+
+    Args:
+        chat: The messages.
+
+    Returns:
+        An opening and a closing mark.
+
+    Raises:
+        ValueError: It holds all of them.
+    """
+    said = "".join(message["content"] for message in chat)
+    free = [mark for mark in MARKS if mark not in said]
+    if len(free) < 2:
+        raise ValueError("the contents hold all of Unicode's noncharacters U+FDD0 to U+FDEF")
+    return free[0], free[1]
+
+
+def mark(chat: list[Message], opening: str, closing: str, *, strip: bool = False) -> list[Message]:
+    """Put marks around each content.
+
+    Args:
+        chat: The messages.
+        opening: The mark before a content.
+        closing: The mark behind it.
+        strip: Leave outer white space outside of the marks, for templates that trim contents.
+
+    Returns:
+        The marked messages.
+    """
+    marked: list[Message] = []
+    for message in chat:
+        content = message["content"]
+        if strip:
+            inner = content.strip()
+            head, _, tail = content.partition(inner) if inner else (content, "", "")
+            content = f"{head}{opening}{inner}{closing}{tail}"
+        else:
+            content = f"{opening}{content}{closing}"
+        marked.append({"role": message["role"], "content": content})
+    return marked
+
+
+def unmark(chat: list[Message], plain: str, marked: str, marks: tuple[str, str]) -> Rendered | None:
+    """Take the marks out again.
+
+    Args:
+        chat: The messages as they were.
+        plain: What the template makes of them.
+        marked: What it makes of the marked ones.
+        marks: The opening and the closing mark.
+
+    Returns:
+        The text and its contents; None where the template changed, moved or lost a content.
+    """
+    opening, closing = marks
+    parts = re.split(f"[{opening}{closing}]", marked)
+    if len(parts) != 2 * len(chat) + 1 or "".join(parts) != plain:
+        return None
+    contents = []
+    position = 0
+    for index, part in enumerate(parts):
+        if index % 2:
+            if part.strip() != chat[index // 2]["content"].strip():
+                return None
+            contents.append((position, position + len(part)))
+        position += len(part)
+    return Rendered(plain, contents)
+
+
+def lost(chat: list[Message], text: str) -> BadRowError:
+    """Say what a template did to contents that were not found again.
+
+    Args:
+        chat: The messages.
+        text: What the template makes of them.
+
+    Returns:
+        The fault.
+    """
+    for index, message in enumerate(chat):
+        if message["content"].strip() not in text:
+            return BadRowError(
+                "the chat template loses text", f"messages[{index}] of role {message['role']!r} is not rendered"
+            )
+    return BadRowError("the chat template changes text", "contents are moved or rewritten, so they cannot be trained")

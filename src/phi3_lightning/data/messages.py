@@ -1,0 +1,200 @@
+"""Messages in OpenAI's shape become plain turns; tool calls and reasoning become text by one convention.
+
+The convention is the one that Hermes and Qwen models are trained on:
+
+==================  ===========================================================================================
+in the row          in the text
+==================  ===========================================================================================
+``tools``           the system message ends with the functions, one JSON object a line, and how to call them
+``tool_calls``      the assistant says ``<tool_call>`` line feed ``{"name": ..., "arguments": ...}`` line feed
+                    ``</tool_call>``, one after the other, behind its words
+a ``tool`` message  the user says ``<tool_response>`` line feed the result line feed ``</tool_response>``
+reasoning           the assistant says ``<think>`` line feed the reasoning line feed ``</think>`` before its words
+==================  ===========================================================================================
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any, Final
+
+from phi3_lightning.data.conversation import BadRowError, Role, kind_of
+from phi3_lightning.data.options import RowOptions
+
+ROLES: Final[dict[str, Role]] = {
+    "system": "system",
+    "developer": "system",  # OpenAI's newer name for the same role
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "user",  # a model that knows no tool role hears the result from the user
+    "function": "user",  # OpenAI's older name for tool
+}
+TOOL_RESPONSE: Final = "<tool_response>"
+_TOOL_ROLES: Final = {"tool", "function"}
+
+
+@dataclass(slots=True)
+class Turn:
+    """One message as text.
+
+    Args:
+        role: Who speaks.
+        content: What is said.
+        trained: Whether the row says that it is trained or not; None: it does not say.
+        tool: Whether it is a tool's result.
+    """
+
+    role: Role
+    content: str
+    trained: bool | None
+    tool: bool
+
+
+def read_messages(items: list[object], tools: object, options: RowOptions) -> list[Turn]:
+    """Read messages.
+
+    Args:
+        items: Objects with ``role`` and ``content``, and perhaps ``tool_calls``, ``reasoning_content``, ``weight``.
+        tools: The functions that may be called, as a list or its JSON; None or empty: none.
+        options: What becomes of tools, and other names for roles.
+
+    Returns:
+        The turns, in order.
+
+    Raises:
+        BadRowError: A message is not one, or holds what ``options`` refuse.
+    """
+    turns = [turn for index, item in enumerate(items) if (turn := _turn(item, f"messages[{index}]", options))]
+    described = _describe_tools(tools, options)
+    if not described:
+        return turns
+    if turns and turns[0].role == "system":
+        turns[0].content += "\n\n" + described
+        return turns
+    return [Turn("system", described, None, tool=False), *turns]
+
+
+def check_text(value: str, where: str) -> str:
+    """See that a text can be written as UTF-8.
+
+    Args:
+        value: The text.
+        where: Its place in the row.
+
+    Returns:
+        The text.
+
+    Raises:
+        BadRowError: It holds half of a surrogate pair.
+    """
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise BadRowError("lone surrogate", f"{where} is not valid Unicode at character {error.start}") from None
+    return value
+
+
+def _turn(item: object, where: str, options: RowOptions) -> Turn | None:
+    if not isinstance(item, dict):
+        raise BadRowError("not a message", f"{where} is {kind_of(item)}; give an object with role and content")
+    role = item.get("role")
+    role = (options.roles or {}).get(role, role) if isinstance(role, str) else role
+    if not isinstance(role, str) or role not in ROLES:
+        known = ", ".join(ROLES)
+        raise BadRowError("unknown role", f"{where}.role is {role!r}; known are {known}, others map with data.roles")
+    words, extras = _content(item, where)
+    _refuse_tools(options, where, bool(extras) or role in _TOOL_ROLES)
+    if options.tools == "drop" and (role in _TOOL_ROLES or (extras and not words.strip())):
+        return None
+    if options.tools == "render":
+        thoughts = [f"<think>\n{text}\n</think>" for kind, text in extras if kind == "reasoning"]
+        calls = [f"<tool_call>\n{text}\n</tool_call>" for kind, text in extras if kind == "call"]
+        if extras:
+            words = "\n\n".join(part for part in (*thoughts, words, "\n".join(calls)) if part)
+        if role in _TOOL_ROLES:
+            words = f"{TOOL_RESPONSE}\n{words}\n</tool_response>"
+    return Turn(ROLES[role], check_text(words, f"{where}.content"), _trained(item, where), role in _TOOL_ROLES)
+
+
+def _content(item: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str]]]:
+    """The words of a message, and its reasoning and tool calls."""
+    extras = []
+    reasoning = item.get("reasoning_content") or item.get("reasoning")
+    if isinstance(reasoning, str):
+        extras.append(("reasoning", reasoning))
+    calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else [])
+    if not isinstance(calls, list):
+        raise BadRowError("not a tool call", f"{where}.tool_calls is {kind_of(calls)}; give a list")
+    if "content" not in item and not calls:
+        raise BadRowError("no content", f"{where} has no content")
+    content = item.get("content")
+    if isinstance(content, list):
+        parts = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
+    else:
+        parts = [] if content is None and calls else [("text", content)]
+    words = []
+    for kind, text in parts:
+        if not isinstance(text, str):
+            raise BadRowError("content is not text", f"{where}.content is {kind_of(text)}; give a string or text parts")
+        if kind == "text":
+            words.append(text)
+        else:
+            extras.append((kind, _call(text, f"{where}.content") if kind == "call" else text))
+    extras += [("call", _call(call, f"{where}.tool_calls[{index}]")) for index, call in enumerate(calls)]
+    return "".join(words), extras
+
+
+def _part(part: object, where: str) -> tuple[str, object]:
+    """A part's kind (text, reasoning or call) and its text."""
+    kinds = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "tool_call": "call"}
+    if not isinstance(part, dict) or part.get("type") not in kinds:
+        found = f"a part of type {part.get('type')!r}" if isinstance(part, dict) else kind_of(part)
+        raise BadRowError("content is not text", f"{where} is {found}; known are parts of type {', '.join(kinds)}")
+    name = part["type"]
+    return kinds[name], part.get(name, part.get("text", part.get("value")))
+
+
+def _call(call: object, where: str) -> str:
+    call = _decoded(call)
+    call = call.get("function", call) if isinstance(call, dict) else call
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        raise BadRowError("not a tool call", f"{where} names no function; give an object with name and arguments")
+    arguments = _decoded(call.get("arguments", {}))
+    return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
+
+
+def _decoded(value: object) -> object:
+    if isinstance(value, str):
+        try:
+            return json.loads(value)
+        except (ValueError, RecursionError):
+            return value
+    return value
+
+
+def _describe_tools(tools: object, options: RowOptions) -> str:
+    tools = _decoded(tools)
+    if not tools:
+        return ""
+    if not isinstance(tools, list):
+        raise BadRowError("tools are no list", f"'tools' is {kind_of(tools)}; give a list of functions, or its JSON")
+    _refuse_tools(options, "'tools'", True)
+    if options.tools == "drop":
+        return ""
+    functions = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    call = '<tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>'
+    return check_text(f"# Tools\n\nYou may call these functions:\n{functions}\n\nTo call one, write\n{call}", "tools")
+
+
+def _refuse_tools(options: RowOptions, where: str, found: bool) -> None:
+    if found and options.tools == "refuse":
+        raise BadRowError("tools are refused", f"{where} holds tools or reasoning; set data.tools: render or drop")
+
+
+def _trained(item: dict[str, Any], where: str) -> bool | None:
+    value = item.get("train", item.get("weight"))
+    if value is None:
+        return None
+    if value not in (0, 1):  # also true and false
+        raise BadRowError("weight is not 0 or 1", f"{where} has weight {value!r}; a message is trained or not")
+    return bool(value)
