@@ -32,7 +32,7 @@ class RunFolder:
         Raises:
             ConfigError: If the name is no plain folder name.
         """
-        if not name or Path(name).name != name:
+        if name in ("", "..") or Path(name).name != name:
             raise ConfigError(f"run: {name!r} is no plain folder name; the folder is runs/NAME, give NAME alone")
         return cls(Path(root or ".") / "runs" / name)
 

@@ -1,0 +1,134 @@
+"""What a checkpoint holds and what is checked when it is read: on dictionaries, without a model."""
+
+import copy
+
+import pytest
+import torch
+
+from phi3_lightning.checkpoint import (
+    FORMAT_VERSION,
+    IDENTITY,
+    check_identity,
+    check_state,
+    identity,
+    repeat_validation,
+    rewind_to_window_start,
+    without_frozen,
+)
+from phi3_lightning.errors import CheckpointError
+
+LORA = {"r": 16, "lora_alpha": 32, "use_rslora": False, "lora_dropout": 0.05, "target_modules": ["qkv_proj"]}
+MINE = identity("owner/base", "a" * 64, LORA)
+
+
+def written(**changes) -> dict:
+    return {IDENTITY: MINE | changes}
+
+
+def test_the_own_checkpoint_is_taken():
+    check_identity(written(), MINE)
+
+
+@pytest.mark.parametrize("same", [{"lora_dropout": 0.0}, {"target_modules": ["model.layers.0.self_attn.qkv_proj"]}])
+def test_what_changes_no_weight_may_differ(same):
+    check_identity(written(lora=LORA | same), MINE)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "message"),
+    [
+        ({}, "not written by phi3_lightning"),
+        (written(format_version=FORMAT_VERSION + 1), f"format version {FORMAT_VERSION + 1}"),
+        (written(fingerprint="b" * 64, base="owner/other"), r"another base model: .*owner/other.*owner/base"),
+        (written(fingerprint="b" * 64, base=None), "another base model: .*a local folder"),
+        (written(lora=LORA | {"r": 8}), r"model\.lora\.r is 16 and was 8"),
+        (written(lora=LORA | {"lora_alpha": 8}), "lora_alpha is 32 and was 8"),
+        (written(lora=LORA | {"use_rslora": True}), "use_rslora is False and was True"),
+    ],
+)
+def test_a_foreign_checkpoint_is_refused_by_name(checkpoint, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_identity(checkpoint, MINE)
+
+
+def test_only_named_parameters_are_left_out():
+    state = {name: torch.zeros(1) for name in ("base", "adapter", "buffer")}
+    assert set(without_frozen(state, {"base"})) == {"adapter", "buffer"}
+
+
+STATE = {"a.lora_A": torch.zeros(2, 3), "a.lora_B": torch.zeros(3, 2)}
+
+
+def without(name: str) -> dict:
+    return {key: value for key, value in STATE.items() if key != name}
+
+
+def test_a_fitting_state_is_taken():
+    check_state({name: tensor + 1 for name, tensor in STATE.items()}, STATE)
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (without("a.lora_B"), r"missing a\.lora_B"),
+        (STATE | {"frozen.weight": torch.zeros(1)}, r"unexpected frozen\.weight"),
+        (without("a.lora_B") | {"a.lora_b": torch.zeros(3, 2)}, r"missing a\.lora_B; unexpected a\.lora_b"),
+        (STATE | {"a.lora_A": torch.zeros(3, 2)}, r"a\.lora_A has shape \(3, 2\) instead of \(2, 3\)"),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_key_by_key(found, message):
+    with pytest.raises(CheckpointError, match=message):
+        check_state(found, STATE)
+
+
+def test_many_misfits_are_counted():
+    many = {f"layer{index}": torch.zeros(1) for index in range(9)}
+    with pytest.raises(CheckpointError, match="layer4; and 4 more"):
+        check_state({}, many)
+
+
+def loops(ready: int, total: int, is_last_batch: bool = False) -> dict:
+    states = ("ready", "started", "processed", "completed")
+    return {
+        "fit_loop": {
+            "epoch_loop.batch_progress": {
+                "current": dict.fromkeys(states, ready),
+                "total": dict.fromkeys(states, total),
+                "is_last_batch": is_last_batch,
+            }
+        }
+    }
+
+
+@pytest.mark.parametrize(
+    ("ready", "total", "expected"),
+    [(4, 14, (4, 14)), (6, 16, (4, 14)), (3, 13, (0, 10)), (8, 8, (8, 8)), (0, 10, (0, 10))],
+)
+def test_a_cut_window_is_rewound_to_its_start(ready, total, expected):
+    position = loops(ready, total)
+    rewind_to_window_start(position, 4)
+    assert position == loops(*expected)
+
+
+def test_a_short_last_window_is_whole():
+    position = loops(6, 16, is_last_batch=True)
+    rewind_to_window_start(position, 4)
+    assert position == loops(6, 16, is_last_batch=True)
+
+
+def test_without_accumulation_nothing_is_rewound():
+    for ready in range(5):
+        position = loops(ready, ready)
+        rewind_to_window_start(position, 1)
+        assert position == loops(ready, ready)
+
+
+def test_only_the_validation_is_repeated():
+    position = loops(3, 3)
+    position["fit_loop"]["epoch_loop.val_loop.batch_progress"] = loops(2, 12)["fit_loop"]["epoch_loop.batch_progress"]
+    training = copy.deepcopy(position["fit_loop"]["epoch_loop.batch_progress"])
+    repeat_validation(position)
+    validation = position["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    assert set(validation["current"].values()) == {0}
+    assert validation["total"]["ready"] > validation["total"]["completed"]
+    assert position["fit_loop"]["epoch_loop.batch_progress"] == training

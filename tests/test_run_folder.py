@@ -1,0 +1,124 @@
+"""One folder a run: the same command goes on, and nothing is lost in silence."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.errors import CheckpointError, ConfigError
+from phi3_lightning.run_folder import RunFolder, nothing_left
+
+
+@pytest.fixture
+def folder(tmp_path) -> RunFolder:
+    return RunFolder.named("bot", tmp_path)
+
+
+def write_checkpoint(folder: RunFolder, name: str, step: int = 3) -> Path:
+    folder.checkpoints.mkdir(parents=True, exist_ok=True)
+    torch.save({"state_dict": {}, "global_step": step}, folder.checkpoints / name)
+    return folder.checkpoints / name
+
+
+def test_a_run_has_one_place(folder, tmp_path):
+    assert folder.path == tmp_path / "runs" / "bot"
+    assert RunFolder.named("bot", None).path == Path("runs/bot")
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "../a", "..", "/a", "a/", "."])
+def test_a_name_that_leads_elsewhere_is_refused(name):
+    with pytest.raises(ConfigError, match=r"^run: "):
+        RunFolder.named(name, None)
+
+
+def test_a_new_run_starts_at_nothing(folder):
+    assert folder.newest("auto") is None
+    assert folder.newest("never") is None
+    assert folder.evaluated() is None
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(folder):
+    write_checkpoint(folder, "best.ckpt", 2)
+    last = write_checkpoint(folder, "last.ckpt", 3)
+    path, content = folder.newest("auto")
+    assert (path, content["global_step"]) == (last, 3)
+
+
+def test_evaluation_takes_the_best_and_else_the_last(folder):
+    last = write_checkpoint(folder, "last.ckpt")
+    assert folder.evaluated() == last
+    best = write_checkpoint(folder, "best.ckpt")
+    assert folder.evaluated() == best
+
+
+def test_never_refuses_a_folder_that_holds_anything(folder):
+    folder.path.mkdir(parents=True)
+    assert folder.newest("never") is None
+    (folder.path / "config.yaml").touch()
+    with pytest.raises(CheckpointError, match=r"--resume never: .*bot is not empty"):
+        folder.newest("never")
+
+
+def test_a_last_checkpoint_that_cannot_be_read_is_no_silent_start_at_step_0(folder):
+    write_checkpoint(folder, "last.ckpt").write_bytes(b"half")
+    with pytest.raises(CheckpointError, match=r"last\.ckpt: not a whole checkpoint"):
+        folder.newest("auto")
+
+
+def test_a_lost_last_checkpoint_is_no_silent_start_at_step_0(folder):
+    write_checkpoint(folder, "best.ckpt")
+    with pytest.raises(CheckpointError, match=r"best\.ckpt and no last\.ckpt.*--ckpt_path .*best\.ckpt"):
+        folder.newest("auto")
+
+
+def test_former_configurations_are_kept(folder):
+    for text in ("a: 1", "a: 1", "a: 2", "a: 3"):
+        folder.keep_config(text)
+    kept = {path.name: path.read_text() for path in folder.path.iterdir()}
+    assert kept == {"config.yaml": "a: 3", "config.1.yaml": "a: 1", "config.2.yaml": "a: 2"}
+
+
+def trained(folder: Path, base: str, max_epochs: int, patience: int) -> tuple[int, dict]:
+    """Epochs and last checkpoint of a run of three steps an epoch whose validation never gets better."""
+    batches = [synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(3)]
+    module = Phi3LoRAModule(base, dtype="float32", optimizer={"lr": 1e-9})
+    stopping = EarlyStopping("val/loss", min_delta=1.0, patience=patience)
+    trainer = synthetic.trainer(folder, max_epochs=max_epochs, callbacks=[stopping], num_sanity_val_steps=0)
+    trainer.fit(module, synthetic.loader(batches), synthetic.loader(batches))
+    trainer.save_checkpoint(folder / "last.ckpt")
+    return trainer.current_epoch, read_checkpoint(folder / "last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def two_epochs(tmp_path_factory, tiny_base) -> dict:
+    """The checkpoint after two epochs of three steps."""
+    return trained(tmp_path_factory.mktemp("run"), tiny_base, 2, 2)[1]
+
+
+@pytest.mark.parametrize(
+    ("max_epochs", "max_steps", "reason"),
+    [
+        (2, -1, "max_epochs 2"),
+        (1, -1, "max_epochs 1"),
+        (None, 6, "max_steps 6"),
+        (9, 5, "max_steps 5"),
+        (3, -1, None),
+        (-1, -1, None),
+        (None, 7, None),
+        (None, -1, None),
+        (3, 7, None),
+    ],
+)
+def test_a_run_is_over_where_lightning_would_stop(two_epochs, max_epochs, max_steps, reason):
+    said = nothing_left(two_epochs, max_epochs, max_steps)
+    assert said is None if reason is None else reason in said
+
+
+def test_a_run_that_early_stopping_ended_is_over(tmp_path, tiny_base):
+    epochs, checkpoint = trained(tmp_path, tiny_base, 9, 1)
+    assert epochs == 2
+    assert "early stopping" in nothing_left(checkpoint, 9, -1)
