@@ -16,6 +16,7 @@ from phi3_lightning.errors import CheckpointError, ConfigError, DataError, Diver
 from .conftest import chat
 
 Write = Callable[..., str]
+SIZES = {"many": 30, "few": 12}
 
 
 class Recorder(LightningModule):
@@ -115,7 +116,7 @@ def test_a_resumed_run_sees_what_an_uninterrupted_one_does(
     trainer(tmp_path, max_epochs=3, callbacks=[keep], **options).fit(whole, datamodule=data(packing=False))
     checkpoints = sorted((tmp_path / "kept").glob("step=*.ckpt"), key=lambda path: int(path.stem[5:]))
     assert len(checkpoints) == len(whole.trained) // 11 * -(-11 // every)
-    for step, path in enumerate(checkpoints, start=1):
+    for step, path in list(enumerate(checkpoints, start=1))[:: 1 + 2 * num_workers]:
         module = Recorder()
         options = {"accumulate_grad_batches": every, "limit_val_batches": 0}
         trainer(tmp_path, max_epochs=3, **options).fit(
@@ -204,6 +205,29 @@ def test_lightnings_limits_work(data: Callable[..., ChatDataModule], tmp_path: P
         assert epochs[0] == epochs[1]
 
 
+def test_mixtures_have_the_given_shares_and_no_row_twice(data: Callable[..., ChatDataModule], write: Write) -> None:
+    files = [
+        write([chat(f"{name} {index}") for index in range(count)], f"{name}.jsonl") for name, count in SIZES.items()
+    ]
+    datamodule = data(train=files, weights=[3, 1], val_fraction=0.0)
+    datamodule.prepare_data()
+    datamodule.setup()
+    seen = [row for batch in datamodule.train_dataloader() for rows in batch["row_ids"] for row in rows]
+    assert len(set(seen)) == len(seen) == datamodule.train_documents
+    places = datamodule.describe_rows(seen)
+    assert [sum(f"{name}.jsonl" in place for place in places) for name in SIZES] == [30, 10]
+
+
+def test_batches_can_be_limited_by_tokens(data: Callable[..., ChatDataModule]) -> None:
+    for packing in (True, False):
+        datamodule = data(max_tokens_per_batch=800, packing=packing)
+        datamodule.prepare_data()
+        datamodule.setup()
+        shapes = [batch["input_ids"].numel() for batch in datamodule.train_dataloader()]
+        assert max(shapes) <= 800
+        assert sum(shapes) / len(shapes) > 400
+
+
 def test_no_validation_at_all(data: Callable[..., ChatDataModule], tmp_path: Path, write: Write) -> None:
     for options in ({"val_fraction": 0.0}, {"train": write([chat()], "one.jsonl")}):
         module = Recorder()
@@ -262,7 +286,17 @@ def test_nothing_is_loaded_on_construction_and_faults_are_named_early(
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"max_length": 1}, {"batch_size": 0}, {"num_workers": -1}, {"num_proc": 0}, {"val_fraction": 1.0}]
+    "wrong",
+    [
+        {"max_length": 1},
+        {"batch_size": 0},
+        {"num_workers": -1},
+        {"num_proc": 0},
+        {"val_fraction": 1.0},
+        {"weights": [1.0, 2.0]},
+        {"weights": [0.0]},
+        {"max_tokens_per_batch": 399},
+    ],
 )
 def test_ranges_are_checked_on_construction(data: Callable[..., ChatDataModule], wrong: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=f"data.{next(iter(wrong))}"):

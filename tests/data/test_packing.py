@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_lightning.data.packing import pack, plan_batches
+from phi3_lightning.data.packing import mix, pack, plan_batches
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=200).map(lambda lengths: np.array(lengths, dtype=np.int64))
 
@@ -69,3 +69,22 @@ def test_a_million_lengths_in_seconds() -> None:
 @pytest.mark.parametrize("capacity", [None, 8])
 def test_no_documents_make_no_batches(capacity: int | None) -> None:
     assert len(plan_batches(np.array([], dtype=np.int64), batch_size=2, capacity=capacity, seed=0)) == 0
+
+
+@given(LENGTHS, st.integers(64, 300), st.sampled_from([None, 3]), st.sampled_from([None, 64]))
+def test_batches_hold_at_most_so_many_tokens(
+    lengths: np.ndarray, max_tokens: int, seed: int | None, capacity: int | None
+) -> None:
+    plan = plan_batches(lengths, batch_size=1, max_tokens=max_tokens, capacity=capacity, seed=seed)
+    batches = [plan[index] for index in range(len(plan))]
+    assert sorted(document for batch in batches for row in batch for document in row) == list(range(len(lengths)))
+    assert all(len(batch) * max(lengths[row].sum() for row in batch) <= max_tokens for batch in batches)
+
+
+def test_a_mixture_takes_as_many_documents_as_the_shares_allow() -> None:
+    items = np.array([0] * 100 + [1] * 10 + [2] * 50)
+    chosen = mix(items, [2.0, 1.0, 1.0], seed=0)
+    assert np.bincount(items[chosen]).tolist() == [20, 10, 10]
+    assert len(set(chosen.tolist())) == 40
+    assert chosen.tolist() == mix(items, [4.0, 2.0, 2.0], seed=0).tolist()
+    assert chosen.tolist() != mix(items, [2.0, 1.0, 1.0], seed=1).tolist()

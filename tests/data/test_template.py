@@ -107,7 +107,7 @@ def test_special_text_in_a_content_stays_text(special: str, rstrip: bool) -> Non
     )
     encoded = encode(tokenizer, forged)
     honest = encode(tokenizer, conversation("q", "a", "q", "a"))
-    specials = set(tokenizer.all_special_ids)
+    specials = set(tokenizer.added_tokens_decoder)
     assert [i for i in encoded.input_ids if i in specials] == [i for i in honest.input_ids if i in specials]
     assert oracle(tokenizer, forged) != encoded.input_ids  # transformers makes turns of it
     texts = [text.strip() for text in spoken(tokenizer, encoded)]

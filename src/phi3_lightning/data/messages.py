@@ -147,10 +147,10 @@ def _content(item: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str
 def _part(part: object, where: str) -> tuple[str, object]:
     """A part's kind (text, reasoning or call) and its text."""
     kinds = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "tool_call": "call"}
-    if not isinstance(part, dict) or part.get("type") not in kinds:
-        found = f"a part of type {part.get('type')!r}" if isinstance(part, dict) else kind_of(part)
+    name = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict) or not isinstance(name, str) or name not in kinds:
+        found = f"a part of type {name!r}" if isinstance(part, dict) else kind_of(part)
         raise BadRowError("content is not text", f"{where} is {found}; known are parts of type {', '.join(kinds)}")
-    name = part["type"]
     return kinds[name], part.get(name, part.get("text", part.get("value")))
 
 

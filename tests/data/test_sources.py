@@ -1,0 +1,159 @@
+"""The same rows from every kind of file, folder and pattern."""
+
+import csv
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from phi3_lightning.data.options import RowOptions
+from phi3_lightning.data.readers import decode_line
+from phi3_lightning.data.sources import find_sources
+from phi3_lightning.data.tables import gather
+from phi3_lightning.errors import DataError
+
+ROWS = [
+    {"prompt": 'hi, "you"\nthere', "completion": "ho\u2028\U0001f600"},
+    {"prompt": "a", "completion": "b" * 200_000},
+]
+
+
+def read(given: str | list[str]) -> list[Any]:
+    rows = [row for source in find_sources(given) for _, row in source.rows()]
+    return [decode_line(row) if isinstance(row, bytes) else row for row in rows]
+
+
+def lines(path: Path) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+
+
+def array(path: Path) -> None:
+    path.write_text(json.dumps(ROWS, indent=1, ensure_ascii=False), encoding="utf-8-sig")
+
+
+def comma(path: Path, delimiter: str = ",") -> None:
+    with path.open("w", encoding="utf-8-sig", newline="") as file:
+        writer = csv.DictWriter(file, ["prompt", "completion"], delimiter=delimiter)
+        writer.writeheader()
+        writer.writerows(ROWS)
+
+
+def tab(path: Path) -> None:
+    comma(path, "\t")
+
+
+def parquet(path: Path) -> None:
+    pyarrow.parquet.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+def arrow_file(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_file(path, table.schema) as writer:
+        writer.write(table)
+
+
+def arrow_stream(path: Path) -> None:
+    table = pa.Table.from_pylist(ROWS)
+    with pa.ipc.new_stream(path, table.schema) as writer:
+        writer.write(table)
+
+
+KINDS: dict[str, Callable[[Path], None]] = {
+    "a.jsonl": lines,
+    "a.json": array,
+    "lines.json": lines,
+    "array.jsonl": array,
+    "a.csv": comma,
+    "a.tsv": tab,
+    "a.parquet": parquet,
+    "a.arrow": arrow_file,
+    "b.arrow": arrow_stream,
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", KINDS)
+def test_every_kind_of_file(tmp_path: Path, name: str, packed: bool) -> None:
+    path = tmp_path / name
+    KINDS[name](path)
+    if packed:
+        path = tmp_path / f"{name}.gz"
+        path.write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    assert read(str(path)) == ROWS
+
+
+def test_folders_and_patterns_in_order_of_names(tmp_path: Path) -> None:
+    (tmp_path / "deep").mkdir()
+    for name in ("b.jsonl", "a.csv", "deep/c.jsonl.gz"):
+        content = "prompt,completion\na.csv,x\n" if name == "a.csv" else json.dumps({"prompt": name}) + "\n"
+        (tmp_path / name).write_bytes(gzip.compress(content.encode()) if name.endswith("gz") else content.encode())
+    (tmp_path / "notes.md").write_text("no data")
+    names = ["a.csv", "b.jsonl", "deep/c.jsonl.gz"]
+    assert [row["prompt"] for row in read(str(tmp_path))] == names
+    assert [row["prompt"] for row in read(str(tmp_path / "*.*"))] == names[:2]
+    assert [row["prompt"] for row in read([str(tmp_path / "b.jsonl"), str(tmp_path / "**/*.gz")])] == names[1:]
+    sources = find_sources([str(tmp_path / "b.jsonl"), str(tmp_path)])
+    assert [source.item for source in sources] == [0, 1, 1, 1]
+
+
+def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
+    datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
+    assert read(str(tmp_path / "saved")) == ROWS
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"prompt,completion\nx,y\nz\n", "line 3 has not as many fields"),
+        ("a.csv", b'prompt,completion\n"x,y\n', "not CSV"),
+        ("a.csv", b"prompt\n\xff\n", "not CSV"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999)[:60], "cannot be read|not JSON lines"),
+        ("a.arrow", b"ARROW1xx", "not Arrow"),
+        ("a.parquet", b"PAR1", "not Parquet"),
+        ("a.json", b'[{"a": 1},', "not a JSON array"),
+    ],
+)
+def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=message) as caught:
+        read(str(tmp_path / name))
+    assert name in str(caught.value)
+
+
+@pytest.mark.parametrize("given", ["*.jsonl", "."])
+def test_nothing_found_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no data files"):
+        find_sources(given)
+
+
+def test_a_table_of_messages_is_gathered_by_conversation() -> None:
+    options = RowOptions(conversation_id="ticket", role="from", content="body", order="at")
+    table = [
+        {"ticket": 2, "from": "customer", "body": "x", "at": "9"},
+        {"ticket": 1, "from": "agent", "body": "second", "at": "10"},
+        {"ticket": 1, "from": "customer", "body": "first", "at": "9"},
+        {"from": "nobody"},
+        b"broken",
+    ]
+    gathered = list(gather(enumerate(table, start=1), options))
+    assert gathered[:2] == [(4, {"from": "nobody"}), (5, b"broken")]
+    assert gathered[2] == (1, {"messages": [{"role": "customer", "content": "x"}]})
+    assert gathered[3] == (
+        2,
+        {"messages": [{"role": "customer", "content": "first"}, {"role": "agent", "content": "second"}]},
+    )
+
+
+def test_dates_and_the_files_own_order() -> None:
+    table = [{"id": "a", "r": str(n), "c": str(n), "t": f"2026-01-{n:02}"} for n in (3, 1, 2)]
+    for order, expected in (("t", "123"), (None, "312")):
+        options = RowOptions(conversation_id="id", role="r", content="c", order=order)
+        [(_, row)] = gather(enumerate(table, start=1), options)
+        assert "".join(message["content"] for message in row["messages"]) == expected  # type: ignore[index]
