@@ -1,7 +1,8 @@
 """LoRA fine-tuning of Phi-3 on chat data, as PyTorch Lightning modules."""
 
+from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
 
 __version__ = "0.1.0"
 
-__all__ = ["Phi3LoRAModule", "__version__"]
+__all__ = ["ChatDataModule", "Phi3LoRAModule", "__version__"]

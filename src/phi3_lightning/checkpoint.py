@@ -89,8 +89,30 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         raise CheckpointError(f"the checkpoint does not fit the adapter: {listed}. Hint: {NEW_RUN}")
 
 
+def complete_batch(loops: dict[str, Any], stepped: bool, validates: bool) -> None:
+    """Move a position that was saved in ``on_train_batch_end`` to where the batch is over.
+
+    Restarted from within that hook, Lightning leaves out the validation that would have followed, and miscounts the
+    epochs where the batch was the last one.
+
+    Args:
+        loops: The ``loops`` entry of a checkpoint; changed in place.
+        stepped: Whether the batch ended in an optimiser step.
+        validates: Whether a validation follows the batch.
+    """
+    epoch_loop = {key.removeprefix("epoch_loop."): value for key, value in loops["fit_loop"].items()}
+    progress = epoch_loop["batch_progress"]
+    if progress["current"]["completed"] == progress["current"]["processed"]:
+        return  # not in that hook
+    for scope in ("current", "total"):
+        progress[scope]["completed"] = progress[scope]["processed"]
+    epoch_loop["state_dict"]["_batches_that_stepped"] += stepped
+    if validates:
+        repeat_validation(loops)
+
+
 def rewind_to_window_start(loops: dict[str, Any], accumulate_grad_batches: int) -> None:
-    """Move the saved position back to the start of the accumulation window that it cuts.
+    """Move a saved position back to the start of the accumulation window that it cuts.
 
     The gradients of a half-full window are not saved, so its micro-batches have to be seen again.
 
@@ -109,9 +131,9 @@ def rewind_to_window_start(loops: dict[str, Any], accumulate_grad_batches: int) 
 
 
 def repeat_validation(loops: dict[str, Any]) -> None:
-    """Make a restart run the validation that was cut off, from its first batch.
+    """Make a restart begin with the validation that follows the last batch, from its start.
 
-    Lightning would skip it, or count the rest of it as a whole.
+    Lightning would skip it, or take the part that is left for the whole.
 
     Args:
         loops: The ``loops`` entry of a checkpoint; changed in place.

@@ -20,16 +20,18 @@ def answers(model: Phi3ForCausalLM, batch: PromptBatch, config: Generation) -> l
 
     Returns:
         The token ids of each answer, up to and including the stop token; without one where the answer was cut at
-        ``config.max_new_tokens``.
+        ``config.max_new_tokens``, or at the model's window.
     """
     training = model.training
     model.eval()
     sampling: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p} if config.do_sample else {}
+    prompt_length = batch["input_ids"].shape[1]
+    room = model.config.max_position_embeddings - prompt_length
     sequences = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         generation_config=GenerationConfig(
-            max_new_tokens=config.max_new_tokens,
+            max_new_tokens=max(1, min(config.max_new_tokens, room)),
             do_sample=config.do_sample,
             eos_token_id=batch["stop_ids"],
             pad_token_id=batch["stop_ids"][0],  # what follows a stop token is cut off below
@@ -38,7 +40,6 @@ def answers(model: Phi3ForCausalLM, batch: PromptBatch, config: Generation) -> l
         ),
     )
     model.train(training)
-    prompt_length = batch["input_ids"].shape[1]
     return [_until_stop(sequence, batch["stop_ids"]) for sequence in sequences[:, prompt_length:].tolist()]
 
 

@@ -27,8 +27,9 @@ class TokenMean(Metric):
             total: The quantity, summed over the batch's supervised tokens, a scalar.
             tokens: Number of supervised tokens of the batch, a scalar.
         """
-        self.total += total.double()
-        self.tokens += tokens
+        # not in place: a validation of its own leaves tensors behind that only inference mode may write
+        self.total = self.total + total.double()
+        self.tokens = self.tokens + tokens
 
     def compute(self) -> Tensor:
         """Return the mean over all tokens so far, a float32 scalar."""

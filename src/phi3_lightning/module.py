@@ -24,6 +24,7 @@ from phi3_lightning.checkpoint import (
     IDENTITY,
     check_identity,
     check_state,
+    complete_batch,
     identity,
     rewind_to_window_start,
     without_frozen,
@@ -325,6 +326,10 @@ class Phi3LoRAModule(TokenWeightedModule):
         """Leave the frozen weights out, say which base they were, and never cut an accumulation window."""
         checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self._frozen_names())
         checkpoint[IDENTITY] = self._identity()
+        loop = self.trainer.fit_loop.epoch_loop
+        if self.trainer.training:
+            validates = loop._should_check_val_fx(cast("Any", self.trainer.fit_loop._data_fetcher))
+            complete_batch(checkpoint["loops"], stepped=not loop._should_accumulate(), validates=validates)
         rewind_to_window_start(checkpoint["loops"], self.trainer.accumulate_grad_batches)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

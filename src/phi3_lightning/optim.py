@@ -49,7 +49,7 @@ def warmup_steps(schedule: Schedule, total_steps: float) -> int:
             "or set trainer.max_epochs or trainer.max_steps"
         )
     else:
-        steps = math.ceil(schedule.warmup * total_steps)
+        steps = min(math.ceil(schedule.warmup * total_steps), max(int(total_steps) - 1, 0))
     if 0 < total_steps <= steps:
         raise ConfigError(
             f"model.schedule.warmup: {steps} steps of warm-up in a run of {total_steps} optimiser steps; "

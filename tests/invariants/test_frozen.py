@@ -1,0 +1,54 @@
+"""After any sequence of fit, validate, predict, save and load, every frozen tensor is bit-identical."""
+
+import hashlib
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+
+
+def frozen_hashes(module: Phi3LoRAModule) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(parameter.detach().view(torch.uint8).numpy().tobytes()).hexdigest()
+        for name, parameter in module.named_parameters()
+        if not parameter.requires_grad
+    }
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_no_frozen_bit_changes(tmp_path, precision, tied):
+    base = synthetic.save_tiny(tmp_path / "base", tie_word_embeddings=tied)
+    batches = [synthetic.batch_of([[synthetic.document(12, 6, seed)]], seed) for seed in range(4)]
+    data = synthetic.loader(batches)
+    module = Phi3LoRAModule(base, lora={"lora_dropout": 0.1}, optimizer={"lr": 1e-2, "weight_decay": 0.1})
+    module.configure_model()
+    before = frozen_hashes(module)
+    adapter = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
+
+    def trainer(**options) -> pl.Trainer:
+        return pl.Trainer(
+            accelerator="cpu", precision=precision, logger=False, enable_progress_bar=False,
+            enable_model_summary=False, enable_checkpointing=False, default_root_dir=tmp_path, **options,
+        )  # fmt: skip
+
+    first = trainer(max_epochs=2, gradient_clip_val=1.0)
+    first.fit(module, data, data)
+    first.save_checkpoint(tmp_path / "a.ckpt")
+    prompts = {
+        "input_ids": torch.randint(3, 90, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.int64),
+        "row_ids": [0, 1], "stop_ids": [2],
+    }  # fmt: skip
+    for _ in range(20):
+        trainer().validate(module, data, verbose=False)
+    trainer().predict(module, synthetic.loader([prompts]))
+    trainer(max_epochs=3).fit(module, data, data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
+
+    assert frozen_hashes(module) == before
+    reloaded = Phi3LoRAModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
+    assert frozen_hashes(reloaded) == before
+    moved = [name for name, p in module.named_parameters() if p.requires_grad and not torch.equal(p, adapter[name])]
+    assert len(moved) == len(adapter)  # the run did train
