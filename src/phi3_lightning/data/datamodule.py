@@ -20,7 +20,7 @@ from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.data.window import Window, read_window
-from phi3_lightning.errors import CheckpointError, ConfigError, DivergenceError
+from phi3_lightning.errors import CheckpointError, ConfigError, DataError, DivergenceError
 
 
 class ChatDataModule(LightningDataModule):
@@ -64,6 +64,13 @@ class ChatDataModule(LightningDataModule):
         on_bad_row: Whether rows that cannot be used are an error, or left out and counted.
         cache_dir: Where tokenised data are kept. null: where ``datasets`` keeps its cache.
         seed: Decides split, mixture and order. null: the global seed of ``seed_everything``, or 0.
+
+    Attributes:
+        tokenizer: The tokenizer, after ``setup``.
+        template: Its chat template, after ``setup``.
+        statistics: What became of the rows of each split.
+        prepared: The tokenised documents of each split.
+        plans: Which documents make a batch, for each split.
 
     Raises:
         ConfigError: A value is out of its range, or two contradict each other.
@@ -140,8 +147,8 @@ class ChatDataModule(LightningDataModule):
             seed=seed,
         )
         self.statistics: dict[Split, Statistics] = {}
-        self._prepared: dict[Split, Prepared] = {}
-        self._plans: dict[Split, Plan] = {}
+        self.prepared: dict[Split, Prepared] = {}
+        self.plans: dict[Split, Plan] = {}
         self._saved_order: dict[str, Any] | None = None
 
     def validate_sources(self) -> None:
@@ -177,23 +184,23 @@ class ChatDataModule(LightningDataModule):
         self.template = self._load_template()
         self.tokenizer = self.template.tokenizer
         for split in self.options.needed(stage):
-            if split not in self._prepared:
-                self._prepared[split] = self._prepare(split, self.template)
-                self.statistics[split] = self._prepared[split].statistics
+            if split not in self.prepared:
+                self.prepared[split] = self._prepare(split, self.template)
+                self.statistics[split] = self.prepared[split].statistics
                 rank_zero_info(f"{split}: {self.statistics[split]}")
-                self._plans |= {share: self._plan(share, rows) for share, rows in self._shares(split).items()}
+                self.plans |= {share: self._plan(share, rows) for share, rows in self._shares(split).items()}
                 if split == "train" and stage != "validate":
                     self._report_plan()
 
     @property
     def train_documents(self) -> int:
         """Documents that are trained in an epoch."""
-        return len(self._plans["train"].documents)
+        return len(self.plans["train"].documents)
 
     @property
     def train_rows(self) -> int:
         """Rows, packed or not, that are trained in an epoch."""
-        return len(self._plans["train"].rows) - 1
+        return len(self.plans["train"].rows) - 1
 
     def train_dataloader(self) -> BatchLoader:
         """Batches of the training data, in an order that seed and epoch decide.
@@ -213,7 +220,7 @@ class ChatDataModule(LightningDataModule):
         Returns:
             Yields ``Batch``; an empty list where there is nothing to validate on.
         """
-        if "val" not in self._plans:
+        if "val" not in self.plans:
             warnings.filterwarnings("ignore", "Total length of `list` across ranks is zero")  # that was the intention
             return []
         return self._loader("val")
@@ -243,7 +250,7 @@ class ChatDataModule(LightningDataModule):
         Returns:
             A place a document, such as ``chats.jsonl:12``.
         """
-        return self._prepared["train"].describe(row_ids)
+        return self.prepared["train"].describe(row_ids)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the rows in which training diverged.
@@ -261,9 +268,9 @@ class ChatDataModule(LightningDataModule):
         Returns:
             Seed, ranks and a fingerprint of the plan; nothing without training data.
         """
-        if "train" not in self._plans:
+        if "train" not in self.plans:
             return {}
-        plan = self._plans["train"].fingerprint()
+        plan = self.plans["train"].fingerprint()
         return {"seed": self._seed(), "ranks": self._ranks()["num_replicas"], "plan": plan}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -306,28 +313,30 @@ class ChatDataModule(LightningDataModule):
 
     def _shares(self, split: Split) -> dict[Split, Ints]:
         """The documents of a split; those of the training data may be mixed, and shared with validation."""
-        documents = np.arange(len(self._prepared[split].table))
+        documents = np.arange(len(self.prepared[split].table))
         if split != "train":
             return {split: documents}
         if self.options.weights is not None:
-            documents = mix(self._prepared[split].items(), self.options.weights, self._seed())
+            documents = mix(self.prepared[split].items(), self.options.weights, self._seed())
+            if not len(documents):
+                raise DataError("data.weights: no row is left of one of data.train; mend it, or leave it out.")
         if self.options.val is not None or self.options.val_fraction == 0 or len(documents) < 2:
             return {split: documents}
         size = min(max(round(len(documents) * self.options.val_fraction), 1), len(documents) - 1)
         mixed = np.random.default_rng(self._seed()).permutation(documents)
-        self._prepared["val"] = self._prepared["train"]
+        self.prepared["val"] = self.prepared["train"]
         return {"train": np.sort(mixed[size:]), "val": np.sort(mixed[:size])}
 
     def _report_plan(self) -> None:
-        plan = self._plans["train"]
-        tokens = self._prepared["train"].lengths()[plan.documents].sum()
+        plan = self.plans["train"]
+        tokens = self.prepared["train"].lengths()[plan.documents].sum()
         full = f", {tokens / (self.train_rows * self.options.max_length):.1%} full" if self.options.packing else ""
         rank_zero_info(f"train: {self.train_documents} documents in {self.train_rows} rows{full}, {len(plan)} batches")
 
     def _plan(self, split: Split, documents: Ints) -> Plan:
         window = self._window()
         plan = plan_batches(
-            self._prepared[split].lengths()[documents],
+            self.prepared[split].lengths()[documents],
             batch_size=self.options.batch_size,
             capacity=self.options.max_length if self.options.packing and split != "predict" else None,
             max_tokens=self.options.max_tokens_per_batch,
@@ -343,7 +352,7 @@ class ChatDataModule(LightningDataModule):
             make: Any = partial(_collate_prompt_rows, pad_token_id=pad, stop_ids=self.template.stop_ids)
         else:
             make = partial(collate, pad_token_id=pad)
-        batches = PlannedBatches(self._prepared[split], self._plans[split], make)
+        batches = PlannedBatches(self.prepared[split], self.plans[split], make)
         return BatchLoader(
             batches,
             batch_size=None,

@@ -1,0 +1,154 @@
+"""What the model will see of the data, and how much of it."""
+
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerFast
+
+from phi3_lightning.data.collate import Document
+from phi3_lightning.data.datamodule import ChatDataModule
+from phi3_lightning.data.options import Split
+
+_BARS = 24
+
+
+class Segment(NamedTuple):
+    """Neighbouring tokens that are treated alike.
+
+    Args:
+        text: What they say.
+        ids: The tokens.
+        trained: Whether they are supervised.
+        special: Whether it is a special token, which stands alone.
+    """
+
+    text: str
+    ids: list[int]
+    trained: bool
+    special: bool
+
+
+@dataclass(frozen=True)
+class Preview:
+    """A look at one split.
+
+    Args:
+        facts: What is known about it, name by name.
+        histogram: Lower end of each range of lengths, and the documents in it.
+        samples: Place and segments of some documents.
+    """
+
+    facts: dict[str, str]
+    histogram: list[tuple[int, int]]
+    samples: list[tuple[str, list[Segment]]]
+
+
+def look(datamodule: ChatDataModule, split: Split = "train", rows: int = 3) -> Preview:
+    """Look at the data as they will be trained.
+
+    Args:
+        datamodule: Data, after ``setup``.
+        split: Which part.
+        rows: Documents to show.
+
+    Returns:
+        Facts, lengths, and the split's first documents.
+    """
+    prepared, plan = datamodule.prepared[split], datamodule.plans[split]
+    shown = np.sort(plan.documents)[:rows].tolist()
+    lengths = prepared.lengths()[plan.documents]
+    documents = zip(prepared.describe(shown), prepared.documents(shown), strict=True)
+    samples = [(place, segments(document, datamodule.tokenizer)) for place, document in documents]
+    return Preview(_facts(datamodule, split), _histogram(lengths), samples)
+
+
+def segments(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
+    """Divide a document by what becomes of its tokens.
+
+    Args:
+        document: The document.
+        tokenizer: Its tokenizer.
+
+    Returns:
+        All of its tokens, in order.
+    """
+    ids = document.input_ids.tolist()
+    trained = np.zeros(len(ids), dtype=bool)
+    for first, end in document.spans.reshape(-1, 2).tolist():
+        trained[max(first, 1) : end] = True
+    specials = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
+    found = []
+    # A special token is a group of its own: its position is part of the key.
+    keys = [(bool(trained[at]), at if token in specials else -1) for at, token in enumerate(ids)]
+    for (is_trained, special), group in groupby(range(len(ids)), key=keys.__getitem__):
+        part = [ids[at] for at in group]
+        found.append(Segment(str(tokenizer.decode(part)), part, is_trained, special >= 0))
+    return found
+
+
+def render_terminal(preview: Preview, *, show_ids: bool = False) -> RenderableType:
+    """Write a preview for a terminal.
+
+    Args:
+        preview: What to show.
+        show_ids: Whether to show token ids behind the text.
+
+    Returns:
+        Something that rich prints: trained text green, special tokens visible.
+    """
+    facts = Table.grid(padding=(0, 2))
+    for name, value in preview.facts.items():
+        facts.add_row(Text(name, "dim"), value)
+    most = max(count for _, count in preview.histogram)
+    bars = Table.grid(padding=(0, 1))
+    for start, count in preview.histogram:
+        bars.add_row(Text(str(start), "dim"), "█" * round(40 * count / most) or "▏" * (count > 0), str(count))
+    parts: list[RenderableType] = [
+        Panel(_terminal_text(found, show_ids), title=place, title_align="left", border_style="dim")
+        for place, found in preview.samples
+    ]
+    return Group(*parts, facts, Text("\ntokens  documents", "dim"), bars)
+
+
+def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
+    prepared, plan, options = datamodule.prepared[split], datamodule.plans[split], datamodule.options
+    statistics = prepared.statistics
+    lengths = prepared.lengths()[plan.documents]
+    rows = len(plan.rows) - 1
+    quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
+    spans = int(np.diff(np.asarray(prepared.table.data.column("spans").combine_chunks().offsets)).sum()) // 2
+    facts = {
+        "rows read": f"{statistics.read:,}",
+        "documents kept": f"{statistics.kept:,}" + (f", {statistics.cut:,} cut" if statistics.cut else ""),
+        **{f"dropped: {reason}": f"{count:,}" for reason, count in statistics.dropped.items()},
+        f"documents in {split}": f"{len(lengths):,}",
+        "tokens": f"{statistics.tokens:,}",
+        "trained tokens": f"{statistics.supervised_tokens:,} ({statistics.supervised_tokens / statistics.tokens:.1%})",
+        "trained turns": f"{spans:,}",
+        "tokens of a document": "min {}, 25% {}, median {}, 75% {}, 95% {}, max {}".format(*quantiles),
+        "rows of an epoch": f"{rows:,}",
+    }
+    if options.packing:
+        facts["packing"] = f"{lengths.sum() / (rows * options.max_length):.1%} of each row of {options.max_length} used"
+    return facts | {"micro-batches of an epoch": f"{len(plan):,}, before accumulation and on one device"}
+
+
+def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
+    counts, edges = np.histogram(lengths, bins=min(_BARS, int(np.ptp(lengths)) + 1))
+    return list(zip(np.ceil(edges[:-1]).astype(int).tolist(), counts.tolist(), strict=True))
+
+
+def _terminal_text(found: list[Segment], show_ids: bool) -> Text:
+    text = Text()
+    for segment in found:
+        style = "green underline " * segment.trained + "bold magenta" * segment.special
+        text.append(segment.text, style)
+        if show_ids:
+            text.append(f" {segment.ids} ", "dim")
+    return text
