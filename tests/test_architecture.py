@@ -81,13 +81,14 @@ frame = sys._getframe(1)
 while "importlib" in frame.f_globals["__name__"]:
     frame = frame.f_back
 IMPORTER = frame.f_globals["__name__"]
+__version__ = "9.9.9"
 """
 FRESH = """
 import sys
 sys.path.insert(0, {extras!r})
 {statement}
 import json
-print(json.dumps({{name: getattr(module, "IMPORTER", None) for name, module in sys.modules.items()}}))
+print(json.dumps({{name: vars(module).get("IMPORTER") for name, module in sys.modules.items()}}))
 """
 
 

@@ -81,6 +81,11 @@ class Phi3CLI(LightningCLI):
     """
 
     def __init__(self, args: list[str] | None = None) -> None:
+        given = sys.argv[1:] if args is None else args
+        if given[:1] in (["-h"], ["--help"]):
+            self._parsed = set()
+        else:
+            self._parsed = set(given[:1]) & set(self.subcommands()) or set(self.subcommands())
         super().__init__(
             Phi3LoRAModule,
             ChatDataModule,
@@ -101,6 +106,9 @@ class Phi3CLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if subcommand not in self._parsed:  # its options, which take a second to collect, will not be asked for
+            self._subcommand_method_arguments[subcommand] = []
+            return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "fit":
             parser.add_argument(

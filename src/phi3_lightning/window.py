@@ -72,6 +72,7 @@ class TokenWeightedModule(pl.LightningModule):
         super().__init__()
         self._window = AccumulationWindow()
         self._micro_batch: MicroBatch | None = None
+        self._warned = False
 
     def trained_parameters(self) -> Iterator[nn.Parameter]:
         """Yield every parameter that an optimiser step may change."""
@@ -100,7 +101,7 @@ class TokenWeightedModule(pl.LightningModule):
         """Add the gradient of the micro-batch's summed loss to that of the window."""
         micro_batch, self._micro_batch = self._micro_batch, None
         if micro_batch is None:
-            _warn_unweighted(type(self))
+            self._warn_unweighted()
             super().backward(loss, *args, **kwargs)
             return
         # the Trainer has divided by the number of micro-batches
@@ -152,9 +153,11 @@ class TokenWeightedModule(pl.LightningModule):
         plugin = self.trainer.precision_plugin
         return isinstance(plugin, MixedPrecision) and plugin.scaler is not None
 
-
-def _warn_unweighted(module: type) -> None:
-    rank_zero_warn(
-        f"{module.__name__}.training_step returns a loss that weighted_mean did not make: its gradient stays the "
-        "Trainer's mean over micro-batches, in which a batch with few tokens weighs as much as one with many"
-    )
+    def _warn_unweighted(self) -> None:
+        if not self._warned:
+            rank_zero_warn(
+                f"{type(self).__name__}.training_step returns a loss that weighted_mean did not make: its gradient "
+                "stays the Trainer's mean over micro-batches, in which a batch with few tokens weighs as much as one "
+                "with many"
+            )
+        self._warned = True

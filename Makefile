@@ -1,0 +1,35 @@
+# Each target makes .venv by itself where it is missing.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: setup quickstart test test-fast test-slow lint clean
+
+setup: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.13: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $(INSTALLED)
+
+quickstart: setup
+	$(BIN)/python cli.py fit --config configs/quickstart.yaml
+
+test: test-fast test-slow
+
+test-fast: setup
+	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2
+
+# one after the other: they measure memory, or need both cores
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist runs
