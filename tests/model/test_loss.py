@@ -1,0 +1,123 @@
+"""The loss against transformers' own and against plain cross-entropy."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import Phi3ForCausalLM
+
+import synthetic
+from phi3_lightning.batch import IGNORE_INDEX
+from phi3_lightning.model import loss
+
+DOCUMENTS = [synthetic.document(12, 5, 0), synthetic.document(30, 29, 1), synthetic.document(7, 1, 2)]
+ROWS = [[document] for document in DOCUMENTS]
+SUPERVISED = 5 + 29 + 1
+
+# float32 sums of 35 token losses, each a log-sum of 97 exponentials
+TOLERANCE = (SUPERVISED + synthetic.VOCABULARY) * torch.finfo(torch.float32).eps
+
+
+@pytest.fixture(scope="module")
+def head() -> nn.Linear:
+    torch.manual_seed(0)
+    return nn.Linear(16, synthetic.VOCABULARY, bias=False)
+
+
+def hidden_of(batch) -> torch.Tensor:
+    torch.manual_seed(1)
+    return torch.randn(*batch["input_ids"].shape, 16, requires_grad=True)
+
+
+def plain_loss(hidden, head, batch) -> torch.Tensor:
+    """Full logits, shifted, summed."""
+    logits, labels = head(hidden)[:, :-1], batch["labels"][:, 1:]
+    return nn.functional.cross_entropy(
+        logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum"
+    )
+
+
+def test_loss_is_that_of_transformers(tiny_base):
+    model = Phi3ForCausalLM.from_pretrained(tiny_base)
+    for ids, labels in DOCUMENTS:
+        theirs = model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False).loss
+        batch = synthetic.batch_of([[(ids, labels)]])
+        hidden = model.model(input_ids=torch.tensor([ids]), use_cache=False).last_hidden_state
+        total, count = loss.cross_entropy(hidden, model.lm_head, batch)
+        assert (total / count).item() == pytest.approx(theirs.item(), rel=TOLERANCE)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, SUPERVISED, 1024])
+def test_chunks_change_neither_loss_nor_gradient(head, monkeypatch, chunk):
+    monkeypatch.setattr(loss, "CHUNK", chunk)
+    batch = synthetic.batch_of(ROWS)
+    hidden, reference = hidden_of(batch), hidden_of(batch)
+    total, count = loss.cross_entropy(hidden, head, batch)
+    expected = plain_loss(reference, head, batch)
+    assert count.item() == SUPERVISED
+    assert total.item() == pytest.approx(expected.item(), rel=TOLERANCE)
+    gradient, expected_gradient = torch.autograd.grad(total, hidden)[0], torch.autograd.grad(expected, reference)[0]
+    torch.testing.assert_close(gradient, expected_gradient, rtol=0, atol=TOLERANCE * expected_gradient.abs().max())
+
+
+def test_full_logits_never_exist_at_once(head, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 4)
+    seen = []
+    handle = head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    batch = synthetic.batch_of(ROWS)
+    loss.cross_entropy(hidden_of(batch), head, batch)[0].backward()
+    handle.remove()
+    forward = -(-SUPERVISED // 4)
+    assert len(seen) == 2 * forward  # once more in the backward pass
+    assert max(rows for rows, _ in seen) == 4
+
+
+def test_position_t_predicts_token_t_plus_1(head):
+    batch = synthetic.batch_of([[([5, 6, 7, 8], [IGNORE_INDEX, IGNORE_INDEX, 7, 8])]])
+    hidden = hidden_of(batch)
+    states, targets = loss.supervised_positions(hidden, batch)
+    assert targets.tolist() == [7, 8]
+    assert torch.equal(states, hidden[0, 1:3])
+
+
+def test_a_label_never_crosses_from_one_document_to_the_next(head):
+    first, second = synthetic.document(6, 5, 0), synthetic.document(6, 5, 1)
+    packed = synthetic.batch_of([[first, second]])
+    _, targets = loss.supervised_positions(hidden_of(packed), packed)
+    assert targets.tolist() == first[0][1:] + second[0][1:]
+
+
+def test_no_supervised_token_gives_zero_with_a_graph(head):
+    batch = synthetic.batch_of([[([3, 4, 5], [IGNORE_INDEX] * 3)]])
+    hidden = hidden_of(batch)
+    total, count = loss.cross_entropy(hidden, head, batch)
+    assert (total.item(), count.item()) == (0, 0)
+    total.backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))
+
+
+def test_sums_are_float32_over_a_bfloat16_head(head):
+    batch = synthetic.batch_of(ROWS)
+    half = nn.Linear(16, synthetic.VOCABULARY, bias=False).to(torch.bfloat16)
+    hidden = hidden_of(batch).detach().to(torch.bfloat16)
+    total, _ = loss.cross_entropy(hidden, half, batch)
+    states, targets = loss.supervised_positions(hidden, batch)
+    exact = nn.functional.cross_entropy(half(states).double(), targets, reduction="sum").item()
+    assert total.dtype == torch.float32
+    assert total.item() == pytest.approx(exact, rel=TOLERANCE)
+    assert abs(total.bfloat16().item() - exact) > 10 * TOLERANCE * exact  # the same sum rounded to bfloat16
+
+
+def test_correct_tokens_are_counted_at_supervised_positions_only(head):
+    batch = synthetic.batch_of(ROWS)
+    hidden = hidden_of(batch)
+    predicted = head(hidden).argmax(-1)
+    expected = sum(
+        (predicted[row, position - 1] == batch["labels"][row, position]).item()
+        for row in range(len(ROWS))
+        for position in range(1, batch["labels"].shape[1])
+        if batch["labels"][row, position] != IGNORE_INDEX
+    )
+    assert [number.item() for number in loss.correct_tokens(hidden, head, batch)] == [expected, SUPERVISED]
+    batch["labels"][1, 1:30] = predicted[1, :29]  # now all 29 of the second row are right
+    correct, _ = loss.correct_tokens(hidden, head, batch)
+    assert correct.item() >= 29
