@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 import pytest
 
-from phi3_lightning.config import PHI3_LINEAR_LAYERS, Generation, LoRA, Optimizer, Schedule
+from phi3_lightning.config import PHI3_LINEAR_LAYERS, Generation, LoRA, Optimizer, Schedule, section
 from phi3_lightning.errors import ConfigError, Phi3LightningError
 
 OUT_OF_RANGE = [
@@ -43,29 +43,29 @@ AT_THE_EDGE = [
 ]
 
 
-@pytest.mark.parametrize(("section", "field", "value", "key"), OUT_OF_RANGE)
-def test_a_value_out_of_range_is_named_with_its_key(section, field, value, key):
+@pytest.mark.parametrize(("kind", "field", "value", "key"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_named_with_its_key(kind, field, value, key):
     with pytest.raises(ConfigError, match=f"^{re.escape(key)}: .*cannot be used: "):
-        section(**{field: value})
+        kind(**{field: value})
 
 
-@pytest.mark.parametrize(("section", "fields"), AT_THE_EDGE)
-def test_values_at_the_edge_are_taken(section, fields):
-    made = section(**fields)
+@pytest.mark.parametrize(("kind", "fields"), AT_THE_EDGE)
+def test_values_at_the_edge_are_taken(kind, fields):
+    made = kind(**fields)
     assert {name: getattr(made, name) for name in fields} == fields
 
 
-@pytest.mark.parametrize("section", [LoRA, Optimizer, Schedule, Generation])
-def test_a_mapping_gives_what_the_section_gives(section):
-    assert section.of(asdict(section())) == section()
-    given = section()
-    assert section.of(given) is given
+@pytest.mark.parametrize("kind", [LoRA, Optimizer, Schedule, Generation])
+def test_a_mapping_gives_what_the_section_gives(kind):
+    assert section(kind, asdict(kind())) == kind()
+    given = kind()
+    assert section(kind, given) is given
 
 
-@pytest.mark.parametrize("section", [LoRA, Optimizer, Schedule, Generation])
-def test_an_unknown_key_is_named(section):
-    with pytest.raises(ConfigError, match=f"{section.__name__}: .*'rank'"):
-        section.of({"rank": 8})
+@pytest.mark.parametrize("kind", [LoRA, Optimizer, Schedule, Generation])
+def test_an_unknown_key_is_named(kind):
+    with pytest.raises(ConfigError, match=f"{kind.__name__}: .*'rank'"):
+        section(kind, {"rank": 8})
 
 
 def test_a_peft_config_of_a_script_drops_in():
@@ -78,7 +78,7 @@ def test_a_peft_config_of_a_script_drops_in():
         "target_modules": "all-linear",
         "modules_to_save": None,
     }
-    assert asdict(LoRA.of(peft_config)) == peft_config | {"use_rslora": False}
+    assert asdict(section(LoRA, peft_config)) == peft_config | {"use_rslora": False}
 
 
 def test_defaults_adapt_every_linear_layer():

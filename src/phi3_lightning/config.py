@@ -6,7 +6,7 @@ transformers (schedules, generation).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, Self, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
 
 from phi3_lightning.errors import ConfigError
 
@@ -48,34 +48,44 @@ def require_choice(key: str, value: object, kind: Any) -> None:
     require(valid, key, value, f"choose {' or '.join(map(str, choices))}")
 
 
-class _FromMapping:
-    """Lets a section be given as a mapping, as scripts and checkpoints do."""
+def require_choices(key: str, given: object) -> None:
+    """Raise a ConfigError unless each ``Literal`` field of a section holds one of its choices.
 
-    @classmethod
-    def of(cls, section: Self | Mapping[str, Any]) -> Self:
-        """Return ``section`` as an instance of this class.
+    Args:
+        key: The key path of the section.
+        given: The section, a dataclass.
 
-        Args:
-            section: An instance, or a mapping of its fields.
+    Raises:
+        ConfigError: If a field holds no choice of its type.
+    """
+    for name, kind in get_type_hints(type(given)).items():
+        if get_origin(kind) is Literal:
+            require_choice(f"{key}.{name}", getattr(given, name), kind)
 
-        Raises:
-            ConfigError: If the mapping has a key that this section lacks, or a value out of range.
-        """
-        if isinstance(section, cls):
-            return section
-        try:
-            return cls(**section)  # type: ignore[arg-type]
-        except TypeError as error:
-            raise ConfigError(f"{cls.__name__}: {str(error).removeprefix(f'{cls.__name__}.__init__() ')}") from None
 
-    def _check_choices(self, key: str) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal:
-                require_choice(f"{key}.{name}", getattr(self, name), kind)
+Section = TypeVar("Section")
+
+
+def section(kind: type[Section], given: Section | Mapping[str, Any]) -> Section:
+    """Return a section of the configuration that was given as itself or as a mapping, as scripts and checkpoints do.
+
+    Args:
+        kind: The dataclass.
+        given: An instance, or a mapping of its fields.
+
+    Raises:
+        ConfigError: If the mapping has a key that ``kind`` lacks, or a value out of range.
+    """
+    if isinstance(given, kind):
+        return given
+    try:
+        return kind(**cast("Mapping[str, Any]", given))
+    except TypeError as error:
+        raise ConfigError(f"{kind.__name__}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
 
 
 @dataclass(frozen=True)
-class LoRA(_FromMapping):
+class LoRA:
     """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in PEFT's own key names."""
 
     r: int = 16
@@ -97,7 +107,7 @@ class LoRA(_FromMapping):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        self._check_choices("model.lora")
+        require_choices("model.lora", self)
         if not isinstance(self.target_modules, str):
             object.__setattr__(self, "target_modules", list(self.target_modules))
         require(self.r >= 1, "model.lora.r", self.r, "the rank is at least 1")
@@ -113,7 +123,7 @@ class LoRA(_FromMapping):
 
 
 @dataclass(frozen=True)
-class Optimizer(_FromMapping):
+class Optimizer:
     """How the adapters are updated."""
 
     name: Literal["adamw"] = "adamw"
@@ -129,7 +139,7 @@ class Optimizer(_FromMapping):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        self._check_choices("model.optimizer")
+        require_choices("model.optimizer", self)
         object.__setattr__(self, "betas", tuple(self.betas))
         require(self.lr > 0, "model.optimizer.lr", self.lr, "it is above 0, for LoRA often 2e-4")
         require(self.weight_decay >= 0, "model.optimizer.weight_decay", self.weight_decay, "it is 0 or more")
@@ -143,7 +153,7 @@ class Optimizer(_FromMapping):
 
 
 @dataclass(frozen=True)
-class Schedule(_FromMapping):
+class Schedule:
     """How the learning rate moves over the optimiser steps of the run."""
 
     name: Literal["linear", "cosine", "constant"] = "cosine"
@@ -153,13 +163,13 @@ class Schedule(_FromMapping):
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        self._check_choices("model.schedule")
+        require_choices("model.schedule", self)
         valid = self.warmup >= 0 if isinstance(self.warmup, int) else 0 <= self.warmup < 1
         require(valid, "model.schedule.warmup", self.warmup, "a whole number of steps, or a fraction in [0, 1)")
 
 
 @dataclass(frozen=True)
-class Generation(_FromMapping):
+class Generation:
     """How answers are written by ``predict``."""
 
     max_new_tokens: int = 256

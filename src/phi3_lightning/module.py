@@ -29,7 +29,7 @@ from phi3_lightning.checkpoint import (
     rewind_to_window_start,
     without_frozen,
 )
-from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice
+from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice, section
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
@@ -85,10 +85,10 @@ class Phi3LoRAModule(TokenWeightedModule):
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
-        self.lora = LoRA.of(lora)
-        self.optimizer_config = Optimizer.of(optimizer)
-        self.schedule = Schedule.of(schedule)
-        self.generation = Generation.of(generation)
+        self.lora = section(LoRA, lora)
+        self.optimizer_config = section(Optimizer, optimizer)
+        self.schedule = section(Schedule, schedule)
+        self.generation = section(Generation, generation)
         self.save_hyperparameters(self._plain_hyper_parameters())
 
         self.model: Phi3ForCausalLM | None = None

@@ -1,0 +1,107 @@
+"""Runs the command line in processes forked from this one, which has done the imports."""
+
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from phi3_lightning.cli import main
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = REPOSITORY / "src/phi3_lightning/assets/tiny_phi3"
+
+
+@dataclass
+class Run:
+    """One call of the command line, in a process of its own."""
+
+    pid: int
+    output: Path
+    status: int | None = None
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(errors="replace")
+
+    def poll(self) -> int | None:
+        if self.status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.status = os.waitstatus_to_exitcode(status) if pid else None
+        return self.status
+
+    def wait(self, seconds: float = 120) -> int:
+        self.wait_for(lambda: self.poll() is not None, seconds)
+        return self.status
+
+    def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
+        """Wait until something has happened; the run is killed when it takes too long."""
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end or (self.poll() is not None and not condition()):
+                self.kill(signal.SIGKILL)
+                raise AssertionError(f"waited in vain; the run printed:\n{self.text}")
+            time.sleep(0.005)
+
+    def kill(self, with_signal: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, with_signal)
+
+
+def start(folder: Path, *args: str) -> Run:
+    """Fork a process that runs the command line in ``folder``."""
+    output = folder / f"output-{time.monotonic_ns()}.txt"
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            os.chdir(folder)
+            sink = os.open(output, os.O_WRONLY | os.O_CREAT)
+            os.dup2(sink, 1)
+            os.dup2(sink, 2)
+            sys.stdout = os.fdopen(1, "w", buffering=1)
+            sys.stderr = os.fdopen(2, "w", buffering=1)
+            sys.argv = ["cli.py", *args]
+            main()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+        except BaseException:
+            import traceback
+
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    run = Run(pid, output)
+    while not output.exists():
+        time.sleep(0.001)
+    return run
+
+
+@pytest.fixture
+def cli(tmp_path) -> Callable[..., Run]:
+    """Run a command to its end: ``cli("fit", "--config", ...)``."""
+
+    def run(*args: str, code: int | None = 0) -> Run:
+        finished = start(tmp_path, *args)
+        finished.wait()
+        if code is not None:
+            assert finished.status == code, finished.text
+        return finished
+
+    return run
+
+
+QUICK = (
+    "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.log_every_n_steps=1", f"--model.base={TINY}",
+    f"--data.train={TINY}/chats_train.jsonl", f"--data.val={TINY}/chats_val.jsonl", "--data.max_length=256",
+    "--data.batch_size=1", "--data.num_workers=0", "--model.gradient_checkpointing=none", "--model.optimizer.lr=0.01",
+    "--model.generation.max_new_tokens=8",
+)  # fmt: skip
+"""Options of a run on the tiny model that takes a second or two."""
