@@ -191,7 +191,7 @@ def test_a_hub_set_is_read_by_datasets(tokenise: Callable[..., Prepared], monkey
 
     asked = []
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, split: str, streaming: bool) -> datasets.Dataset:
         asked.append((name, split))
         return datasets.Dataset.from_list(CHATS)
 
@@ -207,7 +207,7 @@ def test_a_hub_set_that_is_not_there_is_named(
 ) -> None:
     import datasets
 
-    def load_dataset(name: str, split: str) -> datasets.Dataset:
+    def load_dataset(name: str, split: str, streaming: bool) -> datasets.Dataset:
         raise datasets.exceptions.DatasetNotFoundError(name)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)

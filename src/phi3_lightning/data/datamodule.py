@@ -5,22 +5,27 @@ import warnings
 from functools import partial
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from phi3_lightning.batch import PromptBatch
 from phi3_lightning.data.collate import Document, collate, collate_prompts
-from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.options import Files, Format, Options, Split
-from phi3_lightning.data.packing import Ints, Plan, mix, plan_batches
-from phi3_lightning.data.prepare import Prepared, Statistics, prepare
-from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches
+from phi3_lightning.data.packing import Plan
+from phi3_lightning.data.prepare import Prepared, Statistics
+from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches, compare_orders
 from phi3_lightning.data.sources import find_sources
-from phi3_lightning.data.template import ChatTemplate, load_tokenizer
-from phi3_lightning.data.window import Window, read_window
-from phi3_lightning.errors import CheckpointError, ConfigError, DataError, DivergenceError
+from phi3_lightning.data.splits import (
+    load_template,
+    make_encoder,
+    model_window,
+    plan_split,
+    prepare_split,
+    share_out,
+)
+from phi3_lightning.data.stream import StreamedBatches, StreamLoader, check_trainer
+from phi3_lightning.errors import DivergenceError
 
 
 class ChatDataModule(LightningDataModule):
@@ -59,6 +64,8 @@ class ChatDataModule(LightningDataModule):
         packing: Whether several chats share a row, without seeing each other.
         batch_size: Rows of a micro-batch.
         max_tokens_per_batch: Tokens of a micro-batch, padding included; in place of ``batch_size``.
+        streaming: Whether training data are tokenised while training goes on, for sets larger than the disk. Needs
+            ``trainer.max_steps``; packs and mixes less well, and reads again from the beginning to go on.
         num_workers: Processes that collate batches ahead.
         num_proc: Processes that tokenise; the result does not depend on it.
         on_bad_row: Whether rows that cannot be used are an error, or left out and counted.
@@ -104,6 +111,7 @@ class ChatDataModule(LightningDataModule):
         packing: bool = True,
         batch_size: int = 4,
         max_tokens_per_batch: int | None = None,
+        streaming: bool = False,
         num_workers: int = 2,
         num_proc: int = 1,
         on_bad_row: Literal["raise", "skip"] = "raise",
@@ -140,6 +148,7 @@ class ChatDataModule(LightningDataModule):
             packing=packing,
             batch_size=batch_size,
             max_tokens_per_batch=max_tokens_per_batch,
+            streaming=streaming,
             num_workers=num_workers,
             num_proc=num_proc,
             on_bad_row=on_bad_row,
@@ -160,7 +169,7 @@ class ChatDataModule(LightningDataModule):
         """
         for split in self.options.needed(None):
             find_sources(self.options.files(split) or [])
-        self._window()
+        model_window(self.options)
 
     def prepare_data(self) -> None:
         """Tokenise into the cache. Lightning calls this in one process a node.
@@ -171,9 +180,9 @@ class ChatDataModule(LightningDataModule):
         """
         self.validate_sources()
         stage = None if self.trainer is None else self.trainer.state.fn
-        template = self._load_template()
-        for split in self.options.needed(stage):
-            self._prepare(split, template)
+        template = load_template(self.options)
+        for split in self.options.prepared(stage):
+            prepare_split(split, self.options, template)
 
     def setup(self, stage: str | None = None) -> None:
         """Map the tokenised data and plan the batches, in every process alike.
@@ -181,14 +190,11 @@ class ChatDataModule(LightningDataModule):
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None: all that data were given for.
         """
-        self.template = self._load_template()
+        self.template = load_template(self.options)
         self.tokenizer = self.template.tokenizer
-        for split in self.options.needed(stage):
+        for split in self.options.prepared(stage):
             if split not in self.prepared:
-                self.prepared[split] = self._prepare(split, self.template)
-                self.statistics[split] = self.prepared[split].statistics
-                rank_zero_info(f"{split}: {self.statistics[split]}")
-                self.plans |= {share: self._plan(share, rows) for share, rows in self._shares(split).items()}
+                self._set_up(split)
                 if split == "train" and stage != "validate":
                     self._report_plan()
 
@@ -209,8 +215,11 @@ class ChatDataModule(LightningDataModule):
             Yields ``Batch``.
 
         Raises:
+            ConfigError: A stream has no end, and the Trainer was told none.
             CheckpointError: The run goes on within an epoch, but data, seed or ranks are not what they were.
         """
+        if self.options.streaming:
+            return self._stream()
         self._check_resumed_order()
         return self._loader("train", shuffle=True)
 
@@ -250,7 +259,7 @@ class ChatDataModule(LightningDataModule):
         Returns:
             A place a document, such as ``chats.jsonl:12``.
         """
-        return self.prepared["train"].describe(row_ids)
+        return self._streamed.describe(row_ids) if self.options.streaming else self.prepared["train"].describe(row_ids)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the rows in which training diverged.
@@ -281,51 +290,15 @@ class ChatDataModule(LightningDataModule):
         """
         self._saved_order = state_dict
 
-    def _window(self) -> Window | None:
-        """The model's window, after a look whether ``max_length`` fits."""
-        if self.options.tokenizer is None:
-            return None
-        window = read_window(self.options.tokenizer, self.options.revision)
-        if window is not None and self.options.max_length > window.longest:
-            raise ConfigError(
-                f"data.max_length: {self.options.max_length} is beyond the {window.longest} tokens that "
-                f"{self.options.tokenizer} can read; give {window.longest} or less."
-            )
-        return window
-
-    def _load_template(self) -> ChatTemplate:
-        if self.options.tokenizer is None:
-            raise ConfigError("data.tokenizer: not given; name the folder or hub id of the model's tokenizer.")
-        tokenizer = load_tokenizer(self.options.tokenizer, self.options.revision, self.options.chat_template)
-        return ChatTemplate(tokenizer, self.options.special_text)
-
-    def _prepare(self, split: Split, template: ChatTemplate) -> Prepared:
-        window = self._window()
-        prompts = split == "predict"
-        limit = window.longest if prompts and window is not None else self.options.max_length
-        return prepare(
-            find_sources(self.options.files(split) or []),
-            Encoder(template, self.options.row_options(max_length=limit), prompts=prompts),
-            on_bad_row=self.options.on_bad_row,
-            cache_dir=self.options.cache_dir,
-            num_proc=self.options.num_proc,
-        )
-
-    def _shares(self, split: Split) -> dict[Split, Ints]:
-        """The documents of a split; those of the training data may be mixed, and shared with validation."""
-        documents = np.arange(len(self.prepared[split].table))
-        if split != "train":
-            return {split: documents}
-        if self.options.weights is not None:
-            documents = mix(self.prepared[split].items(), self.options.weights, self._seed())
-            if not len(documents):
-                raise DataError("data.weights: no row is left of one of data.train; mend it, or leave it out.")
-        if self.options.val is not None or self.options.val_fraction == 0 or len(documents) < 2:
-            return {split: documents}
-        size = min(max(round(len(documents) * self.options.val_fraction), 1), len(documents) - 1)
-        mixed = np.random.default_rng(self._seed()).permutation(documents)
-        self.prepared["val"] = self.prepared["train"]
-        return {"train": np.sort(mixed[size:]), "val": np.sort(mixed[:size])}
+    def _set_up(self, split: Split) -> None:
+        prepared = prepare_split(split, self.options, self.template)
+        self.statistics[split] = prepared.statistics
+        rank_zero_info(f"{split}: {prepared.statistics}")
+        lengths = prepared.lengths()
+        for share, documents in share_out(split, prepared, self.options, self._seed()).items():
+            plan = plan_split(share, lengths[documents], self.options, self._seed())
+            self.prepared[share] = prepared
+            self.plans[share] = Plan(documents[plan.documents], plan.rows, plan.batches)
 
     def _report_plan(self) -> None:
         plan = self.plans["train"]
@@ -333,25 +306,10 @@ class ChatDataModule(LightningDataModule):
         full = f", {tokens / (self.train_rows * self.options.max_length):.1%} full" if self.options.packing else ""
         rank_zero_info(f"train: {self.train_documents} documents in {self.train_rows} rows{full}, {len(plan)} batches")
 
-    def _plan(self, split: Split, documents: Ints) -> Plan:
-        window = self._window()
-        plan = plan_batches(
-            self.prepared[split].lengths()[documents],
-            batch_size=self.options.batch_size,
-            capacity=self.options.max_length if self.options.packing and split != "predict" else None,
-            max_tokens=self.options.max_tokens_per_batch,
-            seed=self._seed() if split == "train" else None,
-            apart=window.short if window is not None and split != "predict" else None,
-        )
-        return Plan(documents[plan.documents], plan.rows, plan.batches)
-
     def _loader(self, split: Split, *, shuffle: bool = False) -> BatchLoader:
-        pad = self.tokenizer.pad_token_id
-        pad = 0 if pad is None else pad
+        make: Any = partial(collate, pad_token_id=self._pad())
         if split == "predict":
-            make: Any = partial(_collate_prompt_rows, pad_token_id=pad, stop_ids=self.template.stop_ids)
-        else:
-            make = partial(collate, pad_token_id=pad)
+            make = partial(_collate_prompt_rows, pad_token_id=self._pad(), stop_ids=self.template.stop_ids)
         batches = PlannedBatches(self.prepared[split], self.plans[split], make)
         return BatchLoader(
             batches,
@@ -363,11 +321,41 @@ class ChatDataModule(LightningDataModule):
                 position=self._position if split == "train" else lambda: 0,
                 **self._ranks(),
             ),
-            num_workers=self.options.num_workers,
-            persistent_workers=self.options.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            generator=torch.Generator(),  # of its own: iterating draws from it, and must not from the global one
+            **self._workers(),
         )
+
+    def _stream(self) -> StreamLoader:
+        """The training data as they come."""
+        if self.trainer is not None:
+            validates = self.options.val is not None
+            check_trainer(self.trainer.max_steps, self.trainer.val_check_interval, validates=validates)
+        if self.options.num_workers:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # their threads do not live on in forked workers
+        self._streamed = StreamedBatches(
+            find_sources(self.options.files("train") or [], streaming=True),
+            make_encoder("train", self.options, self.template),
+            partial(plan_split, "train", options=self.options),
+            partial(collate, pad_token_id=self._pad()),
+            seed=self._seed(),
+            skip_bad_rows=self.options.on_bad_row == "skip",
+            **self._ranks(),
+        )
+        loader = StreamLoader(self._streamed, batch_size=None, **self._workers())
+        loader.position = self._position
+        return loader
+
+    def _workers(self) -> dict[str, Any]:
+        return {
+            "num_workers": self.options.num_workers,
+            "persistent_workers": self.options.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+            # of its own: iterating draws from it, and must not from the global one
+            "generator": torch.Generator(),
+        }
+
+    def _pad(self) -> int:
+        pad = self.tokenizer.pad_token_id
+        return 0 if pad is None else pad
 
     def _seed(self) -> int:
         given = self.options.seed
@@ -382,17 +370,11 @@ class ChatDataModule(LightningDataModule):
 
     def _check_resumed_order(self) -> None:
         saved, self._saved_order = self._saved_order, None
-        now = self.state_dict()
-        changed = [f"{key} was {saved[key]}, now {now[key]}" for key in now if saved[key] != now[key]] if saved else []
-        if not changed or self.trainer is None:
-            return
-        progress = self.trainer.fit_loop.epoch_loop.batch_progress
-        if progress.current.ready and not progress.is_last_batch:
-            raise CheckpointError(
-                f"The checkpoint stopped within an epoch whose order cannot be continued: {'; '.join(changed)}. "
-                "Give the same data, data options, seed and devices, or resume from the end of an epoch."
-            )
-        rank_zero_info(f"The order of batches is new from this epoch on: {'; '.join(changed)}.")
+        if saved and self.trainer is not None:
+            progress = self.trainer.fit_loop.epoch_loop.batch_progress
+            within = progress.current.ready > 0 and not progress.is_last_batch
+            if changed := compare_orders(saved, self.state_dict(), within_epoch=within):
+                rank_zero_info(f"The order of batches is new from this epoch on: {changed}.")
 
 
 def _collate_prompt_rows(rows: list[list[Document]], pad_token_id: int, stop_ids: list[int]) -> PromptBatch:

@@ -79,6 +79,7 @@ class Options(RowOptions):
     packing: bool
     batch_size: int
     max_tokens_per_batch: int | None
+    streaming: bool
     num_workers: int
     num_proc: int
     on_bad_row: Literal["raise", "skip"]
@@ -102,6 +103,11 @@ class Options(RowOptions):
             count = len(self.train) if isinstance(self.train, list) else 1
             if len(self.weights) != count or min(self.weights, default=0) <= 0:
                 raise ConfigError(f"data.weights: {self.weights}; give one positive number for each of data.train.")
+
+        if self.streaming and self.val is None and self.val_fraction > 0:
+            raise ConfigError("data.val_fraction: a stream has no fraction; give data.val, or data.val_fraction: 0.")
+        if self.streaming and self.weights is not None:
+            raise ConfigError("data.weights: streamed data are not mixed; set data.streaming: false or leave them out.")
 
     def row_options(self, **changes: Any) -> RowOptions:
         """The part of the options that decides about tokens.
@@ -151,3 +157,17 @@ class Options(RowOptions):
             if split not in given:
                 raise ConfigError(f"data.{split}: not given; name a file or a data set to {stage} with.")
         return needed[stage]
+
+    def prepared(self, stage: str | None) -> list[Split]:
+        """The files that are tokenised before a stage begins.
+
+        Args:
+            stage: ``fit``, ``validate``, ``test`` or ``predict``; None: whatever files are given.
+
+        Returns:
+            The splits; not the training data where they are streamed.
+
+        Raises:
+            ConfigError: A split that is needed was not given.
+        """
+        return [split for split in self.needed(stage) if not (self.streaming and split == "train")]

@@ -1,6 +1,6 @@
 """The order of batches: seed, epoch, rank and position decide it, nothing else."""
 
-from collections.abc import Callable, Iterator, Sized
+from collections.abc import Callable, Iterator, Mapping, Sized
 from typing import Any, Final
 
 import numpy as np
@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.packing import Plan
 from phi3_lightning.data.prepare import Prepared
+from phi3_lightning.errors import CheckpointError
 
 FILLER: Final = -1
 """The index of a batch without documents, which evens out ranks."""
@@ -99,3 +100,26 @@ class PlannedBatches(Dataset[Any]):
         rows = [] if index == FILLER else self._plan[index]
         documents = iter(self._prepared.documents([document for row in rows for document in row]))
         return self._collate([[next(documents) for _ in row] for row in rows])
+
+
+def compare_orders(saved: Mapping[str, Any], now: Mapping[str, Any], *, within_epoch: bool) -> str:
+    """See whether a resumed run takes its batches in the order of the run before.
+
+    Args:
+        saved: Seed, ranks and plan of the run before.
+        now: Those of this run.
+        within_epoch: Whether the run before stopped within an epoch.
+
+    Returns:
+        What has changed, in words; empty where nothing has.
+
+    Raises:
+        CheckpointError: Something has changed within an epoch.
+    """
+    changed = "; ".join(f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key])
+    if changed and within_epoch:
+        raise CheckpointError(
+            f"The checkpoint stopped within an epoch whose order cannot be continued: {changed}. "
+            "Give the same data, data options, seed and devices, or resume from the end of an epoch."
+        )
+    return changed

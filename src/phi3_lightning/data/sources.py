@@ -87,11 +87,13 @@ class HubSource:
         id: Its name on the hub, ``owner/name``.
         split: The split.
         item: Which of the things that the user gave it is.
+        streaming: Whether rows are fetched as they are read, instead of downloaded first.
     """
 
     id: str
     split: str
     item: int = 0
+    streaming: bool = False
 
     def check(self) -> None:
         """Nothing can be said without the network; the set is looked for when it is read."""
@@ -134,9 +136,9 @@ class HubSource:
         """
         return enumerate(self._load(), start=1)
 
-    def _load(self) -> datasets.Dataset:
+    def _load(self) -> datasets.Dataset | datasets.IterableDataset:
         try:
-            return datasets.load_dataset(self.id, split=self.split)
+            return datasets.load_dataset(self.id, split=self.split, streaming=self.streaming)
         except Exception as error:  # load_dataset lets through whatever its many back ends raise
             raise DataError(
                 f"{self.id}: neither a file nor a data set with a split {self.split!r} that can be loaded from the "
@@ -147,11 +149,12 @@ class HubSource:
 Source = FileSource | HubSource
 
 
-def find_sources(given: str | list[str]) -> list[Source]:
+def find_sources(given: str | list[str], *, streaming: bool = False) -> list[Source]:
     """Understand what a user gave as data.
 
     Args:
         given: A file, a folder, a glob pattern, a hub id (``owner/name`` or ``owner/name:split``), or several of them.
+        streaming: Whether hub data sets are fetched as they are read.
 
     Returns:
         The sources, in the order given; files of a folder or a pattern by name.
@@ -160,13 +163,13 @@ def find_sources(given: str | list[str]) -> list[Source]:
         DataError: A path leads nowhere, or a file cannot be read.
     """
     items = [given] if isinstance(given, str) else given
-    sources = [source for index, item in enumerate(items) for source in _find(item, index)]
+    sources = [source for index, item in enumerate(items) for source in _find(item, index, streaming)]
     for source in sources:
         source.check()
     return sources
 
 
-def _find(given: str, item: int) -> list[Source]:
+def _find(given: str, item: int, streaming: bool) -> list[Source]:
     path = Path(given).expanduser()
     hub = _HUB.fullmatch(given)
     if path.is_dir():
@@ -175,7 +178,9 @@ def _find(given: str, item: int) -> list[Source]:
         return [FileSource(path, item)]
     if any(sign in given for sign in "*?["):
         return _files(given, item, glob.glob(str(path), recursive=True))  # noqa: PTH207, a pattern may be absolute
-    return [FileSource(path, item)] if hub is None else [HubSource(hub["name"], hub["split"] or "train", item)]
+    if hub is None:
+        return [FileSource(path, item)]
+    return [HubSource(hub["name"], hub["split"] or "train", item, streaming)]
 
 
 def _files(given: str, item: int, found: list[str]) -> list[Source]:
