@@ -291,6 +291,8 @@ def test_nothing_is_loaded_on_construction_and_faults_are_named_early(
         {"max_length": 1},
         {"batch_size": 0},
         {"num_workers": -1},
+        {"on_bad_row": "ignore"},
+        {"overlong": "truncate"},
         {"num_proc": 0},
         {"val_fraction": 1.0},
         {"weights": [1.0, 2.0]},

@@ -93,7 +93,9 @@ def test_an_empty_answer_stays_a_turn() -> None:
         (messages(U), "last turn", "remove it"),
         (messages({"role": "system", "content": "s"}), "last turn", "remove it"),
         ({"prompt": "hi"}, "last turn", "remove it"),
-        ({"prompt": "hi", "completion": None}, "content is not text", "'completion' is null"),
+        ({"prompt": "hi", "completion": None}, "last turn", "remove it"),
+        ({"prompt": None, "completion": "ho"}, "content is not text", "'prompt' is null"),
+        ({"prompt": "hi", "completion": 5}, "content is not text", "'completion' is a number"),
     ],
 )
 def test_what_cannot_be_trained_is_named(row: object, reason: str, found: str) -> None:
@@ -131,6 +133,9 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", 
         ({"question": "hi", "reply": "ho"}, {"columns": {"prompt": "question", "completion": "reply"}}),
         ({"messages": '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}]'}, {}),
         ({"text": "x", "prompt": "hi", "completion": "ho"}, {}),
+        ({"messages": None, "text": None, "prompt": "hi", "completion": "ho"}, {}),
+        (messages(U | {"weight": None, "train": None}, A | {"tool_calls": None, "train": None, "weight": 1}), {}),
+        (messages({"role": "user", "content": [{"type": "text", "text": None, "value": "hi"}]}, A), {}),
         (
             messages({"role": "customer", "content": "hi"}, {"role": "agent", "content": "ho"}),
             {"roles": {"customer": "user", "agent": "assistant"}},

@@ -180,9 +180,9 @@ class ChatDataModule(LightningDataModule):
         """
         self.validate_sources()
         stage = None if self.trainer is None else self.trainer.state.fn
-        template = load_template(self.options)
+        window, template = model_window(self.options), load_template(self.options)
         for split in self.options.prepared(stage):
-            prepare_split(split, self.options, template)
+            prepare_split(split, self.options, make_encoder(split, self.options, template, window))
 
     def setup(self, stage: str | None = None) -> None:
         """Map the tokenised data and plan the batches, in every process alike.
@@ -190,6 +190,7 @@ class ChatDataModule(LightningDataModule):
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None: all that data were given for.
         """
+        self._window = model_window(self.options)
         self.template = load_template(self.options)
         self.tokenizer = self.template.tokenizer
         for split in self.options.prepared(stage):
@@ -291,12 +292,13 @@ class ChatDataModule(LightningDataModule):
         self._saved_order = state_dict
 
     def _set_up(self, split: Split) -> None:
-        prepared = prepare_split(split, self.options, self.template)
+        encoder = make_encoder(split, self.options, self.template, self._window)
+        prepared = prepare_split(split, self.options, encoder)
         self.statistics[split] = prepared.statistics
         rank_zero_info(f"{split}: {prepared.statistics}")
         lengths = prepared.lengths()
         for share, documents in share_out(split, prepared, self.options, self._seed()).items():
-            plan = plan_split(share, lengths[documents], self.options, self._seed())
+            plan = plan_split(share, lengths[documents], self.options, self._window, self._seed())
             self.prepared[share] = prepared
             self.plans[share] = Plan(documents[plan.documents], plan.rows, plan.batches)
 
@@ -333,8 +335,8 @@ class ChatDataModule(LightningDataModule):
             os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # their threads do not live on in forked workers
         self._streamed = StreamedBatches(
             find_sources(self.options.files("train") or [], streaming=True),
-            make_encoder("train", self.options, self.template),
-            partial(plan_split, "train", options=self.options),
+            make_encoder("train", self.options, self.template, self._window),
+            partial(plan_split, "train", options=self.options, window=self._window),
             partial(collate, pad_token_id=self._pad()),
             seed=self._seed(),
             skip_bad_rows=self.options.on_bad_row == "skip",

@@ -77,7 +77,9 @@ def _fields(row: object, options: RowOptions) -> Mapping[str, Any]:
 
 
 def _recognise(fields: Mapping[str, Any], options: RowOptions) -> str:
-    names = [name for name in FORMATS if all(key in fields for key in FORMATS[name])]
+    # Tables have every column in every row, so a format whose fields are null is only meant where no other fits.
+    filled = [name for name, keys in FORMATS.items() if all(fields.get(key) is not None for key in keys)]
+    names = filled or [name for name, keys in FORMATS.items() if all(key in fields for key in keys)]
     if options.format == "auto" and names:
         return names[0]
     if options.format in names:
@@ -157,7 +159,7 @@ def _prompt_completion(fields: Mapping[str, Any]) -> Raw:
         value = fields.get(key)
         if isinstance(value, list):
             items += value
-        elif key in fields:
+        elif key == "prompt" or value is not None:
             items.append({"role": role, "content": _string(value, key)})
     return items, fields.get("tools")
 

@@ -151,7 +151,8 @@ def _part(part: object, where: str) -> tuple[str, object]:
     if not isinstance(part, dict) or not isinstance(name, str) or name not in kinds:
         found = f"a part of type {name!r}" if isinstance(part, dict) else kind_of(part)
         raise BadRowError("content is not text", f"{where} is {found}; known are parts of type {', '.join(kinds)}")
-    return kinds[name], part.get(name, part.get("text", part.get("value")))
+    texts = (part[key] for key in (name, "text", "value") if part.get(key) is not None)
+    return kinds[name], next(texts, None)
 
 
 def _call(call: object, where: str) -> str:
@@ -192,7 +193,7 @@ def _refuse_tools(options: RowOptions, where: str, found: bool) -> None:
 
 
 def _trained(item: dict[str, Any], where: str) -> bool | None:
-    value = item.get("train", item.get("weight"))
+    value = item.get("weight") if item.get("train") is None else item["train"]
     if value is None:
         return None
     if value not in (0, 1):  # also true and false

@@ -1,7 +1,7 @@
 """The options of ChatDataModule, typed, with their ranges."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
 
 from phi3_lightning.errors import ConfigError
 
@@ -44,6 +44,10 @@ class RowOptions:
     overlong: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop"
 
     def __post_init__(self) -> None:
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
+                known = ", ".join(get_args(kind))
+                raise ConfigError(f"data.{name}: {getattr(self, name)!r} is not known; give one of {known}.")
         for name in self.columns or {}:
             if name not in _COLUMNS:
                 raise ConfigError(f"data.columns: {name!r} is no field of any format; known are {sorted(_COLUMNS)}.")

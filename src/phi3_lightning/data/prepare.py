@@ -159,7 +159,7 @@ def prepare(
             _publish(folder, cache / name)
         finally:
             shutil.rmtree(folder, ignore_errors=True)
-    table = datasets.Dataset.from_file(str(cache / name / "data.arrow"))
+    table = datasets.Dataset.from_file(str(cache / name / "data.arrow")).with_format("numpy")
     statistics = Statistics(**json.loads((cache / name / "statistics.json").read_text(encoding="utf-8")))
     return Prepared(table, statistics, sources)
 

@@ -53,37 +53,37 @@ def load_template(options: Options) -> ChatTemplate:
     return ChatTemplate(tokenizer, options.special_text)
 
 
-def make_encoder(split: Split, options: Options, template: ChatTemplate) -> Encoder:
+def make_encoder(split: Split, options: Options, template: ChatTemplate, window: Window | None) -> Encoder:
     """Say how rows of a split become tokens.
 
     Args:
         split: Which one. Prompts may be as long as the model's window.
         options: What the user gave.
         template: Renders conversations.
+        window: How long the model's inputs may be.
 
     Returns:
         The encoder.
     """
-    window = model_window(options)
     prompts = split == "predict"
     limit = window.longest if prompts and window is not None else options.max_length
     return Encoder(template, options.row_options(max_length=limit), prompts=prompts)
 
 
-def prepare_split(split: Split, options: Options, template: ChatTemplate) -> Prepared:
+def prepare_split(split: Split, options: Options, encoder: Encoder) -> Prepared:
     """Tokenise a split, or find it in the cache.
 
     Args:
         split: Which one.
         options: What the user gave.
-        template: Renders conversations.
+        encoder: Turns its rows into tokens.
 
     Returns:
         Its documents.
     """
     return prepare(
         find_sources(options.files(split) or []),
-        make_encoder(split, options, template),
+        encoder,
         on_bad_row=options.on_bad_row,
         cache_dir=options.cache_dir,
         num_proc=options.num_proc,
@@ -119,19 +119,19 @@ def share_out(split: Split, prepared: Prepared, options: Options, seed: int) -> 
     return {"train": np.sort(mixed[size:]), "val": np.sort(mixed[:size])}
 
 
-def plan_split(split: Split, lengths: Ints, options: Options, seed: int) -> Plan:
+def plan_split(split: Split, lengths: Ints, options: Options, window: Window | None, seed: int) -> Plan:
     """Lay down the batches of a split.
 
     Args:
         split: Which one. Training batches are mixed by seed, others go from long to short; prompts are not packed.
         lengths: Tokens of its documents, shape (documents,).
         options: What the user gave.
+        window: How long the model's inputs may be.
         seed: Decides which rows share a batch.
 
     Returns:
         The plan.
     """
-    window = model_window(options)
     prompts = split == "predict"
     return plan_batches(
         lengths,

@@ -29,6 +29,9 @@ class _Pieces:
     def char_to_token(self, char: int) -> int | None:
         return next((index for index, (start, end) in enumerate(self.offsets) if start <= char < end), None)
 
+    def token_to_chars(self, token: int) -> tuple[int, int]:
+        return self.offsets[token]
+
 
 def load_tokenizer(name: str, revision: str | None = None, chat_template: str | None = None) -> PreTrainedTokenizerFast:
     """Load a tokenizer exactly as its ``tokenizer.json`` defines it.
@@ -178,11 +181,11 @@ class ChatTemplate:
             if last is None or encoding.ids[last] not in self._special_ids:
                 return BadRowError("no end of turn", f"messages[{index}]: no special token follows the content")
             first = encoding.char_to_token(start)
-            if first is None:
+            chars = None if first is None else encoding.token_to_chars(first)
+            if first is None or chars is None:
                 return BadRowError("the tokenizer loses text", f"messages[{index}] begins with a character it drops")
-            before = encoding.offsets[first][0]
             # A role token may swallow the white space that a content begins with; it stays the template's.
-            swallowed = before < start and encoding.ids[first] in self._special_ids
+            swallowed = chars[0] < start and encoding.ids[first] in self._special_ids
             spans.append((first + swallowed, last + 1))
         return Encoded(encoding.ids, spans)
 
