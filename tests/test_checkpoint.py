@@ -11,6 +11,7 @@ from phi3_lightning.checkpoint import (
     check_identity,
     check_state,
     identity,
+    plain_name,
     repeat_validation,
     rewind_to_window_start,
     without_frozen,
@@ -132,3 +133,8 @@ def test_only_the_validation_is_repeated():
     assert set(validation["current"].values()) == {0}
     assert validation["total"]["ready"] > validation["total"]["completed"]
     assert position["fit_loop"]["epoch_loop.batch_progress"] == training
+
+
+def test_the_mark_of_compilation_is_taken_out_of_names():
+    assert plain_name("model._orig_mod.layers.0._orig_mod.weight") == "model.layers.0.weight"
+    assert plain_name("model.layers.0.weight") == "model.layers.0.weight"

@@ -57,6 +57,15 @@ def check_identity(checkpoint: Mapping[str, Any], mine: Mapping[str, Any]) -> No
         raise CheckpointError(f"the checkpoint holds another adapter: model.lora.{pairs}; {NEW_RUN}")
 
 
+def plain_name(name: str) -> str:
+    """Return the name of a tensor without the mark that :func:`torch.compile` leaves where it wraps a module.
+
+    Args:
+        name: A key of a state dictionary.
+    """
+    return name.replace("_orig_mod.", "")
+
+
 def without_frozen(state: Mapping[str, Tensor], frozen: Collection[str]) -> dict[str, Tensor]:
     """Return the tensors that training can change: all but the frozen parameters.
 

@@ -26,6 +26,7 @@ from phi3_lightning.checkpoint import (
     check_state,
     complete_batch,
     identity,
+    plain_name,
     rewind_to_window_start,
     without_frozen,
 )
@@ -324,7 +325,8 @@ class Phi3LoRAModule(TokenWeightedModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out, say which base they were, and never cut an accumulation window."""
-        checkpoint["state_dict"] = without_frozen(checkpoint["state_dict"], self._frozen_names())
+        trained = without_frozen(checkpoint["state_dict"], self._frozen_names())
+        checkpoint["state_dict"] = {plain_name(name): tensor for name, tensor in trained.items()}
         checkpoint[IDENTITY] = self._identity()
         loop = self.trainer.fit_loop.epoch_loop
         if self.trainer.training:
@@ -354,8 +356,10 @@ class Phi3LoRAModule(TokenWeightedModule):
         Raises:
             CheckpointError: If ``strict`` and the tensors do not fit.
         """
-        frozen = self._frozen_names()
+        mine, frozen = self.state_dict(), self._frozen_names()
+        compiled = {plain_name(name): name for name in mine}
+        state_dict = {compiled.get(plain_name(name), name): tensor for name, tensor in state_dict.items()}
         if strict:
-            check_state(state_dict, without_frozen(self.state_dict(), frozen))
+            check_state(state_dict, without_frozen(mine, frozen))
         keys = super().load_state_dict(without_frozen(state_dict, frozen), strict=False, assign=assign)
         return _IncompatibleKeys([key for key in keys.missing_keys if key not in frozen], keys.unexpected_keys)
