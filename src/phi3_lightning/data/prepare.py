@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import datasets
 import numpy as np
 import pyarrow as pa
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -24,6 +23,9 @@ from phi3_lightning.data.packing import Ints
 from phi3_lightning.data.sources import Source
 from phi3_lightning.data.tables import gather
 from phi3_lightning.errors import DataError
+
+if TYPE_CHECKING:  # importing it takes half a second, for which `--help` need not wait
+    import datasets
 
 log = logging.getLogger(__name__)
 
@@ -77,7 +79,7 @@ class Prepared:
         sources: Where they came from.
     """
 
-    table: datasets.Dataset
+    table: "datasets.Dataset"
     statistics: Statistics
     sources: list[Source]
 
@@ -148,6 +150,8 @@ def prepare(
     Raises:
         DataError: Rows cannot be used, or none is left.
     """
+    import datasets
+
     parts = [encoder.fingerprint(), on_bad_row, *(source.fingerprint() for source in sources)]
     name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "phi3_lightning"

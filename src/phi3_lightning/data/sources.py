@@ -6,11 +6,13 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import datasets
+from typing import TYPE_CHECKING
 
 from phi3_lightning.data.readers import BOM, SUFFIXES, Row, data_suffix, kind_of_file, open_file, read_rows
 from phi3_lightning.errors import DataError
+
+if TYPE_CHECKING:  # importing it takes half a second, for which `--help` need not wait
+    import datasets
 
 _HUB = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^:/]+))?")
 
@@ -136,7 +138,9 @@ class HubSource:
         """
         return enumerate(self._load(), start=1)
 
-    def _load(self) -> datasets.Dataset | datasets.IterableDataset:
+    def _load(self) -> "datasets.Dataset | datasets.IterableDataset":
+        import datasets
+
         try:
             return datasets.load_dataset(self.id, split=self.split, streaming=self.streaming)
         except Exception as error:  # load_dataset lets through whatever its many back ends raise
