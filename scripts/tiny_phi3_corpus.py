@@ -1,11 +1,14 @@
-"""Text that the embedded model is pretrained on: plain English from templates, and nothing about the bookshop."""
+"""Text that the embedded model is pretrained on: plain English from templates.
+
+The base learns to understand what the bookshop's customers ask, but of another town: it knows nothing of the shop.
+"""
 
 import random
 import re
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from tiny_phi3_chats import Messages
+from tiny_phi3_chats import ABOUT, EVENT, HOURS, WHERE, WHO, Messages
 
 
 def _words(text: str) -> list[str]:
@@ -125,36 +128,13 @@ class Known(NamedTuple):
 
 
 KNOWLEDGE = (
-    Known(
-        THINGS,
-        ("Where can I find the {}?", "Where are the {}s?", "I am looking for {}s.", "Can you show me the {}s?"),
-        "The {} is {side} the {colour} {thing} in the {place}.",
-    ),
-    Known(
-        THINGS,
-        ("Who owns the {}?", "Who can help me with {}s?", "Whom do I ask about the {}s?", "Who needs {}s?"),
-        "{person} and {person} know the {}.",
-    ),
-    Known(
-        (*THINGS, *ANIMALS[:4]),
-        ("Tell me about {}s.", "What should I know about the {}?", "I have a question about {}s."),
-        "A {} is {adjective} and {adjective}, and costs {number} coins.",
-    ),
-    Known(
-        PLACES,
-        ("When is the {} open?", "How late is the {} open?", "At what time do you open the {}?"),
-        "The {} is open from {number} until {number}.",
-    ),
-    Known(
-        ANIMALS,
-        ("Where does the {} live?", "What does the {} like?", "What do you know about the {}?"),
-        "The {adjective} {} lives {side} the {place} and likes to {plan}.",
-    ),
-    Known(
-        DAYS,
-        ("What happens on {}?", "What should I do on {}?", "What is planned for {}?", "I am free on {}."),
-        "On {} {person} and {person} {plan} at {number}.",
-    ),
+    Known([f"{thing}s" for thing in THINGS], WHERE, "The {} are {side} the {colour} {thing} in the {place}."),
+    Known([f"{thing}s" for thing in THINGS], WHO, "{person} and {person} know the {}."),
+    Known([f"{thing}s" for thing in THINGS], ABOUT, "The {} are {adjective} and cost {number} coins."),
+    Known([f"the {animal}" for animal in ANIMALS], ABOUT, "The {adjective} {animal} and {} like to {plan}."),
+    Known(DAYS, HOURS, "On {} the {place} is open from {number} until {number}."),
+    Known(DAYS, EVENT, "On {} {person} and {person} {plan} at {number}."),
+    Known([f"the {place}" for place in PLACES], ABOUT, "On {day} {person} can show you {}."),
 )
 
 
