@@ -27,19 +27,21 @@ def answers(model: Phi3ForCausalLM, batch: PromptBatch, config: Generation) -> l
     sampling: dict[str, Any] = {"temperature": config.temperature, "top_p": config.top_p} if config.do_sample else {}
     prompt_length = batch["input_ids"].shape[1]
     room = model.config.max_position_embeddings - prompt_length
-    sequences = model.generate(
-        input_ids=batch["input_ids"],
-        attention_mask=batch["attention_mask"],
-        generation_config=GenerationConfig(
-            max_new_tokens=max(1, min(config.max_new_tokens, room)),
-            do_sample=config.do_sample,
-            eos_token_id=batch["stop_ids"],
-            pad_token_id=batch["stop_ids"][0],  # what follows a stop token is cut off below
-            use_cache=True,
-            **sampling,
-        ),
-    )
-    model.train(training)
+    try:
+        sequences = model.generate(
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            generation_config=GenerationConfig(
+                max_new_tokens=max(1, min(config.max_new_tokens, room)),
+                do_sample=config.do_sample,
+                eos_token_id=batch["stop_ids"],
+                pad_token_id=batch["stop_ids"][0],  # what follows a stop token is cut off below
+                use_cache=True,
+                **sampling,
+            ),
+        )
+    finally:
+        model.train(training)
     return [_until_stop(sequence, batch["stop_ids"]) for sequence in sequences[:, prompt_length:].tolist()]
 
 
