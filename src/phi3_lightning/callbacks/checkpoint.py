@@ -7,6 +7,7 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
@@ -46,6 +47,7 @@ class RunCheckpoint(Checkpoint):
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._validation_cut = False
+        self._warned = False
 
     @property
     def last_path(self) -> Path:
@@ -93,9 +95,19 @@ class RunCheckpoint(Checkpoint):
         if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and score.item() < self.best_score:  # false for NaN
+        if score is None:
+            self._warn_not_logged(sorted(trainer.callback_metrics))
+        elif score.item() < self.best_score:  # false for NaN
             self.best_score = score.item()
             self._save(trainer, self.best_path)
+
+    def _warn_not_logged(self, logged: list[str]) -> None:
+        if not self._warned:
+            rank_zero_warn(
+                f"checkpoint.monitor: {self.monitor} is not logged (there are {', '.join(logged)}), and no best.ckpt "
+                "is kept"
+            )
+        self._warned = True
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -1,0 +1,236 @@
+"""The two checkpoints of a run: when they are written, and what survives a restart."""
+
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning.callbacks import RunCheckpoint
+from phi3_lightning.checkpoint_io import SafeCheckpointIO
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.window import TokenWeightedModule
+
+EPOCH = 5
+NAN = float("nan")
+
+
+class Scripted(TokenWeightedModule):
+    """Validates to given losses, one after the other."""
+
+    def __init__(self, *losses: float) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.losses = list(losses)
+
+    def training_step(self, batch, batch_idx):
+        return self.weighted_mean((self.weight - 1).square().sum(), 1, [batch_idx])
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", self.losses[0])
+
+    def on_validation_epoch_end(self):
+        if not self.trainer.sanity_checking:
+            self.losses.pop(0)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class Writes(SafeCheckpointIO):
+    """Remembers what was written at which step."""
+
+    def __init__(self) -> None:
+        self.done: list[tuple[str, int]] = []
+
+    def save_checkpoint(self, checkpoint, path, storage_options=None):
+        self.done.append((Path(path).name, checkpoint["global_step"]))
+        super().save_checkpoint(checkpoint, path, storage_options)
+
+
+class Fits:
+    """Runs with a RunCheckpoint in one folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __call__(self, module, resume: str | None = None, callbacks=(), checkpoint=None, **options) -> Any:
+        writes = Writes()
+        self.checkpoint = RunCheckpoint(str(self.folder / "kept"), **checkpoint or {})
+        trainer = synthetic.trainer(
+            self.folder,
+            enable_checkpointing=True,
+            callbacks=[self.checkpoint, *callbacks],
+            plugins=[writes],
+            **{"num_sanity_val_steps": 0} | options,
+        )
+        data, held_out = (torch.utils.data.DataLoader(range(EPOCH), batch_size=1) for _ in range(2))
+        path = None if resume is None else self.folder / "kept" / resume
+        try:
+            trainer.fit(module, data, held_out if module.losses else None, ckpt_path=path, weights_only=True)
+        finally:
+            self.written = writes.done
+        return self.written
+
+    def step_of(self, name: str) -> int:
+        return torch.load(self.folder / "kept" / name, weights_only=True)["global_step"]
+
+
+@pytest.fixture
+def fit(tmp_path) -> Fits:
+    return Fits(tmp_path)
+
+
+def test_the_newest_and_the_best_are_kept(fit):
+    fit(Scripted(3.0, 1.0, 2.0), max_epochs=3)
+    assert (fit.step_of("last.ckpt"), fit.step_of("best.ckpt")) == (15, 10)
+    files = list((fit.folder / "kept").iterdir())
+    assert sorted(file.name for file in files) == ["best.ckpt", "last.ckpt"]
+    assert not any(file.is_symlink() for file in files)
+
+
+@pytest.mark.parametrize("losses", [(2.0, NAN), (NAN, 2.0), (NAN, NAN), (2.0, math.inf), (2.0, 2.0)])
+def test_what_is_no_better_is_no_best(fit, losses):
+    written = fit(Scripted(*losses), max_epochs=2)
+    expected = [] if 2.0 not in losses else [("best.ckpt", EPOCH * (1 + losses.index(2.0)))]
+    assert [entry for entry in written if entry[0] == "best.ckpt"] == expected
+    assert fit.step_of("last.ckpt") == 2 * EPOCH
+
+
+def test_the_sanity_check_is_no_validation(fit):
+    fit(Scripted(9.0), num_sanity_val_steps=2)
+    assert fit.step_of("best.ckpt") == EPOCH
+
+
+@pytest.mark.parametrize(
+    ("options", "steps"),
+    [
+        ({"every_n_steps": 2}, [2, 4, 5]),
+        ({"every_n_steps": 3}, [3, 5]),
+        ({"every_n_minutes": 0}, [1, 2, 3, 4, 5]),
+        ({}, [5]),
+    ],
+)
+def test_the_newest_is_written_on_the_way(fit, options, steps):
+    assert fit(Scripted(), checkpoint=options) == [("last.ckpt", step) for step in steps]
+
+
+def test_time_passes_between_two_writes(fit, monkeypatch):
+    clock = iter(range(0, 10_000, 40))  # seconds: each look at the clock is 40 later
+    monkeypatch.setattr("phi3_lightning.callbacks.checkpoint.time.monotonic", lambda: next(clock))
+    assert fit(Scripted(), checkpoint={"every_n_minutes": 1.0}) == [
+        ("last.ckpt", 2),
+        ("last.ckpt", 4),
+        ("last.ckpt", 5),
+    ]
+
+
+def test_accumulation_writes_once_a_step(fit):
+    written = fit(Scripted(), checkpoint={"every_n_steps": 1}, accumulate_grad_batches=2)
+    assert written == [("last.ckpt", 1), ("last.ckpt", 2), ("last.ckpt", 3)]
+
+
+def test_the_end_of_training_in_the_middle_of_an_epoch_is_kept(fit):
+    fit(Scripted(), max_steps=7, max_epochs=-1)
+    assert fit.step_of("last.ckpt") == 7
+
+
+def test_the_best_value_survives_a_restart(fit):
+    fit(Scripted(1.0), max_epochs=1)
+    fit(Scripted(2.0, 0.5), max_epochs=3, resume="last.ckpt")
+    assert [entry for entry in fit.written if entry[0] == "best.ckpt"] == [("best.ckpt", 15)]
+    assert fit.checkpoint.best_score == 0.5
+
+
+def test_another_monitor_starts_anew(fit):
+    fit(Scripted(1.0), max_epochs=1)
+    fit(Scripted(), max_epochs=2, resume="last.ckpt", checkpoint={"monitor": None})
+    assert fit.checkpoint.best_score == math.inf
+
+
+def test_a_moved_folder_goes_on(fit, tmp_path):
+    fit(Scripted(1.0), max_epochs=1)
+    (tmp_path / "kept").rename(tmp_path / "moved")
+    moved = Fits(tmp_path / "new")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "moved").rename(tmp_path / "new" / "kept")
+    moved(Scripted(2.0), max_epochs=2, resume="last.ckpt")
+    assert (moved.step_of("last.ckpt"), moved.step_of("best.ckpt")) == (10, 5)
+    assert not (tmp_path / "kept").exists()
+
+
+def test_a_checkpoint_remembers_no_path(fit):
+    fit(Scripted(1.0))
+    text = repr(torch.load(fit.folder / "kept" / "last.ckpt", weights_only=True)["callbacks"])
+    assert str(fit.folder) not in text
+    assert "best_score" in text
+
+
+def test_without_validation_the_newest_alone_is_kept(fit):
+    assert fit(Scripted()) == [("last.ckpt", 5)]
+
+
+def test_no_monitor_keeps_the_newest_alone(fit):
+    assert fit(Scripted(1.0), checkpoint={"monitor": None}) == [("last.ckpt", 5)]
+
+
+def test_a_monitor_that_is_not_logged_is_said(fit):
+    with pytest.warns(
+        UserWarning, match=r"checkpoint\.monitor: val/los is not logged .*val/loss.*no best\.ckpt"
+    ) as said:
+        fit(Scripted(1.0, 0.5), checkpoint={"monitor": "val/los"}, max_epochs=2)
+    assert sum("checkpoint.monitor" in str(warning.message) for warning in said) == 1
+    assert fit.written == [("last.ckpt", 5), ("last.ckpt", 10)]
+
+
+def test_a_trial_run_writes_nothing(fit):
+    assert fit(Scripted(1.0), fast_dev_run=2) == []
+    assert not (fit.folder / "kept").exists()
+
+
+class At(pl.Callback):
+    """Does something after a batch."""
+
+    def __init__(self, batch: int, what) -> None:
+        self.batch, self.what = batch, what
+
+    def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
+        if batch_idx == self.batch:
+            self.what()
+
+
+def test_sigterm_saves_first(fit):
+    at = At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(SystemExit):
+        fit(Scripted(1.0), callbacks=[at])
+    assert fit.written[-1][0] == "last.ckpt"
+    assert fit.step_of("last.ckpt") in (3, 4)
+
+
+def test_any_other_exception_saves_nothing(fit):
+    def fail() -> None:
+        raise ValueError("in the middle of a step")
+
+    with pytest.raises(ValueError, match="in the middle"):
+        fit(Scripted(1.0), callbacks=[At(3, fail)], checkpoint={"every_n_steps": 2})
+    assert fit.written == [("last.ckpt", 2)]
+
+
+@pytest.mark.parametrize("wrong", [{"every_n_steps": 0}, {"every_n_minutes": -1}])
+def test_ranges_are_checked(wrong):
+    with pytest.raises(ConfigError, match=f"checkpoint.{next(iter(wrong))}"):
+        RunCheckpoint(**wrong)
+
+
+def test_the_place_is_the_trainers_unless_given(tmp_path):
+    checkpoint = RunCheckpoint()
+    with pytest.raises(ValueError, match="not known"):
+        _ = checkpoint.last_path
+    checkpoint.setup(synthetic.trainer(tmp_path), Scripted(), "fit")
+    assert checkpoint.last_path == tmp_path / "checkpoints" / "last.ckpt"
+    assert checkpoint.best_path == tmp_path / "checkpoints" / "best.ckpt"
