@@ -147,10 +147,11 @@ def test_marks_that_a_content_holds_are_not_used(tokenizer: Any) -> None:
     assert spoken(tokenizer, encoded) == [f"\ufdd2 the answer \ufdd0{END}"]
 
 
-def test_all_marks_used_up_is_a_named_bad_row(tokenizer: Any) -> None:
-    marks = "".join(chr(code) for code in range(0xFDD0, 0xFDF0))
-    [result] = ChatTemplate(tokenizer).encode([conversation(marks, "a")])
-    assert isinstance(result, BadRowError)
+def test_a_content_may_hold_all_noncharacters(tokenizer: Any) -> None:
+    talk = conversation("".join(map(chr, range(0xFDD0, 0xFDF0))), "a", system="\ufdd0")
+    encoded = encode(tokenizer, talk)
+    assert encoded.input_ids == oracle(tokenizer, talk)
+    assert spoken(tokenizer, encoded) == [f"a{END}"]
 
 
 def test_a_template_that_trims_contents_is_followed() -> None:
@@ -159,6 +160,23 @@ def test_a_template_that_trims_contents_is_followed() -> None:
     encoded = encode(tokenizer, talk)
     assert encoded.input_ids == oracle(tokenizer, talk)
     assert spoken(tokenizer, encoded) == [f"the answer{END}"]
+
+
+def test_what_was_learned_from_one_chat_never_misplaces_another() -> None:
+    """A template whose words depend on position and content, and a chat whose contents look like its words."""
+    template = "{% if messages | length > 2 %}long {% endif %}" + PHI3_TEMPLATE.replace(
+        "'<|user|>\n' + message['content']", "'<|user|>\n' + (message['content'] | replace('secret', '***'))"
+    )
+    tokenizer = build_tokenizer(template=template)
+    talks = [conversation("q", "a"), conversation("q", "a", "q", "long a"), conversation("secret", "a")] * 2
+    *good, bad = ChatTemplate(tokenizer).encode(talks)
+    for talk, encoded in zip(talks, good[:2], strict=False):
+        assert isinstance(encoded, Encoded)
+        assert encoded.input_ids == oracle(tokenizer, talk)
+        assert spoken(tokenizer, encoded) == [content + END for content in said(talk)]
+    assert good[:2] == good[3:]
+    assert isinstance(bad, BadRowError)
+    assert isinstance(good[2], BadRowError)
 
 
 def test_a_role_that_the_template_loses_is_named() -> None:

@@ -1,12 +1,13 @@
 """Private characters around contents show where a chat template puts them."""
 
 import re
+from itertools import islice
 from typing import Final, NamedTuple
 
 from phi3_lightning.data.conversation import BadRowError, Message
 
-# Unicode sets these aside for a program's own use and text never holds them, so they mark where contents begin and end.
-MARKS: Final = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+# Unicode sets the first 32 aside for a program's own use, so text never holds them; should it, private ones are left.
+_MARKS: Final = [*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900))]
 
 
 class Rendered(NamedTuple):
@@ -29,15 +30,10 @@ def free_marks(chat: list[Message]) -> tuple[str, str]:
 
     Returns:
         An opening and a closing mark.
-
-    Raises:
-        ValueError: It holds all of them.
     """
     said = "".join(message["content"] for message in chat)
-    free = [mark for mark in MARKS if mark not in said]
-    if len(free) < 2:
-        raise ValueError("the contents hold all of Unicode's noncharacters U+FDD0 to U+FDEF")
-    return free[0], free[1]
+    opening, closing = islice((mark for mark in _MARKS if mark not in said), 2)
+    return opening, closing
 
 
 def mark(chat: list[Message], opening: str, closing: str, *, strip: bool = False) -> list[Message]:

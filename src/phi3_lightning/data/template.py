@@ -11,8 +11,11 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, Message
-from phi3_lightning.data.marks import MARKS, Rendered, free_marks, lost, mark, unmark
+from phi3_lightning.data.glue import Ending, Glue
+from phi3_lightning.data.marks import Rendered, free_marks, lost, mark, unmark
 from phi3_lightning.errors import ConfigError
+
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
 class _Pieces:
@@ -80,6 +83,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special_text: Literal["plain", "refuse"] = "plain") -> None:
         self.tokenizer = tokenizer
+        self._glue = Glue()
         self._can_defuse = special_text == "plain"
         added = tokenizer.added_tokens_decoder
         self._special_ids = {index for index, token in added.items() if token.special}
@@ -137,6 +141,8 @@ class ChatTemplate:
         return results
 
     def _render(self, chats: list[list[Message]], add_generation_prompt: bool) -> list[Rendered | BadRowError]:
+        ending: Ending = "generation prompt" if add_generation_prompt else "end"
+
         def apply(batch: list[list[Message]]) -> list[str]:
             render: Any = self.tokenizer.apply_chat_template  # its annotations know no TypedDict
             texts: list[str] = render(batch, tokenize=False, add_generation_prompt=add_generation_prompt)
@@ -146,18 +152,19 @@ class ChatTemplate:
             try:
                 marks = free_marks(chat)
                 plain, outer, inner = apply([chat, mark(chat, *marks), mark(chat, *marks, strip=True)])
-                return unmark(chat, plain, outer, marks) or unmark(chat, plain, inner, marks) or lost(chat, plain)
-            except (TemplateError, TypeError, ValueError, KeyError) as error:
+            except _TEMPLATE_ERRORS as error:
                 return BadRowError("the chat template refuses it", str(error))
+            found = unmark(chat, plain, outer, marks) or unmark(chat, plain, inner, marks)
+            if found is None:
+                return lost(chat, plain)
+            self._glue.learn(chat, found, ending)
+            return found
 
-        marks = (MARKS[0], MARKS[1])
         try:
-            plain = apply(chats)
-            outer = apply([mark(chat, *marks) for chat in chats])
-        except (TemplateError, TypeError, ValueError, KeyError):
+            texts = apply(chats)
+        except _TEMPLATE_ERRORS:  # of one chat, which must not spoil the others
             return [one(chat) for chat in chats]
-        rows = zip(chats, plain, outer, strict=True)
-        return [unmark(chat, text, marked, marks) or one(chat) for chat, text, marked in rows]
+        return [self._glue.place(chat, text, ending) or one(chat) for chat, text in zip(chats, texts, strict=True)]
 
     def _encode_texts(self, texts: list[str], *, plain: bool = False) -> list[Encoding]:
         backend = self.tokenizer.backend_tokenizer
