@@ -20,16 +20,18 @@ class LineProgress(ProgressBar):
         super().__init__()
         self.every_n_seconds = every_n_seconds
         self._last = 0.0
+        self._enabled = True
 
     @override
     def disable(self) -> None:
-        self.every_n_seconds = float("inf")
+        self._enabled = False
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if time.monotonic() - self._last >= self.every_n_seconds or trainer.is_last_batch:
+        due = time.monotonic() - self._last >= self.every_n_seconds or trainer.is_last_batch
+        if self._enabled and due:
             self._last = time.monotonic()
             rank_zero_info(
                 f"epoch {trainer.current_epoch}, batch {batch_idx + 1}/{trainer.num_training_batches}, "
@@ -38,7 +40,7 @@ class LineProgress(ProgressBar):
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        if not trainer.sanity_checking and self.every_n_seconds != float("inf"):
+        if self._enabled and not trainer.sanity_checking:
             rank_zero_info(f"step {trainer.global_step}, validated: {_readable(self.get_metrics(trainer, pl_module))}")
 
 
