@@ -120,6 +120,18 @@ def complete_batch(loops: dict[str, Any], stepped: bool, validates: bool) -> Non
         repeat_validation(loops)
 
 
+def reopen_epoch(loops: dict[str, Any]) -> None:
+    """Undo that Lightning counts an epoch that ``max_steps`` or early stopping cut as a whole one.
+
+    Args:
+        loops: The ``loops`` entry of a checkpoint that was written before the last batch; changed in place.
+    """
+    progress = loops["fit_loop"]["epoch_progress"]
+    for scope in ("current", "total"):
+        ready = progress[scope]["ready"]
+        progress[scope] |= {"started": ready, "processed": ready - 1, "completed": ready - 1}
+
+
 def rewind_to_window_start(loops: dict[str, Any], accumulate_grad_batches: int) -> None:
     """Move a saved position back to the start of the accumulation window that it cuts.
 

@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace, set_parsing_settings
-from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
@@ -38,7 +38,7 @@ class Parser(LightningArgumentParser):
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
-        if "class_path" in message and re.search(r"\b(model|data)\b", message):
+        if re.search(r"\b(model|data)\.(class_path|init_args)", message):
             hints.append("options stand directly under model: and data:, without class_path and init_args")
         hints += [f"did you mean {meant}?" for key in _keys_in(message) for meant in self._nearest(key)]
         super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
@@ -53,7 +53,7 @@ class Parser(LightningArgumentParser):
 
 
 def _keys_in(message: str) -> list[str]:
-    return re.findall(r"--([\w.]+)", message) + re.findall(r"[Kk]ey ['\"]([\w.]+)['\"]", message)
+    return re.findall(r"--([\w.]+)", message) + re.findall(r"(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -149,7 +149,7 @@ class Phi3CLI(LightningCLI):
         path, checkpoint = newest
         self.finished = nothing_left(checkpoint, config.trainer.max_epochs, config.trainer.max_steps)
         config.ckpt_path = str(path)
-        rank_zero_info(f"{path}: going on after epoch {checkpoint['epoch']}, step {checkpoint['global_step']}")
+        rank_zero_info(f"{path}: going on after step {checkpoint['global_step']}")
 
     def _choose_evaluated(self, config: Namespace) -> None:
         if config.ckpt_path is None:
@@ -178,8 +178,6 @@ class Phi3CLI(LightningCLI):
         if checkpoint.dirpath is None:
             checkpoint.dirpath = self.run_folder.checkpoints
         callbacks += [Throughput(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
-        if logger:
-            callbacks.append(LearningRateMonitor(logging_interval="step"))
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
         plugins = config.plugins or []

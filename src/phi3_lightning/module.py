@@ -27,6 +27,7 @@ from phi3_lightning.checkpoint import (
     complete_batch,
     identity,
     plain_name,
+    reopen_epoch,
     rewind_to_window_start,
     without_frozen,
 )
@@ -225,6 +226,10 @@ class Phi3LoRAModule(TokenWeightedModule):
         """Put the model into training mode: loading and predicting leave it in evaluation mode."""
         self._ready()[0].train()
 
+    def on_train_start(self) -> None:
+        """Let the configuration decide over what a checkpoint has restored: learning rate, decay, betas."""
+        optim.restate(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self.optimizer_config)
+
     def forward(self, batch: Batch) -> Tensor:
         """Run the model up to its head.
 
@@ -332,6 +337,8 @@ class Phi3LoRAModule(TokenWeightedModule):
         if self.trainer.training:
             validates = loop._should_check_val_fx(cast("Any", self.trainer.fit_loop._data_fetcher))
             complete_batch(checkpoint["loops"], stepped=not loop._should_accumulate(), validates=validates)
+        if loop.batch_progress.current.ready > 0 and not loop._num_ready_batches_reached():
+            reopen_epoch(checkpoint["loops"])
         rewind_to_window_start(checkpoint["loops"], self.trainer.accumulate_grad_batches)
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:

@@ -2,18 +2,19 @@
 
 import math
 from collections.abc import Iterable
-from typing import cast
+from typing import Any, cast
 
 from torch import nn
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from phi3_lightning.config import Optimizer, Schedule
+from phi3_lightning.config import Optimizer as OptimizerConfig
+from phi3_lightning.config import Schedule
 from phi3_lightning.errors import ConfigError
 
 
-def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optimizer, fused: bool) -> AdamW:
+def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, fused: bool) -> AdamW:
     """Return AdamW over the trained parameters, with weight decay on matrices only.
 
     Args:
@@ -79,3 +80,20 @@ def make_schedule(optimizer: AdamW, schedule: Schedule, total_steps: float) -> L
         return cast("LambdaLR", get_scheduler("constant_with_warmup", optimizer, num_warmup_steps=warmup))
     scheduler = get_scheduler(schedule.name, optimizer, num_warmup_steps=warmup, num_training_steps=int(total_steps))
     return cast("LambdaLR", scheduler)
+
+
+def restate(optimizer: Optimizer, scheduler: Any, config: OptimizerConfig) -> None:
+    """Set what a checkpoint brought back from its own configuration to the present one.
+
+    Moments and the position in the schedule stay; learning rate, weight decay, betas and eps are as written now.
+
+    Args:
+        optimizer: The restored optimiser.
+        scheduler: The restored schedule, a ``LambdaLR``.
+        config: The optimiser section.
+    """
+    scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
+    for group, share in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
+        decay = config.weight_decay if group["params"][0].ndim >= 2 else 0.0
+        group |= {"initial_lr": config.lr, "lr": config.lr * share(scheduler.last_epoch), "weight_decay": decay}
+        group |= {"betas": config.betas, "eps": config.eps}

@@ -128,7 +128,7 @@ class TokenWeightedModule(pl.LightningModule):
         return cast("Tensor", self.trainer.strategy.reduce(tensor, reduce_op="sum"))
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Log the window's loss and gradient norm, and stop before a step that is not finite.
+        """Log the window's loss, gradient norm and learning rate, and stop before a step that is not finite.
 
         Raises:
             DivergenceError: If loss or gradient are not finite; the weights are those of the step before.
@@ -147,6 +147,7 @@ class TokenWeightedModule(pl.LightningModule):
             )
         self.log("train/loss", loss, prog_bar=True)
         self.log("train/grad_norm", norm)
+        self.log("train/lr", optimizer.param_groups[0]["lr"])
 
     def scales_loss(self) -> bool:
         """Return whether the Trainer scales the loss, as ``16-mixed`` does on a GPU."""

@@ -1,9 +1,11 @@
 """Runs the command line in processes forked from this one, which has done the imports."""
 
+import logging
 import os
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +68,9 @@ def start(folder: Path, *args: str) -> Run:
             sys.stdout = os.fdopen(1, "w", buffering=1)
             sys.stderr = os.fdopen(2, "w", buffering=1)
             sys.argv = ["cli.py", *args]
+            sys.path.insert(0, str(folder))
+            warnings.resetwarnings()  # as in a process of a user's
+            logging.getLogger("lightning.pytorch").handlers = [logging.StreamHandler(sys.stderr)]
             main()
             code = 0
         except SystemExit as end:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -49,14 +49,13 @@ class RunReport(pl.Callback):
             f"starting at epoch {trainer.current_epoch}, step {trainer.global_step}"
         )
 
-    @staticmethod
-    def _warn_if_nothing_moves(module: Phi3LoRAModule, steps: float) -> None:
+    def _warn_if_nothing_moves(self, module: Phi3LoRAModule, steps: float) -> None:
         share = 1.0 if module.schedule.name == "constant" else 0.5  # mean of a falling schedule
-        move = steps * share * module.optimizer_config.lr
-        if move < SMALLEST_MOVE:
-            rank_zero_warn(
-                f"{steps} optimiser steps at model.optimizer.lr {module.optimizer_config.lr:g} move an adapter value "
-                f"by about {move:.1e} at most: the answers will not change. LoRA learns at 1e-4 to 5e-4"
+        lr = module.optimizer_config.lr
+        if steps * share * lr < SMALLEST_MOVE:
+            self._print(
+                f"Warning: {steps} optimiser steps at model.optimizer.lr {lr:g} move an adapter value by about "
+                f"{steps * share * lr:.1e} at most, and the answers will not change. LoRA learns at 1e-4 to 5e-4"
             )
 
     def _print_coverage(self, module: Phi3LoRAModule) -> None:

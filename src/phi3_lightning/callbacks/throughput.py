@@ -31,6 +31,10 @@ class Throughput(pl.Callback):
         self._supervised = []
 
     @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._restart()  # a run that goes on within an epoch does not start it
+
+    @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._restart()
 
