@@ -43,6 +43,8 @@ def write_chats(path: Path, rows: int) -> None:
 
 def prepare_here(path: str, tokenizer: str, processes: int, cache: str) -> tuple[int, float]:
     """Prepare with this package; tokens, and when work began."""
+    import datasets  # noqa: F401, which is only loaded where it is needed
+
     from phi3_lightning.data.datamodule import ChatDataModule
 
     start = time.perf_counter()
