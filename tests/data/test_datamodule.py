@@ -228,6 +228,49 @@ def test_batches_can_be_limited_by_tokens(data: Callable[..., ChatDataModule]) -
         assert sum(shapes) / len(shapes) > 400
 
 
+def test_a_support_export_is_trained_on(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    table = tmp_path / "export.csv"
+    table.write_text("ticket,who,text,at\n1,agent,the answer,2\n2,customer,hi,1\n1,customer,help,1\n2,agent,ho,2\n")
+    datamodule = data(
+        train=str(table),
+        conversation_id="ticket",
+        role="who",
+        content="text",
+        order="at",
+        roles={"customer": "user", "agent": "assistant"},
+        val_fraction=0.0,
+    )
+    datamodule.prepare_data()
+    datamodule.setup()
+    documents = datamodule.prepared["train"].documents([0, 1])
+    texts = [datamodule.tokenizer.decode(document.input_ids) for document in documents]
+    assert texts == [
+        "<|user|> help<|end|><|assistant|> the answer<|end|><|endoftext|>",
+        "<|user|> hi<|end|><|assistant|> ho<|end|><|endoftext|>",
+    ]
+
+
+def test_a_template_of_ones_own_without_system_messages(
+    data: Callable[..., ChatDataModule], write: Write, tmp_path: Path
+) -> None:
+    template = tmp_path / "template.jinja"
+    template.write_text(
+        "{% for m in messages if m.role != 'system' %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
+        "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    path = write([{"messages": [{"role": "system", "content": "be kind"}, *chat()["messages"]]}], "system.jsonl")
+    with pytest.raises(DataError, match=r"system\.jsonl:1: the chat template loses text: messages\[0\]"):
+        data(train=path, chat_template=str(template)).prepare_data()
+    datamodule = data(train=path, chat_template=str(template), system="merge_into_user")
+    datamodule.prepare_data()
+    datamodule.setup()
+    [document] = datamodule.prepared["train"].documents([0])
+    expected = "<|user|> be kind\n\na question<|end|><|assistant|> the answer<|end|>"
+    assert datamodule.tokenizer.decode(document.input_ids) == expected
+    with pytest.raises(ConfigError, match=r"data\.chat_template: cannot read"):
+        data(chat_template=str(tmp_path / "missing.jinja")).prepare_data()
+
+
 def test_no_validation_at_all(data: Callable[..., ChatDataModule], tmp_path: Path, write: Write) -> None:
     for options in ({"val_fraction": 0.0}, {"train": write([chat()], "one.jsonl")}):
         module = Recorder()

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,7 +42,7 @@ class FileSource:
             with open_file(self.path) as file:
                 if not file.read(4).removeprefix(BOM).strip() and not file.read().strip():
                     raise DataError(f"{self.path}: the file is empty. Write one chat per line into it.")
-        except OSError as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise DataError(f"{self.path}: cannot be read ({error}). Check it and its permissions.") from error
 
     def fingerprint(self) -> str:
