@@ -228,7 +228,9 @@ class Phi3LoRAModule(TokenWeightedModule):
 
     def on_train_start(self) -> None:
         """Let the configuration decide over what a checkpoint has restored: learning rate, decay, betas."""
-        optim.restate(self.trainer.optimizers[0], self.trainer.lr_scheduler_configs[0].scheduler, self.optimizer_config)
+        if type(self).configure_optimizers is Phi3LoRAModule.configure_optimizers:  # a subclass may bring its own
+            scheduler = self.trainer.lr_scheduler_configs[0].scheduler
+            optim.restate(self.trainer.optimizers[0], scheduler, self.optimizer_config)
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model up to its head.

@@ -101,7 +101,7 @@ class RunReport(pl.Callback):
 
     def _print_answers(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> None:
         data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        if data.options.predict is None:
+        if getattr(getattr(data, "options", None), "predict", None) is None:  # also under a foreign datamodule
             return
         data.setup("predict")
         rows: dict[int, tuple[str, str, str]] = {}
