@@ -5,16 +5,16 @@ import warnings
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
 from phi3_lightning.batch import PromptBatch
 from phi3_lightning.data.collate import Document, collate, collate_prompts
+from phi3_lightning.data.loaders import batch_loader, stream_loader
 from phi3_lightning.data.options import Files, Format, Options, Split
 from phi3_lightning.data.packing import Plan
 from phi3_lightning.data.prepare import Prepared, Statistics
-from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches, compare_orders
+from phi3_lightning.data.sampler import BatchLoader, PlannedBatches, compare_orders
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.splits import (
     load_template,
@@ -312,18 +312,13 @@ class ChatDataModule(LightningDataModule):
         make: Any = partial(collate, pad_token_id=self._pad())
         if split == "predict":
             make = partial(_collate_prompt_rows, pad_token_id=self._pad(), stop_ids=self.template.stop_ids)
-        batches = PlannedBatches(self.prepared[split], self.plans[split], make)
-        return BatchLoader(
-            batches,
-            batch_size=None,
-            sampler=BatchOrder(
-                batches,
-                seed=self._seed(),
-                shuffle=shuffle,
-                position=self._position if split == "train" else lambda: 0,
-                **self._ranks(),
-            ),
-            **self._workers(),
+        return batch_loader(
+            PlannedBatches(self.prepared[split], self.plans[split], make),
+            seed=self._seed(),
+            shuffle=shuffle,
+            position=self._position if split == "train" else lambda: 0,
+            num_workers=self.options.num_workers,
+            **self._ranks(),
         )
 
     def _stream(self) -> StreamLoader:
@@ -331,8 +326,6 @@ class ChatDataModule(LightningDataModule):
         if self.trainer is not None:
             validates = self.options.val is not None
             check_trainer(self.trainer.max_steps, self.trainer.val_check_interval, validates=validates)
-        if self.options.num_workers:
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # their threads do not live on in forked workers
         self._streamed = StreamedBatches(
             find_sources(self.options.files("train") or [], streaming=True),
             make_encoder("train", self.options, self.template, self._window),
@@ -342,18 +335,7 @@ class ChatDataModule(LightningDataModule):
             skip_bad_rows=self.options.on_bad_row == "skip",
             **self._ranks(),
         )
-        loader = StreamLoader(self._streamed, batch_size=None, **self._workers())
-        loader.position = self._position
-        return loader
-
-    def _workers(self) -> dict[str, Any]:
-        return {
-            "num_workers": self.options.num_workers,
-            "persistent_workers": self.options.num_workers > 0,
-            "pin_memory": torch.cuda.is_available(),
-            # of its own: iterating draws from it, and must not from the global one
-            "generator": torch.Generator(),
-        }
+        return stream_loader(self._streamed, position=self._position, num_workers=self.options.num_workers)
 
     def _pad(self) -> int:
         pad = self.tokenizer.pad_token_id
