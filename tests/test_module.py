@@ -296,7 +296,7 @@ def test_each_metric_is_logged_once_a_step(tmp_path, tiny_base):
     counts = {name: sum(other == name for other, _ in points) for name, _ in points}
     steps = 2 * len(batches(2))
     held_out = {"val/loss": 2, "val/perplexity": 2, "val/token_accuracy": 2}
-    assert counts == {"train/loss": steps, "train/grad_norm": steps} | held_out
+    assert counts == {"train/loss": steps, "train/grad_norm": steps, "train/lr": steps} | held_out
 
 
 def test_metrics_start_anew_with_each_validation(tmp_path, tiny_base):

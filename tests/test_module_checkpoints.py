@@ -167,6 +167,17 @@ def test_what_the_user_typed_wins_over_the_checkpoint(tmp_path, tiny_base, path)
     assert dropouts == {0.5}
 
 
+@pytest.mark.parametrize("lr", [1e-2, 3e-3])
+def test_the_learning_rate_that_is_typed_now_goes_on_where_the_schedule_was(tmp_path, tiny_base, lr):
+    options = {"schedule": {"name": "cosine", "warmup": 6}}
+    whole, rest = KeepRates(tmp_path / "epoch.ckpt"), KeepRates()
+    for keep, rate, resumed in ((whole, 1e-2, None), (rest, lr, tmp_path / "epoch.ckpt")):
+        trainer = synthetic.trainer(tmp_path, max_epochs=3, callbacks=[keep])
+        module = small(tiny_base, optimizer={"lr": rate, "weight_decay": 0.5}, **options)
+        trainer.fit(module, synthetic.loader(BATCHES), ckpt_path=resumed, weights_only=True)
+    assert rest.rates == pytest.approx([rate * lr / 1e-2 for rate in whole.rates[4:]], rel=1e-12)
+
+
 # ---------------------------------------------------------------- what is refused
 
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from phi3_lightning.config import Optimizer, Schedule
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.optim import make_optimizer, make_schedule, warmup_steps
+from phi3_lightning.optim import make_optimizer, make_schedule, restate, warmup_steps
 
 LR = 0.5
 
@@ -110,3 +110,33 @@ def test_steps_are_those_of_torch(fused):
     # 5 steps of about ten roundings each
     torch.testing.assert_close(ours, theirs, rtol=50 * torch.finfo(torch.float32).eps, atol=0)
     assert not torch.equal(theirs, start)
+
+
+def test_a_restored_optimiser_follows_the_present_configuration():
+    def made(config: Optimizer) -> tuple:
+        parameters = {"matrix": nn.Parameter(torch.ones(2, 2)), "bias": nn.Parameter(torch.ones(2))}
+        optimizer = make_optimizer(parameters.items(), config, fused=False)
+        return parameters, optimizer, make_schedule(optimizer, Schedule("linear", 0), 10)
+
+    def step(parameters, optimizer, scheduler) -> None:
+        for parameter in parameters.values():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        scheduler.step()
+
+    former = made(Optimizer(lr=0.1, weight_decay=0.5))
+    for _ in range(4):
+        step(*former)
+    now = Optimizer(lr=0.3, weight_decay=0.2, betas=(0.5, 0.6), eps=1e-3)
+    parameters, optimizer, scheduler = made(now)
+    optimizer.load_state_dict(former[1].state_dict())
+    scheduler.load_state_dict(former[2].state_dict())
+    restate(optimizer, scheduler, now)
+    matrices, vectors = optimizer.param_groups
+    for group in (matrices, vectors):
+        assert group["lr"] == pytest.approx(0.3 * 0.6)
+        assert (group["betas"], group["eps"]) == ((0.5, 0.6), 1e-3)
+    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.2, 0.0)
+    assert optimizer.state[parameters["matrix"]]["step"] == 4
+    step(parameters, optimizer, scheduler)
+    assert matrices["lr"] == pytest.approx(0.3 * 0.5)

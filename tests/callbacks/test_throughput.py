@@ -1,5 +1,7 @@
 """Tokens a second, by a clock that the test moves."""
 
+from pathlib import Path
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -86,10 +88,9 @@ def test_validation_takes_no_time(tmp_path, clock, options):
     assert len(set(speeds(tmp_path, clock, **options))) == 3
 
 
-def test_peak_memory_grows_with_what_is_held():
-    before = peak_memory(torch.device("cpu"))
-    size = max(64_000_000, before // 2)
-    held = torch.ones(before + size, dtype=torch.uint8)
-    assert peak_memory(torch.device("cpu")) > before
-    assert peak_memory(torch.device("cpu")) >= held.numel() * 0.9
-    assert before > 50_000_000  # torch alone takes more
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells the peak there")
+def test_peak_memory_is_that_of_the_process():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
+    # both count pages, the one by thread and added up now and then
+    assert peak_memory(torch.device("cpu")) == pytest.approx(peak, rel=0.02)

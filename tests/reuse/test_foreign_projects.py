@@ -297,15 +297,15 @@ class OwnOptimizer(Valued):
 
     def configure_optimizers(self):
         adapter = [parameter for name, parameter in self.named_parameters() if ".lora_" in name]
-        return torch.optim.SGD([{"params": adapter}, {"params": self.value.parameters(), "lr": 0.5}], lr=0.01)
+        return torch.optim.SGD([{"params": adapter}, {"params": self.value.parameters(), "lr": 1e-3}], lr=1e-4)
 
 
 def test_a_subclass_brings_its_own_optimiser(tmp_path, tiny_base):
     module, data = small(tiny_base, OwnOptimizer), synthetic.loader([synthetic.batch_of([[row]]) for row in DOCUMENTS])
     trainer = synthetic.trainer(tmp_path)
     trainer.fit(module, data)
-    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [0.01, 0.5]
+    assert [group["lr"] for group in trainer.optimizers[0].param_groups] == [1e-4, 1e-3]
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     again = synthetic.trainer(tmp_path, max_epochs=2)
     again.fit(module, data, ckpt_path=tmp_path / "a.ckpt", weights_only=True)
-    assert [group["lr"] for group in again.optimizers[0].param_groups] == [0.01, 0.5]
+    assert [group["lr"] for group in again.optimizers[0].param_groups] == [1e-4, 1e-3]
