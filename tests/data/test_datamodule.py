@@ -96,6 +96,15 @@ def test_workers_change_nothing(data: Callable[..., ChatDataModule], tmp_path: P
     assert modules[0].trained == modules[1].trained
 
 
+def test_statistics_count_exactly_the_labels(data: Callable[..., ChatDataModule]) -> None:
+    for packing in (True, False):
+        datamodule = data(packing=packing, val_fraction=0.0)
+        datamodule.prepare_data()
+        datamodule.setup()
+        labels = sum(int((batch["labels"] != -100).sum()) for batch in datamodule.train_dataloader())
+        assert labels == datamodule.statistics["train"].supervised_tokens
+
+
 def test_iterating_draws_nothing_from_the_global_generator(data: Callable[..., ChatDataModule]) -> None:
     datamodule = data()
     datamodule.prepare_data()

@@ -104,12 +104,14 @@ def test_a_limit_that_does_not_bite_changes_nothing(tokenise: Callable[..., Prep
 
 
 def test_texts_are_trained_whole_and_end(tokenise: Callable[..., Prepared], tokenizer: Any) -> None:
-    [document] = documents(tokenise([{"text": "the answer is <|end|>"}]))
+    prepared = tokenise([{"text": "the answer is <|end|>"}])
+    [document] = documents(prepared)
     ids = document.input_ids.tolist()
     assert ids[-1] == tokenizer.eos_token_id
     assert tokenizer.convert_tokens_to_ids("<|end|>") not in ids
     assert tokenizer.decode(ids[:-1]) == "the answer is <|end|>"
     assert document.spans.tolist() == [0, len(ids)]
+    assert prepared.statistics.supervised_tokens == len(ids) - 1  # nothing predicts the first
 
 
 def test_ready_made_tokens_are_taken_as_they_are(tokenise: Callable[..., Prepared]) -> None:

@@ -195,7 +195,9 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
                 writer.write_batch(_record_batch(chunk))
                 kept += len(chunk.lengths)
                 tokens += int(chunk.lengths.sum())
-                supervised += int((chunk.spans[1::2] - chunk.spans[0::2]).sum())
+                supervised += int(
+                    (chunk.spans[1::2] - np.maximum(chunk.spans[0::2], 1)).sum()
+                )  # a first token never is
             progress.update(task, completed=read)
     _report_bad_rows(bad, bad_count, read, on_bad_row)
     statistics = Statistics(read, kept, cut, dict(dropped), tokens, supervised)
