@@ -1,59 +1,32 @@
 """The command line: LightningCLI over the two classes, with one folder a run."""
 
-import difflib
-import re
+import logging
 import sys
+import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning.pytorch as pl
-from jsonargparse import Namespace, set_parsing_settings
+from jsonargparse import Namespace
 from lightning.pytorch.callbacks import ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from phi3_lightning.callbacks import LineProgress, PredictionWriter, RunCheckpoint, RunReport, Throughput
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
+from phi3_lightning.commands import preview
+from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import Phi3LightningError
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.platform import check_platform
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
-
-ELSEWHERE = {
-    "--optimizer": "the optimiser is --model.optimizer.name, .lr, .weight_decay",
-    "--lr_scheduler": "the schedule is --model.schedule.name, .warmup",
-}
-"""LightningCLI's own options that have another place here."""
-
-
-class Parser(LightningArgumentParser):
-    """Says which key was meant."""
-
-    @override
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
-        if re.search(r"\b(model|data)\.(class_path|init_args)", message):
-            hints.append("options stand directly under model: and data:, without class_path and init_args")
-        hints += [f"did you mean {meant}?" for key in _keys_in(message) for meant in self._nearest(key)]
-        super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
-
-    def _nearest(self, key: str) -> list[str]:
-        known = [action.dest for action in self._actions]
-        if key in known:
-            return []
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
-        leaf = key.rpartition(".")[2]
-        return near or [name for name in known if name.rpartition(".")[2] == leaf][:3]
-
-
-def _keys_in(message: str) -> list[str]:
-    return re.findall(r"--([\w.]+)", message) + re.findall(r"(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
+DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -94,6 +67,7 @@ class Phi3CLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},  # the table of adapted layers says more
             seed_everything_default=42,
             parser_class=Parser,
+            parser_kwargs={"description": DESCRIPTION, "epilog": f"preview: {preview.DESCRIPTION}"},
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
@@ -198,11 +172,24 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: The arguments; None: ``sys.argv``.
     """
+    _quieten()
+    given = sys.argv[1:] if args is None else args
     try:
-        Phi3CLI(args)
+        if given[:1] == ["preview"]:
+            preview.main(given[1:])
+        else:
+            Phi3CLI(args)
     except SIGTERMException:
         sys.exit(143)  # 128 + SIGTERM, as the shell has it
     except Phi3LightningError as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
         print(f"error: {error}{notes}", file=sys.stderr)
         sys.exit(1)
+
+
+def _quieten() -> None:
+    """Leave out what upstream libraries say to their own developers, or for their own products."""
+    warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    if not sys.stderr.isatty():
+        disable_progress_bar()  # of loading weights, which writes control characters into logs

@@ -1,0 +1,41 @@
+"""The argument parser of every command: it says which key was meant."""
+
+import difflib
+import re
+from typing import NoReturn
+
+from jsonargparse import set_parsing_settings
+from lightning.pytorch.cli import LightningArgumentParser
+from typing_extensions import override
+
+set_parsing_settings(docstring_parse_attribute_docstrings=True)
+
+ELSEWHERE = {
+    "--optimizer": "the optimiser is --model.optimizer.name, .lr, .weight_decay",
+    "--lr_scheduler": "the schedule is --model.schedule.name, .warmup",
+}
+"""LightningCLI's own options that have another place here."""
+
+
+class Parser(LightningArgumentParser):
+    """Says which key was meant."""
+
+    @override
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
+        if re.search(r"\b(model|data)\.(class_path|init_args)", message):
+            hints.append("options stand directly under model: and data:, without class_path and init_args")
+        hints += [f"did you mean {meant}?" for key in _keys_in(message) for meant in self._nearest(key)]
+        super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
+
+    def _nearest(self, key: str) -> list[str]:
+        known = [action.dest for action in self._actions]
+        if key in known:
+            return []
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+        leaf = key.rpartition(".")[2]
+        return near or [name for name in known if name.rpartition(".")[2] == leaf][:3]
+
+
+def _keys_in(message: str) -> list[str]:
+    return re.findall(r"--([\w.]+)", message) + re.findall(r"(?:[Kk]ey|[Oo]ption) ['\"]([\w.]+)['\"]", message)
