@@ -35,17 +35,16 @@ class LineProgress(ProgressBar):
             self._last = time.monotonic()
             rank_zero_info(
                 f"epoch {trainer.current_epoch}, batch {batch_idx + 1}/{trainer.num_training_batches}, "
-                f"step {trainer.global_step}: {_readable(self.get_metrics(trainer, pl_module))}"
+                f"step {trainer.global_step}{_readable(self.get_metrics(trainer, pl_module))}"
             )
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if self._enabled and not trainer.sanity_checking:
-            rank_zero_info(f"step {trainer.global_step}, validated: {_readable(self.get_metrics(trainer, pl_module))}")
+            rank_zero_info(f"step {trainer.global_step}, validated{_readable(self.get_metrics(trainer, pl_module))}")
 
 
 def _readable(metrics: dict[str, Any]) -> str:
     numbers = {name: value for name, value in metrics.items() if isinstance(value, float)}
-    return ", ".join(
-        f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.4g}" for name, value in numbers.items()
-    )
+    parts = (f"{name} {value:,.0f}" if value >= 100 else f"{name} {value:.4g}" for name, value in numbers.items())
+    return ": " + ", ".join(parts) if numbers else ""
