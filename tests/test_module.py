@@ -165,7 +165,7 @@ class Observed(Phi3LoRAModule):
         assert self.modes == [{True}]
 
 
-@pytest.mark.parametrize("before", ["nothing", "validate", "predict", "sanity check"])
+@pytest.mark.parametrize("before", ["nothing", "validate", "predict", "sanity check", "eval"])
 def test_training_is_in_train_mode_from_the_first_step(tmp_path, tiny_base, before):
     module = Observed(tiny_base, dtype="float32", gradient_checkpointing="none")
     loader = synthetic.loader(batches(4))
@@ -175,6 +175,9 @@ def test_training_is_in_train_mode_from_the_first_step(tmp_path, tiny_base, befo
         assert module.modes[-1] == {False}
     if before == "predict":
         trainer.predict(module, synthetic.loader([synthetic.prompt_batch([[5, 6]], STOP)]))
+    if before == "eval":
+        module.configure_model()
+        module.model.eval()
     trainer.fit(module, loader, loader if before == "sanity check" else None)
     assert trainer.global_step == 2
 
@@ -218,7 +221,9 @@ def test_a_batch_without_labels_has_a_finite_loss_with_a_zero_gradient(tiny_base
     batch = synthetic.batch_of([[MASKED]])
     total, count = module.compute_loss(module(batch), module.head, batch)
     assert (total.item(), count.item()) == (0, 0)
-    gradients = torch.autograd.grad(module.weighted_mean(total, count, [0]), list(module.trained_parameters()))
+    mean = module.weighted_mean(total, count, [0])
+    assert mean.item() == 0
+    gradients = torch.autograd.grad(mean, list(module.trained_parameters()))
     assert all(torch.equal(gradient, torch.zeros_like(gradient)) for gradient in gradients)
 
 

@@ -167,6 +167,15 @@ def test_a_window_of_nothing_is_a_step_with_zero_gradient(tmp_path):
     assert torch.equal(weights(module), weights(Regression()))
 
 
+def test_rows_that_all_weigh_nothing_give_a_zero_gradient(tmp_path):
+    class Weightless(Regression):
+        def training_step(self, batch, batch_idx):
+            return self.weighted_mean(self.loss_sum(batch) * 0, 0, batch["ids"])
+
+    watch = fit(tmp_path, Weightless(), batches()[:1])
+    assert torch.equal(watch.gradients[0], torch.zeros_like(watch.gradients[0]))
+
+
 @pytest.mark.parametrize("spoilt", ["loss", "gradient"])
 def test_a_loss_that_is_not_finite_stops_before_the_step(tmp_path, spoilt):
     class Spoilt(Regression):

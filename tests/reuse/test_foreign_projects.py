@@ -14,6 +14,7 @@ from transformers import Phi3ForCausalLM
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.batch import IGNORE_INDEX, Batch
+from phi3_lightning.errors import CheckpointError
 from phi3_lightning.window import TokenWeightedModule
 
 DOCUMENTS = [synthetic.document(8 + 3 * seed, 4 + seed, seed) for seed in range(6)]
@@ -257,6 +258,22 @@ def test_a_given_base_is_named_and_its_checkpoint_fits_the_folder(tmp_path, tiny
     loaded = Phi3LoRAModule.load_from_checkpoint(tmp_path / "a.ckpt", weights_only=True)
     assert loaded.base == tiny_base
     assert all(map(torch.equal, loaded.trained_parameters(), module.trained_parameters()))
+
+
+def test_a_base_made_in_memory_is_given_again_to_load_its_checkpoint(tmp_path):
+    def base() -> Phi3ForCausalLM:
+        torch.manual_seed(4)
+        return Phi3ForCausalLM(synthetic.tiny_config())
+
+    module = small(base())
+    trainer = synthetic.trainer(tmp_path)
+    trainer.fit(module, synthetic.loader([synthetic.batch_of([[DOCUMENTS[0]]])]))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    loaded = Phi3LoRAModule.load_from_checkpoint(tmp_path / "a.ckpt", base=base(), weights_only=True)
+    assert all(map(torch.equal, loaded.trained_parameters(), module.trained_parameters()))
+    other = Phi3ForCausalLM(synthetic.tiny_config())
+    with pytest.raises(CheckpointError, match="another base model"):
+        Phi3LoRAModule.load_from_checkpoint(tmp_path / "a.ckpt", base=other, weights_only=True)
 
 
 # ---------------------------------------------------------------- a foreign script
