@@ -88,9 +88,9 @@ def test_products_are_in_the_type_of_the_base(tmp_path, tiny_base, precision):
     module = Phi3LoRAModule(tiny_base, dtype="bfloat16")
     module.configure_model()
     seen = set()
-    for name in ("qkv_proj", "o_proj"):
-        layer = module.model.get_submodule(f"model.layers.0.self_attn.{name}")
-        layer.register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
+    qkv = "model.layers.0.self_attn.qkv_proj"
+    for name in (qkv, f"{qkv}.lora_A.default", f"{qkv}.lora_B.default", "lm_head"):
+        module.model.get_submodule(name).register_forward_hook(lambda _, inputs, output: seen.add(output.dtype))
     synthetic.trainer(tmp_path, precision=precision, max_steps=1).fit(module, data())
     assert seen == {torch.bfloat16}
 
