@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.platform import check_platform
+from phi3_lightning.platform import check_accelerator, check_platform
 
 
 @pytest.fixture
@@ -17,22 +17,24 @@ def mps(monkeypatch) -> None:
 def test_windows_is_refused(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     with pytest.raises(ConfigError, match="Windows is not supported"):
-        check_platform("cpu")
+        check_platform()
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "gpu", "mps"])
 def test_mps_is_refused_however_it_is_asked_for(mps, accelerator):
     with pytest.raises(ConfigError, match=rf"trainer\.accelerator: {accelerator} .*MPS.*set it to cpu"):
-        check_platform(accelerator)
+        check_accelerator(accelerator)
 
 
 def test_a_mac_trains_on_its_cpu(mps, monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
-    check_platform("cpu")
+    check_platform()
+    check_accelerator("cpu")
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "gpu", "cpu", "cuda"])
 def test_linux_is_taken(monkeypatch, accelerator):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    check_platform(accelerator)
+    check_platform()
+    check_accelerator(accelerator)

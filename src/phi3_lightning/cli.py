@@ -23,7 +23,7 @@ from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import Phi3LightningError
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.platform import check_platform
+from phi3_lightning.platform import check_accelerator, check_platform
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
 DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
@@ -100,7 +100,7 @@ class Phi3CLI(LightningCLI):
     @override
     def before_instantiate_classes(self) -> None:
         config = self.config[self.subcommand]
-        check_platform(str(config.trainer.accelerator))
+        check_accelerator(str(config.trainer.accelerator))
         if config.data.tokenizer is None:
             config.data.tokenizer, config.data.revision = config.model.base, config.model.revision
         self.run_folder = RunFolder.named(config.run, config.trainer.default_root_dir)
@@ -172,9 +172,10 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: The arguments; None: ``sys.argv``.
     """
-    _quieten()
     given = sys.argv[1:] if args is None else args
     try:
+        check_platform()
+        _quieten()
         if given[:1] == ["preview"]:
             preview.main(given[1:])
         else:

@@ -1,6 +1,5 @@
 """``Phi3LoRAModule``: a frozen Phi-3 with a LoRA adapter, as a LightningModule."""
 
-import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -36,9 +35,8 @@ from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
 from phi3_lightning.model import loss
+from phi3_lightning.platform import check_accelerator
 from phi3_lightning.window import TokenWeightedModule
-
-log = logging.getLogger(__name__)
 
 
 class Phi3LoRAModule(TokenWeightedModule):
@@ -203,11 +201,12 @@ class Phi3LoRAModule(TokenWeightedModule):
     # ------------------------------------------------------------------ steps
 
     def setup(self, stage: str) -> None:
-        """Refuse a precision that cannot hold what is trained.
+        """Refuse a device or a precision that cannot train the adapter.
 
         Raises:
-            ConfigError: If the Trainer's precision does not fit.
+            ConfigError: If the Trainer's device or precision does not fit.
         """
+        check_accelerator(self.trainer.strategy.root_device.type)
         precision = self.trainer.precision
         require(
             precision not in ("16-true", "transformer-engine-float16"),
@@ -315,10 +314,7 @@ class Phi3LoRAModule(TokenWeightedModule):
         clipped_amp = isinstance(self.trainer.precision_plugin, MixedPrecision) and bool(self.trainer.gradient_clip_val)
         optimizer = optim.make_optimizer(named, self.optimizer_config, fused=not (clipped_amp or self.scales_loss()))
         scheduler = optim.make_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step", "name": "train/lr"},
-        }
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -1,18 +1,16 @@
 """The frozen Phi-3: which models are taken, and how one is made ready."""
 
 import hashlib
-import logging
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
+from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedConfig
 from transformers.utils.import_utils import is_flash_attn_2_available
 
 from phi3_lightning.errors import ModelError
-
-log = logging.getLogger(__name__)
 
 DType = Literal["bfloat16", "float16", "float32"]
 Initialisation = Literal["pretrained", "random"]
@@ -152,7 +150,7 @@ def choose_attention(wanted: Attention, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     chosen = "flash_attention_2" if flash else "sdpa"
-    log.info("attention: %s (%s)", chosen, "flash-attn is installed" if flash else "PyTorch's own kernels")
+    rank_zero_info(f"attention: {chosen} ({'flash-attn is installed' if flash else 'no flash-attn on a GPU'})")
     return chosen
 
 
