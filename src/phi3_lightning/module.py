@@ -158,7 +158,8 @@ class Phi3LoRAModule(TokenWeightedModule):
         Returns:
             The base model. The module holds none afterwards.
         """
-        _, adapter = self._ready()
+        model, adapter = self._ready()
+        base_model.checkpoint_activations(model, "none")
         self.model = self.adapter = None
         return adapter.detach()
 

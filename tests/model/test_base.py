@@ -246,6 +246,12 @@ def test_the_fingerprint_tells_bases_apart(tiny_base):
     assert len(prints) == 3
 
 
+def test_the_fingerprint_tells_types_apart_even_where_values_are_equal(tiny_base):
+    model = base.load(tiny_base, dtype="bfloat16")
+    before = base.fingerprint(model)
+    assert base.fingerprint(model.float()) != before
+
+
 @pytest.mark.parametrize("place", [0, -1])
 def test_the_fingerprint_sees_one_changed_value_at_a_sampled_place(tiny_base, place):
     model = base.load(tiny_base)
@@ -267,10 +273,13 @@ def test_the_fingerprint_ignores_adapters(tiny_base):
     assert base.fingerprint(adapter.detach()) == before
 
 
-@pytest.mark.parametrize(("how", "recomputed"), [("none", False), ("full", True)])
-def test_activations_are_recomputed_only_where_asked(tiny_base, how, recomputed):
+@pytest.mark.parametrize(
+    ("asked", "recomputed"), [(["none"], False), (["full"], True), (["full", "none"], False), (["none", "full"], True)]
+)
+def test_activations_are_recomputed_only_where_asked(tiny_base, asked, recomputed):
     model = base.load(tiny_base, dtype="float32")
-    base.checkpoint_activations(model, how)
+    for how in asked:
+        base.checkpoint_activations(model, how)
     model.train()
     model.model.embed_tokens.weight.requires_grad_(True)
     calls = []

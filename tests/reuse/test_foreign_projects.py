@@ -243,6 +243,8 @@ def test_one_loaded_base_serves_two_adapters_one_after_the_other(tmp_path, tiny_
     assert given_back is base
     assert list(one.parameters()) == []
     assert base.state_dict().keys() == original.keys()
+    assert not base.model.embed_tokens(torch.tensor([5])).requires_grad  # nothing of the training hangs on
+    assert not any(getattr(layer, "gradient_checkpointing", False) for layer in base.modules())
     assert all(torch.equal(base.state_dict()[name], tensor) for name, tensor in original.items())
     two = train(base, second)
     alone = train(tiny_base, second)

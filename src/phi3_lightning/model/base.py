@@ -159,14 +159,19 @@ def checkpoint_activations(model: Phi3ForCausalLM, how: Checkpointing) -> None:
 
     Args:
         model: The model, in any mode: recomputation happens in training mode alone.
-        how: ``full`` keeps one hidden state a layer; ``none`` keeps everything.
+        how: ``full`` keeps one hidden state a layer; ``none`` keeps everything, also where it was ``full`` before.
     """
+    present = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.20
     if how == "none":
+        disable = model.activation_checkpointing_disable if present else model.gradient_checkpointing_disable
+        disable()
+        if getattr(model, "_require_grads_hooks", None):  # left behind by the enabling
+            model.disable_input_require_grads()
         return
     kwargs = {"use_reentrant": False}  # the reentrant variant gives no gradient where the input needs none
-    if hasattr(model, "activation_checkpointing_enable"):
+    if present:
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:  # transformers < 5.20
+    else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
