@@ -163,8 +163,10 @@ def checkpoint_activations(model: Phi3ForCausalLM, how: Checkpointing) -> None:
     """
     present = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.20
     if how == "none":
-        disable = model.activation_checkpointing_disable if present else model.gradient_checkpointing_disable
-        disable()
+        if present:
+            model.activation_checkpointing_disable()
+        else:
+            model.gradient_checkpointing_disable()
         if getattr(model, "_require_grads_hooks", None):  # left behind by the enabling
             model.disable_input_require_grads()
         return
