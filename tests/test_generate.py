@@ -76,6 +76,7 @@ def test_both_stop_tokens_end_an_answer(script, stop):
     script.say(20, 21, stop, 22, 23)
     batch = synthetic.prompt_batch([[5, 6]], [END, END_OF_TEXT])
     assert answers(script, batch, Generation(max_new_tokens=5)) == [[20, 21, stop]]
+    assert script.tokens == [22, 23]  # which were never asked for
 
 
 def test_what_follows_a_stop_is_not_returned_where_the_batch_runs_on(model):
