@@ -155,7 +155,7 @@ def test_a_checkpoint_of_weights_alone_evaluates_but_does_not_resume(tmp_path, t
     synthetic.trainer(tmp_path).validate(
         small(tiny_base), synthetic.loader(BATCHES), ckpt_path=tmp_path / "weights.ckpt", weights_only=True
     )
-    with pytest.raises(KeyError, match="checkpoint contains only the model"):
+    with pytest.raises(CheckpointError, match="save_weights_only"):
         resume(small(tiny_base), tmp_path / "weights.ckpt", tmp_path)
 
 

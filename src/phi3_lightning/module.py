@@ -15,23 +15,13 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning import generate, optim
+from phi3_lightning import generate, optim, restart
 from phi3_lightning.adapters import targets
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.batch import Batch, PromptBatch
-from phi3_lightning.checkpoint import (
-    IDENTITY,
-    check_identity,
-    check_state,
-    complete_batch,
-    identity,
-    plain_name,
-    reopen_epoch,
-    rewind_to_window_start,
-    without_frozen,
-)
+from phi3_lightning.checkpoint import IDENTITY, check_identity, check_state, identity, plain_name, without_frozen
 from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice, section
-from phi3_lightning.errors import ConfigError, ModelError
+from phi3_lightning.errors import CheckpointError, ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
 from phi3_lightning.model import loss
@@ -332,13 +322,7 @@ class Phi3LoRAModule(TokenWeightedModule):
         trained = without_frozen(checkpoint["state_dict"], self._frozen_names())
         checkpoint["state_dict"] = {plain_name(name): tensor for name, tensor in trained.items()}
         checkpoint[IDENTITY] = self._identity()
-        loop = self.trainer.fit_loop.epoch_loop
-        if self.trainer.training:
-            validates = loop._should_check_val_fx(cast("Any", self.trainer.fit_loop._data_fetcher))
-            complete_batch(checkpoint["loops"], stepped=not loop._should_accumulate(), validates=validates)
-        if loop.batch_progress.current.ready > 0 and not loop._num_ready_batches_reached():
-            reopen_epoch(checkpoint["loops"])
-        rewind_to_window_start(checkpoint["loops"], self.trainer.accumulate_grad_batches)
+        restart.settle(self.trainer, checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
         """Refuse a checkpoint of another base or adapter before anything of it is used.
@@ -348,6 +332,12 @@ class Phi3LoRAModule(TokenWeightedModule):
         """
         self.configure_model()
         check_identity(checkpoint, self._identity())
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                "the checkpoint was saved with save_weights_only and has no optimiser state to go on from; validate, "
+                "test and predict take it, and fit needs one that was saved whole"
+            )
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from phi3_lightning.checkpoint import repeat_validation
 from phi3_lightning.config import require
+from phi3_lightning.restart import repeat_validation
 
 
 class RunCheckpoint(Checkpoint):

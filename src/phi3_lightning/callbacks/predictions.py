@@ -16,6 +16,8 @@ from phi3_lightning.batch import PromptBatch
 class PredictionWriter(Callback):
     """Writes one line a prompt: its place in the file, the answer, and whether the answer ended by itself.
 
+    The datamodule has to have a ``tokenizer``, as ChatDataModule does.
+
     Args:
         path: The file to write; what an earlier run wrote there is replaced when all answers are there.
     """
