@@ -10,7 +10,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from cli.conftest import QUICK, TINY, start
+from cli.conftest import QUICK, REPOSITORY, TINY, start
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -222,3 +222,9 @@ def test_a_run_that_cannot_move_anything_is_told(cli):
     weak = cli("fit", *QUICK, "--trainer.max_steps=2", "--model.optimizer.lr=5e-6")
     assert "the answers will not change" in weak.text
     assert "the answers will not change" not in cli("fit", *QUICK, "--run=b", "--trainer.max_steps=2").text
+
+
+def test_the_configuration_for_own_chats_ends_well_before_its_first_validation(cli, tmp_path):
+    config = f"--config={REPOSITORY}/configs/phi3_mini_4k_lora.yaml"
+    cli("fit", config, *QUICK, "--data.val=null", "--trainer.max_steps=1")
+    assert (tmp_path / "runs/phi3-mini-4k/checkpoints/last.ckpt").is_file()
