@@ -20,7 +20,8 @@ def run(*args: str) -> tuple[str, float]:
     process = subprocess.Popen(
         [sys.executable, "cli.py", *args], cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
-    text = process.stdout.read()
+    with process.stdout:
+        text = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     assert process.returncode == 0, text
