@@ -5,6 +5,7 @@ import json
 import logging
 import shutil
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
+from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from phi3_lightning.data.collate import Document
@@ -39,6 +41,7 @@ _SCHEMA = pa.schema(
     }
 )
 _CHUNK = 512  # rows that are tokenised, and written, together
+_LINE_SECONDS = 10.0  # between two lines about progress where there is no terminal
 _SHOWN = 10  # bad rows that an error describes one by one
 
 
@@ -177,6 +180,7 @@ def _publish(folder: Path, final: Path) -> None:
 
 
 def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: str, num_proc: int) -> None:
+    said = time.monotonic()
     read = cut = tokens = supervised = kept = bad_count = 0
     dropped: Counter[str] = Counter()
     bad: list[str] = []
@@ -199,6 +203,9 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
                     (chunk.spans[1::2] - np.maximum(chunk.spans[0::2], 1)).sum()
                 )  # a first token never is
             progress.update(task, completed=read)
+            if progress.disable and time.monotonic() - said > _LINE_SECONDS:
+                said = time.monotonic()
+                rank_zero_info(f"tokenising: {read} rows so far")
     _report_bad_rows(bad, bad_count, read, on_bad_row)
     statistics = Statistics(read, kept, cut, dict(dropped), tokens, supervised)
     if not kept:
