@@ -51,7 +51,8 @@ def check_identity(checkpoint: Mapping[str, Any], mine: Mapping[str, Any]) -> No
             f"({mine['fingerprint'][:12]}); set model.base, model.revision and model.dtype as they were"
         )
     # dropout and the spelling of the targets may change; which weights exist and how they are scaled may not
-    changed = [key for key in ("r", "lora_alpha", "use_rslora") if theirs["lora"][key] != mine["lora"][key]]
+    fixed = mine["lora"].keys() & {"r", "lora_alpha", "use_rslora"}
+    changed = [key for key in sorted(fixed) if theirs["lora"][key] != mine["lora"][key]]
     if changed:
         pairs = ", ".join(f"{key} is {mine['lora'][key]} and was {theirs['lora'][key]}" for key in changed)
         raise CheckpointError(f"the checkpoint holds another adapter: model.lora.{pairs}; {NEW_RUN}")

@@ -1,7 +1,7 @@
 """``Phi3LoRAModule``: a frozen Phi-3 with a LoRA adapter, as a LightningModule."""
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -12,24 +12,24 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
-from torch.nn.modules.module import _IncompatibleKeys
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning import generate, optim, restart
+from phi3_lightning import generate, optim
 from phi3_lightning.adapters import targets
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.batch import Batch, PromptBatch
-from phi3_lightning.checkpoint import IDENTITY, check_identity, check_state, identity, plain_name, without_frozen
+from phi3_lightning.checkpoint import identity
 from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice, section
-from phi3_lightning.errors import CheckpointError, ConfigError, ModelError
+from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
 from phi3_lightning.model import loss
 from phi3_lightning.platform import check_accelerator
+from phi3_lightning.trained_state import TrainedStateModule
 from phi3_lightning.window import TokenWeightedModule
 
 
-class Phi3LoRAModule(TokenWeightedModule):
+class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
     """Fine-tunes any ``Phi3ForCausalLM`` with a LoRA adapter on batches of :class:`~phi3_lightning.batch.Batch`.
 
     Nothing is loaded before :meth:`configure_model`. Base weights stay as they are, to the bit; adapters and their
@@ -309,53 +309,6 @@ class Phi3LoRAModule(TokenWeightedModule):
 
     # ------------------------------------------------------------------ checkpoints
 
-    def _frozen_names(self) -> set[str]:
-        return {
-            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
-        }
-
-    def _identity(self) -> dict[str, Any]:
+    def checkpoint_identity(self) -> dict[str, Any]:
+        """Return what ties a checkpoint to its base model and its adapter."""
         return identity(self.base_id, cast("str", self._fingerprint), asdict(self.lora))
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen weights out, say which base they were, and never cut an accumulation window."""
-        trained = without_frozen(checkpoint["state_dict"], self._frozen_names())
-        checkpoint["state_dict"] = {plain_name(name): tensor for name, tensor in trained.items()}
-        checkpoint[IDENTITY] = self._identity()
-        restart.settle(self.trainer, checkpoint["loops"])
-
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
-        """Refuse a checkpoint of another base or adapter before anything of it is used.
-
-        Raises:
-            CheckpointError: If the checkpoint does not belong to this module.
-        """
-        self.configure_model()
-        check_identity(checkpoint, self._identity())
-        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
-        if fitting and "optimizer_states" not in checkpoint:
-            raise CheckpointError(
-                "the checkpoint was saved with save_weights_only and has no optimiser state to go on from; validate, "
-                "test and predict take it, and fit needs one that was saved whole"
-            )
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> _IncompatibleKeys:
-        """Load what training can change; frozen weights are never read and never written.
-
-        Args:
-            state_dict: All trainable tensors and buffers, as a checkpoint holds them.
-            strict: Whether each of them must be there, with its shape, and nothing else.
-            assign: As in :meth:`torch.nn.Module.load_state_dict`.
-
-        Raises:
-            CheckpointError: If ``strict`` and the tensors do not fit.
-        """
-        mine, frozen = self.state_dict(), self._frozen_names()
-        compiled = {plain_name(name): name for name in mine}
-        state_dict = {compiled.get(plain_name(name), name): tensor for name, tensor in state_dict.items()}
-        if strict:
-            check_state(state_dict, without_frozen(mine, frozen))
-        keys = super().load_state_dict(without_frozen(state_dict, frozen), strict=False, assign=assign)
-        return _IncompatibleKeys([key for key in keys.missing_keys if key not in frozen], keys.unexpected_keys)

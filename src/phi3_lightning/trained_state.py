@@ -1,0 +1,71 @@
+"""Checkpoints that hold what training can change and nothing else, for any LightningModule with a frozen base."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning.pytorch as pl
+from torch.nn.modules.module import _IncompatibleKeys
+
+from phi3_lightning import restart
+from phi3_lightning.checkpoint import IDENTITY, check_identity, check_state, identity, plain_name, without_frozen
+from phi3_lightning.errors import CheckpointError
+from phi3_lightning.model.base import fingerprint
+
+
+class TrainedStateModule(pl.LightningModule):
+    """A LightningModule whose checkpoints leave out its frozen parameters, and restart exactly.
+
+    Modules are built in the constructor or in ``configure_model``, which may be called more than once.
+    """
+
+    def checkpoint_identity(self) -> dict[str, Any]:
+        """Return what ties a checkpoint to the frozen parameters; a subclass may add names."""
+        return identity(None, fingerprint(self), {})
+
+    def _frozen_names(self) -> set[str]:
+        return {
+            name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Leave the frozen weights out, say whose they were, and put the position where a restart goes on exactly."""
+        trained = without_frozen(checkpoint["state_dict"], self._frozen_names())
+        checkpoint["state_dict"] = {plain_name(name): tensor for name, tensor in trained.items()}
+        checkpoint[IDENTITY] = self.checkpoint_identity()
+        restart.settle(self.trainer, checkpoint["loops"])
+
+    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+        """Refuse a checkpoint of another base or adapter before anything of it is used.
+
+        Raises:
+            CheckpointError: If the checkpoint does not belong to this module.
+        """
+        self.configure_model()
+        check_identity(checkpoint, self.checkpoint_identity())
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fitting and "optimizer_states" not in checkpoint:
+            raise CheckpointError(
+                "the checkpoint was saved with save_weights_only and has no optimiser state to go on from; validate, "
+                "test and predict take it, and fit needs one that was saved whole"
+            )
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> _IncompatibleKeys:
+        """Load what training can change; frozen weights are never read and never written.
+
+        Args:
+            state_dict: All trainable tensors and buffers, as a checkpoint holds them.
+            strict: Whether each of them must be there, with its shape, and nothing else.
+            assign: As in :meth:`torch.nn.Module.load_state_dict`.
+
+        Raises:
+            CheckpointError: If ``strict`` and the tensors do not fit.
+        """
+        mine, frozen = self.state_dict(), self._frozen_names()
+        compiled = {plain_name(name): name for name in mine}
+        state_dict = {compiled.get(plain_name(name), name): tensor for name, tensor in state_dict.items()}
+        if strict:
+            check_state(state_dict, without_frozen(mine, frozen))
+        keys = super().load_state_dict(without_frozen(state_dict, frozen), strict=False, assign=assign)
+        return _IncompatibleKeys([key for key in keys.missing_keys if key not in frozen], keys.unexpected_keys)
