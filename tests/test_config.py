@@ -78,7 +78,7 @@ def test_a_peft_config_of_a_script_drops_in():
         "target_modules": "all-linear",
         "modules_to_save": None,
     }
-    assert asdict(section(LoRA, peft_config)) == peft_config | {"use_rslora": False}
+    assert asdict(section(LoRA, peft_config)) == peft_config | {"backend": "peft", "use_rslora": False}
 
 
 def test_defaults_adapt_every_linear_layer():

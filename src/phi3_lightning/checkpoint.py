@@ -48,7 +48,7 @@ def check_identity(checkpoint: Mapping[str, Any], mine: Mapping[str, Any]) -> No
         raise CheckpointError(
             f"the checkpoint belongs to another base model: it was trained on {theirs['base'] or 'a local folder'} "
             f"({theirs['fingerprint'][:12]}), and model.base is {mine['base'] or 'a local folder'} "
-            f"({mine['fingerprint'][:12]}); set model.base, model.revision and model.dtype as they were"
+            f"({mine['fingerprint'][:12]}); set model.base, revision, dtype and quantization as they were"
         )
     # dropout and the spelling of the targets may change; which weights exist and how they are scaled may not
     fixed = mine["lora"].keys() & {"r", "lora_alpha", "use_rslora"}

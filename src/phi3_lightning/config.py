@@ -88,6 +88,8 @@ def section(kind: type[Section], given: Section | Mapping[str, Any]) -> Section:
 class LoRA:
     """Low-rank adapters (Hu et al. 2021, https://arxiv.org/abs/2106.09685), in PEFT's own key names."""
 
+    backend: Literal["peft"] = "peft"
+    """The library whose layers carry the adapter."""
     r: int = 16
     """Rank of the update: each adapted matrix gets r x (in + out) trainable values."""
     lora_alpha: float = 32

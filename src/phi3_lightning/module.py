@@ -42,6 +42,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
         attn_implementation: Attention kernel; 'auto' takes flash attention where it is installed on a GPU, else sdpa.
+        quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'), with the extra qlora. null: as dtype says.
         gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
         lora: The adapter.
         optimizer: How the adapter is updated.
@@ -57,6 +58,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         init: base_model.Initialisation = "pretrained",
         dtype: base_model.DType = "bfloat16",
         attn_implementation: base_model.Attention = "auto",
+        quantization: base_model.Quantization | None = None,
         gradient_checkpointing: base_model.Checkpointing = "full",
         lora: LoRA = LoRA(),
         optimizer: Optimizer = Optimizer(),
@@ -67,6 +69,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         require_choice("model.init", init, base_model.Initialisation)
         require_choice("model.dtype", dtype, base_model.DType)
         require_choice("model.attn_implementation", attn_implementation, base_model.Attention)
+        if quantization is not None:
+            require_choice("model.quantization", quantization, base_model.Quantization)
         require_choice("model.gradient_checkpointing", gradient_checkpointing, base_model.Checkpointing)
         self.base = base if isinstance(base, str) else str(base.name_or_path)
         self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
@@ -74,6 +78,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         self.init = init
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
+        self.quantization = quantization
         self.gradient_checkpointing = gradient_checkpointing
         self.lora = section(LoRA, lora)
         self.optimizer_config = section(Optimizer, optimizer)
@@ -96,6 +101,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             "init": self.init,
             "dtype": self.dtype_name,
             "attn_implementation": self.attn_implementation,
+            "quantization": self.quantization,
             "gradient_checkpointing": self.gradient_checkpointing,
             "lora": asdict(self.lora),
             "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
@@ -131,6 +137,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
                 init=self.init,
                 dtype=self.dtype_name,
                 attn_implementation=self.attn_implementation,
+                quantization=self.quantization,
                 device=self.device,
             )
         else:

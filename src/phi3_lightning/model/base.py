@@ -7,14 +7,15 @@ from typing import Literal, cast
 import torch
 from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
-from transformers import Phi3Config, Phi3ForCausalLM, PreTrainedConfig
-from transformers.utils.import_utils import is_flash_attn_2_available
+from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM, PreTrainedConfig
+from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from phi3_lightning.errors import ModelError
 
 DType = Literal["bfloat16", "float16", "float32"]
 Initialisation = Literal["pretrained", "random"]
 Checkpointing = Literal["none", "full"]
+Quantization = Literal["nf4", "int8"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
 
 RELATIVES = {
@@ -74,6 +75,7 @@ def load(
     init: Initialisation = "pretrained",
     dtype: DType = "bfloat16",
     attn_implementation: Attention = "auto",
+    quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
 ) -> Phi3ForCausalLM:
     """Load a base model, or make one with random weights from its configuration.
@@ -84,6 +86,8 @@ def load(
         init: ``pretrained`` reads the safetensors; ``random`` needs config.json alone.
         dtype: Type of the weights.
         attn_implementation: The attention kernel; ``auto`` takes flash attention where it is installed on a GPU.
+        quantization: Keep the linear layers' weights in 4 bits (``nf4`` with double quantisation, Dettmers et al. 2023,
+            https://arxiv.org/abs/2305.14314) or 8 bits (``int8``) and compute in ``dtype``.
         device: Where the weights are made.
 
     Returns:
@@ -95,6 +99,7 @@ def load(
     config = read_config(base, revision)
     attention = choose_attention(attn_implementation, torch.device(device))
     torch_dtype = getattr(torch, dtype)
+    quantized = None if quantization is None else _quantization_config(quantization, init, torch_dtype)
     if init == "random":
         model = _random(config, torch_dtype, attention, torch.device(device))
     else:
@@ -105,6 +110,7 @@ def load(
                 revision=revision or "main",
                 dtype=torch_dtype,
                 attn_implementation=attention,
+                quantization_config=quantized,
                 use_safetensors=True,
                 device_map={"": device},
             )
@@ -114,6 +120,18 @@ def load(
                 "or set model.init: random for a trial without weights"
             ) from error
     return model.requires_grad_(False)
+
+
+def _quantization_config(kind: Quantization, init: Initialisation, dtype: torch.dtype) -> BitsAndBytesConfig:
+    if init == "random":
+        raise ModelError(f"model.quantization: {kind} needs trained weights; leave it out with model.init: random")
+    if not is_bitsandbytes_available():
+        raise ModelError(f"model.quantization: {kind} needs bitsandbytes: pip install 'phi3-lightning[qlora]'")
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
 
 
 def _random(config: Phi3Config, dtype: torch.dtype, attention: str, device: torch.device) -> Phi3ForCausalLM:
