@@ -42,7 +42,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
         attn_implementation: Attention kernel; 'auto' takes flash attention where it is installed on a GPU, else sdpa.
-        quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'), with the extra qlora. null: as dtype says.
+        quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'); needs the extra qlora. null: in dtype.
         gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
         lora: The adapter.
         optimizer: How the adapter is updated.

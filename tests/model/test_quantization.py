@@ -1,6 +1,7 @@
 """A base in 4 or 8 bits: the adapter trains over it, and it never changes."""
 
 import hashlib
+import importlib.util
 
 import lightning.pytorch as pl
 import pytest
@@ -11,6 +12,11 @@ from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.errors import ConfigError, ModelError
 
 BATCH = synthetic.batch_of([[synthetic.document(12, 6, seed)] for seed in range(2)])
+
+
+needs_bitsandbytes = pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is None, reason="the extra qlora is not installed"
+)
 
 
 def quantized(base: str, kind: str | None) -> Phi3LoRAModule:
@@ -36,6 +42,7 @@ def base(tmp_path_factory) -> str:
     return synthetic.save_tiny(tmp_path_factory.mktemp("quantized") / "base", hidden_size=64, intermediate_size=128)
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize(("kind", "bytes_a_weight"), [("nf4", 0.5), ("int8", 1)])
 def test_the_linear_layers_are_small_and_the_answers_near(base, kind, bytes_a_weight):
     module, whole = quantized(base, kind), quantized(base, None)
@@ -47,6 +54,7 @@ def test_the_linear_layers_are_small_and_the_answers_near(base, kind, bytes_a_we
     assert torch.nn.functional.cosine_similarity(near.flatten(), exact.flatten(), dim=0) > 0.95
 
 
+@needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
 def test_the_adapter_learns_and_the_base_stays(base, kind, tmp_path):
     module = quantized(base, kind)
@@ -71,7 +79,7 @@ def test_the_adapter_learns_and_the_base_stays(base, kind, tmp_path):
 def test_what_cannot_work_is_refused(base, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.quantization: 'fp4'"):
         Phi3LoRAModule(base, quantization="fp4")
-    with pytest.raises(ModelError, match="needs trained weights"):
+    with pytest.raises(ModelError, match="needs trained weights"):  # said first: no package would help
         Phi3LoRAModule(base, init="random", quantization="nf4").configure_model()
     monkeypatch.setattr("phi3_lightning.model.base.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ModelError, match=r"pip install 'phi3-lightning\[qlora\]'"):
