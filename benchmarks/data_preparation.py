@@ -48,7 +48,7 @@ def prepare_here(path: str, tokenizer: str, processes: int, cache: str) -> tuple
     from phi3_lightning.data.datamodule import ChatDataModule
 
     start = time.perf_counter()
-    datamodule = ChatDataModule(path, tokenizer=tokenizer, max_length=2048, num_proc=processes, cache_dir=cache)
+    datamodule = ChatDataModule(path, tokenizer=tokenizer, max_length=1024, num_proc=processes, cache_dir=cache)
     datamodule.prepare_data()
     datamodule.setup()
     return datamodule.statistics["train"].tokens, start
@@ -63,7 +63,7 @@ def prepare_trl(path: str, tokenizer: str, processes: int, cache: str) -> tuple[
     start = time.perf_counter()
     chats = datasets.load_dataset("json", data_files=path, split="train", cache_dir=cache)
     loaded = AutoTokenizer.from_pretrained(tokenizer)
-    config = SFTConfig(output_dir=cache, dataset_num_proc=processes, max_length=2048, bf16=False, use_cpu=True)
+    config = SFTConfig(output_dir=cache, dataset_num_proc=processes, max_length=1024, bf16=False, use_cpu=True)
     trainer = SimpleNamespace(_tokenizer=loaded, chat_template=None, completion_only_loss=False)
     prepared = SFTTrainer._prepare_dataset(trainer, chats, loaded, config, False, None, "train")
     lengths = prepared.data.column("input_ids").combine_chunks().value_lengths()
