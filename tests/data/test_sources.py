@@ -113,7 +113,7 @@ def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
         ("a.csv", b"prompt,completion\nx,y\nz\n", "line 3 has not as many fields"),
         ("a.csv", b'prompt,completion\n"x,y\n', "not CSV"),
         ("a.csv", b"prompt\n\xff\n", "not CSV"),
-        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999)[:60], "cannot be read|not JSON lines"),
+        ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999, mtime=0)[:60], "cannot be read|not JSON lines"),
         ("a.arrow", b"ARROW1xx", "not Arrow"),
         ("a.parquet", b"PAR1", "not Parquet"),
         ("a.json", b'[{"a": 1},', "not a JSON array"),
