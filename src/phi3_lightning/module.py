@@ -16,6 +16,7 @@ from transformers import Phi3ForCausalLM
 
 from phi3_lightning import generate, optim
 from phi3_lightning.adapters import targets
+from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.batch import Batch, PromptBatch
 from phi3_lightning.checkpoint import identity
@@ -87,7 +88,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         self.save_hyperparameters(self._plain_hyper_parameters())
 
         self.model: Phi3ForCausalLM | None = None
-        self.adapter: PeftAdapter | None = None
+        self.adapter: Adapter | None = None
         self._loaded_base = None if isinstance(base, str) else [base]  # in a list: not a submodule yet
         self._fingerprint: str | None = None
         self.val_metrics = TokenMetrics()
@@ -160,7 +161,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         self.model = self.adapter = None
         return adapter.detach()
 
-    def _ready(self) -> tuple[Phi3ForCausalLM, PeftAdapter]:
+    def _ready(self) -> tuple[Phi3ForCausalLM, Adapter]:
         if self.model is None or self.adapter is None:
             raise ModelError("the base model is not loaded yet: call configure_model() first")
         return self.model, self.adapter

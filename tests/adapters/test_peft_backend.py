@@ -4,7 +4,8 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning.adapters.peft_backend import PeftAdapter
@@ -189,3 +190,14 @@ def test_base_weights_are_never_written(tiny_base):
         model.train(mode)(IDS, use_cache=False)
     after = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@ASKS_BY_AN_OLD_NAME
+def test_the_form_of_peft_opens_in_plain_peft(tiny_base, tmp_path):
+    model, adapter = attached(tiny_base, OPTIONS["rslora"])
+    randomise(adapter.parameters())
+    form = adapter.to_peft()
+    form.config.save_pretrained(tmp_path)
+    save_file(form.tensors, tmp_path / "adapter_model.safetensors")
+    plain = PeftModel.from_pretrained(frozen_base(tiny_base), tmp_path)
+    torch.testing.assert_close(plain.eval()(IDS).logits, model.eval()(IDS).logits)

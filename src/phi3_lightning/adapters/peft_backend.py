@@ -5,11 +5,12 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning.adapters import targets
+from phi3_lightning.adapters.adapter import PeftForm
 from phi3_lightning.config import LoRA
 
 ADAPTER = "default"
@@ -79,6 +80,13 @@ class PeftAdapter:
             yield
         finally:
             self._tuner.enable_adapter_layers()
+
+    def to_peft(self) -> PeftForm:
+        """Return the adapter in the form of PEFT's files."""
+        tuner: Any = self._tuner  # PEFT takes any model that has a peft_config
+        found = get_peft_model_state_dict(tuner, adapter_name=ADAPTER, save_embedding_layers=False)
+        tensors = {f"base_model.{name}": tensor.detach().float().cpu().clone() for name, tensor in found.items()}
+        return PeftForm(cast("LoraConfig", self._tuner.peft_config[ADAPTER]), tensors)
 
     def detach(self) -> Phi3ForCausalLM:
         """Take the adapter's layers out of the model again.
