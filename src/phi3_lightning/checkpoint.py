@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from phi3_lightning.config import STRUCTURAL_LORA_KEYS
 from phi3_lightning.errors import CheckpointError
 
 FORMAT_VERSION = 1
@@ -22,7 +23,7 @@ def identity(base: str | None, fingerprint: str, lora: dict[str, Any]) -> dict[s
     Args:
         base: The name of the base, never a local path; None where there is none.
         fingerprint: Hash of the frozen weights.
-        lora: The LoRA section of the configuration.
+        lora: The LoRA section of the configuration, and the slices that are adapted of fused layers.
     """
     return {"format_version": FORMAT_VERSION, "base": base, "fingerprint": fingerprint, "lora": lora}
 
@@ -51,10 +52,10 @@ def check_identity(checkpoint: Mapping[str, Any], mine: Mapping[str, Any]) -> No
             f"({mine['fingerprint'][:12]}); set model.base, revision, dtype and quantization as they were"
         )
     # dropout and the spelling of the targets may change; which weights exist and how they are scaled may not
-    fixed = mine["lora"].keys() & {"r", "lora_alpha", "use_rslora"}
-    changed = [key for key in sorted(fixed) if theirs["lora"][key] != mine["lora"][key]]
+    fixed = mine["lora"].keys() & {*STRUCTURAL_LORA_KEYS, "slices"}
+    changed = [key for key in sorted(fixed) if theirs["lora"].get(key) != mine["lora"][key]]
     if changed:
-        pairs = ", ".join(f"{key} is {mine['lora'][key]} and was {theirs['lora'][key]}" for key in changed)
+        pairs = ", ".join(f"{key} is {mine['lora'][key]} and was {theirs['lora'].get(key)}" for key in changed)
         raise CheckpointError(f"the checkpoint holds another adapter: model.lora.{pairs}; {NEW_RUN}")
 
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning import generate, optim
-from phi3_lightning.adapters import targets
+from phi3_lightning.adapters import attach, targets
 from phi3_lightning.adapters.adapter import Adapter
-from phi3_lightning.adapters.peft_backend import PeftAdapter
+from phi3_lightning.adapters.coverage import Coverage, coverage
 from phi3_lightning.batch import Batch, PromptBatch
 from phi3_lightning.checkpoint import identity
 from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice, section
@@ -104,7 +104,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             "attn_implementation": self.attn_implementation,
             "quantization": self.quantization,
             "gradient_checkpointing": self.gradient_checkpointing,
-            "lora": asdict(self.lora),
+            "lora": {**asdict(self.lora), "adapter": None},  # a checkpoint holds what it started from already
             "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
             "schedule": asdict(self.schedule),
             "generation": asdict(self.generation),
@@ -120,7 +120,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """
         if self._loaded_base is None:
             model = base_model.skeleton(base_model.read_config(self.base, self.revision))
-            targets.resolve(model, self.lora.target_modules)
+            targets.resolve(model, self.lora)
 
     def configure_model(self) -> None:
         """Load the frozen base and attach the adapter; does nothing the second time.
@@ -147,7 +147,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
         base_model.checkpoint_activations(model, self.gradient_checkpointing)
         self._fingerprint = base_model.fingerprint(model)
-        self.adapter = PeftAdapter(model, self.lora)
+        self.adapter = attach(model, self.lora, base=self.base_id, fingerprint=self._fingerprint)
         self.model = model.train()
 
     def detach_adapter(self) -> Phi3ForCausalLM:
@@ -175,10 +175,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """Return a context in which the model answers as its base does, the adapter switched off."""
         return self._ready()[1].disabled()
 
-    def coverage(self) -> list[targets.Coverage]:
-        """Return what is adapted, by kind of layer."""
-        model, adapter = self._ready()
-        return targets.coverage(model, adapter.targets)
+    def coverage(self) -> list[Coverage]:
+        """Return what is adapted, by kind of layer or slice."""
+        return coverage(*self._ready())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Phi3LoRAModule":
         frozen = {id(parameter) for parameter in self.parameters() if not parameter.requires_grad}
@@ -192,7 +191,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of matrix products: the Trainer's precision, or else the type of the base weights."""
-        dtype = cast("nn.Embedding", self._ready()[0].get_input_embeddings()).weight.dtype
+        dtype = self._ready()[0].dtype  # of the first parameter: the frozen embedding
         if torch.is_autocast_enabled(self.device.type) or dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
@@ -319,4 +318,5 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Return what ties a checkpoint to its base model and its adapter."""
-        return identity(self.base_id, cast("str", self._fingerprint), asdict(self.lora))
+        slices = targets.partial(self._ready()[1].targets)
+        return identity(self.base_id, cast("str", self._fingerprint), {**asdict(self.lora), "slices": slices})
