@@ -14,8 +14,8 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning import generate, optim
-from phi3_lightning.adapters import attach, targets
+from phi3_lightning import adapters, generate, optim
+from phi3_lightning.adapters import targets
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.coverage import Coverage, coverage
 from phi3_lightning.batch import Batch, PromptBatch
@@ -120,7 +120,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """
         if self._loaded_base is None:
             model = base_model.skeleton(base_model.read_config(self.base, self.revision))
-            targets.resolve(model, self.lora)
+            adapters.check(model, self.lora)
 
     def configure_model(self) -> None:
         """Load the frozen base and attach the adapter; does nothing the second time.
@@ -147,7 +147,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
         base_model.checkpoint_activations(model, self.gradient_checkpointing)
         self._fingerprint = base_model.fingerprint(model)
-        self.adapter = attach(model, self.lora, base=self.base_id, fingerprint=self._fingerprint)
+        self.adapter = adapters.attach(model, self.lora, base=self.base_id, fingerprint=self._fingerprint)
         self.model = model.train()
 
     def detach_adapter(self) -> Phi3ForCausalLM:

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.adapters import existing
+from phi3_lightning.adapters import existing, targets, whole
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import LoRA
@@ -32,6 +32,20 @@ def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None, fin
     if config.adapter is not None:
         existing.load_into(adapter, model, config, base, fingerprint)
     return adapter
+
+
+def check(model: Phi3ForCausalLM, config: LoRA) -> None:
+    """Find what would stop :func:`attach`, as far as a model without weights tells.
+
+    Args:
+        model: The base model, on the meta device.
+        config: What is to be attached.
+
+    Raises:
+        ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.
+    """
+    _backend(config)
+    whole.resolve(model, config, targets.resolve(model, config))
 
 
 def _backend(config: LoRA) -> Callable[[Phi3ForCausalLM, LoRA], Adapter]:
