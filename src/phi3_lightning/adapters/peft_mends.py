@@ -31,7 +31,8 @@ def mend(layer: Any, adapter: str) -> None:
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     layer.cast_input_dtype_enabled = cast("bool", _WithoutAutocast())
-    if adapter in layer.lora_magnitude_vector:
+    if adapter in layer.lora_variant:
+        layer.lora_variant[adapter].init(layer, adapter_name=adapter)  # again, from float32: PEFT rounds the magnitude
         dora = layer.lora_magnitude_vector[adapter]
         dora.get_weight_norm = _in_float32(dora.get_weight_norm)
 
