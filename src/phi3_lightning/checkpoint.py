@@ -69,13 +69,22 @@ def plain_name(name: str) -> str:
 
 
 def without_frozen(state: Mapping[str, Tensor], frozen: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors that training can change: all but the frozen parameters.
+    """Return the tensors that training can change: all but the frozen parameters, and the scales of quantised ones.
 
     Args:
         state: The state dictionary of a module.
         frozen: Names of its frozen parameters.
     """
-    return {name: tensor for name, tensor in state.items() if name not in frozen}
+    return {name: tensor for name, tensor in state.items() if _of_parameter(name) not in frozen}
+
+
+def _of_parameter(name: str) -> str:
+    """The parameter that a tensor belongs to: bitsandbytes saves weight.absmax and the like, SCB and weight_format."""
+    owner, _, last = name.rpartition(".")
+    if last in ("SCB", "weight_format"):
+        return f"{owner}.weight"
+    layer, inside, _ = name.partition(".weight.")
+    return f"{layer}.weight" if inside else name
 
 
 def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -192,5 +192,6 @@ def _quieten() -> None:
     """Leave out what upstream libraries say to their own developers, or for their own products."""
     warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one line for each 8-bit product
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights, which writes control characters into logs

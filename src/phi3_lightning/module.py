@@ -145,6 +145,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             model = self._loaded_base[0].requires_grad_(False)
         if any(hasattr(module, "lora_A") for module in model.modules()):
             raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
+        base_model.keep_as_quantized(model)
         base_model.checkpoint_activations(model, self.gradient_checkpointing)
         self._fingerprint = base_model.fingerprint(model)
         self.adapter = adapters.attach(model, self.lora, base=self.base_id, fingerprint=self._fingerprint)

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
+import torch
 from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from transformers import Phi3ForCausalLM
 from phi3_lightning.adapters import convert, peft_mends, targets, whole
 from phi3_lightning.adapters.adapter import PeftForm
 from phi3_lightning.config import LoRA
+from phi3_lightning.errors import ModelError
 
 ADAPTER = "default"
 """The name under which PEFT keeps the one adapter."""
@@ -38,6 +40,9 @@ class PeftAdapter:
         self.trained_whole = whole.resolve(model, config, self.targets)
         """Paths of the modules that are trained whole beside them."""
         paths = [target.path for target in self.targets]
+        in_8_bits = any(model.get_submodule(path).weight.dtype == torch.int8 for path in paths)
+        if config.use_dora and in_8_bits:  # PEFT reads the weights to measure them, and the layers lose their scales
+            raise ModelError("model.lora.use_dora: DoRA cannot measure a base in 8 bits; set model.quantization: nf4")
         self._names = targets.short_names(model, paths)
         orthogonal = config.init_lora_weights == "orthogonal"
         lora = LoraConfig(
