@@ -4,6 +4,7 @@ The docstring under a field is its ``--help`` text. Names follow PEFT (LoRA), to
 transformers (schedules, generation).
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -163,9 +164,21 @@ class LoRA:
             require(value >= 1, f"model.lora.rank_pattern.{key}", value, "the rank is at least 1")
         for key, alpha in self.alpha_pattern.items():
             require(alpha > 0, f"model.lora.alpha_pattern.{key}", alpha, "it is above 0")
+        self._check_expressions()
         self._check_enable_lora()
         self._check_start()
         self._check_backend()
+
+    def _check_expressions(self) -> None:
+        written = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
+        written += [("rank_pattern", key) for key in self.rank_pattern]
+        written += [("alpha_pattern", key) for key in self.alpha_pattern]
+        for name, expression in written:
+            try:
+                re.compile(expression if isinstance(expression, str) else "")
+            except re.error as error:
+                remedy = f"it is no regular expression ({error}); any text is '.*'"
+                require(False, f"model.lora.{name}", expression, remedy)
 
     def _check_enable_lora(self) -> None:
         for layer, enabled in self.enable_lora.items():

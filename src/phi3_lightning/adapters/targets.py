@@ -115,7 +115,7 @@ def _named(parts: list[_Part], lora: LoRA) -> list[_Part]:
     if names == "all-linear":
         return [part for part in parts if ".layers." in part.layer]
     if isinstance(names, str):
-        found = [part for part in parts if re.fullmatch(names, part.layer) or re.fullmatch(names, part.path)]
+        found = [part for part in parts if _matches(names, part)]
         _check_matched("target_modules", [] if found else [names], parts)
         return found
     _check_matched("target_modules", [n for n in names if not any(_stands_for(n, part) for part in parts)], parts)
@@ -131,7 +131,7 @@ def _excluded(named: list[_Part], lora: LoRA) -> set[_Part]:
     """The parts among ``named`` that ``exclude_modules`` or ``enable_lora`` leaves out."""
     names = lora.exclude_modules
     if isinstance(names, str):
-        found = {part for part in named if re.fullmatch(names, part.layer) or re.fullmatch(names, part.path)}
+        found = {part for part in named if _matches(names, part)}
         _check_matched("exclude_modules", [] if found else [names], named)
     else:
         names = names or []
@@ -175,7 +175,8 @@ def _check_matched(key: str, unmatched: list[str], parts: Iterable[_Part]) -> No
         existing = sorted({_name(part.layer) for part in parts})
         slices = sorted({part.slice for part in parts} - set(existing))
         message = f"model.lora.{key}: {', '.join(unmatched)} matches no layer; there are {', '.join(existing)}"
-        raise ModelError(message + (f", and the slices {', '.join(slices)}" if slices else ""))
+        message += f", and the slices {', '.join(slices)}" if slices else ""
+        raise ModelError(f"{message}. A list holds names, a single value is an expression for whole paths")
 
 
 def _check_patterns(targets: list[Target], lora: LoRA) -> None:
@@ -195,6 +196,10 @@ def _check_enable_lora(found: dict[str, set[str]], lora: LoRA) -> None:
                 f"model.lora.enable_lora.{layer}: {enabled} enables {', '.join(sorted(wanted))}, and target_modules "
                 f"and exclude_modules say otherwise; name {layer} as a target, or leave enable_lora.{layer} out"
             )
+
+
+def _matches(expression: str, part: _Part) -> bool:
+    return bool(re.fullmatch(expression, part.layer) or re.fullmatch(expression, part.path))
 
 
 def _stands_for(name: str, part: _Part) -> bool:
