@@ -37,7 +37,8 @@ def add_update(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: flo
     if low.dtype != result.dtype:
         return (result + F.linear(low, up) * scaling).to(result.dtype)
     # one kernel for product, factor and sum: nothing of the size of the result is held besides
-    return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.T, alpha=scaling).view_as(result)
+    rows = result.reshape(-1, result.shape[-1])
+    return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up.T, alpha=scaling).view_as(result)
 
 
 class Linear(loralib.Linear):  # type: ignore[misc]  # loralib has no types

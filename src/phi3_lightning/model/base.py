@@ -119,6 +119,10 @@ def load(
                 f"model.base: {base} has no safetensors weights ({error}); give a folder or hub id that has them, "
                 "or set model.init: random for a trial without weights"
             ) from error
+    if quantized is not None:
+        for parameter in model.parameters():
+            if parameter.is_floating_point():  # a norm that stays as read keeps the pages of its whole file in memory
+                parameter.data = parameter.data.clone()
     return model.requires_grad_(False)
 
 

@@ -1,0 +1,80 @@
+"""The full-size Phi-3-mini in 4 bits: what stays resident after loading, and three steps."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+SCRIPT = """
+import gc, sys, tempfile
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+
+def gigabytes(key):
+    status = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(status[key].split()[0]) * 1024 / 1e9
+
+before = gigabytes("VmRSS")
+module = Phi3LoRAModule(sys.argv[1], quantization="nf4", lora={"backend": "loralib"})
+module.configure_model()
+gc.collect()
+print(f"resident {gigabytes('VmRSS') - before:.2f} peak {gigabytes('VmHWM') - before:.2f}")
+batch = synthetic.batch_of([[synthetic.document(64, 32, 0)]])
+trainer = synthetic.trainer(tempfile.mkdtemp(), max_steps=3, precision="bf16-mixed")
+trainer.fit(module, synthetic.loader([batch] * 3))
+print(f"steps {trainer.global_step}")
+"""
+
+
+def write_random(folder: Path, config: Path) -> None:
+    """Full-size weights in shards of one layer, each layer with the same values: made in seconds."""
+    folder.mkdir()
+    shutil.copy(config, folder)
+    options = json.loads(config.read_text())
+    hidden, inner, vocabulary = (options[key] for key in ("hidden_size", "intermediate_size", "vocab_size"))
+    generator = torch.Generator().manual_seed(0)
+
+    def values(*shape: int) -> torch.Tensor:
+        return (torch.rand(*shape, generator=generator) - 0.5).mul_(0.07).bfloat16()
+
+    layer = {
+        "self_attn.qkv_proj": values(3 * hidden, hidden), "self_attn.o_proj": values(hidden, hidden),
+        "mlp.gate_up_proj": values(2 * inner, hidden), "mlp.down_proj": values(hidden, inner),
+        "input_layernorm": torch.ones(hidden).bfloat16(), "post_attention_layernorm": torch.ones(hidden).bfloat16(),
+    }  # fmt: skip
+    shards = {
+        f"{number}.safetensors": {f"model.layers.{number}.{name}.weight": tensor for name, tensor in layer.items()}
+        for number in range(options["num_hidden_layers"])
+    }
+    shards["rest.safetensors"] = {
+        "model.embed_tokens.weight": values(vocabulary, hidden), "lm_head.weight": values(vocabulary, hidden),
+        "model.norm.weight": torch.ones(hidden).bfloat16(),
+    }  # fmt: skip
+    for file, tensors in shards.items():
+        save_file(tensors, folder / file, metadata={"format": "pt"})
+    names = {name: file for file, tensors in shards.items() for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the extra qlora is not installed")
+def test_the_base_is_under_2_6_gb_and_trains(shared, tmp_path):
+    write_random(tmp_path / "base", shared / "phi3-mini-4k-instruct/config.json")
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "base")]
+    environment = {"PYTHONPATH": str(Path(__file__).parents[1])}
+    process = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environment)
+    shutil.rmtree(tmp_path / "base")
+    assert process.returncode == 0, process.stderr
+    resident, peak = map(float, re.search(r"resident ([\d.]+) peak ([\d.]+)", process.stdout).groups())
+    print(f"resident after loading {resident:.2f} GB, peak {peak:.2f} GB")
+    assert "steps 3" in process.stdout
+    adapter = 0.13  # 31 million float32 values
+    assert resident < 2.6 + adapter
