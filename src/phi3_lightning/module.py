@@ -25,6 +25,7 @@ from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
 from phi3_lightning.model import loss
+from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.platform import check_accelerator
 from phi3_lightning.trained_state import TrainedStateModule
 from phi3_lightning.window import TokenWeightedModule
@@ -44,6 +45,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
         attn_implementation: Attention kernel; 'auto' takes flash attention where it is installed on a GPU, else sdpa.
         quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'); needs the extra qlora. null: in dtype.
+        neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
         gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
         lora: The adapter.
         optimizer: How the adapter is updated.
@@ -60,6 +62,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         dtype: base_model.DType = "bfloat16",
         attn_implementation: base_model.Attention = "auto",
         quantization: base_model.Quantization | None = None,
+        neftune_noise_alpha: float | None = None,
         gradient_checkpointing: base_model.Checkpointing = "full",
         lora: LoRA = LoRA(),
         optimizer: Optimizer = Optimizer(),
@@ -80,6 +83,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.quantization = quantization
+        if neftune_noise_alpha is not None:
+            require(
+                neftune_noise_alpha > 0, "model.neftune_noise_alpha", neftune_noise_alpha, "above 0, or null for none"
+            )
+        self.neftune_noise_alpha = neftune_noise_alpha
         self.gradient_checkpointing = gradient_checkpointing
         self.lora = section(LoRA, lora)
         self.optimizer_config = section(Optimizer, optimizer)
@@ -103,6 +111,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             "dtype": self.dtype_name,
             "attn_implementation": self.attn_implementation,
             "quantization": self.quantization,
+            "neftune_noise_alpha": self.neftune_noise_alpha,
             "gradient_checkpointing": self.gradient_checkpointing,
             "lora": asdict(self.lora),
             "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
@@ -244,8 +253,12 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         longest = max((length for row in batch["lengths"] for length in row), default=0)
         if longest > window:
             raise ConfigError(f"data.max_length: a document has {longest} tokens and {self.base} reads {window}")
-        # without mask and cache, positions that restart make the documents of a row invisible to each other
-        output = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        noise: AbstractContextManager[None] = nullcontext()
+        if self.neftune_noise_alpha is not None and model.training:
+            noise = noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha)
+        with noise:
+            # without mask and cache, positions that restart make the documents of a row invisible to each other
+            output = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
         return cast("Tensor", output.last_hidden_state)
 
     def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
