@@ -11,8 +11,10 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from phi3_lightning.config import require
+from phi3_lightning.checkpoint import Mismatch
+from phi3_lightning.config import require, require_choice
 from phi3_lightning.restart import repeat_validation
+from phi3_lightning.trained_state import TrainedStateModule
 
 
 class RunCheckpoint(Checkpoint):
@@ -27,6 +29,7 @@ class RunCheckpoint(Checkpoint):
         monitor: The metric, lower is better, that decides which checkpoint is the best; null keeps the newest only.
         every_n_steps: Write ``last.ckpt`` every so many optimiser steps; null: by time alone.
         every_n_minutes: Write ``last.ckpt`` when so many minutes have passed since the last time.
+        on_mismatch: Whether a checkpoint of another base, tokenizer or adapter is refused, or loaded with a warning.
     """
 
     def __init__(
@@ -35,7 +38,9 @@ class RunCheckpoint(Checkpoint):
         monitor: str | None = "val/loss",
         every_n_steps: int | None = None,
         every_n_minutes: float = 5.0,
+        on_mismatch: Mismatch = "refuse",
     ) -> None:
+        require_choice("checkpoint.on_mismatch", on_mismatch, Mismatch)
         if every_n_steps is not None:
             require(every_n_steps >= 1, "checkpoint.every_n_steps", every_n_steps, "it is at least 1")
         require(every_n_minutes >= 0, "checkpoint.every_n_minutes", every_n_minutes, "it is 0 or more")
@@ -43,6 +48,7 @@ class RunCheckpoint(Checkpoint):
         self.monitor = monitor
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
+        self.on_mismatch = on_mismatch
         self.best_score = math.inf
         self._saved_step = 0
         self._saved_at = time.monotonic()
@@ -68,6 +74,8 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
+        if isinstance(pl_module, TrainedStateModule):
+            pl_module.on_mismatch = self.on_mismatch
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -2,6 +2,7 @@
 
 import os
 import warnings
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -272,16 +273,23 @@ class ChatDataModule(LightningDataModule):
             places = self.describe_rows(exception.row_ids)
             exception.add_note("Rows of this step: " + ", ".join(dict.fromkeys(places)))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What decides the order of batches, so that a resumed run can tell whether it is the same.
+    def checkpoint_identity(self) -> dict[str, str]:
+        """What ties a checkpoint to the tokens that it was trained on.
 
         Returns:
-            Seed, ranks and a fingerprint of the plan; nothing without training data.
+            Hashes of ``tokenizer`` and ``template``.
+        """
+        return self.template.identity
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order of batches, so that a resumed run can tell whether it is the same, and the statistics.
+
+        Returns:
+            Seed, ranks, a fingerprint of the plan, and what became of the rows; nothing without training data.
         """
         if "train" not in self.plans:
             return {}
-        plan = self.plans["train"].fingerprint()
-        return {"seed": self._seed(), "ranks": self._ranks()["num_replicas"], "plan": plan}
+        return self._order() | {"statistics": {split: asdict(found) for split, found in self.statistics.items()}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint says about the order until training goes on from it.
@@ -290,6 +298,10 @@ class ChatDataModule(LightningDataModule):
             state_dict: What ``state_dict`` returned.
         """
         self._saved_order = state_dict
+
+    def _order(self) -> dict[str, Any]:
+        plan = self.plans["train"].fingerprint()
+        return {"seed": self._seed(), "ranks": self._ranks()["num_replicas"], "plan": plan}
 
     def _set_up(self, split: Split) -> None:
         encoder = make_encoder(split, self.options, self.template, self._window)
@@ -357,7 +369,7 @@ class ChatDataModule(LightningDataModule):
         if saved and self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress
             within = progress.current.ready > 0 and not progress.is_last_batch
-            if changed := compare_orders(saved, self.state_dict(), within_epoch=within):
+            if changed := compare_orders(saved, self._order(), within_epoch=within):
                 rank_zero_info(f"The order of batches is new from this epoch on: {changed}.")
 
 
