@@ -36,7 +36,9 @@ def attach(base: Phi3ForCausalLM, form: PeftForm) -> PeftModel:
     Raises:
         ModelError: If a tensor of the adapter has no place in the model, or a place stays empty.
     """
-    model = get_peft_model(base, deepcopy(form.config))
+    config = deepcopy(form.config)
+    config.base_model_name_or_path = None  # PEFT sets it to that of ``base``
+    model = get_peft_model(base, config)
     for layer in model.modules():
         if isinstance(layer, LoraLayer):  # PEFT makes them where the base is, which may be nowhere
             for part in layer.adapter_layer_names:
@@ -82,7 +84,7 @@ class Merger:
             weight: The base's, in any floating-point type.
 
         Raises:
-            ModelError: If the sum is not finite.
+            ModelError: If the weight is not that of the config, or the sum is not finite.
         """
         path, _, kind = name.rpartition(".")
         layer = self._layers.get(path)
@@ -90,6 +92,9 @@ class Merger:
             return weight
         if isinstance(layer, ModulesToSaveWrapper):
             return layer.modules_to_save["default"].get_parameter(kind).detach().float()
+        expected = layer.base_layer.weight.shape
+        if weight.shape != expected:
+            raise ModelError(f"{name}: the base's file has shape {tuple(weight.shape)}, its config {tuple(expected)}")
         layer.base_layer.weight = nn.Parameter(weight.float(), requires_grad=False)
         try:
             layer.merge(safe_merge=True)
@@ -128,8 +133,7 @@ def write_merged(
     steps = _progress(len(target))
     for file, names in plan.filename_to_tensors.items():
         shard = {
-            name: _tensor(name, weights, merger, shapes, target[name].dtype)
-            for name, _ in zip(names, steps, strict=False)
+            name: _tensor(name, weights, merger, target[name].dtype) for name, _ in zip(names, steps, strict=False)
         }
         save_file(shard, folder / file, metadata={"format": "pt"})
         del shard
@@ -143,10 +147,8 @@ def write_merged(
     return written
 
 
-def _tensor(name: str, weights: BaseWeights, merger: Merger, shapes: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+def _tensor(name: str, weights: BaseWeights, merger: Merger, dtype: torch.dtype) -> Tensor:
     present = weights.read(EMBEDDING if name == HEAD and merger.unties else name)
-    if present.shape != shapes[name].shape:
-        raise ModelError(f"{name}: shape {tuple(present.shape)} instead of {tuple(shapes[name].shape)}")
     return merger.merged(name, present).to(dtype).contiguous()
 
 
