@@ -40,7 +40,7 @@ class SaveRunConfig(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             config = self.config.clone()
-            for key in ("ckpt_path", "resume"):  # of one call, not of the run
+            for key in ("ckpt_path", "resume", "weights_only"):  # of one call, not of the run
                 config.pop(key, None)
             text = self.parser.dump(config, skip_none=False, skip_validation=True)
             RunFolder.named(config.run, config.trainer.default_root_dir).keep_config(text)

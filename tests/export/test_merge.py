@@ -158,7 +158,5 @@ def test_another_shape_in_the_files_is_refused(base_folder, tmp_path):
     _, form = peft_model(Phi3ForCausalLM.from_pretrained(base))
     tensors["model.layers.0.self_attn.o_proj.weight"] = torch.zeros(16, 16)
     save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(
-        ModelError, match=r"o_proj\.weight: .* has shape \(16, 16\), its config \(32, 32\)"
-    ):
+    with pytest.raises(ModelError, match=r"o_proj\.weight: .* has shape \(16, 16\), its config \(32, 32\)"):
         merge(base, form, tmp_path / "merged")

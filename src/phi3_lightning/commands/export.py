@@ -49,7 +49,7 @@ def parser() -> LightningArgumentParser:
     result.add_argument("--data", type=dict[str, Any], default={}, help="tokenizer, revision and chat_template count.")
     result.add_argument("--run", type=str, default="phi3-lora", help="Name of the run, where no ckpt_path is given.")
     result.add_argument("--trainer", type=dict[str, Any], default={}, help="Of a run; default_root_dir finds it.")
-    for section in ("checkpoint", "seed_everything"):
+    for section in ("checkpoint", "seed_everything", "weights_only"):
         result.add_argument(f"--{section}", type=Any, default=None, help="Accepted from the configuration of a run.")
     return result
 
