@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +45,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             temporary.replace(target)
             _flush_folder(target.parent)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # a full disk becomes a RuntimeError of torch's writer
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             former = "the former one is untouched" if target.exists() else "there was none before"
-            raise CheckpointError(f"{target}: the checkpoint could not be written ({error}); {former}") from error
+            reason = error.__context__ or error
+            raise CheckpointError(f"{target}: the checkpoint could not be written ({reason}); {former}") from error
 
     @override
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
@@ -67,9 +70,9 @@ class SafeCheckpointIO(TorchCheckpointIO):
 class AsyncSafeCheckpointIO(SafeCheckpointIO):
     """Writes in a thread while training goes on; what is written, removed and read stays in the order it was asked for.
 
-    Lightning's own ``AsyncCheckpointIO`` is no way to that: its strategies put a plain ``TorchCheckpointIO`` under it
-    whatever it was given, it removes a former checkpoint while the new one is still being written, so that a kill leaves
-    neither, and what fails in the thread is said when the next checkpoint is due, or at the end.
+    Lightning's own ``AsyncCheckpointIO`` is no way to that: the strategies put a plain ``TorchCheckpointIO`` under it,
+    whatever it was given, and it removes a former checkpoint while the new one is still being written, so that a kill
+    leaves neither.
 
     A checkpoint is copied in memory before training goes on. One is written at a time: the next waits for it, and says
     if it failed. Nothing is removed after a failure.
