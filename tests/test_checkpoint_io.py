@@ -292,9 +292,8 @@ def test_lightnings_model_checkpoint_keeps_the_best_by_token_weighted_loss(tmp_p
         auto_insert_metric_name=False,
     )  # fmt: skip
     module = Phi3LoRAModule(tiny_base, dtype="float32", optimizer={"lr": 3e-2}, schedule={"name": "constant"})
-    trainer = synthetic.trainer(
-        tmp_path, plugins=[plugin()], max_epochs=4, callbacks=[losses, keep], enable_checkpointing=True
-    )
+    options = {"plugins": [plugin()], "enable_checkpointing": True}
+    trainer = synthetic.trainer(tmp_path, max_epochs=4, callbacks=[losses, keep], **options)
     trainer.fit(module, data, data)
     kept = sorted((tmp_path / "kept").iterdir())
     best = sorted(range(4), key=losses.scores.__getitem__)[:2]
