@@ -68,6 +68,7 @@ class TrainedStateModule(pl.LightningModule):
             )
         if fitting:
             check_moments(checkpoint["optimizer_states"])
+            restart.regroup(self.trainer, checkpoint)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
