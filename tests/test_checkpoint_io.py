@@ -98,6 +98,14 @@ def test_a_missing_file_is_a_named_error(tmp_path):
         read_checkpoint(tmp_path / "none.ckpt")
 
 
+def test_an_adapter_in_another_form_is_told_where_it_belongs(tmp_path, path):
+    with pytest.raises(CheckpointError, match=r"a folder, and no checkpoint.*model\.lora\.adapter"):
+        read_checkpoint(tmp_path)
+    torch.save({"layer.lora_A": torch.zeros(2, 2)}, path)
+    with pytest.raises(CheckpointError, match=r"not a Lightning checkpoint.*model\.lora\.adapter"):
+        read_checkpoint(path)
+
+
 def test_a_file_of_something_else_is_a_named_error(path):
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="not a Lightning checkpoint"):

@@ -168,6 +168,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     Raises:
         CheckpointError: If the file is missing, incomplete, or holds something else.
     """
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: a folder, and no checkpoint; an adapter in PEFT's form starts a new run as model.lora.adapter"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
@@ -178,7 +182,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             "give another one, such as best.ckpt beside it"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path}: a torch file, but not a Lightning checkpoint")
+        raise CheckpointError(
+            f"{path}: a torch file, but not a Lightning checkpoint; tensors of an adapter start a new run as "
+            "model.lora.adapter"
+        )
     return checkpoint
 
 
