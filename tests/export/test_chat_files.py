@@ -24,22 +24,37 @@ def wrong(tokenizer, vectors) -> int:
 def test_a_bare_folder_gives_the_ids_of_phi3(shared, tmp_path):
     source = shared / "phi3-mini-4k-instruct"
     vectors = json.loads((source / "vectors.json").read_text())
-    write_tokenizer(chat(source), tmp_path)
+    write_tokenizer(chat(source), tmp_path, bare=True)
     assert not (tmp_path / "config.json").exists()
     assert wrong(AutoTokenizer.from_pretrained(tmp_path), vectors) == 0
+
+
+def test_beside_a_config_the_class_is_the_bases(shared, tmp_path):
+    source = tmp_path / "source"
+    source.mkdir()
+    for path in (shared / "phi3-mini-4k-instruct").glob("*.json"):
+        (source / path.name).write_bytes(path.read_bytes())
+    config = json.loads((source / "tokenizer_config.json").read_text()) | {"tokenizer_class": "LlamaTokenizer"}
+    (source / "tokenizer_config.json").write_text(json.dumps(config))
+    out = tmp_path / "out"
+    out.mkdir()
+    write_tokenizer(chat(source), out, bare=False)
+    (out / "config.json").write_bytes((source / "config.json").read_bytes())
+    assert json.loads((out / "tokenizer_config.json").read_text())["tokenizer_class"] == "LlamaTokenizer"
+    assert wrong(AutoTokenizer.from_pretrained(out), json.loads((source / "vectors.json").read_text())) == 0
 
 
 def test_the_fault_is_there_where_the_class_is_left_as_upstream_has_it(shared, tmp_path):
     source = shared / "phi3-mini-4k-instruct"
     vectors = json.loads((source / "vectors.json").read_text())
-    write_tokenizer(chat(source), tmp_path)
+    write_tokenizer(chat(source), tmp_path, bare=True)
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"tokenizer_class": "LlamaTokenizer"}))
     assert wrong(AutoTokenizer.from_pretrained(tmp_path), vectors) > 0
 
 
 def test_template_special_tokens_and_padding_side_are_the_bases(tmp_path):
-    write_tokenizer(chat(TINY), tmp_path)
+    write_tokenizer(chat(TINY), tmp_path, bare=True)
     here, there = AutoTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(TINY)
     for name in ("chat_template", "special_tokens_map", "all_special_ids", "padding_side", "model_max_length"):
         assert getattr(here, name) == getattr(there, name)
@@ -47,7 +62,7 @@ def test_template_special_tokens_and_padding_side_are_the_bases(tmp_path):
 
 
 def test_a_template_of_the_users_own_goes_along(tmp_path):
-    write_tokenizer(chat(TINY, template="{{ messages[0]['content'] }}!"), tmp_path)
+    write_tokenizer(chat(TINY, template="{{ messages[0]['content'] }}!"), tmp_path, bare=True)
     rendered = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False
     )
@@ -60,7 +75,7 @@ def test_code_of_the_repository_is_not_carried_on(tmp_path):
     (source / "tokenizer.json").write_bytes((TINY / "tokenizer.json").read_bytes())
     (source / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Tokenizer", None]}}))
     (tmp_path / "out").mkdir()
-    write_tokenizer(chat(source), tmp_path / "out")
+    write_tokenizer(chat(source), tmp_path / "out", bare=True)
     assert "auto_map" not in json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
 
 

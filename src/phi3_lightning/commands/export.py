@@ -43,7 +43,7 @@ def parser() -> LightningArgumentParser:
     result.add_argument(
         "--dtype", type=DType | None, default=None, help="Of a merged model; null: as the base's files."
     )
-    result.add_argument("--max_shard_size", type=str, default="2GB", help="Largest file of a merged model.")
+    result.add_argument("--max_shard_size", type=str, default="1GB", help="Largest file of a merged model.")
     result.add_argument("--overwrite", action="store_true", help="Replace what the folder holds.")
     result.add_lightning_class_args(Phi3LoRAModule, "model")
     result.add_argument("--data", type=dict[str, Any], default={}, help="tokenizer, revision and chat_template count.")

@@ -32,14 +32,16 @@ class Chat:
     prompts: list[list[int]]
 
 
-def write_tokenizer(chat: Chat, folder: Path) -> None:
-    """Copy the tokenizer's files, so that ``AutoTokenizer`` reads them right in a folder without a config.json.
+def write_tokenizer(chat: Chat, folder: Path, *, bare: bool) -> None:
+    """Copy the tokenizer's files, so that ``AutoTokenizer`` reads them right.
 
-    Left as they are, Llama's class would be made of them, which replaces the normaliser: other ids for every text.
+    Left as they are in a folder without a config.json, Llama's class would be made of them, which replaces the
+    normaliser: other ids for every text. Beside a config.json the class stays the base's, which converters look at.
 
     Args:
         chat: The tokenizer, and a template if it is not its own.
         folder: Where to.
+        bare: Whether the folder gets no config.json.
     """
     source = fetch(chat.tokenizer, chat.revision, [*COPIED, TOKENIZER_CONFIG])
     for name in COPIED:
@@ -47,7 +49,8 @@ def write_tokenizer(chat: Chat, folder: Path) -> None:
             shutil.copyfile(source / name, folder / name)
     path = source / TOKENIZER_CONFIG
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if bare or "tokenizer_class" not in config:
+        config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config.pop("auto_map", None)  # code of the repository, which nothing needs
     if chat.template is not None:
         config.pop("chat_template", None)

@@ -44,7 +44,7 @@ class Export:
 
     format: Format = "peft"
     dtype: DType | None = None
-    max_shard_size: str = "2GB"
+    max_shard_size: str = "1GB"
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def export(module: Phi3LoRAModule, chat: Chat, origin: Origin, what: Export, tar
     """
     with _new_folder(target) as folder:
         form = _live(module)[1].to_peft()
-        chat_files.write_tokenizer(chat, folder)
+        chat_files.write_tokenizer(chat, folder, bare=what.format != "merged")
         if what.format == "merged":
             certificate = _merged(module, form, chat, what, folder)
         else:
