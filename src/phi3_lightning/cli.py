@@ -18,7 +18,7 @@ from typing_extensions import override
 
 from phi3_lightning.callbacks import LineProgress, PredictionWriter, RunCheckpoint, RunReport, Throughput
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
-from phi3_lightning.commands import preview
+from phi3_lightning.commands import export, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import Phi3LightningError
@@ -40,7 +40,7 @@ class SaveRunConfig(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             config = self.config.clone()
-            for key in ("ckpt_path", "resume"):  # of one call, not of the run
+            for key in ("ckpt_path", "resume", "weights_only"):  # of one call, not of the run
                 config.pop(key, None)
             text = self.parser.dump(config, skip_none=False, skip_validation=True)
             RunFolder.named(config.run, config.trainer.default_root_dir).keep_config(text)
@@ -67,7 +67,10 @@ class Phi3CLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},  # the table of adapted layers says more
             seed_everything_default=42,
             parser_class=Parser,
-            parser_kwargs={"description": DESCRIPTION, "epilog": f"preview: {preview.DESCRIPTION}"},
+            parser_kwargs={
+                "description": DESCRIPTION,
+                "epilog": f"preview: {preview.DESCRIPTION} export: {export.DESCRIPTION}",
+            },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
@@ -178,6 +181,8 @@ def main(args: list[str] | None = None) -> None:
         _quieten()
         if given[:1] == ["preview"]:
             preview.main(given[1:])
+        elif given[:1] == ["export"]:
+            export.main(given[1:])
         else:
             Phi3CLI(args)
     except SIGTERMException:
@@ -191,6 +196,7 @@ def main(args: list[str] | None = None) -> None:
 def _quieten() -> None:
     """Leave out what upstream libraries say to their own developers, or for their own products."""
     warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights, which writes control characters into logs

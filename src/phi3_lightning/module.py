@@ -1,6 +1,7 @@
 """``Phi3LoRAModule``: a frozen Phi-3 with a LoRA adapter, as a LightningModule."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -332,4 +333,5 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Return what ties a checkpoint to its base model and its adapter."""
-        return identity(self.base_id, cast("str", self._fingerprint), asdict(self.lora))
+        layers = Counter(path.rpartition(".")[2] for path in self._ready()[1].targets)
+        return identity(self.base_id, cast("str", self._fingerprint), asdict(self.lora), layers, self.revision)

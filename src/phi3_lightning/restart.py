@@ -4,9 +4,39 @@ Lightning saves from hooks in the middle of its loops, and restarted there it le
 window for a whole one, or counts an epoch twice. What follows are mends of the saved position, not of the loops.
 """
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
+
+
+@runtime_checkable
+class Regroups(Protocol):
+    """A datamodule whose epochs go on with another number of ranks than they began with."""
+
+    def regroup(self, state: Mapping[str, Any], epoch: int, position: int, window: int) -> int:
+        """Return how many batches of each rank are over, as they are counted now."""
+
+
+def regroup(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Move the position of a checkpoint that is being loaded to where it is for the ranks and windows of this run.
+
+    Args:
+        trainer: The trainer that loads it.
+        checkpoint: The checkpoint; its ``loops`` entry is changed in place.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+    state = checkpoint.get(type(data).__qualname__)
+    if not state or not isinstance(data, Regroups):
+        return
+    loops = checkpoint["loops"]["fit_loop"]
+    progress = loops["epoch_loop.batch_progress"]
+    position = progress["current"]["ready"]
+    epoch = loops["epoch_progress"]["current"]["processed"]
+    moved = data.regroup(state, epoch, position, trainer.accumulate_grad_batches) - position
+    for scope in ("current", "total"):
+        for name in progress[scope]:
+            progress[scope][name] += moved
 
 
 def settle(trainer: pl.Trainer, loops: dict[str, Any]) -> None:

@@ -1,7 +1,10 @@
 """Conversations become token ids and supervised spans. The only room that knows chat tokens."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -98,6 +101,18 @@ class ChatTemplate:
         """The tokens that end an answer: the template's end of turn, and the tokenizer's end of text."""
         eos = self.tokenizer.eos_token_id
         return [self._end_of_turn] if eos in (None, self._end_of_turn) else [self._end_of_turn, eos]
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What the tokenizer does and what the template says, as hashes: other ones make other tokens of a chat.
+
+        Returns:
+            ``tokenizer``, of its vocabulary and of how it takes texts apart, and ``template``, of its text.
+        """
+        probes = self._encode_texts([" Grüße,\n\tcafé  ½ 東京 👋\r\n 3.14", *self.tokenizer.get_added_vocab()])
+        behaviour = [sorted(self.tokenizer.get_vocab().items()), [probe.ids for probe in probes]]
+        texts = {"tokenizer": json.dumps(behaviour), "template": str(self.tokenizer.chat_template)}
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
     def encode(
         self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
