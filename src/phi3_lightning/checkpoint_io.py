@@ -9,6 +9,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from typing_extensions import override
 
 from phi3_lightning.errors import CheckpointError
+from phi3_lightning.sharded_checkpoint import is_sharded, read_sharded
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -65,12 +66,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Return the checkpoint in ``path``, which may hold tensors and plain types alone.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a sharded checkpoint.
         map_location: As in :func:`torch.load`.
 
     Raises:
         CheckpointError: If the file is missing, incomplete, or holds something else.
     """
+    if is_sharded(path):
+        return read_sharded(path)
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
