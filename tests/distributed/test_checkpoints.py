@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import synthetic
+from phi3_lightning.callbacks import RunCheckpoint
 from phi3_lightning.checkpoint_io import read_checkpoint
 from phi3_lightning.errors import CheckpointError, ConfigError, ModelError
 
@@ -15,6 +16,10 @@ STRATEGIES = {"one process": ("auto", 1), "ddp": ("ddp", 2), "fsdp2": ({}, 2),
               "fsdp2, distributed": ({"save_distributed_checkpoint": True}, 2),
               "fsdp2, distributed, three": ({"save_distributed_checkpoint": True}, 3)}  # fmt: skip
 ROWS = [synthetic.batch_of([[d] for d in cases.DOCUMENTS[i : i + 2]]) for i in (0, 2, 4)]
+
+
+def path_of(folder, name, steps):
+    return folder / f"{name}-{steps}" / "last.ckpt"
 
 
 def part(base, folder, name, steps, resume=None, kind=cases.Sgd):
@@ -29,13 +34,13 @@ def part(base, folder, name, steps, resume=None, kind=cases.Sgd):
         if resume is not None:
             module.on_fit_start = lambda: type(module).__mro__[1].on_fit_start(module)  # no new values
         keep = cases.Keep()
+        callbacks = [keep, RunCheckpoint(str(path_of(folder, name, steps).parent))]
         trainer = cases.trainer(
-            folder, chosen, world, callbacks=[keep], use_distributed_sampler=False, max_steps=steps, max_epochs=None,
-            accumulate_grad_batches=2 if world == 2 else 1,
+            folder, chosen, world, callbacks=callbacks, use_distributed_sampler=False, max_steps=steps, max_epochs=-1,
+            accumulate_grad_batches=2 if world == 2 else 1, enable_checkpointing=True,
         )  # fmt: skip
         loader = cases.loader(windows[world] * 2, int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else 0, world)
         trainer.fit(module, loader, ckpt_path=resume)
-        trainer.save_checkpoint(folder / f"{name}-{steps}.ckpt")
         weights = torch.cat([cases.whole(p).flatten() for p in module.trained_parameters()])
         return weights, keep.losses, trainer.global_step
 
@@ -55,7 +60,7 @@ def first_half(request, base, tmp_path_factory):
 @pytest.mark.parametrize("first", STRATEGIES)
 def test_each_goes_on_from_each(base, first_half, first, second):
     folder, (weights, losses, _), kind = first_half
-    resume = str(folder / f"{first}-2.ckpt")
+    resume = str(path_of(folder, first, 2))
     for found, later, step in part(base, folder, second, 4, resume, kind):
         assert step == 4
         tolerance = 4 * sum(cases.SUPERVISED[:6]) * cases.EPSILON  # four steps, each a sum in another order
@@ -65,8 +70,8 @@ def test_each_goes_on_from_each(base, first_half, first, second):
 
 
 def test_a_checkpoint_holds_whole_adapters_alone(base, first_half):
-    folder, _, kind = first_half
-    checkpoints = {name: read_checkpoint(folder / f"{name}-2.ckpt") for name in STRATEGIES}
+    folder = first_half[0]
+    checkpoints = {name: read_checkpoint(path_of(folder, name, 2)) for name in STRATEGIES}
     expected = checkpoints["one process"]
     for name, found in checkpoints.items():
         assert found.keys() == expected.keys()
@@ -75,16 +80,16 @@ def test_a_checkpoint_holds_whole_adapters_alone(base, first_half):
         assert shapes == {key: tensor.shape for key, tensor in expected["state_dict"].items()}
         states = [state["state"] for state in found["optimizer_states"]]
         assert [list(state) for state in states] == [list(s["state"]) for s in expected["optimizer_states"]]
-    folders = [name for name in STRATEGIES if (folder / f"{name}-2.ckpt").is_dir()]
+    folders = [name for name in STRATEGIES if path_of(folder, name, 2).is_dir()]
     assert folders == ["fsdp2, distributed", "fsdp2, distributed, three"]
-    assert not list(folder.glob("*.tmp")) + list(folder.glob("*.old"))
+    assert not [*folder.rglob("*.tmp"), *folder.rglob("*.old")]
 
 
 def test_a_part_that_is_missing_is_named(base, tmp_path):
     part(base, tmp_path, "fsdp2, distributed", 1)
-    checkpoint = tmp_path / "fsdp2, distributed-1.ckpt"
+    checkpoint = path_of(tmp_path, "fsdp2, distributed", 1)
     (checkpoint / "rank-00001.safetensors").unlink()
-    with pytest.raises(CheckpointError, match="not a whole checkpoint.*rank-00001"):
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint.*rank-00001"):
         read_checkpoint(checkpoint)
 
 

@@ -78,7 +78,7 @@ def test_a_mean_over_padded_ranks_would_be_another_number(chats, tmp_path, alone
 
 
 def test_nothing_but_adapters_is_sent(base, batches, tmp_path):
-    """At the start of a fit what is sent is the adapter, in each step its gradient and a few scalars; no base weight."""
+    """A fit begins by sending the adapter, and each step sends its gradient and a few scalars; no base weight."""
 
     def run() -> tuple[int, int, int, int]:
         started, stepped, own = [], [], []
