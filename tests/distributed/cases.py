@@ -6,12 +6,12 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch.distributed.tensor import DTensor
-from torch.utils.data import DataLoader
 
 import synthetic
 from phi3_lightning import FSDP2Strategy, Phi3LoRAModule
 from phi3_lightning.batch import Batch
 from phi3_lightning.checkpoint_io import SafeCheckpointIO
+from phi3_lightning.data.sampler import BatchLoader
 
 SUPERVISED = [1, 500, 3, 40, 25, 2, 110, 7]
 DOCUMENTS = [synthetic.document(count + 4, count, seed) for seed, count in enumerate(SUPERVISED)]
@@ -82,11 +82,22 @@ def trainer(folder: Path, strategy: Any, world: int, **options) -> pl.Trainer:
     return synthetic.trainer(folder, plugins=[SafeCheckpointIO()], **options)
 
 
-def loader(batches: list[Batch], rank: int, world: int) -> DataLoader:
+class From(list[int]):
+    """The indices that are left after some were seen, with the length of all of them."""
+
+    def __init__(self, count: int, seen: int) -> None:
+        super().__init__(range(seen, count))
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def loader(batches: list[Batch], rank: int, world: int, seen: int = 0) -> BatchLoader:
     """Every ``world``-th batch, beginning with ``rank``; as BatchOrder deals them out."""
     own = batches[rank::world]
     own += [EMPTY] * (-(-len(batches) // world) - len(own))
-    return DataLoader(own, batch_size=None, generator=torch.Generator())
+    return BatchLoader(own, batch_size=None, sampler=From(len(own), seen), generator=torch.Generator())
 
 
 def fit(folder: Path, base: str, batches: list[Batch], strategy: Any = "auto", world: int = 1, kind=Phi3LoRAModule,

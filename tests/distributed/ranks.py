@@ -76,6 +76,7 @@ def _run(result: Path, output: Path, function: Callable[..., Any], args: tuple) 
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else 1
+        print(type(end).__name__)
     except BaseException:
         traceback.print_exc()
     finally:

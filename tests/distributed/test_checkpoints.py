@@ -1,5 +1,6 @@
 """A checkpoint of any strategy, on any number of ranks, goes on under any other, and holds the adapter alone."""
 
+import itertools
 import os
 
 import pytest
@@ -47,7 +48,16 @@ def part(base, folder, name, steps, resume=None, kind=cases.Sgd):
     return [run()] if world == 1 else ranks.run(folder, world, run)
 
 
-@pytest.fixture(scope="module", params=[cases.Sgd, cases.Phi3LoRAModule], ids=["sgd", "adamw"])
+KINDS = [pytest.param(cases.Sgd, marks=pytest.mark.slow, id="sgd"), pytest.param(cases.Phi3LoRAModule, id="adamw")]
+FAST = [("one process", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "one process"), ("fsdp2", "fsdp2, distributed, three"),
+        ("fsdp2, distributed, three", "ddp")]  # fmt: skip
+PAIRS = [
+    pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow)
+    for pair in itertools.product(STRATEGIES, STRATEGIES)
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
 def first_half(request, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("halves")
     for name in STRATEGIES:
@@ -56,8 +66,7 @@ def first_half(request, base, tmp_path_factory):
     return folder, whole, request.param
 
 
-@pytest.mark.parametrize("second", STRATEGIES)
-@pytest.mark.parametrize("first", STRATEGIES)
+@pytest.mark.parametrize(("first", "second"), PAIRS)
 def test_each_goes_on_from_each(base, first_half, first, second):
     folder, (weights, losses, _), kind = first_half
     resume = str(path_of(folder, first, 2))

@@ -19,10 +19,16 @@ class AgreedStop(pl.Callback):
         self._asked = False
 
     @override
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._asked = False
-        if trainer.world_size > 1:
-            signal.signal(signal.SIGTERM, self._note)  # the Trainer puts the former handlers back
+    def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen(trainer)
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._listen(trainer)
+
+    def _listen(self, trainer: pl.Trainer) -> None:
+        if trainer.world_size > 1:  # in place of the Trainer's handler, which it set just now and removes at the end
+            signal.signal(signal.SIGTERM, self._note)
 
     def _note(self, *_: Any) -> None:
         self._asked = True
