@@ -131,7 +131,10 @@ class Paced(Phi3LoRAModule):
         return super().training_step(batch, batch_idx)
 
 
-@pytest.mark.parametrize("asked", [[0], [1], [0, 1]])
+SLOW = [pytest.param([0], marks=pytest.mark.slow), pytest.param([1], marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("asked", [*SLOW, [0, 1]])
 def test_sigterm_to_any_rank_saves_once_and_goes_on(base, batches, tmp_path, asked):
     folder = str(tmp_path / "checkpoints")
 
