@@ -51,12 +51,16 @@ class RankFailure(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._watch is None or isinstance(exception, SIGTERMException | KeyboardInterrupt):
+        asked = isinstance(exception, SIGTERMException | KeyboardInterrupt)
+        if asked or trainer.world_size == 1 or not dist.is_initialized():
             return
+        # without one where data were still being prepared, and the other ranks cannot have listened
+        watch = self._watch or _Watch(trainer.global_rank, [None] * trainer.world_size, self.grace)
         if is_communication(exception):
-            exception.add_note(self._watch.cause(self.patience))
+            exception.add_note(watch.cause(self.patience))
         else:
-            self._watch.report(f"{type(exception).__name__}: {str(exception)[:2000]}", self.patience)
+            cause = f"{type(exception).__name__}: {str(exception)[:2000]}"
+            watch.report(cause, self.patience if watch.is_alive() else 0.0)
 
 
 def is_communication(exception: BaseException) -> bool:
@@ -71,7 +75,7 @@ def is_communication(exception: BaseException) -> bool:
 class _Watch(threading.Thread):
     """Shows that this rank lives, and listens for the failure of others."""
 
-    def __init__(self, rank: int, hosts: list[str], grace: float) -> None:
+    def __init__(self, rank: int, hosts: list[str | None], grace: float) -> None:
         super().__init__(daemon=True, name="rank-failure")
         self.over = threading.Event()
         self._rank = rank
@@ -129,7 +133,8 @@ class _Watch(threading.Thread):
         return [self._store.add(f"beat/{rank}", 0) for rank in range(len(self._hosts))]
 
     def _who(self, rank: int) -> str:
-        return f"rank {rank} on {self._hosts[rank]}"
+        host = self._hosts[rank]
+        return f"rank {rank}" if host is None else f"rank {rank} on {host}"
 
     def _told(self) -> str:
         return f"rank {self._rank} ends because another did: {self._first}"
