@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup quickstart test test-fast test-slow lint clean
+.PHONY: setup quickstart test test-fast test-slow test-distributed lint clean
 
 setup: $(INSTALLED)
 
@@ -25,6 +25,10 @@ test-fast: setup
 # one after the other: they measure memory, or need both cores
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# all of it once more, by itself; two hosts in network namespaces need root and iproute2
+test-distributed: setup
+	$(BIN)/python -m pytest tests/distributed
 
 lint: setup
 	$(BIN)/ruff check .
