@@ -145,7 +145,7 @@ def read_pretrained(model: Phi3ForCausalLM, sharding: Sharding, base: str, revis
                 )
             rows = _own_rows(parameter)
             state[name] = _placed(pieces[key][rows.start : rows.stop], parameter, sharding)
-    model.load_state_dict(state, strict=False, assign=True)
+    _assign(model, state)
 
 
 def draw_random(model: Phi3ForCausalLM, sharding: Sharding) -> None:
@@ -176,6 +176,10 @@ def draw_random(model: Phi3ForCausalLM, sharding: Sharding) -> None:
             module.to(device="meta")
     if model.config.tie_word_embeddings:  # the last draw counts, as on one device
         state["model.embed_tokens.weight"] = state["lm_head.weight"]
+    _assign(model, state)
+
+
+def _assign(model: Phi3ForCausalLM, state: dict[str, Tensor]) -> None:
     model.load_state_dict(state, strict=False, assign=True)
     if model.config.tie_word_embeddings:
         model.tie_weights()
