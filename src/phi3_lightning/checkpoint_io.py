@@ -13,6 +13,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from phi3_lightning.errors import CheckpointError
+from phi3_lightning.sharded_checkpoint import is_sharded, read_sharded
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -162,12 +163,14 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Return the checkpoint in ``path``, which may hold tensors and plain types alone.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a sharded checkpoint.
         map_location: As in :func:`torch.load`.
 
     Raises:
         CheckpointError: If the file is missing, incomplete, or holds something else.
     """
+    if is_sharded(path):
+        return read_sharded(path)
     if path.is_dir():
         raise CheckpointError(
             f"{path}: a folder, and no checkpoint; an adapter in PEFT's form starts a new run as model.lora.adapter"

@@ -16,7 +16,16 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
-from phi3_lightning.callbacks import LineProgress, PredictionWriter, RunCheckpoint, RunReport, Throughput
+from phi3_lightning.callbacks import (
+    AgreedStop,
+    LineProgress,
+    PredictionWriter,
+    RankFailure,
+    RunCheckpoint,
+    RunReport,
+    Throughput,
+)
+from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from phi3_lightning.commands import export, preview
 from phi3_lightning.commands.parser import Parser
@@ -157,6 +166,7 @@ class Phi3CLI(LightningCLI):
         callbacks += [Throughput(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
+        callbacks += [AgreedStop(), RankFailure()]
         plugins = config.plugins or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, plugins=plugins, **kwargs)
@@ -190,6 +200,11 @@ def main(args: list[str] | None = None) -> None:
     except Phi3LightningError as error:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
         print(f"error: {error}{notes}", file=sys.stderr)
+        sys.exit(1)
+    except Exception as error:
+        if not is_communication(error) or not hasattr(error, "__notes__"):
+            raise
+        print("error: " + "\n".join(error.__notes__), file=sys.stderr)  # what the callback RankFailure found out
         sys.exit(1)
 
 

@@ -25,9 +25,10 @@ from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import loss
+from phi3_lightning.model import loss, parallel
 from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.platform import check_accelerator
+from phi3_lightning.strategy import FSDP2Strategy, check_strategy
 from phi3_lightning.trained_state import TrainedStateModule
 from phi3_lightning.window import TokenWeightedModule
 
@@ -141,24 +142,55 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         if self.model is not None:
             return
         self.check_base()
-        if self._loaded_base is None:
-            model = base_model.load(
-                self.base,
-                revision=self.revision,
-                init=self.init,
-                dtype=self.dtype_name,
-                attn_implementation=self.attn_implementation,
-                quantization=self.quantization,
-                device=self.device,
-            )
-        else:
-            model = self._loaded_base[0].requires_grad_(False)
+        sharding = self._sharding()
+        model = self._load_base() if sharding is None else self._hollow_base(sharding)
         if any(hasattr(module, "lora_A") for module in model.modules()):
             raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
         base_model.checkpoint_activations(model, self.gradient_checkpointing)
+        adapter = PeftAdapter(model, self.lora)
+        if sharding is not None:
+            self._shard(model, sharding)
         self._fingerprint = base_model.fingerprint(model)
-        self.adapter = PeftAdapter(model, self.lora)
+        self.adapter = adapter
         self.model = model.train()
+
+    def _load_base(self) -> Phi3ForCausalLM:
+        if self._loaded_base is not None:
+            return self._loaded_base[0].requires_grad_(False)
+        return base_model.load(
+            self.base,
+            revision=self.revision,
+            init=self.init,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            quantization=self.quantization,
+            device=self.device,
+        )
+
+    def _sharding(self) -> parallel.Sharding | None:
+        strategy = None if self._trainer is None else self._trainer.strategy
+        return strategy.sharding() if isinstance(strategy, FSDP2Strategy) else None
+
+    def _hollow_base(self, sharding: parallel.Sharding) -> Phi3ForCausalLM:
+        if self._loaded_base is not None:
+            raise ModelError(
+                "model.base: FSDP2Strategy reads on each rank only what it keeps, and a loaded model is there whole; "
+                "give its folder or hub id"
+            )
+        if self.quantization is not None:
+            raise ConfigError(
+                f"model.quantization: {self.quantization} does not work with FSDP2Strategy, which shards rows of "
+                "plain weights; use trainer.strategy: ddp with a quantised base, or model.quantization: null"
+            )
+        attention = base_model.choose_attention(self.attn_implementation, sharding.device)
+        return parallel.hollow(self.base, self.revision, getattr(torch, self.dtype_name), attention, sharding.device)
+
+    def _shard(self, model: Phi3ForCausalLM, sharding: parallel.Sharding) -> None:
+        parallel.shard(model, sharding)
+        if self.init == "random":
+            parallel.draw_random(model, sharding)
+        else:
+            parallel.read_pretrained(model, sharding, self.base, self.revision)
 
     def detach_adapter(self) -> Phi3ForCausalLM:
         """Give the base model back, without the adapter and bit-identical to what was loaded.
@@ -210,12 +242,13 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
     # ------------------------------------------------------------------ steps
 
     def setup(self, stage: str) -> None:
-        """Refuse a device or a precision that cannot train the adapter.
+        """Refuse a device, a strategy or a precision that cannot train the adapter.
 
         Raises:
-            ConfigError: If the Trainer's device or precision does not fit.
+            ConfigError: If the Trainer's device, strategy or precision does not fit.
         """
         check_accelerator(self.trainer.strategy.root_device.type)
+        check_strategy(self.trainer.strategy)
         precision = self.trainer.precision
         require(
             precision not in ("16-true", "transformer-engine-float16"),
@@ -328,6 +361,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         optimizer = optim.make_optimizer(named, self.optimizer_config, fused=not (clipped_amp or self.scales_loss()))
         scheduler = optim.make_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """Nor the model's buffers: rotary angles, which follow from the configuration and the batch."""
+        return super()._ddp_params_and_buffers_to_ignore | {name for name, _ in self.named_buffers()}
 
     # ------------------------------------------------------------------ checkpoints
 

@@ -47,11 +47,13 @@ def settle(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
         loops: The ``loops`` entry of the checkpoint; changed in place.
     """
     loop = trainer.fit_loop.epoch_loop
+    validates = loop._should_check_val_fx(cast("Any", trainer.fit_loop._data_fetcher))
     if trainer.training:
-        validates = loop._should_check_val_fx(cast("Any", trainer.fit_loop._data_fetcher))
         complete_batch(loops, stepped=not loop._should_accumulate(), validates=validates)
     if loop.batch_progress.current.ready > 0 and not loop._num_ready_batches_reached():
         reopen_epoch(loops)
+    elif loop.batch_progress.current.ready > 0 and not validates:
+        close_epoch(loops)
     rewind_to_window_start(loops, trainer.accumulate_grad_batches)
 
 
@@ -87,6 +89,21 @@ def reopen_epoch(loops: dict[str, Any]) -> None:
     for scope in ("current", "total"):
         ready = progress[scope]["ready"]
         progress[scope] |= {"started": ready, "processed": ready - 1, "completed": ready - 1}
+
+
+def close_epoch(loops: dict[str, Any]) -> None:
+    """Move a position at the end of an epoch without a validation to the start of the next.
+
+    Lightning would take one more batch for the epoch that is over.
+
+    Args:
+        loops: The ``loops`` entry of a checkpoint; changed in place.
+    """
+    epochs, batches = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
+    for scope in ("current", "total"):
+        epochs[scope] = dict.fromkeys(epochs[scope], epochs[scope]["ready"])
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
 
 
 def rewind_to_window_start(loops: dict[str, Any], accumulate_grad_batches: int) -> None:

@@ -45,6 +45,11 @@ class TrainedStateModule(pl.LightningModule):
             name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
         }
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """What DDP need not send at its start, since every rank has read it: the frozen parameters."""
+        return self._frozen_names()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out, say whose they were, and put the position where a restart goes on exactly."""
         trained = without_frozen(checkpoint["state_dict"], self._frozen_names())
