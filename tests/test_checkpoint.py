@@ -134,3 +134,11 @@ def test_moments_that_are_not_finite_are_refused():
 def test_the_mark_of_compilation_is_taken_out_of_names():
     assert plain_name("model._orig_mod.layers.0._orig_mod.weight") == "model.layers.0.weight"
     assert plain_name("model.layers.0.weight") == "model.layers.0.weight"
+
+
+def test_scales_of_quantised_layers_are_frozen_with_their_weights():
+    layer = "model.layers.0.mlp.down_proj"
+    beside = ["weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4", "SCB", "weight_format"]
+    state = {f"{layer}.{name}": torch.zeros(1) for name in [*beside, "lora_A", "lora_B"]}
+    assert list(without_frozen(state, {f"{layer}.weight"})) == [f"{layer}.lora_A", f"{layer}.lora_B"]
+    assert without_frozen(state, set()) == state

@@ -4,6 +4,7 @@ import re
 from dataclasses import asdict
 
 import pytest
+from peft import LoraConfig
 
 from phi3_lightning.config import PHI3_LINEAR_LAYERS, Generation, LoRA, Optimizer, Schedule, section
 from phi3_lightning.errors import ConfigError, Phi3LightningError
@@ -15,8 +16,16 @@ OUT_OF_RANGE = [
     (LoRA, "lora_dropout", -0.1, "model.lora.lora_dropout"),
     (LoRA, "target_modules", [], "model.lora.target_modules"),
     (LoRA, "target_modules", "", "model.lora.target_modules"),
+    (LoRA, "backend", "lora", "model.lora.backend"),
     (LoRA, "bias", "all", "model.lora.bias"),
-    (LoRA, "modules_to_save", ["lm_head"], "model.lora.modules_to_save"),
+    (LoRA, "bias", "lora_only", "model.lora.bias"),
+    (LoRA, "rank_pattern", {"o_proj": 0}, "model.lora.rank_pattern.o_proj"),
+    (LoRA, "alpha_pattern", {"o_proj": 0}, "model.lora.alpha_pattern.o_proj"),
+    (LoRA, "enable_lora", {"qkv_proj": [True, False]}, "model.lora.enable_lora.qkv_proj"),
+    (LoRA, "enable_lora", {"gate_up_proj": [True, True, True]}, "model.lora.enable_lora.gate_up_proj"),
+    (LoRA, "enable_lora", {"qkv_proj": [False, False, False]}, "model.lora.enable_lora.qkv_proj"),
+    (LoRA, "enable_lora", {"o_proj": [True]}, "model.lora.enable_lora.o_proj"),
+    (LoRA, "init_lora_weights", "gausian", "model.lora.init_lora_weights"),
     (Optimizer, "name", "sgd", "model.optimizer.name"),
     (Optimizer, "lr", 0.0, "model.optimizer.lr"),
     (Optimizer, "weight_decay", -0.1, "model.optimizer.weight_decay"),
@@ -49,6 +58,27 @@ def test_a_value_out_of_range_is_named_with_its_key(kind, field, value, key):
         kind(**{field: value})
 
 
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "eva", "mica"])
+def test_a_start_that_cannot_be_used_is_refused_by_name_with_the_reason(start):
+    with pytest.raises(ConfigError, match=rf"model\.lora\.init_lora_weights: '{start}' cannot be used: it .*use true"):
+        LoRA(init_lora_weights=start)
+
+
+def test_an_orthogonal_start_needs_even_ranks():
+    for ranks in ({"r": 3}, {"rank_pattern": {"o_proj": 5}}):
+        with pytest.raises(ConfigError, match="every rank must be even"):
+            LoRA(init_lora_weights="orthogonal", **ranks)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"use_dora": True}, {"init_lora_weights": "gaussian"}, {"modules_to_save": ["lm_head"]}]
+)
+def test_what_loralib_has_not_is_refused_with_the_backend_that_has_it(fields):
+    assert LoRA(**fields)
+    with pytest.raises(ConfigError, match=rf"model\.lora\.{next(iter(fields))}: .*backend: peft"):
+        LoRA(backend="loralib", **fields)
+
+
 @pytest.mark.parametrize(("kind", "fields"), AT_THE_EDGE)
 def test_values_at_the_edge_are_taken(kind, fields):
     made = kind(**fields)
@@ -78,7 +108,14 @@ def test_a_peft_config_of_a_script_drops_in():
         "target_modules": "all-linear",
         "modules_to_save": None,
     }
-    assert asdict(section(LoRA, peft_config)) == peft_config | {"backend": "peft", "use_rslora": False}
+    assert asdict(section(LoRA, peft_config)) == asdict(LoRA()) | peft_config
+
+
+def test_all_of_a_saved_peft_config_that_is_ours_drops_in():
+    saved = LoraConfig(r=8, target_modules=["o_proj"], task_type="CAUSAL_LM").to_dict()
+    ours = {key: saved[key] for key in asdict(LoRA()) if key in saved}
+    assert len(ours) == len(asdict(LoRA())) - 3  # but backend, enable_lora and adapter
+    assert section(LoRA, ours | {"target_modules": ["o_proj"]}).r == 8
 
 
 def test_defaults_adapt_every_linear_layer():

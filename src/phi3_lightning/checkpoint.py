@@ -7,6 +7,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
+from phi3_lightning.config import STRUCTURAL_LORA_KEYS
 from phi3_lightning.errors import CheckpointError
 
 FORMAT_VERSION = 2
@@ -20,7 +21,7 @@ IDENTITY = "phi3_lightning"
 
 PACKAGES = ("phi3-lightning", "torch", "lightning", "transformers", "peft")
 
-FIXED = ("r", "lora_alpha", "use_rslora", "use_dora", "rank_pattern", "alpha_pattern")
+FIXED = (*STRUCTURAL_LORA_KEYS, "slices")
 """What of the LoRA section decides which weights exist and how they are scaled; dropout and spelling may change."""
 
 NEW_RUN = "start a new run, from these weights with model.lora.adapter, or configure the module as it was"
@@ -48,7 +49,7 @@ def identity(
     Args:
         base: The name of the base, never a local path; None where there is none.
         fingerprint: Hash of the frozen weights.
-        lora: The LoRA section of the configuration.
+        lora: The LoRA section of the configuration, and the slices that are adapted of fused layers.
         layers: How many layers of each name are adapted.
         revision: Branch, tag or commit of the base.
     """
@@ -160,13 +161,22 @@ def plain_name(name: str) -> str:
 
 
 def without_frozen(state: Mapping[str, Tensor], frozen: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors that training can change: all but the frozen parameters.
+    """Return the tensors that training can change: all but the frozen parameters, and the scales of quantised ones.
 
     Args:
         state: The state dictionary of a module.
         frozen: Names of its frozen parameters.
     """
-    return {name: tensor for name, tensor in state.items() if name not in frozen}
+    return {name: tensor for name, tensor in state.items() if _of_parameter(name) not in frozen}
+
+
+def _of_parameter(name: str) -> str:
+    """The parameter that a tensor belongs to: bitsandbytes saves weight.absmax and the like, SCB and weight_format."""
+    owner, _, last = name.rpartition(".")
+    if last in ("SCB", "weight_format"):
+        return f"{owner}.weight"
+    layer, inside, _ = name.partition(".weight.")
+    return f"{layer}.weight" if inside else name
 
 
 def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -213,5 +213,6 @@ def _quieten() -> None:
     warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one line for each 8-bit product
     if not sys.stderr.isatty():
         disable_progress_bar()  # of loading weights, which writes control characters into logs

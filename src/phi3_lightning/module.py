@@ -15,10 +15,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning import generate, optim
+from phi3_lightning import adapters, generate, optim
 from phi3_lightning.adapters import targets
 from phi3_lightning.adapters.adapter import Adapter
-from phi3_lightning.adapters.peft_backend import PeftAdapter
+from phi3_lightning.adapters.coverage import Coverage, coverage
 from phi3_lightning.batch import Batch, PromptBatch
 from phi3_lightning.checkpoint import identity
 from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice, section
@@ -115,7 +115,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             "quantization": self.quantization,
             "neftune_noise_alpha": self.neftune_noise_alpha,
             "gradient_checkpointing": self.gradient_checkpointing,
-            "lora": asdict(self.lora),
+            "lora": {**asdict(self.lora), "adapter": None},  # a checkpoint holds what it started from already
             "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
             "schedule": asdict(self.schedule),
             "generation": asdict(self.generation),
@@ -131,7 +131,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """
         if self._loaded_base is None:
             model = base_model.skeleton(base_model.read_config(self.base, self.revision))
-            targets.resolve(model, self.lora.target_modules)
+            adapters.check(model, self.lora)
 
     def configure_model(self) -> None:
         """Load the frozen base and attach the adapter; does nothing the second time.
@@ -146,11 +146,13 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         model = self._load_base() if sharding is None else self._hollow_base(sharding)
         if any(hasattr(module, "lora_A") for module in model.modules()):
             raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
+        base_model.keep_as_quantized(model)
         base_model.checkpoint_activations(model, self.gradient_checkpointing)
-        adapter = PeftAdapter(model, self.lora)
+        adapter = adapters.attach(model, self.lora, base=self.base_id)
         if sharding is not None:
             self._shard(model, sharding)
         self._fingerprint = base_model.fingerprint(model)
+        adapters.check_origin(self.lora, self._fingerprint)
         self.adapter = adapter
         self.model = model.train()
 
@@ -182,6 +184,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
                 f"model.quantization: {self.quantization} does not work with FSDP2Strategy, which shards rows of "
                 "plain weights; use trainer.strategy: ddp with a quantised base, or model.quantization: null"
             )
+        for name in ("use_dora", "modules_to_save"):
+            require(
+                not getattr(self.lora, name), f"model.lora.{name}", getattr(self.lora, name),
+                "it begins with the base's weights, which FSDP2Strategy reads later; use trainer.strategy: ddp",
+            )  # fmt: skip
         attention = base_model.choose_attention(self.attn_implementation, sharding.device)
         return parallel.hollow(self.base, self.revision, getattr(torch, self.dtype_name), attention, sharding.device)
 
@@ -217,10 +224,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """Return a context in which the model answers as its base does, the adapter switched off."""
         return self._ready()[1].disabled()
 
-    def coverage(self) -> list[targets.Coverage]:
-        """Return what is adapted, by kind of layer."""
-        model, adapter = self._ready()
-        return targets.coverage(model, adapter.targets)
+    def coverage(self) -> list[Coverage]:
+        """Return what is adapted, by kind of layer or slice."""
+        return coverage(*self._ready())
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Phi3LoRAModule":
         frozen = {id(parameter) for parameter in self.parameters() if not parameter.requires_grad}
@@ -234,7 +240,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of matrix products: the Trainer's precision, or else the type of the base weights."""
-        dtype = cast("nn.Embedding", self._ready()[0].get_input_embeddings()).weight.dtype
+        dtype = self._ready()[0].dtype  # of the first parameter: the frozen embedding
         if torch.is_autocast_enabled(self.device.type) or dtype == torch.float32:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=dtype)
@@ -371,5 +377,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Return what ties a checkpoint to its base model and its adapter."""
-        layers = Counter(path.rpartition(".")[2] for path in self._ready()[1].targets)
-        return identity(self.base_id, cast("str", self._fingerprint), asdict(self.lora), layers, self.revision)
+        adapted = self._ready()[1].targets
+        lora = {**asdict(self.lora), "slices": targets.partial(adapted)}
+        layers = Counter(target.name for target in adapted)
+        return identity(self.base_id, cast("str", self._fingerprint), lora, layers, self.revision)

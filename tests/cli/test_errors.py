@@ -64,9 +64,11 @@ def test_other_architectures_are_refused_by_name(cli, tmp_path, kind):
 
 
 def test_wrong_targets_are_named_with_what_exists(cli):
-    refused = cli("fit", *QUICK, "--model.lora.target_modules=[q_proj, o_proj]", code=1)
-    assert "q_proj matches no layer" in refused.text
+    refused = cli("fit", *QUICK, "--model.lora.target_modules=[query_proj, o_proj]", code=1)
+    assert "query_proj matches no layer" in refused.text
     assert "qkv_proj" in refused.text
+    refused = cli("fit", *QUICK, "--model.lora.target_modules=[q_proj, o_proj]", code=1)
+    assert "set model.lora.backend: loralib, or name qkv_proj" in refused.text
 
 
 def test_max_length_beyond_the_window(cli):

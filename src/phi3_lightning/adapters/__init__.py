@@ -1,1 +1,58 @@
 """Trainable low-rank adapters on a frozen model."""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+from transformers import Phi3ForCausalLM
+
+from phi3_lightning.adapters import existing, targets, whole
+from phi3_lightning.adapters.adapter import Adapter
+from phi3_lightning.adapters.existing import check_origin as check_origin
+from phi3_lightning.adapters.peft_backend import PeftAdapter
+from phi3_lightning.config import LoRA
+from phi3_lightning.errors import ModelError
+
+
+def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> Adapter:
+    """Attach an adapter to a frozen model.
+
+    Args:
+        model: The base model; its target layers are changed in place.
+        config: What to attach, and by which library.
+        base: Name of the base model, which an existing adapter must have been trained on.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.
+        CheckpointError: If ``config.adapter`` cannot be read, or is another adapter than ``config`` asks for.
+    """
+    adapter = _backend(config)(model, config)
+    if config.adapter is not None:
+        existing.load_into(adapter, model, config, base)
+    return adapter
+
+
+def check(model: Phi3ForCausalLM, config: LoRA) -> None:
+    """Find what would stop :func:`attach`, as far as a model without weights tells.
+
+    Args:
+        model: The base model, on the meta device.
+        config: What is to be attached.
+
+    Raises:
+        ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.
+    """
+    _backend(config)
+    whole.resolve(model, config, targets.resolve(model, config))
+
+
+def _backend(config: LoRA) -> Callable[[Phi3ForCausalLM, LoRA], Adapter]:
+    if config.backend == "peft":
+        return PeftAdapter
+    if find_spec("loralib") is None:
+        raise ModelError("model.lora.backend: loralib is not installed: pip install 'phi3-lightning[loralib]'")
+    from phi3_lightning.adapters.loralib_backend import LoralibAdapter  # an extra
+
+    return LoralibAdapter

@@ -9,6 +9,8 @@ from peft import LoraConfig
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
+from phi3_lightning.adapters.targets import Target
+
 
 @dataclass(frozen=True)
 class PeftForm:
@@ -26,8 +28,10 @@ class PeftForm:
 class Adapter(Protocol):
     """Low-rank adapters on a frozen model, attached by the constructor; base weights are never written."""
 
-    targets: list[str]
-    """Paths of the adapted layers."""
+    targets: list[Target]
+    """The adapted layers."""
+    trained_whole: list[str]
+    """Paths of the modules that are trained whole beside them."""
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters of the adapter."""
@@ -37,6 +41,9 @@ class Adapter(Protocol):
 
     def to_peft(self) -> PeftForm:
         """Return the adapter in the form in which PEFT, and every server that reads its files, takes it."""
+
+    def load_peft(self, form: PeftForm, source: str) -> None:
+        """Set the adapter to what PEFT's files hold; ``source`` is where they come from, for errors."""
 
     def detach(self) -> Phi3ForCausalLM:
         """Take the adapter's layers out of the model again, and return it, every weight as it was."""

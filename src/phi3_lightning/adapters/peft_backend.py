@@ -1,31 +1,23 @@
 """LoRA by PEFT, injected in place: the model keeps its class and its module paths."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer, LoraModel
+from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.adapters import targets
+from phi3_lightning.adapters import convert, peft_mends, targets, whole
 from phi3_lightning.adapters.adapter import PeftForm
 from phi3_lightning.config import LoRA
+from phi3_lightning.errors import ModelError
 
 ADAPTER = "default"
 """The name under which PEFT keeps the one adapter."""
-
-
-class _WithoutAutocast:
-    """True where PEFT must cast a layer's input to float32 itself.
-
-    Under autocast the small weights are cast to the activations' type, and casting the activations first would be
-    a round trip for nothing.
-    """
-
-    def __bool__(self) -> bool:
-        return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
 
 class PeftAdapter:
@@ -39,38 +31,52 @@ class PeftAdapter:
         config: Rank, scale, dropout and targets.
 
     Raises:
-        ModelError: If a target does not exist in ``model``.
+        ModelError: If a target does not exist in ``model``, or cannot be trained.
     """
 
     def __init__(self, model: Phi3ForCausalLM, config: LoRA) -> None:
-        self.targets = targets.resolve(model, config.target_modules)
-        """Paths of the adapted layers."""
+        self.targets = targets.resolve(model, config)
+        """The adapted layers."""
+        self.trained_whole = whole.resolve(model, config, self.targets)
+        """Paths of the modules that are trained whole beside them."""
+        paths = [target.path for target in self.targets]
+        in_8_bits = any(model.get_submodule(path).weight.dtype == torch.int8 for path in paths)
+        if config.use_dora and in_8_bits:  # PEFT reads the weights to measure them, and the layers lose their scales
+            raise ModelError("model.lora.use_dora: DoRA cannot measure a base in 8 bits; set model.quantization: nf4")
+        self._names = targets.short_names(model, paths)
+        orthogonal = config.init_lora_weights == "orthogonal"
         lora = LoraConfig(
             r=config.r,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT computes with floats as well
             lora_dropout=config.lora_dropout,
-            target_modules=self.targets,
+            target_modules=paths,
+            rank_pattern=dict(config.rank_pattern),
+            alpha_pattern=dict(config.alpha_pattern),
             use_rslora=config.use_rslora,
-            bias=config.bias,
+            use_dora=config.use_dora,
+            init_lora_weights=True if orthogonal else config.init_lora_weights,  # type: ignore[arg-type]
+            modules_to_save=self.trained_whole or None,
             task_type=config.task_type,
         )
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(torch.float32)
-        try:
+        with peft_mends.float32_default(), peft_mends.tied_input_is_meant():
             self._tuner = LoraModel(model, {ADAPTER: lora}, ADAPTER)
-        finally:
-            torch.set_default_dtype(default)
-        for parameter in self.parameters():
-            parameter.data = parameter.data.float()
         for layer in self._layers():
-            layer.cast_input_dtype_enabled = cast("bool", _WithoutAutocast())
+            peft_mends.mend(layer, ADAPTER)
+            if orthogonal:
+                peft_mends.start_orthogonal(layer, ADAPTER)
+        for path in self.trained_whole:
+            whole.in_float32(self._copy_of(path))
 
     def _layers(self) -> Iterator[Any]:
         return (module for module in self._tuner.model.modules() if isinstance(module, LoraLayer))
 
-    def parameters(self) -> Iterator[torch.nn.Parameter]:
+    def _copy_of(self, path: str) -> nn.Module:
+        return cast("Any", self._tuner.model).get_submodule(path).modules_to_save[ADAPTER]  # type: ignore[no-any-return]
+
+    def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters of the adapter."""
-        return (parameter for layer in self._layers() for parameter in layer.parameters() if parameter.requires_grad)
+        trained = [*self._layers(), *map(self._copy_of, self.trained_whole)]
+        return (parameter for module in trained for parameter in module.parameters() if parameter.requires_grad)
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
@@ -81,12 +87,45 @@ class PeftAdapter:
         finally:
             self._tuner.enable_adapter_layers()
 
-    def to_peft(self) -> PeftForm:
-        """Return the adapter in the form of PEFT's files."""
+    def _tensors(self) -> dict[str, Tensor]:
         tuner: Any = self._tuner  # PEFT takes any model that has a peft_config
         found = get_peft_model_state_dict(tuner, adapter_name=ADAPTER, save_embedding_layers=False)
-        tensors = {f"base_model.{name}": tensor.detach().float().cpu().clone() for name, tensor in found.items()}
-        return PeftForm(cast("LoraConfig", self._tuner.peft_config[ADAPTER]), tensors)
+        return {f"base_model.{name}": tensor for name, tensor in found.items()}
+
+    def to_peft(self) -> PeftForm:
+        """Return the adapter in the form of PEFT's files, with one rank and one scale for all layers."""
+        config = copy.copy(cast("LoraConfig", self._tuner.peft_config[ADAPTER]))
+        config.target_modules = self._names
+        tensors = {name: tensor.detach().float().cpu().clone() for name, tensor in self._tensors().items()}
+        if not (config.rank_pattern or config.alpha_pattern):
+            return PeftForm(config, tensors)
+        state = {
+            f"{target.path}.lora_{half}": tensors[key]
+            for target in self.targets
+            for half, key in zip("AB", convert.peft_keys(target), strict=True)
+        }
+        flat = convert.to_peft(state, self.targets, self._names)
+        config.r, config.lora_alpha = flat.config.r, flat.config.lora_alpha
+        config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
+        return PeftForm(config, tensors | flat.tensors)
+
+    def load_peft(self, form: PeftForm, source: str) -> None:
+        """Set the adapter to what PEFT's files hold.
+
+        Args:
+            form: The files' content.
+            source: Where it comes from, for errors.
+
+        Raises:
+            CheckpointError: If it is another adapter than this one.
+        """
+        convert.check_tensors(form.tensors, self._tensors(), source)
+        for target in self.targets:
+            convert.check_scaling(form.config, target, source)
+        tuner: Any = self._tuner
+        set_peft_model_state_dict(
+            tuner, {name.removeprefix("base_model."): tensor for name, tensor in form.tensors.items()}, ADAPTER
+        )
 
     def detach(self) -> Phi3ForCausalLM:
         """Take the adapter's layers out of the model again.
@@ -94,4 +133,7 @@ class PeftAdapter:
         Returns:
             The base model, every weight as it was.
         """
+        model: Any = self._tuner.model
+        for path in self.trained_whole:
+            model.set_submodule(path, model.get_submodule(path).original_module)  # PEFT would leave the trained copy
         return cast("Phi3ForCausalLM", self._tuner.unload())

@@ -1,101 +1,239 @@
-"""From the names that the user writes to the modules that exist."""
+"""From the names that the user writes to the layers, and slices of layers, that exist."""
 
+import math
 import re
-from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import cast
 
+from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers import Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
+from phi3_lightning.config import PHI3_FUSED_LAYERS, LoRA
 from phi3_lightning.errors import ModelError
 
-FUSED = {
-    "q_proj": "qkv_proj",
-    "k_proj": "qkv_proj",
-    "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj",
-    "up_proj": "gate_up_proj",
-}
-"""Llama's names for what Phi-3 fuses into one matrix."""
+
+@dataclass(frozen=True)
+class Target:
+    """One layer that carries an adapter."""
+
+    path: str
+    """As ``named_modules`` gives it."""
+    slices: dict[str, int]
+    """Name and rows of each matrix in the layer that has an update of its own; PEFT gives one to the whole layer."""
+    enabled: tuple[bool, ...]
+    """Whether each slice is adapted."""
+    r: int
+    """Rank of each slice's update."""
+    scaling: float
+    """Factor of the update."""
+
+    @property
+    def name(self) -> str:
+        """Name of the layer, without its path."""
+        return _name(self.path)
+
+    @property
+    def embedding(self) -> bool:
+        """Whether it is the embedding and no linear layer."""
+        return self.name == "embed_tokens"
+
+    @property
+    def adapted(self) -> dict[str, int]:
+        """Name and rows of each slice that is adapted."""
+        return {name: rows for (name, rows), on in zip(self.slices.items(), self.enabled, strict=True) if on}
 
 
-def resolve(model: Phi3ForCausalLM, targets: list[str] | str) -> list[str]:
-    """Return the paths of the modules that ``targets`` names.
+def resolve(model: Phi3ForCausalLM, lora: LoRA) -> list[Target]:
+    """Return the layers and slices that a LoRA section names.
 
     Args:
         model: The base model; it may be on the meta device.
-        targets: Names of layers, ``all-linear`` (every linear layer of the decoder blocks, not the head),
-            or one regular expression for whole module paths.
+        lora: The section. Names of layers and of slices match the ends of paths; an expression matches whole paths.
 
     Returns:
-        Paths as ``named_modules`` gives them, in its order.
+        One entry a layer, in the order of ``named_modules``.
 
     Raises:
-        ModelError: If a name matches nothing, or a match cannot carry a LoRA adapter.
+        ModelError: If a name matches nothing, a target lies inside another, or a match cannot carry an adapter.
     """
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)}
-    if targets == "all-linear":
-        return [name for name in linear if ".layers." in name]
-    if isinstance(targets, str):
-        found = [name for name in linear if re.fullmatch(targets, name)]
-        unmatched = [] if found else [targets]
-    else:
-        found = [name for name in linear if any(_ends_with(name, target) for target in targets)]
-        unmatched = [target for target in targets if not any(_ends_with(name, target) for name in linear)]
-    if unmatched:
-        raise ModelError(_no_match(unmatched, linear))
-    if model.config.tie_word_embeddings and any(_ends_with(name, "lm_head") for name in found):
+    parts = _parts(model, lora)
+    named = _named(parts, lora)
+    if model.config.tie_word_embeddings and any(_name(part.layer) == "lm_head" for part in named):
         raise ModelError(
             "model.lora.target_modules: lm_head shares its weight with embed_tokens in this model, "
             "and an adapter on one would not be on the other; leave lm_head out"
         )
-    return found
-
-
-def _ends_with(path: str, name: str) -> bool:
-    return path == name or path.endswith(f".{name}")
-
-
-def _no_match(unmatched: list[str], linear: Iterable[str]) -> str:
-    existing = sorted({name.rpartition(".")[2] for name in linear})
-    message = f"model.lora.target_modules: {', '.join(unmatched)} matches no layer; there are {', '.join(existing)}"
-    fused = sorted({f"{name} in {FUSED[name]}" for name in unmatched if name in FUSED})
-    if fused:
-        message += f". Phi-3 fuses {', '.join(fused)}: name the fused layer"
-    return message
+    excluded = _excluded(named, lora)
+    found: dict[str, set[str]] = {}
+    for part in named:
+        if part not in excluded:
+            found.setdefault(part.layer, set()).add(part.slice)
+    if not found:
+        raise ModelError(f"model.lora.exclude_modules: {lora.exclude_modules} leaves no target; exclude less")
+    _check_enable_lora(found, lora)
+    targets = [_target(model, path, slices, lora) for path, slices in found.items()]
+    _check_patterns(targets, lora)
+    return targets
 
 
 @dataclass(frozen=True)
-class Coverage:
-    """What the adapters of one kind of layer come to."""
+class _Part:
+    """What a name may stand for: a slice of a fused layer, or all of another one."""
 
     layer: str
-    """Name of the layer, without its path."""
-    adapted: int
-    """How many such layers carry an adapter."""
-    existing: int
-    """How many such layers the model has."""
-    parameters: int
-    """Trainable values of all of them."""
+    """Path of the layer."""
+    slice: str
+    """Name of the slice; the name of the layer where nothing is fused."""
+
+    @property
+    def path(self) -> str:
+        """Path that the slice has in a Llama model."""
+        return f"{self.layer.removesuffix(_name(self.layer))}{self.slice}"
 
 
-def coverage(model: nn.Module, targets: list[str]) -> list[Coverage]:
-    """Sum the adapters up by kind of layer.
+def _parts(model: nn.Module, lora: LoRA) -> list[_Part]:
+    """Every part of the model that can carry an adapter, in the blocks that are asked for."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
+    chosen = lora.layers_to_transform
+    if chosen is not None:
+        blocks = [chosen] if isinstance(chosen, int) else chosen
+        existing = sorted({int(number) for name in layers for number in re.findall(r"\.layers\.(\d+)\.", name)})
+        if absent := [number for number in blocks if number not in existing]:
+            raise ModelError(
+                f"model.lora.layers_to_transform: there is no block {', '.join(map(str, absent))}; "
+                f"they are {existing[0]} to {existing[-1]}"
+            )
+        layers = [name for name in layers if any(f".layers.{number}." in name for number in blocks)]
+    return [_Part(name, part) for name in layers for part in PHI3_FUSED_LAYERS.get(_name(name), (_name(name),))]
+
+
+def _named(parts: list[_Part], lora: LoRA) -> list[_Part]:
+    """The parts that ``target_modules`` names."""
+    names = lora.target_modules
+    if names == "all-linear":
+        return [part for part in parts if ".layers." in part.layer]
+    if isinstance(names, str):
+        found = [part for part in parts if re.fullmatch(names, part.layer) or re.fullmatch(names, part.path)]
+        _check_matched("target_modules", [] if found else [names], parts)
+        return found
+    _check_matched("target_modules", [n for n in names if not any(_stands_for(n, part) for part in parts)], parts)
+    for part in parts:
+        by_slice = next((name for name in names if ends_with(part.path, name) and part.path != part.layer), None)
+        by_layer = next((name for name in names if ends_with(part.layer, name)), None)
+        if by_slice and by_layer:
+            raise ModelError(f"model.lora.target_modules: {by_slice} is a slice of {by_layer}; name one of them")
+    return [part for part in parts if any(_stands_for(name, part) for name in names)]
+
+
+def _excluded(named: list[_Part], lora: LoRA) -> set[_Part]:
+    """The parts among ``named`` that ``exclude_modules`` or ``enable_lora`` leaves out."""
+    names = lora.exclude_modules
+    if isinstance(names, str):
+        found = {part for part in named if re.fullmatch(names, part.layer) or re.fullmatch(names, part.path)}
+        _check_matched("exclude_modules", [] if found else [names], named)
+    else:
+        names = names or []
+        found = {part for part in named if any(_stands_for(name, part) for name in names)}
+        _check_matched("exclude_modules", [n for n in names if not any(_stands_for(n, p) for p in named)], named)
+    for part in named:
+        enabled = lora.enable_lora.get(_name(part.layer))
+        if enabled and not enabled[PHI3_FUSED_LAYERS[_name(part.layer)].index(part.slice)]:
+            found.add(part)
+    return found
+
+
+def _target(model: Phi3ForCausalLM, path: str, found: set[str], lora: LoRA) -> Target:
+    slices = _slices(model.get_submodule(path), _name(path), model.config)
+    if lora.backend == "peft":
+        if absent := slices.keys() - found:
+            raise ModelError(
+                f"model.lora.target_modules: {_name(path)} would be adapted without {', '.join(sorted(absent))}, and "
+                f"backend peft adapts it as one matrix; set model.lora.backend: loralib, or name {_name(path)}"
+            )
+        slices = {_name(path): sum(slices.values())}
+        found = set(slices)
+    r = lora.rank_pattern.get(get_pattern_key(list(lora.rank_pattern), path), lora.r)
+    alpha = lora.alpha_pattern.get(get_pattern_key(list(lora.alpha_pattern), path), lora.lora_alpha)
+    scaling = alpha / math.sqrt(r) if lora.use_rslora else alpha / r
+    return Target(path, slices, tuple(name in found for name in slices), r, scaling)
+
+
+def _slices(layer: nn.Module, name: str, config: Phi3Config) -> dict[str, int]:
+    """Name and rows of each slice, by the real numbers of heads: there may be fewer keys than queries."""
+    head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
+    keys, inner = cast("int", config.num_key_value_heads) * head, config.intermediate_size
+    rows = {"qkv_proj": (config.num_attention_heads * head, keys, keys), "gate_up_proj": (inner, inner)}
+    if name in rows:
+        return dict(zip(PHI3_FUSED_LAYERS[name], rows[name], strict=True))
+    return {name: layer.embedding_dim if isinstance(layer, nn.Embedding) else cast("nn.Linear", layer).out_features}
+
+
+def _check_matched(key: str, unmatched: list[str], parts: Iterable[_Part]) -> None:
+    if unmatched:
+        existing = sorted({_name(part.layer) for part in parts})
+        slices = sorted({part.slice for part in parts} - set(existing))
+        message = f"model.lora.{key}: {', '.join(unmatched)} matches no layer; there are {', '.join(existing)}"
+        raise ModelError(message + (f", and the slices {', '.join(slices)}" if slices else ""))
+
+
+def _check_patterns(targets: list[Target], lora: LoRA) -> None:
+    for key, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        used = {get_pattern_key(list(pattern), target.path) for target in targets}
+        if unused := [name for name in pattern if name not in used]:
+            layers = ", ".join(sorted({target.name for target in targets}))
+            raise ModelError(f"model.lora.{key}: {', '.join(unused)} decides for no target; adapted are {layers}")
+
+
+def _check_enable_lora(found: dict[str, set[str]], lora: LoRA) -> None:
+    for layer, enabled in lora.enable_lora.items():
+        wanted = {name for name, on in zip(PHI3_FUSED_LAYERS[layer], enabled, strict=True) if on}
+        chosen = [slices for path, slices in found.items() if _name(path) == layer]
+        if not chosen or any(slices != wanted for slices in chosen):
+            raise ModelError(
+                f"model.lora.enable_lora.{layer}: {enabled} enables {', '.join(sorted(wanted))}, and target_modules "
+                f"and exclude_modules say otherwise; name {layer} as a target, or leave enable_lora.{layer} out"
+            )
+
+
+def _stands_for(name: str, part: _Part) -> bool:
+    return ends_with(part.layer, name) or ends_with(part.path, name)
+
+
+def ends_with(path: str, name: str) -> bool:
+    """Whether ``name`` is a path, or the end of it after a dot.
 
     Args:
-        model: The model with adapters.
-        targets: The paths that :func:`resolve` gave.
-
-    Returns:
-        One entry for each kind of layer that is adapted.
+        path: The path of a module.
+        name: What the user wrote.
     """
-    kinds = Counter(path.rpartition(".")[2] for path in targets)
-    existing = Counter(
-        name.rpartition(".")[2] for name, module in model.named_modules() if not name.endswith("base_layer")
-    )
-    sizes: Counter[str] = Counter()
-    for path in targets:
-        trainable = (p for p in model.get_submodule(path).parameters() if p.requires_grad)
-        sizes[path.rpartition(".")[2]] += sum(parameter.numel() for parameter in trainable)
-    return [Coverage(kind, count, existing[kind], sizes[kind]) for kind, count in kinds.items()]
+    return path == name or path.endswith(f".{name}")
+
+
+def _name(path: str) -> str:
+    return path.rpartition(".")[2]
+
+
+def partial(targets: Iterable[Target]) -> dict[str, list[str]]:
+    """Return which slices are adapted where not all are: shapes alone do not tell a ``k_proj`` from a ``v_proj``.
+
+    Args:
+        targets: The adapted layers.
+    """
+    return {target.path: list(target.adapted) for target in targets if not all(target.enabled)}
+
+
+def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
+    """Return names for ``paths`` as short as they can be: the layer's alone where all such layers are meant.
+
+    Args:
+        model: The model.
+        paths: Paths of layers.
+    """
+    paths = list(paths)
+    kinds: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding):
+            kinds.setdefault(_name(name), []).append(name)
+    return list(dict.fromkeys(_name(p) if set(kinds.get(_name(p), [p, ""])) <= set(paths) else p for p in paths))

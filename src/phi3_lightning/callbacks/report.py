@@ -59,11 +59,12 @@ class RunReport(pl.Callback):
             )
 
     def _print_coverage(self, module: Phi3LoRAModule) -> None:
-        table = Table(title=f"LoRA, rank {module.lora.r}")
-        for column in ("layer", "adapted", "parameters"):
-            table.add_column(column, justify="left" if column == "layer" else "right")
+        table = Table(title=f"LoRA by {module.lora.backend}")
+        for column in ("layer or slice", "adapted", "rank", "parameters"):
+            table.add_column(column, justify="left" if column == "layer or slice" else "right")
         for entry in module.coverage():
-            table.add_row(entry.layer, f"{entry.adapted} of {entry.existing}", f"{entry.parameters:,}")
+            ranks = ", ".join(map(str, entry.ranks))
+            table.add_row(entry.layer, f"{entry.adapted} of {entry.existing}", ranks, f"{entry.parameters:,}")
         self._print(table)
         trained = sum(parameter.numel() for parameter in module.trained_parameters())
         total = sum(parameter.numel() for parameter in module.parameters())

@@ -135,17 +135,18 @@ def _live(module: Phi3LoRAModule) -> tuple[Phi3ForCausalLM, Adapter]:
 
 
 def _dtype(module: Phi3LoRAModule) -> torch.dtype:
-    return cast("nn.Embedding", _live(module)[0].get_input_embeddings()).weight.dtype
+    return _live(module)[0].dtype  # of the first parameter: the frozen embedding
 
 
 def _refer(module: Phi3LoRAModule, chat: Chat, compared: str, dtype: torch.dtype | None = None) -> Reference:
     model, adapter = _live(module)
     coarsest = dtype or _dtype(module)
-    return refer(compared, model, chat.prompts, adapter.targets, coarsest, module.autocast, adapter.disabled)
+    targets = [target.path for target in adapter.targets]
+    return refer(compared, model, chat.prompts, targets, coarsest, module.autocast, adapter.disabled)
 
 
 def _refer_in_full(module: Phi3LoRAModule, form: PeftForm, chat: Chat, dtype: torch.dtype) -> Reference:
-    targets = _live(module)[1].targets
+    targets = [target.path for target in _live(module)[1].targets]
     module.detach_adapter()
     gc.collect()
     full = base_model.load(module.base, revision=module.revision, dtype=module.dtype_name, device=module.device)

@@ -154,6 +154,22 @@ def _quantization_config(kind: Quantization, init: Initialisation, dtype: torch.
     )
 
 
+def keep_as_quantized(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights for its inference kernel on a CPU, at the first evaluation.
+
+    The repacked weights have rounded scales, and a training step that follows gets no gradient through them.
+
+    Args:
+        model: The model; one that is not in 4 bits is left as it is.
+    """
+    if getattr(model, "is_loaded_in_4bit", False):
+        from bitsandbytes.nn import Linear4bit  # an extra
+
+        for layer in model.modules():
+            if isinstance(layer, Linear4bit):
+                layer.support_avx512bf16_for_cpu = False
+
+
 def _random(config: Phi3Config, dtype: torch.dtype, attention: str, device: torch.device) -> Phi3ForCausalLM:
     model = skeleton(config, dtype, attention)
     model.to_empty(device=device)
@@ -233,7 +249,7 @@ def fingerprint(model: nn.Module, samples: int = 64) -> str:
             continue
         count = min(samples, parameter.numel())
         positions = torch.arange(count, device=parameter.device) * (parameter.numel() - 1) // max(count - 1, 1)
-        name = name.replace(".base_layer", "")
+        name = name.replace(".base_layer", "").replace(".original_module", "")
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(_values(parameter.detach(), positions).cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,0 +1,63 @@
+"""What is adapted, by kind of layer or slice."""
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from phi3_lightning.adapters.adapter import Adapter
+from phi3_lightning.adapters.targets import Target
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """What the adapters of one kind of layer or slice come to."""
+
+    layer: str
+    """Name of the layer without its path, or of a slice and its layer."""
+    adapted: int
+    """How many of them carry an adapter, or are trained whole."""
+    existing: int
+    """How many of them the model has."""
+    ranks: tuple[int, ...]
+    """The ranks of their adapters; empty where they are trained whole."""
+    parameters: int
+    """Trainable values of all of them."""
+
+
+def coverage(model: nn.Module, adapter: Adapter) -> list[Coverage]:
+    """Sum an adapter up by kind of layer or slice.
+
+    Args:
+        model: The model with the adapter.
+        adapter: The adapter.
+
+    Returns:
+        One entry for each kind that is trained.
+    """
+    existing = Counter(name.rpartition(".")[2] for name, _ in model.named_modules())
+    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    for target in adapter.targets:
+        for part, parameters in _parts(model, target).items():
+            label = part if part == target.name else f"{part} of {target.name}"
+            found.setdefault((label, target.name), []).append((target.r, parameters))
+    for path in adapter.trained_whole:
+        name = path.rpartition(".")[2]
+        found.setdefault((f"{name} (whole)", name), []).append((0, _trainable(model.get_submodule(path))))
+    return [
+        Coverage(label, len(each), existing[name], tuple(sorted({r for r, _ in each if r})), sum(n for _, n in each))
+        for (label, name), each in found.items()
+    ]
+
+
+def _parts(model: nn.Module, target: Target) -> dict[str, int]:
+    """Trainable values of each adapted slice."""
+    layer: Any = model.get_submodule(target.path)
+    if len(target.slices) == 1:
+        return {target.name: _trainable(layer)}
+    return {name: target.r * (layer.in_features + rows) for name, rows in target.adapted.items()}
+
+
+def _trainable(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

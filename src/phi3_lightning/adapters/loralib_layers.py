@@ -1,0 +1,135 @@
+"""loralib's layers, on frozen layers of any kind.
+
+A frozen layer becomes a loralib layer by a change of its class, as :func:`torch.distributed.fsdp.fully_shard` does it:
+the layer, its weight and its name stay what they are, whether it is an ``nn.Linear`` or one of bitsandbytes' in 4 or 8
+bits, and what the layer's own class computes is the base's answer. ``merge_weights`` is always false: loralib's merging
+in place would round the frozen weights at every validation.
+"""
+
+import math
+from functools import cache
+from typing import Any, cast
+
+import loralib
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+
+from phi3_lightning.adapters.convert import block_diagonal
+from phi3_lightning.adapters.targets import Target
+
+
+def add_update(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
+    """Return ``result + scaling * x @ down.T @ up.T``.
+
+    Under autocast the products are in its type, and outside of it in the adapter's, which is float32.
+
+    Args:
+        result: What the base answers, shape (..., out).
+        x: Input, shape (..., in).
+        down: lora_A, shape (rank, in).
+        up: lora_B, shape (out, rank).
+        scaling: Factor of the update.
+    """
+    if not torch.is_autocast_enabled(x.device.type):
+        x = x.to(down.dtype)
+    low = F.linear(x, down)
+    if low.dtype != result.dtype:
+        return (result + F.linear(low, up) * scaling).to(result.dtype)
+    # one kernel for product, factor and sum: nothing of the size of the result is held besides
+    return torch.addmm(result.flatten(0, -2), low.flatten(0, -2), up.T, alpha=scaling).view_as(result)
+
+
+class Linear(loralib.Linear):  # type: ignore[misc]  # loralib has no types
+    """``loralib.Linear`` over any linear layer, also outside autocast and over quantised weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's answer with the update added.
+
+        Args:
+            x: Input, shape (..., in).
+        """
+        result = cast("Tensor", super(loralib.Linear, self).forward(x))
+        if self.merged:
+            return result
+        return add_update(result, self.lora_dropout(x), self.lora_A, self.lora_B, self.scaling)
+
+
+class FusedLinear(loralib.MergedLinear):  # type: ignore[misc]
+    """``loralib.MergedLinear`` with slices of any size, and no dense (out x in) update at each forward.
+
+    ``lora_A`` is (enabled slices x rank, in) and ``lora_B`` (rows of the enabled slices, rank): where slices are equal,
+    as in ``loralib.MergedLinear``. ``slices`` holds the rows of each slice.
+    """
+
+    slices: tuple[int, ...]
+
+    def merge_AB(self) -> Tensor:  # noqa: N802, which is loralib's name
+        """Return the dense update without its factor, shape (out, in); zero on the rows of disabled slices."""
+        return cast("Tensor", block_diagonal(self.lora_B, self.slices, self.enable_lora) @ self.lora_A)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the layer's answer with each enabled slice's update added to its rows.
+
+        Args:
+            x: Input, shape (..., in).
+        """
+        result = cast("Tensor", super(loralib.MergedLinear, self).forward(x))
+        if self.merged:
+            return result
+        up = block_diagonal(self.lora_B, self.slices, self.enable_lora)
+        return add_update(result, self.lora_dropout(x), self.lora_A, up, self.scaling)
+
+
+@cache
+def _over(ours: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
+    """The class whose base answers as ``base`` does; ``ours`` itself where it derives from ``base`` already."""
+    return ours if issubclass(ours, base) else type(ours.__name__, (ours, base), {})
+
+
+def adapt(layer: Any, target: Target, dropout: float) -> None:
+    """Make a frozen layer a loralib layer, in place, with float32 adapter weights that change no answer yet.
+
+    Args:
+        layer: An ``nn.Linear``, a quantised one, or an ``nn.Embedding``.
+        target: What is adapted of it.
+        dropout: Probability with which an input value of the adapter is dropped; embeddings have none in loralib.
+    """
+    kind = type(layer)
+    embedding = isinstance(layer, nn.Embedding)
+    ours = loralib.Embedding if embedding else FusedLinear if len(target.slices) > 1 else Linear
+    layer.__class__ = _over(ours, kind)  # type: ignore[arg-type]  # mypy: a class is not hashable
+    loralib.LoRALayer.__init__(
+        layer, r=target.r, lora_alpha=target.scaling * target.r, lora_dropout=0.0 if embedding else dropout,
+        merge_weights=False,
+    )  # fmt: skip
+    inputs = layer.num_embeddings if embedding else layer.in_features
+    adapted = target.adapted.values()
+    options: dict[str, Any] = {"dtype": torch.float32, "device": layer.weight.device}
+    layer.lora_A = nn.Parameter(torch.empty(len(adapted) * target.r, inputs, **options))
+    layer.lora_B = nn.Parameter(torch.empty(sum(adapted), target.r, **options))
+    layer.scaling = target.scaling
+    layer.frozen_class = kind
+    if embedding:  # as loralib starts them
+        nn.init.zeros_(layer.lora_A)
+        nn.init.normal_(layer.lora_B)
+        return
+    nn.init.kaiming_uniform_(layer.lora_A, a=math.sqrt(5))
+    nn.init.zeros_(layer.lora_B)
+    layer.fan_in_fan_out = False
+    if ours is FusedLinear:
+        layer.enable_lora = list(target.enabled)
+        layer.slices = tuple(target.slices.values())
+
+
+def restore(layer: Any) -> None:
+    """Make a layer what it was before :func:`adapt`.
+
+    Args:
+        layer: The loralib layer.
+    """
+    layer.__class__ = layer.frozen_class
+    for name in ("r", "lora_alpha", "lora_dropout", "merged", "merge_weights", "scaling", "lora_A", "lora_B"):
+        delattr(layer, name)
+    for name in ("frozen_class", "fan_in_fan_out", "enable_lora", "slices"):
+        layer.__dict__.pop(name, None)
