@@ -51,6 +51,7 @@ print(json.dumps(found))
 
 
 def test_a_checkpoint_is_exported_in_all_formats_and_read_without_this_package(cli, tmp_path):
+    pytest.importorskip("loralib")
     cli("fit", *QUICK, "--trainer.max_steps=6", "--trainer.val_check_interval=3")
     for kind in ("peft", "merged", "loralib"):
         exported = cli("export", CHECKPOINT, f"--output_dir=out/{kind}", f"--format={kind}")

@@ -25,7 +25,7 @@ def with_loralib(model: Phi3ForCausalLM, folder: Path) -> Phi3ForCausalLM:
     try:
         import loralib
     except ImportError as error:
-        raise ModelError("--format loralib: reading the file back needs loralib: pip install loralib") from error
+        raise ModelError("--format loralib: reading it back needs pip install 'phi3-lightning[loralib]'") from error
 
     tensors: dict[str, Tensor] = torch.load(folder / LORALIB_FILE, weights_only=True)
     scale = json.loads((folder / "lora.json").read_text(encoding="utf-8"))
