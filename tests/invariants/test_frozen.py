@@ -3,8 +3,10 @@
 import hashlib
 
 import lightning.pytorch as pl
+import loralib
 import pytest
 import torch
+from transformers import Phi3ForCausalLM
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
@@ -18,13 +20,16 @@ def frozen_hashes(module: Phi3LoRAModule) -> dict[str, str]:
     }
 
 
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
 @pytest.mark.parametrize("tied", [False, True])
-def test_no_frozen_bit_changes(tmp_path, precision, tied):
+def test_no_frozen_bit_changes(tmp_path, precision, tied, backend):
     base = synthetic.save_tiny(tmp_path / "base", tie_word_embeddings=tied)
     batches = [synthetic.batch_of([[synthetic.document(12, 6, seed)]], seed) for seed in range(4)]
     data = synthetic.loader(batches)
-    module = Phi3LoRAModule(base, lora={"lora_dropout": 0.1}, optimizer={"lr": 1e-2, "weight_decay": 0.1})
+    module = Phi3LoRAModule(
+        base, lora={"backend": backend, "lora_dropout": 0.1}, optimizer={"lr": 1e-2, "weight_decay": 0.1}
+    )
     module.configure_model()
     before = frozen_hashes(module)
     adapter = {name: p.detach().clone() for name, p in module.named_parameters() if p.requires_grad}
@@ -52,3 +57,35 @@ def test_no_frozen_bit_changes(tmp_path, precision, tied):
     assert frozen_hashes(reloaded) == before
     moved = [name for name, p in module.named_parameters() if p.requires_grad and not torch.equal(p, adapter[name])]
     assert len(moved) == len(adapter)  # the run did train
+
+
+def plain_loralib(base: str) -> Phi3ForCausalLM:
+    """As the cookbook has it, with loralib's own default: weights are merged in place for evaluation."""
+    model = Phi3ForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    for path, old in list(model.named_modules()):
+        if path.endswith("o_proj"):
+            new = loralib.Linear(old.in_features, old.out_features, r=4, bias=False).bfloat16()
+            new.weight.data = old.weight.data
+            torch.nn.init.normal_(new.lora_B, std=0.05)
+            model.set_submodule(path, new)
+    return model
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib", "plain loralib"])
+def test_two_hundred_validations_in_bfloat16_change_no_bit(tmp_path, backend):
+    base = synthetic.save_tiny(tmp_path / "base", torch.bfloat16)
+    batch = synthetic.batch_of([[synthetic.document(12, 6, 0)]])
+    if backend == "plain loralib":  # the control
+        model = plain_loralib(base)
+        before = model.model.layers[0].self_attn.o_proj.weight.detach().clone()
+        for _ in range(200):
+            model.eval()
+            model.train()
+        assert not torch.equal(model.model.layers[0].self_attn.o_proj.weight, before)
+        return
+    module = synthetic.randomised(Phi3LoRAModule(base, lora={"backend": backend}))
+    before = frozen_hashes(module)
+    trainer = synthetic.trainer(tmp_path, precision="bf16-mixed", max_epochs=200, num_sanity_val_steps=0)
+    trainer.fit(module, synthetic.loader([batch]), synthetic.loader([batch]))
+    assert trainer.global_step == 200
+    assert frozen_hashes(module) == before

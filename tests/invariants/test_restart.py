@@ -72,10 +72,15 @@ class Record(pl.Callback):
         return self.events[start:]
 
 
-def run(chats: str, tmp_path: Path, *callbacks, ckpt: Path | None = None, precision="bf16-mixed", **data):
+def run(
+    chats: str, tmp_path: Path, *callbacks, ckpt: Path | None = None, precision="bf16-mixed", backend="peft", **data
+):
     pl.seed_everything(5, verbose=False)
     module = Phi3LoRAModule(
-        TINY, lora={"lora_dropout": 0.2}, optimizer={"lr": 1e-2, "weight_decay": 0.01}, gradient_checkpointing="none"
+        TINY,
+        lora={"backend": backend, "lora_dropout": 0.2},
+        optimizer={"lr": 1e-2, "weight_decay": 0.01},
+        gradient_checkpointing="none",
     )
     options = {"batch_size": 2, "max_length": 64, "packing": False, "num_workers": 0, "val_fraction": 0.0, "val": chats}
     datamodule = ChatDataModule(chats, tokenizer=TINY, cache_dir=str(tmp_path.parent / "cache"), **options | data)
@@ -147,6 +152,14 @@ def test_restart_with_packing_workers_and_precisions(chats, tmp_path, precision,
     final, _ = run(chats, tmp_path, SaveEverywhere(tmp_path), precision=precision, **data)
     resumed, _ = run(chats, tmp_path, ckpt=tmp_path / "epoch 0 batch 1.ckpt", precision=precision, **data)
     assert_same(resumed, final)
+
+
+def test_restart_with_loralib(chats, tmp_path):
+    final, _ = run(chats, tmp_path, SaveEverywhere(tmp_path), backend="loralib")
+    assert any(name.endswith("qkv_proj.lora_A") for name in final)
+    for place in ("epoch 0 batch 1", "epoch 0 validated 7", "epoch 0 end"):
+        resumed, _ = run(chats, tmp_path, ckpt=tmp_path / f"{place}.ckpt", backend="loralib")
+        assert_same(resumed, final)
 
 
 def test_run_checkpoint_is_such_a_place(chats, tmp_path):

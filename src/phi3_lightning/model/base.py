@@ -163,7 +163,7 @@ def keep_as_quantized(model: nn.Module) -> None:
         model: The model; one that is not in 4 bits is left as it is.
     """
     if getattr(model, "is_loaded_in_4bit", False):
-        from bitsandbytes.nn import Linear4bit  # an extra
+        from bitsandbytes.nn.modules import Linear4bit  # an extra
 
         for layer in model.modules():
             if isinstance(layer, Linear4bit):
