@@ -28,7 +28,7 @@ from phi3_lightning.model import base as base_model
 from phi3_lightning.model import loss, parallel
 from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.platform import check_accelerator
-from phi3_lightning.strategy import FSDP2Strategy, check_strategy
+from phi3_lightning.strategy import FSDP2Strategy, check_shardable, check_strategy
 from phi3_lightning.trained_state import TrainedStateModule
 from phi3_lightning.window import TokenWeightedModule
 
@@ -150,7 +150,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         base_model.checkpoint_activations(model, self.gradient_checkpointing)
         adapter = adapters.attach(model, self.lora, base=self.base_id)
         if sharding is not None:
-            self._shard(model, sharding)
+            parallel.shard(model, sharding)
+            parallel.fill(model, sharding, self.init, self.base, self.revision)
         self._fingerprint = base_model.fingerprint(model)
         adapters.check_origin(self.lora, self._fingerprint)
         self.adapter = adapter
@@ -171,33 +172,14 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def _sharding(self) -> parallel.Sharding | None:
         strategy = None if self._trainer is None else self._trainer.strategy
-        return strategy.sharding() if isinstance(strategy, FSDP2Strategy) else None
+        if not isinstance(strategy, FSDP2Strategy):
+            return None
+        check_shardable(self._loaded_base is not None, self.quantization, self.lora, self.optimizer_config)
+        return strategy.sharding()
 
     def _hollow_base(self, sharding: parallel.Sharding) -> Phi3ForCausalLM:
-        if self._loaded_base is not None:
-            raise ModelError(
-                "model.base: FSDP2Strategy reads on each rank only what it keeps, and a loaded model is there whole; "
-                "give its folder or hub id"
-            )
-        if self.quantization is not None:
-            raise ConfigError(
-                f"model.quantization: {self.quantization} does not work with FSDP2Strategy, which shards rows of "
-                "plain weights; use trainer.strategy: ddp with a quantised base, or model.quantization: null"
-            )
-        for name in ("use_dora", "modules_to_save"):
-            require(
-                not getattr(self.lora, name), f"model.lora.{name}", getattr(self.lora, name),
-                "it begins with the base's weights, which FSDP2Strategy reads later; use trainer.strategy: ddp",
-            )  # fmt: skip
         attention = base_model.choose_attention(self.attn_implementation, sharding.device)
         return parallel.hollow(self.base, self.revision, getattr(torch, self.dtype_name), attention, sharding.device)
-
-    def _shard(self, model: Phi3ForCausalLM, sharding: parallel.Sharding) -> None:
-        parallel.shard(model, sharding)
-        if self.init == "random":
-            parallel.draw_random(model, sharding)
-        else:
-            parallel.read_pretrained(model, sharding, self.base, self.revision)
 
     def detach_adapter(self) -> Phi3ForCausalLM:
         """Give the base model back, without the adapter and bit-identical to what was loaded.

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from phi3_lightning.checkpoint import plain_name
+from phi3_lightning.config import LoRA, require
+from phi3_lightning.config import Optimizer as OptimizerConfig
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.model.parallel import Sharding, give_up_gathered, shard_like
 from phi3_lightning.sharded_checkpoint import ShardWriter
@@ -37,6 +39,41 @@ def check_strategy(strategy: Strategy) -> None:
     foreign = isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy)
     if foreign or isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(f"trainer.strategy: {type(strategy).__name__} is not supported: {REMEDY}")
+
+
+def check_shardable(loaded: bool, quantization: str | None, lora: LoRA, optimizer: OptimizerConfig) -> None:
+    """Refuse what a base that is read shard by shard, after the adapter is attached, cannot have.
+
+    Args:
+        loaded: Whether the module was given a loaded model.
+        quantization: How the base is quantised.
+        lora: The LoRA section.
+        optimizer: The optimiser section.
+
+    Raises:
+        ConfigError: If FSDP2 and the rest of the configuration do not go together.
+    """
+    remedy = "use trainer.strategy: ddp"
+    require(
+        not loaded,
+        "model.base",
+        "a loaded model",
+        f"a rank of FSDP2 reads only what it keeps; give its folder, or {remedy}",
+    )
+    require(
+        quantization is None, "model.quantization", quantization, f"FSDP2 shards the rows of plain weights; {remedy}"
+    )
+    for name in ("use_dora", "modules_to_save"):
+        value = getattr(lora, name)
+        require(
+            not value,
+            f"model.lora.{name}",
+            value,
+            f"it begins with the base's weights, which FSDP2 reads later; {remedy}",
+        )
+    require(
+        optimizer.name == "adamw", "model.optimizer.name", optimizer.name, f"bitsandbytes takes no shards; {remedy}"
+    )
 
 
 class FSDP2Strategy(ModelParallelStrategy):

@@ -118,7 +118,19 @@ def test_fsdp2_refuses_what_it_cannot_shard(base, tmp_path, batches):
     loaded = cases.module(base)
     loaded.configure_model()
     model = loaded.detach_adapter()
-    assert "give its folder or hub id" in ranks.run(tmp_path, 1, lambda: refused(tmp_path, model, {}))[0]
+    assert "give its folder" in ranks.run(tmp_path, 1, lambda: refused(tmp_path, model, {}))[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "model"),
+    [
+        ("model.lora.use_dora", {"lora": {"use_dora": True}}),
+        ("model.lora.modules_to_save", {"lora": {"modules_to_save": ["lm_head"]}}),
+        ("model.optimizer.name", {"optimizer": {"name": "paged_adamw_8bit"}}),
+    ],
+)
+def test_fsdp2_refuses_what_begins_with_whole_weights(base, tmp_path, key, model):
+    assert key in ranks.run(tmp_path, 1, lambda: refused(tmp_path, base, {}, **model))[0]
 
 
 def test_the_plain_strategy_is_refused(base, tmp_path):

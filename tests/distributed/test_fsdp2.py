@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import synthetic
 from phi3_lightning.errors import ModelError
@@ -35,6 +36,10 @@ FORMS = {
     "random": {"init": "random"},
     "an adapter on the head, called chunk by chunk": adapted("lm_head", "o_proj"),
     "an adapter on the embedding": adapted("embed_tokens", "o_proj"),
+    "slices adapted by loralib": {
+        "lora": {"backend": "loralib", "r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "o_proj"]}
+    },
+    "NEFTune's hook": {"neftune_noise_alpha": 1e-12},
 }
 
 
@@ -42,6 +47,26 @@ FORMS = {
 def test_forms_of_the_base(base, tmp_path, form, monkeypatch):
     monkeypatch.setattr("phi3_lightning.model.loss.CHUNK", 8)  # several calls of the head
     compare(base, tmp_path, **FORMS[form])
+
+
+def test_an_adapter_to_start_from(base, tmp_path):
+    trained = cases.module(base)
+    trained.configure_model()
+    trained.on_fit_start()  # gives it values
+    form = trained.adapter.to_peft()
+    form.config.save_pretrained(tmp_path / "adapter")
+    save_file(form.tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    lora = {"r": 4, "lora_dropout": 0.0, "adapter": str(tmp_path / "adapter")}
+
+    def start() -> torch.Tensor:
+        module = cases.Phi3LoRAModule(base, dtype="float32", lora=lora)
+        trainer = cases.trainer(tmp_path, cases.fsdp2(), 2, use_distributed_sampler=False)
+        trainer.validate(module, synthetic.loader([cases.EMPTY]), verbose=False)
+        return torch.cat([cases.whole(parameter).flatten() for parameter in module.trained_parameters()])
+
+    expected = torch.cat([parameter.detach().flatten() for parameter in trained.trained_parameters()])
+    for found in ranks.run(tmp_path, 2, start):
+        assert torch.equal(found, expected)
 
 
 def test_three_ranks_and_rows_that_do_not_divide(tmp_path):

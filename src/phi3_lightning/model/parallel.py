@@ -115,7 +115,28 @@ def shard(model: Phi3ForCausalLM, sharding: Sharding) -> None:
     fully_shard(model.model, reshard_after_forward=False, **options)  # what is left is the last norm
 
 
-def read_pretrained(model: Phi3ForCausalLM, sharding: Sharding, base: str, revision: str | None) -> None:
+def fill(
+    model: Phi3ForCausalLM, sharding: Sharding, init: base_model.Initialisation, base: str, revision: str | None
+) -> None:
+    """Give a sharded model its base weights.
+
+    Args:
+        model: What :func:`shard` has spread over the ranks.
+        sharding: How.
+        init: Whether the weights are read, or random.
+        base: A folder or a hub id.
+        revision: Branch, tag or commit of the hub repository.
+
+    Raises:
+        ModelError: If there are no safetensors, or a weight is missing or of another shape.
+    """
+    if init == "random":
+        _draw_random(model, sharding)
+    else:
+        _read_pretrained(model, sharding, base, revision)
+
+
+def _read_pretrained(model: Phi3ForCausalLM, sharding: Sharding, base: str, revision: str | None) -> None:
     """Read this rank's rows of each base weight from the safetensors files.
 
     Args:
@@ -148,7 +169,7 @@ def read_pretrained(model: Phi3ForCausalLM, sharding: Sharding, base: str, revis
     _assign(model, state)
 
 
-def draw_random(model: Phi3ForCausalLM, sharding: Sharding) -> None:
+def _draw_random(model: Phi3ForCausalLM, sharding: Sharding) -> None:
     """Give the base the random weights that it has on one device, one whole weight at a time.
 
     Args:
