@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup quickstart test test-fast test-slow lint clean
+.PHONY: setup quickstart test test-fast test-slow kill-test test-distributed lint clean
 
 setup: $(INSTALLED)
 
@@ -25,6 +25,14 @@ test-fast: setup
 # one after the other: they measure memory, or need both cores
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
+
+# a run that saves every step, killed at random moments: each time it goes on to the same final weights
+kill-test: setup
+	KILLS=200 $(BIN)/python -m pytest -s tests/test_kills.py
+
+# all of it once more, by itself; two hosts in network namespaces need root and iproute2
+test-distributed: setup
+	$(BIN)/python -m pytest tests/distributed
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,12 +7,14 @@ Seconds are without imports.
 
 import argparse
 import json
+import os
 import random
 import resource
 import subprocess
 import sys
 import tempfile
 import time
+from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,20 +26,21 @@ import phi3_lightning
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 
 
-WORDS = "the a of to and in is it you that was for on are with as be this have from or one had by not"
+SYLLABLES = ("ta", "ren", "mo", "li", "sun", "der", "ka", "pri", "ven", "to", "ing", "er", "ly", "ment", "as", "tion")
 
 
 def write_chats(path: Path, rows: int) -> None:
-    """Write conversations of one to four exchanges, with the lengths of real chats."""
+    """Write conversations of one to four exchanges, as long as real chats, of words as rare as in real texts."""
     rng = random.Random(0)
-    words = WORDS.split()
+    words = ["".join(rng.choices(SYLLABLES, k=1 + (rank >= 16) + (rank >= 4096))) for rank in range(50_000)]
+    shares = list(accumulate(1 / rank for rank in range(1, len(words) + 1)))  # Zipf's law
     with path.open("w") as file:
         for _ in range(rows):
             messages = []
             for _ in range(rng.randint(1, 4)):
                 for role, most in (("user", 30), ("assistant", 60)):
-                    content = " ".join(rng.choices(words, k=rng.randint(3, most))).capitalize() + "."
-                    messages.append({"role": role, "content": content})
+                    chosen = rng.choices(words, cum_weights=shares, k=rng.randint(3, most))
+                    messages.append({"role": role, "content": " ".join(chosen).capitalize() + "."})
             file.write(json.dumps({"messages": messages}) + "\n")
 
 
@@ -93,7 +96,8 @@ def main() -> None:
     if given.only:
         print(json.dumps(measure(*given.only, given.tokenizer, given.processes)))
         return
-    table = Table("rows", "peer", "tokens", "seconds", "tokens/s", "peak MB, main", "peak MB, one worker")
+    table = Table("rows", "peer", "tokens", "seconds", "tokens/s", "MB, main", "MB, a worker")
+    quiet = {**os.environ, "HF_DATASETS_DISABLE_PROGRESS_BARS": "1", "PYTHONWARNINGS": "ignore"}
     with tempfile.TemporaryDirectory() as folder:
         for rows in given.rows:
             path = Path(folder) / f"{rows}.jsonl"
@@ -101,12 +105,19 @@ def main() -> None:
             for peer in given.peers:
                 command = [sys.executable, __file__, "--only", peer, str(path), "--tokenizer", given.tokenizer]
                 command += ["--processes", str(given.processes)]
-                run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                run = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=quiet)
                 found = json.loads(run.stdout.splitlines()[-1])
                 speed = found["tokens"] / found["seconds"]
-                figures = (found["tokens"], found["seconds"], speed, found["main"], found["worker"])
-                table.add_row(f"{rows:,}", peer, *(f"{figure:,.0f}" for figure in figures))
-    Console().print(table)
+                figures = (speed, found["main"], found["worker"])
+                table.add_row(
+                    f"{rows:,}",
+                    peer,
+                    f"{found['tokens']:,}",
+                    f"{found['seconds']:.1f}",
+                    *(f"{x:,.0f}" for x in figures),
+                )
+    Console(width=100).print(table)
+    print("MB: the highest use of memory, of the process that was started and of one that it started to tokenise.")
 
 
 if __name__ == "__main__":

@@ -115,8 +115,16 @@ def test_an_import_of_an_extra_would_be_seen(tmp_path):
 
 
 PUBLIC = {
-    "phi3_lightning": {"ChatDataModule", "Phi3LoRAModule", "__version__"},
-    "phi3_lightning.callbacks": {"LineProgress", "PredictionWriter", "RunCheckpoint", "RunReport", "Throughput"},
+    "phi3_lightning": {"ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"},
+    "phi3_lightning.callbacks": {
+        "AgreedStop",
+        "LineProgress",
+        "PredictionWriter",
+        "RankFailure",
+        "RunCheckpoint",
+        "RunReport",
+        "Throughput",
+    },
 }
 
 

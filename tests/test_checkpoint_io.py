@@ -3,14 +3,19 @@
 import errno
 import os
 import pickle
+import resource
+import signal
+import threading
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
-from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
+from phi3_lightning.checkpoint_io import AsyncSafeCheckpointIO, SafeCheckpointIO, read_checkpoint
 from phi3_lightning.errors import CheckpointError
 
 FORMER = {"state_dict": {"w": torch.arange(4.0)}, "global_step": 3}
@@ -93,6 +98,14 @@ def test_a_missing_file_is_a_named_error(tmp_path):
         read_checkpoint(tmp_path / "none.ckpt")
 
 
+def test_an_adapter_in_another_form_is_told_where_it_belongs(tmp_path, path):
+    with pytest.raises(CheckpointError, match=r"a folder, and no checkpoint.*model\.lora\.adapter"):
+        read_checkpoint(tmp_path)
+    torch.save({"layer.lora_A": torch.zeros(2, 2)}, path)
+    with pytest.raises(CheckpointError, match=r"not a Lightning checkpoint.*model\.lora\.adapter"):
+        read_checkpoint(path)
+
+
 def test_a_file_of_something_else_is_a_named_error(path):
     torch.save([1, 2], path)
     with pytest.raises(CheckpointError, match="not a Lightning checkpoint"):
@@ -138,6 +151,170 @@ def test_a_trainer_saves_and_resumes_through_it(tmp_path, tiny_base):
     again = synthetic.trainer(tmp_path, plugins=[SafeCheckpointIO()], max_epochs=2)
     again.fit(Phi3LoRAModule(tiny_base, dtype="float32"), data, ckpt_path=tmp_path / "a.ckpt")
     assert again.global_step == 2
+
+
+# ---------------------------------------------------------------- disks that are full, and kills
+
+
+def test_a_disk_with_a_limit_leaves_the_former_file(path):
+    """A file-size limit fails the write of a big checkpoint at some byte, as a full disk does."""
+    big = {"state_dict": {"w": torch.ones(500_000)}, "global_step": 5}
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, former[1]))  # Python ignores SIGXFSZ
+    try:
+        with pytest.raises(CheckpointError, match=r"last\.ckpt: .*could not be written.*the former one is untouched"):
+            SafeCheckpointIO().save_checkpoint(big, path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert_holds(path, FORMER)
+
+
+@pytest.mark.parametrize("written", [0, 1, 1000, 100_000, None])
+def test_a_kill_at_any_byte_leaves_the_former_file(path, written):
+    """The child dies after so many bytes; None: when all are written, before the name changes."""
+    pid = os.fork()
+    if pid == 0:
+        real = Path.open
+
+        class Dying:
+            def __init__(self, file) -> None:
+                self.file, self.left = file, written
+
+            def write(self, data):
+                if self.left is not None and self.left < len(data):
+                    self.file.write(bytes(data)[: self.left])
+                    self.file.flush()
+                    os.kill(os.getpid(), signal.SIGKILL)
+                self.left = None if self.left is None else self.left - len(data)
+                return self.file.write(data)
+
+            def __getattr__(self, name):
+                return getattr(self.file, name)
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                self.file.close()
+
+        Path.open = lambda self, *a, **k: Dying(real(self, *a, **k))
+        Path.replace = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+        try:
+            SafeCheckpointIO().save_checkpoint(NEWER, path)
+        finally:
+            os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+    assert torch.equal(read_checkpoint(path)["state_dict"]["w"], FORMER["state_dict"]["w"])
+    SafeCheckpointIO().save_checkpoint(NEWER, path)  # what was left behind is in nobody's way
+    assert_holds(path, NEWER)
+
+
+# ---------------------------------------------------------------- in the background
+
+
+class Slow(AsyncSafeCheckpointIO):
+    """Starts writing when it is let."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def _submit(self, work):
+        super()._submit(lambda: (self.go.wait(30), work())[1])
+
+
+def test_what_is_written_is_the_state_when_it_was_asked_for(path):
+    io, weight = Slow(), torch.zeros(3)
+    loops = {"ready": 1}
+    io.save_checkpoint({"state_dict": {"w": weight}, "loops": loops, "global_step": 7}, path)
+    weight += 1  # training goes on
+    loops["ready"] = 2
+    assert read_checkpoint(path)["global_step"] == 3  # the former one is there until the new one is whole
+    io.go.set()
+    io.teardown()
+    found = read_checkpoint(path)
+    assert (found["global_step"], found["loops"]["ready"], found["state_dict"]["w"].sum()) == (7, 1, 0)
+
+
+def test_a_former_checkpoint_is_removed_only_when_the_new_one_is_whole(path, tmp_path):
+    io = Slow()
+    io.save_checkpoint(NEWER, tmp_path / "new.ckpt")
+    io.remove_checkpoint(path)
+    assert path.exists()
+    io.go.set()
+    io.teardown()
+    assert_holds(tmp_path / "new.ckpt", NEWER)
+
+
+def test_nothing_is_removed_after_a_failure_and_the_failure_is_said(path, tmp_path):
+    io = AsyncSafeCheckpointIO()
+    (tmp_path / "file").write_text("")
+    io.save_checkpoint(NEWER, tmp_path / "file" / "new.ckpt")
+    io.remove_checkpoint(path)
+    with pytest.raises(CheckpointError, match="could not be written"):
+        io.save_checkpoint(NEWER, tmp_path / "other.ckpt")
+    assert path.exists()
+    assert not (tmp_path / "other.ckpt").exists()
+    io.save_checkpoint(NEWER, tmp_path / "other.ckpt")  # said once
+    io.teardown()
+    assert (tmp_path / "other.ckpt").exists()
+
+
+def test_a_failure_of_the_last_one_is_said_at_the_end(tmp_path):
+    (tmp_path / "file").write_text("")
+    io = AsyncSafeCheckpointIO()
+    io.save_checkpoint(NEWER, tmp_path / "file" / "new.ckpt")
+    with pytest.raises(CheckpointError, match="could not be written"):
+        io.teardown()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("checkpoint")]
+
+
+def test_reading_waits_for_what_is_being_written(path):
+    io = AsyncSafeCheckpointIO()
+    io.save_checkpoint(NEWER, path)
+    assert io.load_checkpoint(path)["global_step"] == 4
+    io.teardown()
+
+
+# ---------------------------------------------------------------- Lightning's own callback
+
+
+class Losses(pl.Callback):
+    """The loss of every validation."""
+
+    def __init__(self) -> None:
+        self.scores: list[float] = []
+
+    def on_validation_end(self, trainer, pl_module):
+        if not trainer.sanity_checking:
+            self.scores.append(trainer.callback_metrics["val/loss"].item())
+
+
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")  # it is meant to be
+@pytest.mark.parametrize("plugin", [SafeCheckpointIO, AsyncSafeCheckpointIO])
+def test_lightnings_model_checkpoint_keeps_the_best_by_token_weighted_loss(tmp_path, tiny_base, plugin):
+    data = synthetic.loader([synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(3)])
+    losses = Losses()
+    keep = ModelCheckpoint(
+        tmp_path / "kept", filename="{step}", monitor="val/loss", save_top_k=2, save_last=True,
+        auto_insert_metric_name=False,
+    )  # fmt: skip
+    module = Phi3LoRAModule(tiny_base, dtype="float32", optimizer={"lr": 3e-2}, schedule={"name": "constant"})
+    options = {"plugins": [plugin()], "enable_checkpointing": True}
+    trainer = synthetic.trainer(tmp_path, max_epochs=4, callbacks=[losses, keep], **options)
+    trainer.fit(module, data, data)
+    kept = sorted((tmp_path / "kept").iterdir())
+    best = sorted(range(4), key=losses.scores.__getitem__)[:2]
+    assert {path.name for path in kept} == {"last.ckpt", *(f"{3 * (epoch + 1)}.ckpt" for epoch in best)}
+    assert Path(keep.best_model_path).name == f"{3 * (best[0] + 1)}.ckpt"
+    assert not any(path.is_symlink() for path in kept)
+    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == 12
+    again = synthetic.trainer(tmp_path, max_epochs=5, callbacks=[keep], **options)
+    again.fit(
+        Phi3LoRAModule(tiny_base, dtype="float32", optimizer={"lr": 3e-2}, schedule={"name": "constant"}),
+        data, data, ckpt_path=tmp_path / "kept" / "last.ckpt",
+    )  # fmt: skip
+    assert again.global_step == 15
 
 
 def test_storage_options_are_refused_as_lightning_does(tmp_path):

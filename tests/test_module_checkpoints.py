@@ -11,6 +11,7 @@ from transformers import Phi3ForCausalLM
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.callbacks import RunCheckpoint
 from phi3_lightning.checkpoint import IDENTITY
 from phi3_lightning.config import LoRA, Optimizer
 from phi3_lightning.errors import CheckpointError
@@ -88,6 +89,7 @@ def test_the_identity_names_no_local_path(checkpoint):
     assert checkpoint[IDENTITY]["base"] is None
     assert len(checkpoint[IDENTITY]["fingerprint"]) == 64
     assert plain(checkpoint[IDENTITY])
+    assert checkpoint[IDENTITY]["layers"] == {"qkv_proj": 2, "o_proj": 2, "gate_up_proj": 2, "down_proj": 2}
 
 
 # ---------------------------------------------------------------- what is restored
@@ -196,6 +198,7 @@ MUTATIONS = {
         lambda state: state | {"model.model.norm.weight": torch.zeros(32)},
         r"unexpected model\.model\.norm\.weight",
     ),
+    "a NaN": (lambda state: state | {KEY: torch.full_like(state[KEY], float("nan"))}, rf"{KEY} is not finite"),
     "nothing at all": (lambda state: {}, "and 11 more"),
 }
 
@@ -248,8 +251,40 @@ def test_another_adapter_is_refused(tmp_path, tiny_base, path, lora, key):
 
 def test_other_targets_are_refused(tmp_path, tiny_base, path):
     module = small(tiny_base, lora={"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj"]})
-    with pytest.raises(CheckpointError, match=r"unexpected model\.model\.layers\.0"):
+    with pytest.raises(
+        CheckpointError, match=r"target_modules adapts qkv_proj in 2 layers and adapted .*down_proj in 2 layers"
+    ):
         resume(module, path, tmp_path)
+
+
+def test_an_optimiser_that_is_spoilt_is_refused(tmp_path, tiny_base, checkpoint):
+    optimizer = copy.deepcopy(checkpoint["optimizer_states"])
+    optimizer[0]["state"][0]["exp_avg"].fill_(float("nan"))
+    broken = write(checkpoint, tmp_path / "broken.ckpt", optimizer_states=optimizer)
+    with pytest.raises(CheckpointError, match="exp_avg of parameter 0"):
+        resume(small(tiny_base), broken, tmp_path)
+
+
+def test_a_mismatch_is_a_warning_where_asked_for(tmp_path, tiny_base, path):
+    module = small(tiny_base, lora={"r": 4, "lora_alpha": 16})
+    keep = RunCheckpoint(str(tmp_path / "kept"), on_mismatch="warn")
+    with pytest.warns(UserWarning, match=r"lora_alpha is 16 and was 8.*loaded all the same"):
+        resume(module, path, tmp_path, callbacks=[keep], enable_checkpointing=True)
+    wider = small(tiny_base, lora={"r": 8, "lora_alpha": 8})
+    with (
+        pytest.warns(UserWarning, match="r is 8 and was 4"),
+        pytest.raises(CheckpointError, match=r"has shape \(4, 32\) instead of \(8, 32\)"),
+    ):
+        resume(wider, path, tmp_path, callbacks=[keep], enable_checkpointing=True)
+
+
+def test_a_checkpoint_of_the_first_format_goes_on(tmp_path, tiny_base, path, checkpoint):
+    first = {key: checkpoint[IDENTITY][key] for key in ("base", "fingerprint", "lora")} | {"format_version": 1}
+    old = write(checkpoint, tmp_path / "old.ckpt", **{IDENTITY: first})
+    a, b = small(tiny_base), small(tiny_base)
+    resume(a, path, tmp_path)
+    resume(b, old, tmp_path)
+    assert all(map(torch.equal, a.trained_parameters(), b.trained_parameters()))
 
 
 def test_a_checkpoint_of_something_else_is_refused(tmp_path, tiny_base):

@@ -1,10 +1,14 @@
 """Optimiser and learning-rate schedule, against their formulas written out."""
 
 import math
+import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from transformers import Phi3ForCausalLM
 
 from phi3_lightning.config import Optimizer, Schedule
 from phi3_lightning.errors import ConfigError
@@ -112,9 +116,42 @@ def test_steps_are_those_of_torch(fused):
     assert not torch.equal(theirs, start)
 
 
+def test_lora_plus_has_the_learning_rates_of_peft(tiny_base):
+    config = LoraConfig(r=4, target_modules=["qkv_proj", "down_proj"])
+    with warnings.catch_warnings():
+        # get_peft_model asks transformers for gradient checkpointing by its old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        model = get_peft_model(Phi3ForCausalLM.from_pretrained(tiny_base), config)
+    trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    options = {"lr": 0.01, "loraplus_lr_ratio": 16.0}
+    theirs = create_loraplus_optimizer(model, torch.optim.AdamW, **options, loraplus_weight_decay=0.1)
+    ours = make_optimizer(trained.items(), Optimizer(**options, weight_decay=0.1), fused=True)
+
+    def settings(optimizer) -> dict[int, tuple[float, float]]:
+        return {
+            id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]
+        }
+
+    assert settings(ours) == settings(theirs)
+    assert {lr for lr, _ in settings(ours).values()} == {0.01, 0.16}
+
+
+def test_paged_adamw_needs_a_gpu():
+    with pytest.raises(ConfigError, match=r"model\.optimizer\.name: 'paged_adamw_8bit' .* needs a GPU; use adamw"):
+        make_optimizer([("w", nn.Parameter(torch.ones(2, 2)))], Optimizer("paged_adamw_8bit"), fused=True)
+
+
+def test_a_run_does_not_go_on_with_another_optimiser_s_state():
+    optimizer = make_optimizer([("w", nn.Parameter(torch.ones(2, 2)))], Optimizer(), fused=False)
+    scheduler = make_schedule(optimizer, Schedule(warmup=0), 10)
+    with pytest.raises(ConfigError, match=r"model\.optimizer\.name: .* begun with adamw"):
+        restate(optimizer, scheduler, Optimizer("paged_adamw_8bit"))
+
+
 def test_a_restored_optimiser_follows_the_present_configuration():
     def made(config: Optimizer) -> tuple:
-        parameters = {"matrix": nn.Parameter(torch.ones(2, 2)), "bias": nn.Parameter(torch.ones(2))}
+        parameters = {name: nn.Parameter(torch.ones(2, 2)) for name in ("x.lora_A", "x.lora_B")}
+        parameters["bias"] = nn.Parameter(torch.ones(2))
         optimizer = make_optimizer(parameters.items(), config, fused=False)
         return parameters, optimizer, make_schedule(optimizer, Schedule("linear", 0), 10)
 
@@ -127,16 +164,16 @@ def test_a_restored_optimiser_follows_the_present_configuration():
     former = made(Optimizer(lr=0.1, weight_decay=0.5))
     for _ in range(4):
         step(*former)
-    now = Optimizer(lr=0.3, weight_decay=0.2, betas=(0.5, 0.6), eps=1e-3)
+    now = Optimizer(lr=0.3, loraplus_lr_ratio=2, weight_decay=0.2, betas=(0.5, 0.6), eps=1e-3)
     parameters, optimizer, scheduler = made(now)
     optimizer.load_state_dict(former[1].state_dict())
     scheduler.load_state_dict(former[2].state_dict())
     restate(optimizer, scheduler, now)
-    matrices, vectors = optimizer.param_groups
-    for group in (matrices, vectors):
-        assert group["lr"] == pytest.approx(0.3 * 0.6)
+    matrices, b_matrices, vectors = optimizer.param_groups
+    for group, ratio in ((matrices, 1), (b_matrices, 2), (vectors, 1)):
+        assert group["lr"] == pytest.approx(ratio * 0.3 * 0.6)
         assert (group["betas"], group["eps"]) == ((0.5, 0.6), 1e-3)
-    assert (matrices["weight_decay"], vectors["weight_decay"]) == (0.2, 0.0)
-    assert optimizer.state[parameters["matrix"]]["step"] == 4
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2, 0.0]
+    assert optimizer.state[parameters["x.lora_A"]]["step"] == 4
     step(parameters, optimizer, scheduler)
-    assert matrices["lr"] == pytest.approx(0.3 * 0.5)
+    assert (matrices["lr"], b_matrices["lr"]) == (pytest.approx(0.3 * 0.5), pytest.approx(0.6 * 0.5))

@@ -2,7 +2,8 @@
 
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.strategy import FSDP2Strategy
 
 __version__ = "0.1.0"
 
-__all__ = ["ChatDataModule", "Phi3LoRAModule", "__version__"]
+__all__ = ["ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"]

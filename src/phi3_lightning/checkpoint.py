@@ -1,62 +1,154 @@
 """What a checkpoint holds, and what is checked when it is read. Pure functions on dictionaries."""
 
 from collections.abc import Collection, Mapping
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Literal, Protocol, runtime_checkable
 
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
 from phi3_lightning.config import STRUCTURAL_LORA_KEYS
 from phi3_lightning.errors import CheckpointError
 
-FORMAT_VERSION = 1
-"""Raised when a checkpoint of an older version can no longer be read as it stands."""
+FORMAT_VERSION = 2
+"""Raised when the identity block changes; :func:`read_identity` migrates what an older version wrote.
+
+1 had no revision, tokenizer, template, layers and packages. 2 has them.
+"""
 
 IDENTITY = "phi3_lightning"
 """Key of the identity block."""
 
-NEW_RUN = "start a new run, or load the checkpoint into a module that is configured as it was written"
+PACKAGES = ("phi3-lightning", "torch", "lightning", "transformers", "peft")
+
+FIXED = (*STRUCTURAL_LORA_KEYS, "slices")
+"""What of the LoRA section decides which weights exist and how they are scaled; dropout and spelling may change."""
+
+NEW_RUN = "start a new run, from these weights with model.lora.adapter, or configure the module as it was"
+
+Mismatch = Literal["refuse", "warn"]
 
 
-def identity(base: str | None, fingerprint: str, lora: dict[str, Any]) -> dict[str, Any]:
+@runtime_checkable
+class Identified(Protocol):
+    """A datamodule that says what decides about its tokens."""
+
+    def checkpoint_identity(self) -> dict[str, str]:
+        """Return hashes of ``tokenizer`` and ``template``."""
+
+
+def identity(
+    base: str | None,
+    fingerprint: str,
+    lora: Mapping[str, Any],
+    layers: Mapping[str, int],
+    revision: str | None = None,
+) -> dict[str, Any]:
     """Return the block that ties a checkpoint to its base model.
 
     Args:
         base: The name of the base, never a local path; None where there is none.
         fingerprint: Hash of the frozen weights.
         lora: The LoRA section of the configuration, and the slices that are adapted of fused layers.
+        layers: How many layers of each name are adapted.
+        revision: Branch, tag or commit of the base.
     """
-    return {"format_version": FORMAT_VERSION, "base": base, "fingerprint": fingerprint, "lora": lora}
+    return {
+        "format_version": FORMAT_VERSION,
+        "base": base,
+        "revision": revision,
+        "fingerprint": fingerprint,
+        "lora": dict(lora),
+        "layers": dict(layers),
+        "tokenizer": None,
+        "template": None,
+        "packages": {name: _version(name) for name in PACKAGES},
+    }
 
 
-def check_identity(checkpoint: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Refuse a checkpoint that was written for another base or another adapter.
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # run from a folder of sources
+        return "unknown"
+
+
+def read_identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the identity block of a checkpoint, migrated where an older version wrote it.
+
+    Args:
+        checkpoint: A loaded checkpoint.
+
+    Raises:
+        CheckpointError: If the checkpoint is of another origin, or of a version that this package does not know.
+    """
+    block = checkpoint.get(IDENTITY)
+    if block is None:
+        raise CheckpointError(
+            "the checkpoint was not written by phi3_lightning: it has no identity block. Adapters of other origin "
+            "start a new run: give them as model.lora.adapter"
+        )
+    if block["format_version"] == 1:
+        unknown = dict.fromkeys(("revision", "layers", "tokenizer", "template"))
+        return {**block, **unknown, "format_version": FORMAT_VERSION, "packages": {}}
+    if block["format_version"] != FORMAT_VERSION:
+        raise CheckpointError(
+            f"the checkpoint has format version {block['format_version']}, and this package reads 1 to "
+            f"{FORMAT_VERSION}: it was written by phi3-lightning {block.get('packages', {}).get('phi3-lightning')}, "
+            "use that one or a newer one"
+        )
+    return dict(block)
+
+
+def check_identity(checkpoint: Mapping[str, Any], mine: Mapping[str, Any], on_mismatch: Mismatch = "refuse") -> None:
+    """Refuse a checkpoint that was written for another base, tokenizer or adapter.
+
+    What either side does not know is not compared: a checkpoint of an older version, a module without a datamodule.
 
     Args:
         checkpoint: A loaded checkpoint.
         mine: The identity block of the module that wants to read it.
+        on_mismatch: Whether a difference is an error, or a warning. Shapes that do not fit are an error in any case.
 
     Raises:
-        CheckpointError: If the checkpoint is of another origin or version, or base or LoRA section differ.
+        CheckpointError: If the checkpoint is of another origin or version, or something differs.
     """
-    theirs = checkpoint.get(IDENTITY)
-    if theirs is None:
-        raise CheckpointError("the checkpoint was not written by phi3_lightning: it has no identity block")
-    if theirs["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"the checkpoint has format version {theirs['format_version']}, and this package reads {FORMAT_VERSION}"
-        )
+    problems = _differences(read_identity(checkpoint), mine)
+    if problems and on_mismatch == "refuse":
+        raise CheckpointError("; ".join(problems))
+    for problem in problems:
+        rank_zero_warn(f"{problem}. It is loaded all the same, as checkpoint.on_mismatch: warn asks for")
+
+
+def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
+    problems = []
     if theirs["fingerprint"] != mine["fingerprint"]:
-        raise CheckpointError(
-            f"the checkpoint belongs to another base model: it was trained on {theirs['base'] or 'a local folder'} "
-            f"({theirs['fingerprint'][:12]}), and model.base is {mine['base'] or 'a local folder'} "
-            f"({mine['fingerprint'][:12]}); set model.base, revision, dtype and quantization as they were"
+        problems.append(
+            f"the checkpoint belongs to another base model: it was trained on {_base(theirs)}, and model.base is "
+            f"{_base(mine)}; set model.base, revision, dtype and quantization as they were"
         )
-    # dropout and the spelling of the targets may change; which weights exist and how they are scaled may not
-    fixed = mine["lora"].keys() & {*STRUCTURAL_LORA_KEYS, "slices"}
-    changed = [key for key in sorted(fixed) if theirs["lora"].get(key) != mine["lora"][key]]
-    if changed:
-        pairs = ", ".join(f"{key} is {mine['lora'][key]} and was {theirs['lora'].get(key)}" for key in changed)
-        raise CheckpointError(f"the checkpoint holds another adapter: model.lora.{pairs}; {NEW_RUN}")
+    for key, where in (("tokenizer", "data.tokenizer"), ("template", "data.chat_template")):
+        if None not in (theirs[key], mine[key]) and theirs[key] != mine[key]:
+            problems.append(
+                f"the checkpoint was trained with another {key} ({theirs[key][:12]}) than this one ({mine[key][:12]}), "
+                f"which makes other tokens of the same chat; set {where} as it was"
+            )
+    changed = [key for key in FIXED if (theirs["lora"].get(key) or None) != (mine["lora"].get(key) or None)]
+    changes = [f"{key} is {mine['lora'].get(key)} and was {theirs['lora'].get(key)}" for key in changed]
+    if theirs["layers"] is not None and theirs["layers"] != mine["layers"]:
+        changes.append(f"target_modules adapts {_layers(mine)} and adapted {_layers(theirs)}")
+    if changes:
+        problems.append(f"the checkpoint holds another adapter: model.lora.{', '.join(changes)}; {NEW_RUN}")
+    return problems
+
+
+def _base(block: Mapping[str, Any]) -> str:
+    revision = "" if block["revision"] is None else f" at {block['revision']}"
+    return f"{block['base'] or 'a local folder'}{revision} ({block['fingerprint'][:12]})"
+
+
+def _layers(block: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} in {count} layers" for name, count in block["layers"].items()) or "nothing"
 
 
 def plain_name(name: str) -> str:
@@ -95,7 +187,7 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         expected: What the module would save now.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected or of another shape.
+        CheckpointError: If a tensor is missing, unexpected, of another shape, or holds NaN or infinity.
     """
     problems = [f"missing {name}" for name in expected if name not in found]
     problems += [f"unexpected {name}" for name in found if name not in expected]
@@ -104,6 +196,30 @@ def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> 
         for name in expected
         if name in found and found[name].shape != expected[name].shape
     ]
+    problems += [f"{name} is not finite" for name in found if name in expected and not found[name].isfinite().all()]
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(f"the checkpoint does not fit the adapter: {listed}. Hint: {NEW_RUN}")
+
+
+def check_moments(optimizer_states: list[dict[str, Any]]) -> None:
+    """Refuse optimiser states that would spoil the weights at the first step.
+
+    Args:
+        optimizer_states: As a checkpoint holds them.
+
+    Raises:
+        CheckpointError: If a moment holds NaN or infinity.
+    """
+    spoilt = [
+        f"{name} of parameter {index}"
+        for states in optimizer_states
+        for index, moments in states["state"].items()
+        for name, value in moments.items()
+        if isinstance(value, Tensor) and not value.isfinite().all()
+    ]
+    if spoilt:
+        raise CheckpointError(
+            f"the checkpoint's optimiser state is not finite ({', '.join(spoilt[:5])}); give another one, such as "
+            "best.ckpt beside it"
+        )

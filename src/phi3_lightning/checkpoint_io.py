@@ -1,14 +1,19 @@
 """Reading and writing checkpoint files so that a crash never costs the one before."""
 
 import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from phi3_lightning.errors import CheckpointError
+from phi3_lightning.sharded_checkpoint import is_sharded, read_sharded
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -41,10 +46,12 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 os.fsync(file.fileno())
             temporary.replace(target)
             _flush_folder(target.parent)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
+        except (OSError, RuntimeError) as error:  # a full disk becomes a RuntimeError of torch's writer
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
             former = "the former one is untouched" if target.exists() else "there was none before"
-            raise CheckpointError(f"{target}: the checkpoint could not be written ({error}); {former}") from error
+            reason = error.__context__ or error
+            raise CheckpointError(f"{target}: the checkpoint could not be written ({reason}); {former}") from error
 
     @override
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
@@ -61,16 +68,113 @@ class SafeCheckpointIO(TorchCheckpointIO):
         return read_checkpoint(Path(path), map_location)
 
 
+class AsyncSafeCheckpointIO(SafeCheckpointIO):
+    """Writes in a thread while training goes on; what is written, removed and read stays in the order it was asked for.
+
+    Lightning's own ``AsyncCheckpointIO`` is no way to that: the strategies put a plain ``TorchCheckpointIO`` under it,
+    whatever it was given, and it removes a former checkpoint while the new one is still being written, so that a kill
+    leaves neither.
+
+    A checkpoint is copied in memory before training goes on. One is written at a time: the next waits for it, and says
+    if it failed. Nothing is removed after a failure.
+    """
+
+    def __init__(self) -> None:
+        self._thread: ThreadPoolExecutor | None = None
+        self._pending: list[Future[None]] = []
+
+    def _submit(self, work: Callable[[], None]) -> None:
+        self._thread = self._thread or ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending.append(self._thread.submit(work))
+
+    def wait(self) -> None:
+        """Wait until all that was asked for is on the disk.
+
+        Raises:
+            CheckpointError: If a checkpoint could not be written.
+        """
+        pending, self._pending = self._pending, []
+        for work in pending:
+            work.result()
+
+    @override
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
+        """Copy a checkpoint, and write the copy while training goes on.
+
+        Args:
+            checkpoint: What to write.
+            path: Where to.
+            storage_options: Refused, as in Lightning's own class.
+
+        Raises:
+            CheckpointError: If the checkpoint before could not be written.
+        """
+        self.wait()
+        copy = apply_to_collection(checkpoint, torch.Tensor, lambda tensor: tensor.detach().clone())
+        save = super().save_checkpoint
+        self._submit(lambda: save(copy, path, storage_options))
+
+    @override
+    def remove_checkpoint(self, path: str | Path) -> None:
+        """Remove a checkpoint once all that was asked for before is on the disk.
+
+        Args:
+            path: The file.
+        """
+        remove, before = super().remove_checkpoint, list(self._pending)
+
+        def remove_if_all_is_well() -> None:
+            if all(work.exception() is None for work in before):  # done: they came first
+                remove(path)
+
+        self._submit(remove_if_all_is_well)
+
+    @override
+    def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
+        """Read a checkpoint, after the last one is on the disk.
+
+        Args:
+            path: The file.
+            map_location: As in :func:`torch.load`.
+            weights_only: Must not be false.
+
+        Raises:
+            CheckpointError: If it cannot be read, or the last one could not be written.
+        """
+        self.wait()
+        return super().load_checkpoint(path, map_location, weights_only)
+
+    @override
+    def teardown(self) -> None:
+        """Wait for the last checkpoint, and end the thread.
+
+        Raises:
+            CheckpointError: If it could not be written.
+        """
+        try:
+            self.wait()
+        finally:
+            if self._thread is not None:
+                self._thread.shutdown()
+                self._thread = None
+
+
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Return the checkpoint in ``path``, which may hold tensors and plain types alone.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a sharded checkpoint.
         map_location: As in :func:`torch.load`.
 
     Raises:
         CheckpointError: If the file is missing, incomplete, or holds something else.
     """
+    if is_sharded(path):
+        return read_sharded(path)
+    if path.is_dir():
+        raise CheckpointError(
+            f"{path}: a folder, and no checkpoint; an adapter in PEFT's form starts a new run as model.lora.adapter"
+        )
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")
     try:
@@ -81,7 +185,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
             "give another one, such as best.ckpt beside it"
         ) from error
     if not isinstance(checkpoint, dict) or "state_dict" not in checkpoint:
-        raise CheckpointError(f"{path}: a torch file, but not a Lightning checkpoint")
+        raise CheckpointError(
+            f"{path}: a torch file, but not a Lightning checkpoint; tensors of an adapter start a new run as "
+            "model.lora.adapter"
+        )
     return checkpoint
 
 

@@ -16,9 +16,18 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
-from phi3_lightning.callbacks import LineProgress, PredictionWriter, RunCheckpoint, RunReport, Throughput
+from phi3_lightning.callbacks import (
+    AgreedStop,
+    LineProgress,
+    PredictionWriter,
+    RankFailure,
+    RunCheckpoint,
+    RunReport,
+    Throughput,
+)
+from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
-from phi3_lightning.commands import preview
+from phi3_lightning.commands import export, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import Phi3LightningError
@@ -40,7 +49,7 @@ class SaveRunConfig(SaveConfigCallback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.is_global_zero:
             config = self.config.clone()
-            for key in ("ckpt_path", "resume"):  # of one call, not of the run
+            for key in ("ckpt_path", "resume", "weights_only"):  # of one call, not of the run
                 config.pop(key, None)
             text = self.parser.dump(config, skip_none=False, skip_validation=True)
             RunFolder.named(config.run, config.trainer.default_root_dir).keep_config(text)
@@ -67,7 +76,10 @@ class Phi3CLI(LightningCLI):
             trainer_defaults={"enable_model_summary": False},  # the table of adapted layers says more
             seed_everything_default=42,
             parser_class=Parser,
-            parser_kwargs={"description": DESCRIPTION, "epilog": f"preview: {preview.DESCRIPTION}"},
+            parser_kwargs={
+                "description": DESCRIPTION,
+                "epilog": f"preview: {preview.DESCRIPTION} export: {export.DESCRIPTION}",
+            },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
             args=args,
@@ -154,6 +166,7 @@ class Phi3CLI(LightningCLI):
         callbacks += [Throughput(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
+        callbacks += [AgreedStop(), RankFailure()]
         plugins = config.plugins or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, plugins=plugins, **kwargs)
@@ -178,6 +191,8 @@ def main(args: list[str] | None = None) -> None:
         _quieten()
         if given[:1] == ["preview"]:
             preview.main(given[1:])
+        elif given[:1] == ["export"]:
+            export.main(given[1:])
         else:
             Phi3CLI(args)
     except SIGTERMException:
@@ -186,11 +201,17 @@ def main(args: list[str] | None = None) -> None:
         notes = "".join(f"\n{note}" for note in getattr(error, "__notes__", []))
         print(f"error: {error}{notes}", file=sys.stderr)
         sys.exit(1)
+    except Exception as error:
+        if not is_communication(error) or not hasattr(error, "__notes__"):
+            raise
+        print("error: " + "\n".join(error.__notes__), file=sys.stderr)  # what the callback RankFailure found out
+        sys.exit(1)
 
 
 def _quieten() -> None:
     """Leave out what upstream libraries say to their own developers, or for their own products."""
     warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)` is deprecated")
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT asks for it
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(lambda record: "Tip:" not in record.msg)
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)  # one line for each 8-bit product
     if not sys.stderr.isatty():

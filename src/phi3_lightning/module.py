@@ -1,6 +1,7 @@
 """``Phi3LoRAModule``: a frozen Phi-3 with a LoRA adapter, as a LightningModule."""
 
 import os
+from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict
@@ -24,8 +25,10 @@ from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import loss
+from phi3_lightning.model import loss, parallel
+from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.platform import check_accelerator
+from phi3_lightning.strategy import FSDP2Strategy, check_shardable, check_strategy
 from phi3_lightning.trained_state import TrainedStateModule
 from phi3_lightning.window import TokenWeightedModule
 
@@ -44,6 +47,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
         attn_implementation: Attention kernel; 'auto' takes flash attention where it is installed on a GPU, else sdpa.
         quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'); needs the extra qlora. null: in dtype.
+        neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
         gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
         lora: The adapter.
         optimizer: How the adapter is updated.
@@ -60,6 +64,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         dtype: base_model.DType = "bfloat16",
         attn_implementation: base_model.Attention = "auto",
         quantization: base_model.Quantization | None = None,
+        neftune_noise_alpha: float | None = None,
         gradient_checkpointing: base_model.Checkpointing = "full",
         lora: LoRA = LoRA(),
         optimizer: Optimizer = Optimizer(),
@@ -80,6 +85,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         self.dtype_name = dtype
         self.attn_implementation = attn_implementation
         self.quantization = quantization
+        if neftune_noise_alpha is not None:
+            require(
+                neftune_noise_alpha > 0, "model.neftune_noise_alpha", neftune_noise_alpha, "above 0, or null for none"
+            )
+        self.neftune_noise_alpha = neftune_noise_alpha
         self.gradient_checkpointing = gradient_checkpointing
         self.lora = section(LoRA, lora)
         self.optimizer_config = section(Optimizer, optimizer)
@@ -103,6 +113,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             "dtype": self.dtype_name,
             "attn_implementation": self.attn_implementation,
             "quantization": self.quantization,
+            "neftune_noise_alpha": self.neftune_noise_alpha,
             "gradient_checkpointing": self.gradient_checkpointing,
             "lora": {**asdict(self.lora), "adapter": None},  # a checkpoint holds what it started from already
             "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
@@ -131,25 +142,44 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         if self.model is not None:
             return
         self.check_base()
-        if self._loaded_base is None:
-            model = base_model.load(
-                self.base,
-                revision=self.revision,
-                init=self.init,
-                dtype=self.dtype_name,
-                attn_implementation=self.attn_implementation,
-                quantization=self.quantization,
-                device=self.device,
-            )
-        else:
-            model = self._loaded_base[0].requires_grad_(False)
+        sharding = self._sharding()
+        model = self._load_base() if sharding is None else self._hollow_base(sharding)
         if any(hasattr(module, "lora_A") for module in model.modules()):
             raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
         base_model.keep_as_quantized(model)
         base_model.checkpoint_activations(model, self.gradient_checkpointing)
+        adapter = adapters.attach(model, self.lora, base=self.base_id)
+        if sharding is not None:
+            parallel.shard(model, sharding)
+            parallel.fill(model, sharding, self.init, self.base, self.revision)
         self._fingerprint = base_model.fingerprint(model)
-        self.adapter = adapters.attach(model, self.lora, base=self.base_id, fingerprint=self._fingerprint)
+        adapters.check_origin(self.lora, self._fingerprint)
+        self.adapter = adapter
         self.model = model.train()
+
+    def _load_base(self) -> Phi3ForCausalLM:
+        if self._loaded_base is not None:
+            return self._loaded_base[0].requires_grad_(False)
+        return base_model.load(
+            self.base,
+            revision=self.revision,
+            init=self.init,
+            dtype=self.dtype_name,
+            attn_implementation=self.attn_implementation,
+            quantization=self.quantization,
+            device=self.device,
+        )
+
+    def _sharding(self) -> parallel.Sharding | None:
+        strategy = None if self._trainer is None else self._trainer.strategy
+        if not isinstance(strategy, FSDP2Strategy):
+            return None
+        check_shardable(self._loaded_base is not None, self.quantization, self.lora, self.optimizer_config)
+        return strategy.sharding()
+
+    def _hollow_base(self, sharding: parallel.Sharding) -> Phi3ForCausalLM:
+        attention = base_model.choose_attention(self.attn_implementation, sharding.device)
+        return parallel.hollow(self.base, self.revision, getattr(torch, self.dtype_name), attention, sharding.device)
 
     def detach_adapter(self) -> Phi3ForCausalLM:
         """Give the base model back, without the adapter and bit-identical to what was loaded.
@@ -200,12 +230,13 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
     # ------------------------------------------------------------------ steps
 
     def setup(self, stage: str) -> None:
-        """Refuse a device or a precision that cannot train the adapter.
+        """Refuse a device, a strategy or a precision that cannot train the adapter.
 
         Raises:
-            ConfigError: If the Trainer's device or precision does not fit.
+            ConfigError: If the Trainer's device, strategy or precision does not fit.
         """
         check_accelerator(self.trainer.strategy.root_device.type)
+        check_strategy(self.trainer.strategy)
         precision = self.trainer.precision
         require(
             precision not in ("16-true", "transformer-engine-float16"),
@@ -244,8 +275,12 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         longest = max((length for row in batch["lengths"] for length in row), default=0)
         if longest > window:
             raise ConfigError(f"data.max_length: a document has {longest} tokens and {self.base} reads {window}")
-        # without mask and cache, positions that restart make the documents of a row invisible to each other
-        output = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
+        noise: AbstractContextManager[None] = nullcontext()
+        if self.neftune_noise_alpha is not None and model.training:
+            noise = noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha)
+        with noise:
+            # without mask and cache, positions that restart make the documents of a row invisible to each other
+            output = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
         return cast("Tensor", output.last_hidden_state)
 
     def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -315,9 +350,16 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         scheduler = optim.make_schedule(optimizer, self.schedule, self.trainer.estimated_stepping_batches)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """Nor the model's buffers: rotary angles, which follow from the configuration and the batch."""
+        return super()._ddp_params_and_buffers_to_ignore | {name for name, _ in self.named_buffers()}
+
     # ------------------------------------------------------------------ checkpoints
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Return what ties a checkpoint to its base model and its adapter."""
-        slices = targets.partial(self._ready()[1].targets)
-        return identity(self.base_id, cast("str", self._fingerprint), {**asdict(self.lora), "slices": slices})
+        adapted = self._ready()[1].targets
+        lora = {**asdict(self.lora), "slices": targets.partial(adapted)}
+        layers = Counter(target.name for target in adapted)
+        return identity(self.base_id, cast("str", self._fingerprint), lora, layers, self.revision)

@@ -10,26 +10,58 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from phi3_lightning.config import Optimizer as OptimizerConfig
-from phi3_lightning.config import Schedule
+from phi3_lightning.config import Schedule, require
 from phi3_lightning.errors import ConfigError
 
 
-def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, fused: bool) -> AdamW:
+def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, fused: bool) -> Optimizer:
     """Return AdamW over the trained parameters, with weight decay on matrices only.
 
     Args:
         parameters: Names and parameters.
         config: The optimiser section.
-        fused: Whether to update in one kernel, which a gradient scaler does not allow together with clipping.
+        fused: Whether AdamW updates in one kernel, which a gradient scaler does not allow together with clipping.
+
+    Raises:
+        ConfigError: If the optimiser does not work on the parameters' device, or its package is missing.
     """
     trained = list(parameters)
-    groups = [
-        {"params": [p for _, p in trained if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for _, p in trained if p.ndim < 2], "weight_decay": 0.0},
+    groups: list[dict[str, Any]] = [
+        {"params": [p for name, p in trained if p.ndim >= 2 and not _is_b(name)], "role": "A"},
+        {"params": [p for name, p in trained if p.ndim >= 2 and _is_b(name)], "role": "B"},
+        {"params": [p for _, p in trained if p.ndim < 2], "role": "vector"},
     ]
-    return AdamW(
-        [group for group in groups if group["params"]], lr=config.lr, betas=config.betas, eps=config.eps, fused=fused
-    )
+    groups = [group | {"name": config.name, **_settings(config, group["role"])} for group in groups if group["params"]]
+    if config.name == "adamw":
+        return AdamW(groups, fused=fused)
+    return _paged(groups)
+
+
+def _is_b(name: str) -> bool:
+    # of an embedding's two matrices it is A that begins as zero, and neither is meant by LoRA+
+    return ".lora_B" in name and ".embed_tokens." not in name
+
+
+def _settings(config: OptimizerConfig, role: str) -> dict[str, Any]:
+    """What the configuration says about one group of parameters."""
+    return {
+        "lr": config.lr * (config.loraplus_lr_ratio if role == "B" else 1.0),
+        "weight_decay": 0.0 if role == "vector" else config.weight_decay,
+        "betas": config.betas,
+        "eps": config.eps,
+    }
+
+
+def _paged(groups: list[dict[str, Any]]) -> Optimizer:
+    devices = {parameter.device.type for group in groups for parameter in group["params"]}
+    require(devices == {"cuda"}, "model.optimizer.name", "paged_adamw_8bit", "it needs a GPU; use adamw")
+    try:
+        from bitsandbytes.optim import PagedAdamW8bit
+    except ImportError:
+        raise ConfigError(
+            "model.optimizer.name: paged_adamw_8bit needs bitsandbytes: pip install 'phi3-lightning[qlora]'"
+        ) from None
+    return cast("Optimizer", PagedAdamW8bit(groups))
 
 
 def warmup_steps(schedule: Schedule, total_steps: float) -> int:
@@ -59,7 +91,7 @@ def warmup_steps(schedule: Schedule, total_steps: float) -> int:
     return steps
 
 
-def make_schedule(optimizer: AdamW, schedule: Schedule, total_steps: float) -> LambdaLR:
+def make_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: float) -> LambdaLR:
     """Return the learning-rate schedule, which moves once an optimiser step.
 
     Args:
@@ -91,9 +123,16 @@ def restate(optimizer: Optimizer, scheduler: Any, config: OptimizerConfig) -> No
         optimizer: The restored optimiser.
         scheduler: The restored schedule, a ``LambdaLR``.
         config: The optimiser section.
+
+    Raises:
+        ConfigError: If the state is another optimiser's.
     """
-    scheduler.base_lrs = [config.lr] * len(optimizer.param_groups)
+    former = optimizer.param_groups[0]["name"]
+    require(
+        former == config.name, "model.optimizer.name", config.name, f"the run was begun with {former}; go on with it"
+    )
+    scheduler.base_lrs = []
     for group, share in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
-        decay = config.weight_decay if group["params"][0].ndim >= 2 else 0.0
-        group |= {"initial_lr": config.lr, "lr": config.lr * share(scheduler.last_epoch), "weight_decay": decay}
-        group |= {"betas": config.betas, "eps": config.eps}
+        group |= _settings(config, group["role"])
+        scheduler.base_lrs.append(group["lr"])
+        group |= {"initial_lr": group["lr"], "lr": group["lr"] * share(scheduler.last_epoch)}

@@ -4,9 +4,39 @@ Lightning saves from hooks in the middle of its loops, and restarted there it le
 window for a whole one, or counts an epoch twice. What follows are mends of the saved position, not of the loops.
 """
 
-from typing import Any, cast
+from collections.abc import Mapping
+from typing import Any, Protocol, cast, runtime_checkable
 
 import lightning.pytorch as pl
+
+
+@runtime_checkable
+class Regroups(Protocol):
+    """A datamodule whose epochs go on with another number of ranks than they began with."""
+
+    def regroup(self, state: Mapping[str, Any], epoch: int, position: int, window: int) -> int:
+        """Return how many batches of each rank are over, as they are counted now."""
+
+
+def regroup(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Move the position of a checkpoint that is being loaded to where it is for the ranks and windows of this run.
+
+    Args:
+        trainer: The trainer that loads it.
+        checkpoint: The checkpoint; its ``loops`` entry is changed in place.
+    """
+    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+    state = checkpoint.get(type(data).__qualname__)
+    if not state or not isinstance(data, Regroups):
+        return
+    loops = checkpoint["loops"]["fit_loop"]
+    progress = loops["epoch_loop.batch_progress"]
+    position = progress["current"]["ready"]
+    epoch = loops["epoch_progress"]["current"]["processed"]
+    moved = data.regroup(state, epoch, position, trainer.accumulate_grad_batches) - position
+    for scope in ("current", "total"):
+        for name in progress[scope]:
+            progress[scope][name] += moved
 
 
 def settle(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
@@ -17,11 +47,13 @@ def settle(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
         loops: The ``loops`` entry of the checkpoint; changed in place.
     """
     loop = trainer.fit_loop.epoch_loop
+    validates = loop._should_check_val_fx(cast("Any", trainer.fit_loop._data_fetcher))
     if trainer.training:
-        validates = loop._should_check_val_fx(cast("Any", trainer.fit_loop._data_fetcher))
         complete_batch(loops, stepped=not loop._should_accumulate(), validates=validates)
     if loop.batch_progress.current.ready > 0 and not loop._num_ready_batches_reached():
         reopen_epoch(loops)
+    elif loop.batch_progress.current.ready > 0 and not validates:
+        close_epoch(loops)
     rewind_to_window_start(loops, trainer.accumulate_grad_batches)
 
 
@@ -57,6 +89,21 @@ def reopen_epoch(loops: dict[str, Any]) -> None:
     for scope in ("current", "total"):
         ready = progress[scope]["ready"]
         progress[scope] |= {"started": ready, "processed": ready - 1, "completed": ready - 1}
+
+
+def close_epoch(loops: dict[str, Any]) -> None:
+    """Move a position at the end of an epoch without a validation to the start of the next.
+
+    Lightning would take one more batch for the epoch that is over.
+
+    Args:
+        loops: The ``loops`` entry of a checkpoint; changed in place.
+    """
+    epochs, batches = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
+    for scope in ("current", "total"):
+        epochs[scope] = dict.fromkeys(epochs[scope], epochs[scope]["ready"])
+    batches["current"] = dict.fromkeys(batches["current"], 0)
+    batches["is_last_batch"] = False
 
 
 def rewind_to_window_start(loops: dict[str, Any], accumulate_grad_batches: int) -> None:

@@ -63,7 +63,7 @@ class RunFolder:
                 raise CheckpointError(f"--resume never: {self.path} is not empty; give another name with --run")
             return None
         last = self.checkpoints / "last.ckpt"
-        if last.is_file():
+        if last.exists():  # a sharded one is a folder
             return last, read_checkpoint(last)
         others = sorted(self.checkpoints.glob("*.ckpt"))
         if others:
@@ -76,7 +76,7 @@ class RunFolder:
     def evaluated(self) -> Path | None:
         """Return the checkpoint that ``validate``, ``test`` and ``predict`` take: the best, or else the newest."""
         candidates = (self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt")
-        return next((path for path in candidates if path.is_file()), None)
+        return next((path for path in candidates if path.exists()), None)
 
     def keep_config(self, text: str) -> None:
         """Write ``config.yaml``; a different one that is there already is kept as ``config.1.yaml`` and so on.

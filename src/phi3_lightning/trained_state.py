@@ -7,7 +7,17 @@ import lightning.pytorch as pl
 from torch.nn.modules.module import _IncompatibleKeys
 
 from phi3_lightning import restart
-from phi3_lightning.checkpoint import IDENTITY, check_identity, check_state, identity, plain_name, without_frozen
+from phi3_lightning.checkpoint import (
+    IDENTITY,
+    Identified,
+    Mismatch,
+    check_identity,
+    check_moments,
+    check_state,
+    identity,
+    plain_name,
+    without_frozen,
+)
 from phi3_lightning.errors import CheckpointError
 from phi3_lightning.model.base import fingerprint
 
@@ -18,20 +28,33 @@ class TrainedStateModule(pl.LightningModule):
     Modules are built in the constructor or in ``configure_model``, which may be called more than once.
     """
 
+    on_mismatch: Mismatch = "refuse"
+    """Whether a checkpoint of another base, tokenizer or adapter is an error, or a warning."""
+
     def checkpoint_identity(self) -> dict[str, Any]:
         """Return what ties a checkpoint to the frozen parameters; a subclass may add names."""
-        return identity(None, fingerprint(self), {})
+        return identity(None, fingerprint(self), {}, {})
+
+    def _identity(self) -> dict[str, Any]:
+        """The identity block, with what the datamodule adds where there is one that knows."""
+        data = None if self._trainer is None else self._trainer.datamodule  # type: ignore[attr-defined]
+        return self.checkpoint_identity() | (data.checkpoint_identity() if isinstance(data, Identified) else {})
 
     def _frozen_names(self) -> set[str]:
         return {
             name for name, parameter in self.named_parameters(remove_duplicate=False) if not parameter.requires_grad
         }
 
+    @property
+    def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
+        """What DDP need not send at its start, since every rank has read it: the frozen parameters."""
+        return self._frozen_names()
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out, say whose they were, and put the position where a restart goes on exactly."""
         trained = without_frozen(checkpoint["state_dict"], self._frozen_names())
         checkpoint["state_dict"] = {plain_name(name): tensor for name, tensor in trained.items()}
-        checkpoint[IDENTITY] = self.checkpoint_identity()
+        checkpoint[IDENTITY] = self._identity()
         restart.settle(self.trainer, checkpoint["loops"])
 
     def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
@@ -41,13 +64,16 @@ class TrainedStateModule(pl.LightningModule):
             CheckpointError: If the checkpoint does not belong to this module.
         """
         self.configure_model()
-        check_identity(checkpoint, self.checkpoint_identity())
+        check_identity(checkpoint, self._identity(), self.on_mismatch)
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         if fitting and "optimizer_states" not in checkpoint:
             raise CheckpointError(
                 "the checkpoint was saved with save_weights_only and has no optimiser state to go on from; validate, "
                 "test and predict take it, and fit needs one that was saved whole"
             )
+        if fitting:
+            check_moments(checkpoint["optimizer_states"])
+            restart.regroup(self.trainer, checkpoint)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

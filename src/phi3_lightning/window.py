@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from phi3_lightning.errors import DivergenceError
 
@@ -57,7 +58,8 @@ class AccumulationWindow:
         counts = torch.stack([micro_batch.count.double() for micro_batch in self.micro_batches])
         loss_sum, tokens = all_reduce(torch.stack([losses.sum(), counts.sum()]))
         tokens = tokens.clamp(min=1)
-        torch._foreach_mul_(gradients, (world_size / tokens).float())
+        if gradients:
+            torch._foreach_mul_(gradients, (world_size / tokens).to(gradients[0].device, torch.float32))
         self.loss = (loss_sum / tokens).float()
 
 
@@ -116,7 +118,8 @@ class TokenWeightedModule(pl.LightningModule):
         def closure() -> Any:
             result = cast("Callable[[], Any]", optimizer_closure)()
             if self._window.micro_batches:
-                self._window.close(self._gradients(), self._all_reduce, self.trainer.world_size)
+                own = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in self._gradients()]
+                self._window.close(own, self._all_reduce, self.trainer.world_size)
             return result
 
         super().optimizer_step(epoch, batch_idx, optimizer, closure)
@@ -136,6 +139,7 @@ class TokenWeightedModule(pl.LightningModule):
         if self._window.loss is None:
             return
         loss, norm = self._window.loss, nn.utils.get_total_norm(self._gradients())
+        norm = norm.full_tensor() if isinstance(norm, DTensor) else norm  # over the shards of all ranks
         # a scaled gradient may overflow: the scaler then skips the step and lowers its scale
         watched = loss if self.scales_loss() else torch.stack([loss, norm])
         if not watched.isfinite().all():

@@ -2,9 +2,12 @@
 
 import time
 
+import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from phi3_lightning.data.sampler import FILLER, BatchOrder
+from phi3_lightning.data.sampler import FILLER, BatchOrder, Shares
 
 
 def order(count: int, *, epoch: int = 0, seed: int = 0, shuffle: bool = True, **options: object) -> list[int]:
@@ -46,3 +49,43 @@ def test_a_far_position_costs_nothing() -> None:
 
 def test_the_length_is_the_whole_epochs() -> None:
     assert len(BatchOrder(range(9), seed=0, shuffle=True, num_replicas=2, rank=1, position=lambda: 3)) == 5
+
+
+@settings(deadline=None)
+@given(
+    count=st.integers(1, 60),
+    stages=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 4), st.integers(0, 6)), min_size=1, max_size=4),
+)
+def test_whatever_the_ranks_become_each_batch_comes_once(count: int, stages: list[tuple[int, int, int]]) -> None:
+    """Stages of an epoch: so many ranks, so many batches a window, so many windows until the next restart."""
+    order, seen, position = np.random.default_rng(1).permutation(count), [], 0
+    shares = Shares(count, stages[0][0])
+    for ranks, window, windows in [*stages, (2, 1, 10_000)]:
+        now = shares.go_on(ranks, 0, position, window)
+        if now is not shares:
+            shares, position = now, now.begin
+        end = min(position + window * windows, shares.length)
+        taken = [shares.of(rank, order, position)[: end - position] for rank in range(ranks)]
+        assert len({len(own) for own in taken}) == 1
+        seen += [index for own in taken for index in own if index != FILLER]
+        position = end
+        assert len(seen) == shares.seen(position)
+    assert sorted(seen) == list(range(count))
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 3), (3, 1), (2, 5), (4, 3)])
+@pytest.mark.parametrize("window", [1, 2, 4])
+def test_no_window_is_without_a_batch_after_a_change_of_ranks(before: int, after: int, window: int) -> None:
+    order = np.arange(83)
+    for position in range(window, 83 // before - window, window):
+        shares = Shares(83, before).go_on(after, 0, position, window)
+        assert shares.resumed is not None
+        left = [shares.of(rank, order, shares.resumed.position) for rank in range(after)]
+        filled = [any(own[step] != FILLER for own in left) for step in range(len(left[0]))]
+        assert all(any(filled[start : start + window]) for start in range(0, len(filled), window))
+
+
+def test_the_same_ranks_and_windows_change_nothing() -> None:
+    shares = Shares(20, 2)
+    assert shares.go_on(2, 0, 4, 4) is shares
+    assert shares.go_on(2, 0, 10, 4) is shares  # the short window at the end

@@ -7,6 +7,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
+import synthetic
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import RunCheckpoint
 
@@ -187,3 +188,20 @@ def test_negative_control_without_the_seed_of_each_micro_batch(chats, tmp_path, 
     monkeypatch.setattr(Phi3LoRAModule, "_seed", lambda self, batch_idx: None)
     resumed, _ = run(chats, tmp_path, ckpt=folder / "epoch 0 batch 5.ckpt")
     assert not all(torch.equal(resumed[name], final[name]) for name in final)
+
+
+def test_an_epoch_without_validation_is_not_taken_up_again(tmp_path):
+    rows = [synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(4)]
+    base = synthetic.save_tiny(tmp_path / "base")
+
+    class Seen(pl.Callback):
+        def on_before_optimizer_step(self, trainer, pl_module, optimizer):
+            windows.append(len(pl_module._window.micro_batches))
+
+    windows: list[int] = []
+    for steps, resume in ((2, None), (4, str(tmp_path / "last.ckpt"))):  # an epoch has two windows of two
+        synthetic.trainer(
+            tmp_path, callbacks=[Seen(), RunCheckpoint(str(tmp_path))], max_steps=steps, max_epochs=-1,
+            accumulate_grad_batches=2, enable_checkpointing=True,
+        ).fit(Phi3LoRAModule(base, dtype="float32"), synthetic.loader(rows), ckpt_path=resume)  # fmt: skip
+    assert windows == [2, 2, 2, 2]

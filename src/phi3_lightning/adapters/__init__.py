@@ -7,19 +7,19 @@ from transformers import Phi3ForCausalLM
 
 from phi3_lightning.adapters import existing, targets, whole
 from phi3_lightning.adapters.adapter import Adapter
+from phi3_lightning.adapters.existing import check_origin as check_origin
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import LoRA
 from phi3_lightning.errors import ModelError
 
 
-def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None, fingerprint: str | None = None) -> Adapter:
+def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> Adapter:
     """Attach an adapter to a frozen model.
 
     Args:
         model: The base model; its target layers are changed in place.
         config: What to attach, and by which library.
         base: Name of the base model, which an existing adapter must have been trained on.
-        fingerprint: Hash of its weights, to tell the same.
 
     Returns:
         The adapter.
@@ -30,7 +30,7 @@ def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None, fin
     """
     adapter = _backend(config)(model, config)
     if config.adapter is not None:
-        existing.load_into(adapter, model, config, base, fingerprint)
+        existing.load_into(adapter, model, config, base)
     return adapter
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub import hf_hub_download
@@ -23,7 +23,7 @@ KEY = "model.lora.adapter"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def load_into(adapter: Adapter, model: nn.Module, lora: LoRA, base: str | None, fingerprint: str | None) -> None:
+def load_into(adapter: Adapter, model: nn.Module, lora: LoRA, base: str | None) -> None:
     """Set a fresh adapter to the values of ``lora.adapter``.
 
     Args:
@@ -31,7 +31,6 @@ def load_into(adapter: Adapter, model: nn.Module, lora: LoRA, base: str | None, 
         model: The model that carries it.
         lora: The section; its rank, scale and targets must be those of what is read.
         base: Name of the base model, if it has one.
-        fingerprint: Hash of the base's weights, if it is known.
 
     Raises:
         CheckpointError: If nothing can be read there, or it is another adapter or of another base.
@@ -42,7 +41,7 @@ def load_into(adapter: Adapter, model: nn.Module, lora: LoRA, base: str | None, 
     if suffix in (".ckpt", ".pt"):
         content = _read_torch(source)
         if suffix == ".ckpt":
-            state = _of_checkpoint(content, {**asdict(lora), "slices": targets.partial(adapter.targets)}, fingerprint)
+            state = _of_checkpoint(content, {**asdict(lora), "slices": targets.partial(adapter.targets)})
         else:
             state = _of_loralib(content, lora, where)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -51,6 +50,26 @@ def load_into(adapter: Adapter, model: nn.Module, lora: LoRA, base: str | None, 
     else:
         adapter.load_peft(_read_peft(source, base), where)
     rank_zero_info(f"adapter: starting from {source}")
+
+
+def check_origin(lora: LoRA, fingerprint: str) -> None:
+    """See that a checkpoint to start from was trained on the same base weights.
+
+    Args:
+        lora: The section.
+        fingerprint: Hash of the base's weights, which are read after the adapter is attached where they are sharded.
+
+    Raises:
+        CheckpointError: If it was not.
+    """
+    if lora.adapter is None or Path(lora.adapter).suffix != ".ckpt":
+        return
+    identity = _identity(_read_torch(lora.adapter), lora.adapter)
+    if identity["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{KEY}: {lora.adapter} belongs to another base ({identity['base'] or 'a local folder'}), or to this one "
+            "in another dtype or quantization; an adapter in PEFT's format moves between those"
+        )
 
 
 def _read_torch(source: str) -> Mapping[str, Any]:
@@ -67,22 +86,21 @@ def _read_torch(source: str) -> Mapping[str, Any]:
     return content
 
 
-def _of_checkpoint(content: Mapping[str, Any], lora: dict[str, Any], fingerprint: str | None) -> dict[str, Tensor]:
-    source = lora["adapter"]
-    identity = content.get("phi3_lightning")
-    if identity is None:
+def _identity(content: Mapping[str, Any], source: str) -> Mapping[str, Any]:
+    if "phi3_lightning" not in content:
         raise CheckpointError(f"{KEY}: {source} is no checkpoint of this package")
+    return cast("Mapping[str, Any]", content["phi3_lightning"])
+
+
+def _of_checkpoint(content: Mapping[str, Any], lora: dict[str, Any]) -> dict[str, Tensor]:
+    source = lora["adapter"]
+    identity = _identity(content, source)
     for key in (*STRUCTURAL_LORA_KEYS, "slices"):
         was = identity["lora"].get(key)
         if was != lora[key]:
             raise CheckpointError(
                 f"{KEY}: {source} was trained with model.lora.{key}: {was}, and here it is {lora[key]}"
             )
-    if fingerprint not in (None, identity["fingerprint"]):
-        raise CheckpointError(
-            f"{KEY}: {source} belongs to another base ({identity['base'] or 'a local folder'}), or to this one in "
-            "another dtype or quantization; an adapter in PEFT's format moves between those"
-        )
     prefix = "model."
     return {n.removeprefix(prefix): tensor for n, tensor in content["state_dict"].items() if n.startswith(prefix)}
 

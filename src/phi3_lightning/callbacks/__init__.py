@@ -1,9 +1,19 @@
 """Callbacks that the command line adds to a run; each works in any Trainer."""
 
 from phi3_lightning.callbacks.checkpoint import RunCheckpoint
+from phi3_lightning.callbacks.failure import RankFailure
 from phi3_lightning.callbacks.predictions import PredictionWriter
 from phi3_lightning.callbacks.progress import LineProgress
 from phi3_lightning.callbacks.report import RunReport
+from phi3_lightning.callbacks.stop import AgreedStop
 from phi3_lightning.callbacks.throughput import Throughput
 
-__all__ = ["LineProgress", "PredictionWriter", "RunCheckpoint", "RunReport", "Throughput"]
+__all__ = [
+    "AgreedStop",
+    "LineProgress",
+    "PredictionWriter",
+    "RankFailure",
+    "RunCheckpoint",
+    "RunReport",
+    "Throughput",
+]

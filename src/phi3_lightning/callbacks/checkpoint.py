@@ -7,12 +7,16 @@ from typing import Any, cast
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from phi3_lightning.config import require
+from phi3_lightning.checkpoint import Mismatch
+from phi3_lightning.checkpoint_io import AsyncSafeCheckpointIO, SafeCheckpointIO
+from phi3_lightning.config import require, require_choice
 from phi3_lightning.restart import repeat_validation
+from phi3_lightning.trained_state import TrainedStateModule
 
 
 class RunCheckpoint(Checkpoint):
@@ -27,6 +31,8 @@ class RunCheckpoint(Checkpoint):
         monitor: The metric, lower is better, that decides which checkpoint is the best; null keeps the newest only.
         every_n_steps: Write ``last.ckpt`` every so many optimiser steps; null: by time alone.
         every_n_minutes: Write ``last.ckpt`` when so many minutes have passed since the last time.
+        async_save: Write in the background while training goes on, from a copy in memory of what is written.
+        on_mismatch: Whether a checkpoint of another base, tokenizer or adapter is refused, or loaded with a warning.
     """
 
     def __init__(
@@ -35,7 +41,10 @@ class RunCheckpoint(Checkpoint):
         monitor: str | None = "val/loss",
         every_n_steps: int | None = None,
         every_n_minutes: float = 5.0,
+        async_save: bool = False,
+        on_mismatch: Mismatch = "refuse",
     ) -> None:
+        require_choice("checkpoint.on_mismatch", on_mismatch, Mismatch)
         if every_n_steps is not None:
             require(every_n_steps >= 1, "checkpoint.every_n_steps", every_n_steps, "it is at least 1")
         require(every_n_minutes >= 0, "checkpoint.every_n_minutes", every_n_minutes, "it is 0 or more")
@@ -43,7 +52,10 @@ class RunCheckpoint(Checkpoint):
         self.monitor = monitor
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
+        self.async_save = async_save
+        self.on_mismatch = on_mismatch
         self.best_score = math.inf
+        self._background = AsyncSafeCheckpointIO()
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._validation_cut = False
@@ -68,6 +80,16 @@ class RunCheckpoint(Checkpoint):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self.dirpath is None:
             self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
+        if self.async_save:
+            require(
+                type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, SafeCheckpointIO, AsyncSafeCheckpointIO),
+                "checkpoint.async_save",
+                True,
+                "trainer.plugins has another way to write checkpoints; leave one of the two out",
+            )
+            trainer.strategy.checkpoint_io = self._background
+        if isinstance(pl_module, TrainedStateModule):
+            pl_module.on_mismatch = self.on_mismatch
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -117,6 +139,7 @@ class RunCheckpoint(Checkpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self._saved_step:
             self._save_last(trainer)
+        self._background.wait()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

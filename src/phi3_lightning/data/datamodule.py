@@ -2,6 +2,8 @@
 
 import os
 import warnings
+from collections.abc import Mapping
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal
 
@@ -14,7 +16,7 @@ from phi3_lightning.data.loaders import batch_loader, stream_loader
 from phi3_lightning.data.options import Files, Format, Options, Split
 from phi3_lightning.data.packing import Plan
 from phi3_lightning.data.prepare import Prepared, Statistics
-from phi3_lightning.data.sampler import BatchLoader, PlannedBatches, compare_orders
+from phi3_lightning.data.sampler import BatchLoader, PlannedBatches, Resumed, Shares, compare_orders
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.splits import (
     load_template,
@@ -159,6 +161,8 @@ class ChatDataModule(LightningDataModule):
         self.prepared: dict[Split, Prepared] = {}
         self.plans: dict[Split, Plan] = {}
         self._saved_order: dict[str, Any] | None = None
+        self._resumed: Resumed | None = None
+        self._regrouped = False  # by a module that restarts exactly; under any other, ranks must stay
 
     def validate_sources(self) -> None:
         """Check, before anything is loaded, that every file can be read and that rows fit the model.
@@ -217,11 +221,9 @@ class ChatDataModule(LightningDataModule):
 
         Raises:
             ConfigError: A stream has no end, and the Trainer was told none.
-            CheckpointError: The run goes on within an epoch, but data, seed or ranks are not what they were.
         """
         if self.options.streaming:
             return self._stream()
-        self._check_resumed_order()
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
@@ -272,16 +274,50 @@ class ChatDataModule(LightningDataModule):
             places = self.describe_rows(exception.row_ids)
             exception.add_note("Rows of this step: " + ", ".join(dict.fromkeys(places)))
 
-    def state_dict(self) -> dict[str, Any]:
-        """What decides the order of batches, so that a resumed run can tell whether it is the same.
+    def checkpoint_identity(self) -> dict[str, str]:
+        """What ties a checkpoint to the tokens that it was trained on.
 
         Returns:
-            Seed, ranks and a fingerprint of the plan; nothing without training data.
+            Hashes of ``tokenizer`` and ``template``.
+        """
+        return self.template.identity
+
+    def state_dict(self) -> dict[str, Any]:
+        """What decides the order of batches, so that a resumed run can tell whether it is the same, and the statistics.
+
+        Returns:
+            Seed, a fingerprint of the plan, ranks, where an epoch went on with another number of them, and what became
+            of the rows; nothing without training data.
         """
         if "train" not in self.plans:
             return {}
-        plan = self.plans["train"].fingerprint()
-        return {"seed": self._seed(), "ranks": self._ranks()["num_replicas"], "plan": plan}
+        return self._order() | {
+            "ranks": self._ranks()["num_replicas"],
+            "resumed": None if self._resumed is None else asdict(self._resumed),
+            "statistics": {split: asdict(found) for split, found in self.statistics.items()},
+        }
+
+    def regroup(self, state: Mapping[str, Any], epoch: int, position: int, window: int) -> int:
+        """Let the ranks that there are now take what is left of an epoch, each row once.
+
+        Args:
+            state: What ``state_dict`` returned when the checkpoint was written.
+            epoch: Which epoch.
+            position: Batches of each rank that were over.
+            window: Batches of an accumulation window now.
+
+        Returns:
+            Batches of each rank that are over, as they are counted now.
+        """
+        order = self._order()
+        if any(state[key] != order[key] for key in order):
+            return position  # another order, which is looked at when the epoch begins to be read
+        self._regrouped = True
+        before = None if state.get("resumed") is None else Resumed(**state["resumed"])
+        shares = Shares(len(self.plans["train"]), state["ranks"], before if before and before.epoch == epoch else None)
+        now = shares.go_on(self._ranks()["num_replicas"], epoch, position, window)
+        self._resumed = now.resumed
+        return position if now is shares else now.begin
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keep what a checkpoint says about the order until training goes on from it.
@@ -290,6 +326,10 @@ class ChatDataModule(LightningDataModule):
             state_dict: What ``state_dict`` returned.
         """
         self._saved_order = state_dict
+
+    def _order(self) -> dict[str, Any]:
+        plan = self.plans["train"].fingerprint()
+        return {"seed": self._seed(), "plan": plan}
 
     def _set_up(self, split: Split) -> None:
         encoder = make_encoder(split, self.options, self.template, self._window)
@@ -316,7 +356,8 @@ class ChatDataModule(LightningDataModule):
             PlannedBatches(self.prepared[split], self.plans[split], make),
             seed=self._seed(),
             shuffle=shuffle,
-            position=self._position if split == "train" else lambda: 0,
+            position=self._start if split == "train" else lambda: 0,
+            resumed=lambda: self._resumed if split == "train" else None,
             num_workers=self.options.num_workers,
             **self._ranks(),
         )
@@ -352,12 +393,18 @@ class ChatDataModule(LightningDataModule):
     def _position(self) -> int:
         return 0 if self.trainer is None else self.trainer.fit_loop.epoch_loop.batch_progress.current.ready
 
+    def _start(self) -> int:
+        """The position, when an epoch begins to be read: now it is known whether it goes on where a checkpoint was."""
+        self._check_resumed_order()
+        return self._position()
+
     def _check_resumed_order(self) -> None:
         saved, self._saved_order = self._saved_order, None
         if saved and self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress
+            now = self._order() | ({} if self._regrouped else {"ranks": self._ranks()["num_replicas"]})
             within = progress.current.ready > 0 and not progress.is_last_batch
-            if changed := compare_orders(saved, self.state_dict(), within_epoch=within):
+            if changed := compare_orders(saved, now, within_epoch=within):
                 rank_zero_info(f"The order of batches is new from this epoch on: {changed}.")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches
+from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches, Resumed
 from phi3_lightning.data.stream import StreamedBatches, StreamLoader
 
 
@@ -16,6 +16,7 @@ def batch_loader(
     seed: int,
     shuffle: bool,
     position: Callable[[], int],
+    resumed: Callable[[], Resumed | None],
     num_replicas: int,
     rank: int,
     num_workers: int,
@@ -27,6 +28,7 @@ def batch_loader(
         seed: With the epoch, decides their order.
         shuffle: Whether each epoch has an order of its own.
         position: Says how many batches of an epoch this rank has already seen.
+        resumed: Says where an epoch went on with another number of ranks.
         num_replicas: Number of ranks.
         rank: This rank.
         num_workers: Processes that collate ahead.
@@ -34,7 +36,8 @@ def batch_loader(
     Returns:
         The loader.
     """
-    order = BatchOrder(batches, seed=seed, shuffle=shuffle, num_replicas=num_replicas, rank=rank, position=position)
+    ranks: dict[str, Any] = {"num_replicas": num_replicas, "rank": rank}
+    order = BatchOrder(batches, seed=seed, shuffle=shuffle, position=position, resumed=resumed, **ranks)
     return BatchLoader(batches, batch_size=None, sampler=order, **_common(num_workers))
 
 

@@ -1,18 +1,112 @@
 """The order of batches: seed, epoch, rank and position decide it, nothing else."""
 
 from collections.abc import Callable, Iterator, Mapping, Sized
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from phi3_lightning.data.collate import Document
-from phi3_lightning.data.packing import Plan
+from phi3_lightning.data.packing import Ints, Plan
 from phi3_lightning.data.prepare import Prepared
 from phi3_lightning.errors import CheckpointError
 
 FILLER: Final = -1
 """The index of a batch without documents, which evens out ranks."""
+
+
+@dataclass(frozen=True)
+class Resumed:
+    """Where an epoch went on with another number of ranks, or other windows, than it had begun with.
+
+    Args:
+        epoch: Which epoch.
+        position: Batches of each rank before, as they are counted now.
+        seen: Batches that all ranks together had seen.
+    """
+
+    epoch: int
+    position: int
+    seen: int
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Which rank takes which batch of an epoch's order.
+
+    Args:
+        count: Batches of an epoch.
+        ranks: How many ranks take them.
+        resumed: Where this epoch went on otherwise than it had begun; None: it did not.
+    """
+
+    count: int
+    ranks: int
+    resumed: Resumed | None = None
+
+    @property
+    def length(self) -> int:
+        """Batches of each rank, fillers included."""
+        return -(-self.count // self.ranks)
+
+    def seen(self, position: int) -> int:
+        """Say how many batches all ranks together have seen.
+
+        Args:
+            position: Batches of each rank.
+
+        Returns:
+            A number of different batches.
+        """
+        if self.resumed is None:
+            return min(position * self.ranks, self.count)
+        rest, steps = self.count - self.resumed.seen, self.length - self.resumed.position
+        return self.resumed.seen + (position - self.resumed.position) * rest // max(steps, 1)
+
+    def of(self, rank: int, order: Ints, position: int) -> list[int]:
+        """Say what a rank has still to see.
+
+        Args:
+            rank: Which rank.
+            order: The epoch's batches, shape (count,).
+            position: Batches of each rank that are over.
+
+        Returns:
+            Batches of ``order``, and fillers. After a change of ranks there may be too few batches for all steps: the
+            fillers are spread, so that no step is without a batch.
+        """
+        if self.resumed is None:
+            own = order[rank :: self.ranks].tolist()
+            return [*own, *[FILLER] * (self.length - len(own))][position:]
+        bounds = [self.seen(step) for step in range(position, self.length + 1)]
+        own = [start + rank if start + rank < end else None for start, end in pairwise(bounds)]
+        return [FILLER if index is None else int(order[index]) for index in own]
+
+    def go_on(self, ranks: int, epoch: int, position: int, window: int) -> "Shares":
+        """Let another number of ranks take what is left of an epoch.
+
+        Args:
+            ranks: How many there are now.
+            epoch: Which epoch.
+            position: Batches of each rank that are over, at the end of a window.
+            window: Batches of an accumulation window now; a window is never cut.
+
+        Returns:
+            The new shares; the same where nothing changes.
+        """
+        if ranks == self.ranks and (position % window == 0 or position == self.length):
+            return self
+        seen = self.seen(position)
+        if seen == self.count:
+            return Shares(self.count, ranks)  # the next epoch is shared out as any other
+        return Shares(self.count, ranks, Resumed(epoch, seen // ranks // window * window, seen))
+
+    @property
+    def begin(self) -> int:
+        """The position at which what is left of an epoch begins; its length where nothing is left."""
+        return self.length if self.resumed is None else self.resumed.position
 
 
 class BatchOrder(DistributedSampler[int]):
@@ -25,6 +119,7 @@ class BatchOrder(DistributedSampler[int]):
         num_replicas: Number of ranks; they take batches in turn.
         rank: This rank.
         position: Says, when an epoch begins to be read, how many batches of it this rank has already seen.
+        resumed: Says then where an epoch went on with another number of ranks.
     """
 
     def __init__(
@@ -36,21 +131,23 @@ class BatchOrder(DistributedSampler[int]):
         num_replicas: int = 1,
         rank: int = 0,
         position: Callable[[], int] = lambda: 0,
+        resumed: Callable[[], Resumed | None] = lambda: None,
     ) -> None:
         super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self._count = len(batches)
         self._position = position
+        self._resumed = resumed
 
     def __len__(self) -> int:
-        return -(-self._count // self.num_replicas)
+        return Shares(self._count, self.num_replicas).length
 
     def __iter__(self) -> Iterator[int]:
         order = np.arange(self._count)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self._count)
-        own = order[self.rank :: self.num_replicas]
-        padded = np.pad(own, (0, len(self) - len(own)), constant_values=FILLER)
-        yield from padded[self._position() :].tolist()
+        position, resumed = self._position(), self._resumed()
+        here = resumed if resumed is not None and resumed.epoch == self.epoch else None
+        yield from Shares(self._count, self.num_replicas, here).of(self.rank, order, position)
 
 
 class BatchLoader(DataLoader[Any]):
@@ -106,7 +203,7 @@ def compare_orders(saved: Mapping[str, Any], now: Mapping[str, Any], *, within_e
     """See whether a resumed run takes its batches in the order of the run before.
 
     Args:
-        saved: Seed, ranks and plan of the run before.
+        saved: Seed and plan of the run before.
         now: Those of this run.
         within_epoch: Whether the run before stopped within an epoch.
 

@@ -1,7 +1,10 @@
 """Conversations become token ids and supervised spans. The only room that knows chat tokens."""
 
+import hashlib
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
@@ -13,12 +16,13 @@ from transformers import PreTrainedTokenizerFast
 from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, Message
 from phi3_lightning.data.glue import Ending, Glue
 from phi3_lightning.data.marks import Rendered, free_marks, lost, mark, unmark
+from phi3_lightning.data.words import Pieces, Words, words_are_independent
 from phi3_lightning.errors import ConfigError
 
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
 
 
-class _Pieces:
+class _Joined:
     """Encodings of a text's pieces, read as one."""
 
     def __init__(self, starts: list[int], encodings: list[Encoding]) -> None:
@@ -84,6 +88,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special_text: Literal["plain", "refuse"] = "plain") -> None:
         self.tokenizer = tokenizer
         self._glue = Glue()
+        self._words = Words(tokenizer) if words_are_independent(tokenizer) else None
         self._can_defuse = special_text == "plain"
         added = tokenizer.added_tokens_decoder
         self._special_ids = {index for index, token in added.items() if token.special}
@@ -96,6 +101,18 @@ class ChatTemplate:
         """The tokens that end an answer: the template's end of turn, and the tokenizer's end of text."""
         eos = self.tokenizer.eos_token_id
         return [self._end_of_turn] if eos in (None, self._end_of_turn) else [self._end_of_turn, eos]
+
+    @cached_property
+    def identity(self) -> dict[str, str]:
+        """What the tokenizer does and what the template says, as hashes: other ones make other tokens of a chat.
+
+        Returns:
+            ``tokenizer``, of its vocabulary and of how it takes texts apart, and ``template``, of its text.
+        """
+        probes = self._encode_texts([" Grüße,\n\tcafé  ½ 東京 👋\r\n 3.14", *self.tokenizer.get_added_vocab()])
+        behaviour = [sorted(self.tokenizer.get_vocab().items()), [probe.ids for probe in probes]]
+        texts = {"tokenizer": json.dumps(behaviour), "template": str(self.tokenizer.chat_template)}
+        return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
 
     def encode(
         self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
@@ -110,8 +127,7 @@ class ChatTemplate:
             For each conversation its tokens, or why the template cannot render it.
         """
         rendered = self._render([conversation.messages for conversation in conversations], add_generation_prompt)
-        good = [item for item in rendered if isinstance(item, Rendered)]
-        encodings = iter(self._encode_texts([item.text for item in good]))
+        encodings = self._encode_rendered([item for item in rendered if isinstance(item, Rendered)])
         return [
             item if isinstance(item, BadRowError) else self._supervise(conversation, item, next(encodings))
             for conversation, item in zip(conversations, rendered, strict=True)
@@ -174,12 +190,20 @@ class ChatTemplate:
         finally:
             backend.encode_special_tokens = False
 
-    def _supervise(self, chat: Conversation, rendered: Rendered, encoding: Encoding | _Pieces) -> Encoded | BadRowError:
-        special = next(filter(None, (self._special_text.search(message["content"]) for message in chat.messages)), None)
-        if special:
-            if not self._can_defuse:
-                return _refused(special.group())
-            encoding = self._defuse(rendered, encoding.ids, encoding.offsets)
+    def _encode_rendered(self, rendered: list[Rendered]) -> Iterator[Encoding | Pieces]:
+        by_words = [self._words.encode(item) if self._words else None for item in rendered]
+        others = [item.text for item, found in zip(rendered, by_words, strict=True) if found is None]
+        whole = iter(self._encode_texts(others))
+        return (found or next(whole) for found in by_words)
+
+    def _supervise(
+        self, chat: Conversation, rendered: Rendered, encoding: Encoding | Pieces | _Joined
+    ) -> Encoded | BadRowError:
+        found = (self._special_text.search(message["content"]) for message in chat.messages)
+        if not self._can_defuse and (special := next(filter(None, found), None)):
+            return _refused(special.group())
+        if isinstance(encoding, Encoding) and any(found):  # words have it as plain text already
+            encoding = self._defuse(rendered, encoding)
         spans = []
         for index, (start, end) in enumerate(rendered.contents):
             if not chat.trained[index]:
@@ -196,10 +220,10 @@ class ChatTemplate:
             spans.append((first + swallowed, last + 1))
         return Encoded(encoding.ids, spans)
 
-    def _defuse(self, rendered: Rendered, ids: list[int], offsets: list[tuple[int, int]]) -> _Pieces:
+    def _defuse(self, rendered: Rendered, whole: Encoding) -> _Joined:
         """Encode again so that only the template's special tokens are special, and a content's are plain text."""
         cuts = [0]
-        for token, (start, end) in zip(ids, offsets, strict=True):
+        for token, (start, end) in zip(whole.ids, whole.offsets, strict=True):
             if token in self._special_ids and not any(a <= start < b for a, b in rendered.contents):
                 cuts += [start, end]
         cuts.append(len(rendered.text))
@@ -207,7 +231,7 @@ class ChatTemplate:
         encodings: list[Encoding | None] = [None] * len(pieces)
         encodings[0::2] = self._encode_texts(pieces[0::2], plain=True)
         encodings[1::2] = self._encode_texts(pieces[1::2])
-        return _Pieces(cuts, [piece for piece in encodings if piece is not None])
+        return _Joined(cuts, [piece for piece in encodings if piece is not None])
 
     def _check(self) -> int:
         """Try the template on a small chat and return its end-of-turn token."""
@@ -225,7 +249,7 @@ class ChatTemplate:
         ids = encoded.input_ids
         [whole] = self._encode_texts([rendered.text])
         # Some tokenizers treat a text's beginning differently: their texts cannot be encoded piece by piece.
-        self._can_defuse &= self._defuse(rendered, whole.ids, whole.offsets).ids == ids
+        self._can_defuse &= self._defuse(rendered, whole).ids == ids
         if ids[0] == ids[1] == self.tokenizer.bos_token_id:
             raise ConfigError("data.tokenizer: the chat template begins with two bos tokens; remove one from it.")
         ends = {ids[end - 1] for _, end in encoded.spans}

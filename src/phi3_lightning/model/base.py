@@ -1,12 +1,15 @@
 """The frozen Phi-3: which models are taken, and how one is made ready."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM, PreTrainedConfig
 from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_attn_2_available
 
@@ -62,10 +65,27 @@ def read_config(base: str, revision: str | None = None) -> Phi3Config:
     return Phi3Config.from_dict(config)
 
 
-def skeleton(config: Phi3Config) -> Phi3ForCausalLM:
-    """Return the model of ``config`` without weights, on the meta device."""
+def skeleton(
+    config: Phi3Config, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
+) -> Phi3ForCausalLM:
+    """Return the model of ``config`` without weights, frozen, in evaluation mode, on the meta device.
+
+    Args:
+        config: The model's configuration.
+        dtype: Type of the weights.
+        attn_implementation: The attention kernel, as transformers names it.
+    """
     with torch.device("meta"):
-        return Phi3ForCausalLM(config)
+        model = Phi3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
+    return cast("Phi3ForCausalLM", model.requires_grad_(False).eval())
+
+
+@contextmanager
+def fixed_seed() -> Iterator[None]:
+    """Draw the same random base weights in every run, so that a checkpoint finds its base again."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
 
 
 def load(
@@ -155,15 +175,13 @@ def keep_as_quantized(model: nn.Module) -> None:
 
 
 def _random(config: Phi3Config, dtype: torch.dtype, attention: str, device: torch.device) -> Phi3ForCausalLM:
-    with torch.device("meta"):
-        model = Phi3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attention)
+    model = skeleton(config, dtype, attention)
     model.to_empty(device=device)
     model.tie_weights()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)  # the same weights in every run: a checkpoint finds its base again
+    with fixed_seed():
         for module in model.modules():
             model._init_weights(module)
-    return cast("Phi3ForCausalLM", model.eval())
+    return model
 
 
 def choose_attention(wanted: Attention, device: torch.device) -> str:
@@ -233,10 +251,25 @@ def fingerprint(model: nn.Module, samples: int = 64) -> str:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             continue
-        flat = parameter.detach().reshape(-1)
-        count = min(samples, flat.numel())
-        positions = torch.arange(count, device=flat.device) * (flat.numel() - 1) // max(count - 1, 1)
-        name = name.replace(".base_layer", "")
+        count = min(samples, parameter.numel())
+        positions = torch.arange(count, device=parameter.device) * (parameter.numel() - 1) // max(count - 1, 1)
+        name = name.replace(".base_layer", "").replace(".original_module", "")
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
-        digest.update(flat[positions].float().cpu().numpy().tobytes())
+        digest.update(_values(parameter.detach(), positions).cpu().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _values(parameter: Tensor, positions: Tensor) -> Tensor:
+    """The values at positions of the flattened parameter, float32, the same on all ranks that share it."""
+    if not isinstance(parameter, DTensor):
+        return parameter.reshape(-1)[positions].float()
+    local = parameter.to_local().reshape(-1)
+    first = -(-parameter.shape[0] // parameter.device_mesh.size()) * parameter.device_mesh.get_local_rank()
+    inside = positions - first * parameter.stride(0)
+    mine = (inside >= 0) & (inside < local.numel())
+    # as whole numbers: adding zeros would lose the sign of a zero
+    bits = torch.zeros(positions.shape, dtype=torch.int32, device=positions.device)
+    bits[mine] = local[inside[mine]].float().view(torch.int32)
+    bits = bits.to(parameter.device_mesh.device_type)
+    torch.distributed.all_reduce(bits, group=parameter.device_mesh.get_group())
+    return bits.view(torch.float32)

@@ -1,0 +1,166 @@
+"""``export``: from a checkpoint to a folder that PEFT, transformers and servers take."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser
+from lightning.pytorch.utilities import rank_zero_info
+from rich.console import Console
+from rich.table import Table
+
+from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.commands.parser import Parser
+from phi3_lightning.data.conversation import BadRowError, Conversation
+from phi3_lightning.data.template import ChatTemplate, load_tokenizer
+from phi3_lightning.errors import CheckpointError, ConfigError
+from phi3_lightning.export.card import Origin
+from phi3_lightning.export.chat_files import Chat
+from phi3_lightning.export.export import DType, Export, Exported, Format, export
+from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.run_folder import RunFolder
+
+DESCRIPTION = "Write a checkpoint's adapter, or the model with the adapter merged in, and prove that it answers alike."
+
+QUESTIONS = (
+    "What can you do for me?",
+    "Name three colours, and say where each of them is found in nature.",
+    "Write one sentence about the sea.",
+    "How long do I boil an egg? Answer in one line.",
+)
+"""What live and exported model are asked; fixed, so that certificates of one base can be compared."""
+
+
+def parser() -> LightningArgumentParser:
+    """Return the parser of ``export``, which takes the configuration of a run as it is."""
+    result = Parser(prog="cli.py export", description=DESCRIPTION)
+    result.add_argument("-c", "--config", action="config", help="Configuration of a run; a checkpoint alone is enough.")
+    result.add_argument("--ckpt_path", type=str | None, default=None, help="null: the best of --run, or its newest.")
+    result.add_argument("--output_dir", type=str, required=True, help="The folder to make.")
+    result.add_argument("--format", type=Format, default="peft", help="Adapter for PEFT, whole model, or loralib file.")
+    result.add_argument("--merge", action="store_true", help="The same as --format merged.")
+    result.add_argument(
+        "--dtype", type=DType | None, default=None, help="Of a merged model; null: as the base's files."
+    )
+    result.add_argument("--max_shard_size", type=str, default="1GB", help="Largest file of a merged model.")
+    result.add_argument("--overwrite", action="store_true", help="Replace what the folder holds.")
+    result.add_lightning_class_args(Phi3LoRAModule, "model")
+    result.add_argument("--data", type=dict[str, Any], default={}, help="tokenizer, revision and chat_template count.")
+    result.add_argument("--run", type=str, default="phi3-lora", help="Name of the run, where no ckpt_path is given.")
+    result.add_argument("--trainer", type=dict[str, Any], default={}, help="Of a run; default_root_dir finds it.")
+    for section in ("checkpoint", "seed_everything", "weights_only"):
+        result.add_argument(f"--{section}", type=Any, default=None, help="Accepted from the configuration of a run.")
+    return result
+
+
+def main(args: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: The arguments after ``export``.
+
+    Raises:
+        CheckpointError: If the checkpoint cannot be read, or does not belong to the base.
+        ConfigError: If the output folder is in use, or options contradict each other.
+        ModelError: If the export does not answer as the live model does.
+    """
+    options = parser()
+    path = _checkpoint_path(options, args)
+    checkpoint = read_checkpoint(path)
+    if "hyper_parameters" not in checkpoint:
+        raise CheckpointError(f"{path}: no checkpoint of a Phi3LoRAModule; it has no hyper_parameters")
+    # what the checkpoint says are the defaults: what is typed now wins
+    options.set_defaults(_flat("model", checkpoint["hyper_parameters"]))
+    config = options.parse_args(args)
+    what = _what(config)
+    target = Path(config.output_dir).resolve()
+    _check_target(target, overwrite=config.overwrite)
+
+    module: Phi3LoRAModule = options.instantiate_classes(config).model
+    module.on_load_checkpoint(checkpoint)
+    module.load_state_dict(checkpoint["state_dict"])
+    module.eval()
+    chat = _chat(config, checkpoint)
+    origin = Origin(_base_name(module), checkpoint, path.resolve().parent.parent)
+    _report(export(module, chat, origin, what, target), target)
+
+
+def _checkpoint_path(options: LightningArgumentParser, args: list[str]) -> Path:
+    """Find the checkpoint before the options of the model are known, which it decides."""
+    config = options.parse_args([*args, "--model.base=unknown"])
+    if config.ckpt_path is not None:
+        return Path(config.ckpt_path)
+    run = RunFolder.named(config.run, config.trainer.get("default_root_dir"))
+    found = run.evaluated()
+    if found is None:
+        raise CheckpointError(f"{run.path}: there is no checkpoint; give one with --ckpt_path")
+    return found
+
+
+def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Name each leaf of nested options by its whole key path."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= _flat(f"{prefix}.{key}", value) if isinstance(value, Mapping) else {f"{prefix}.{key}": value}
+    return result
+
+
+def _what(config: Namespace) -> Export:
+    if config.merge and config.format == "loralib":
+        raise ConfigError("--merge: --format loralib holds the adapter alone; leave one of the two out")
+    kind: Format = "merged" if config.merge else config.format
+    if kind != "merged" and config.dtype is not None:
+        raise ConfigError(f"--dtype: adapters are written in float32, and {config.dtype} is for --format merged")
+    return Export(kind, config.dtype, config.max_shard_size)
+
+
+def _check_target(target: Path, *, overwrite: bool) -> None:
+    if target.exists() and not target.is_dir():
+        raise ConfigError(f"--output_dir: {target} is a file; give a folder")
+    if target.is_dir() and any(target.iterdir()) and not overwrite:
+        raise ConfigError(f"--output_dir: {target} is not empty; give another folder, or --overwrite to replace it")
+
+
+def _base_name(module: Phi3LoRAModule) -> str:
+    if module.base_id is not None:
+        return module.base_id
+    name = Path(module.base).resolve().name
+    rank_zero_info(
+        f"Warning: the export names its base {name!r}, after the folder: nobody else will find it; "
+        "give the hub id with --model.base_id"
+    )
+    return name
+
+
+def _chat(config: Namespace, checkpoint: dict[str, Any]) -> Chat:
+    """Take tokenizer and template from what is typed now, else from the checkpoint, else from the base."""
+    trained = checkpoint.get("datamodule_hyper_parameters", {})
+    data = {key: config.data.get(key) or trained.get(key) for key in ("tokenizer", "revision", "chat_template")}
+    if data["tokenizer"] is None:
+        data |= {"tokenizer": config.model.base, "revision": config.model.revision}
+    tokenizer = load_tokenizer(data["tokenizer"], data["revision"], data["chat_template"])
+    template = ChatTemplate(tokenizer)
+    chats = [Conversation([{"role": "user", "content": question}], [False]) for question in QUESTIONS]
+    encoded = template.encode(chats, add_generation_prompt=True)
+    prompts = [found.input_ids for found in encoded if not isinstance(found, BadRowError)]
+    own = None if data["chat_template"] is None else str(tokenizer.chat_template)
+    return Chat(data["tokenizer"], data["revision"], own, template.stop_ids, prompts)
+
+
+def _report(exported: Exported, target: Path) -> None:
+    certificate = exported.certificate
+    table = Table(title="certificate")
+    for column in (f"over {certificate.positions} positions", "largest logit difference", "KL", "same likeliest token"):
+        table.add_column(column, justify="left" if "positions" in column else "right")
+    for what, found in (
+        (certificate.compared, certificate.export),
+        ("one rounding a layer", certificate.rounding),
+        ("the adapter's own effect", certificate.adapter),
+    ):
+        table.add_row(what, f"{found.max_logit:.3g}", f"{found.kl:.2g}", f"{found.greedy:.1%}")
+    console = Console()
+    console.print(table)
+    console.print(f"written: {target}", highlight=False, soft_wrap=True)
+    if exported.serving is not None:
+        console.print(exported.serving.replace(f"={target.name} ", f"={target} "), highlight=False, soft_wrap=True)

@@ -1,0 +1,1 @@
+"""From a checkpoint to folders that any server takes."""

@@ -1,0 +1,177 @@
+"""The base and its adapter as one model: summed in float32, rounded once, one tensor at a time."""
+
+import json
+import time
+from collections.abc import Iterator
+from copy import deepcopy
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from lightning.pytorch.utilities import rank_zero_info
+from peft import PeftModel, get_peft_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
+from peft.utils import ModulesToSaveWrapper
+from rich.progress import Progress
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import Phi3ForCausalLM
+
+from phi3_lightning.adapters.adapter import PeftForm
+from phi3_lightning.errors import ModelError
+from phi3_lightning.export.base_files import INDEX, BaseWeights
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_LINE_SECONDS = 10.0  # between two lines about progress where there is no terminal
+
+
+def attach(base: Phi3ForCausalLM, form: PeftForm) -> PeftModel:
+    """Put an adapter on a base by PEFT alone, whatever backend trained it.
+
+    Args:
+        base: The model; with weights on the meta device, only the adapter has content.
+        form: The adapter.
+
+    Raises:
+        ModelError: If a tensor of the adapter has no place in the model, or a place stays empty.
+    """
+    config = deepcopy(form.config)
+    config.base_model_name_or_path = None  # PEFT sets it to that of ``base``
+    model = get_peft_model(base, config)
+    for layer in model.modules():
+        if isinstance(layer, LoraLayer):  # PEFT makes them where the base is, which may be nowhere
+            for part in layer.adapter_layer_names:
+                getattr(layer, part).to_empty(device="cpu")
+        elif isinstance(layer, ModulesToSaveWrapper):
+            layer.modules_to_save.to_empty(device="cpu")
+    result: Any = set_peft_model_state_dict(model, form.tensors)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    wrong = [*result.unexpected_keys, *(trained & set(result.missing_keys))]
+    if wrong:
+        raise ModelError(f"the adapter does not fit the base: {', '.join(wrong[:5])}")
+    return model.eval()
+
+
+class Merger:
+    """Adds an adapter's updates to base weights, by PEFT's own arithmetic, one weight at a time.
+
+    Args:
+        skeleton: The base model on the meta device.
+        form: The adapter.
+
+    Attributes:
+        unties: Whether embedding and head, which share one weight in the base, become two.
+    """
+
+    def __init__(self, skeleton: Phi3ForCausalLM, form: PeftForm) -> None:
+        tied = bool(skeleton.config.tie_word_embeddings)
+        model = cast("nn.Module", attach(skeleton, form).base_model.model)
+        self._layers: dict[str, Any] = {
+            name: module
+            for name, module in model.named_modules()
+            if isinstance(module, LoraLayer | ModulesToSaveWrapper)
+        }
+        ends = {EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")}
+        self.unties = tied and bool(ends & self._layers.keys())
+
+    @torch.no_grad()
+    def merged(self, name: str, weight: Tensor) -> Tensor:
+        """Return a weight with the adapter's update, in float32; as it is where there is none.
+
+        Args:
+            name: Its name in the base's files.
+            weight: The base's, in any floating-point type.
+
+        Raises:
+            ModelError: If the weight is not that of the config, or the sum is not finite.
+        """
+        path, _, kind = name.rpartition(".")
+        layer = self._layers.get(path)
+        if layer is None:
+            return weight
+        if isinstance(layer, ModulesToSaveWrapper):
+            return layer.modules_to_save["default"].get_parameter(kind).detach().float()
+        expected = layer.base_layer.weight.shape
+        if weight.shape != expected:
+            raise ModelError(f"{name}: the base's file has shape {tuple(weight.shape)}, its config {tuple(expected)}")
+        layer.base_layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+        try:
+            layer.merge(safe_merge=True)
+        except ValueError as error:
+            raise ModelError(f"{name}: the sum of base and adapter is not finite ({error})") from error
+        result: Tensor = layer.base_layer.weight.data
+        layer.base_layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+        layer.merged_adapters.clear()
+        return result
+
+
+def write_merged(
+    weights: BaseWeights, merger: Merger, folder: Path, dtype: torch.dtype | None, max_shard_size: str
+) -> torch.dtype:
+    """Write the merged model's safetensors and config.json.
+
+    In memory are the adapter and the tensors of one file, so ``max_shard_size`` bounds it.
+
+    Args:
+        weights: The base.
+        merger: The adapter on it.
+        folder: Where to.
+        dtype: Type of the written weights; None: that of the base's files.
+        max_shard_size: Largest file, such as ``2GB``.
+
+    Returns:
+        The type of the written weights.
+    """
+    shapes = weights.shapes()
+    if merger.unties:
+        shapes.setdefault(HEAD, shapes[EMBEDDING])
+    target = {name: torch.empty_like(shape, dtype=dtype or shape.dtype) for name, shape in shapes.items()}
+    plan = split_torch_state_dict_into_shards(
+        target, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    steps = _progress(len(target))
+    for file, names in plan.filename_to_tensors.items():
+        shard = {
+            name: _tensor(name, weights, merger, target[name].dtype) for name, _ in zip(names, steps, strict=False)
+        }
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        del shard
+    next(steps, None)
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
+        (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
+    written = target[EMBEDDING].dtype
+    config = _config(weights.config, written, unties=merger.unties)
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    return written
+
+
+def _tensor(name: str, weights: BaseWeights, merger: Merger, dtype: torch.dtype) -> Tensor:
+    present = weights.read(EMBEDDING if name == HEAD and merger.unties else name)
+    return merger.merged(name, present).to(dtype).contiguous()
+
+
+def _config(base: dict[str, Any], dtype: torch.dtype, *, unties: bool) -> dict[str, Any]:
+    """The base's own configuration, so that every reader of it reads this one: only what has changed is changed."""
+    config = {key: value for key, value in base.items() if key not in ("auto_map", "_name_or_path")}
+    config["torch_dtype" if "torch_dtype" in base else "dtype"] = str(dtype).removeprefix("torch.")
+    config["use_cache"] = True
+    if (base.get("rope_scaling") or {}).get("type") == "su":
+        config["rope_scaling"] = {**base["rope_scaling"], "type": "longrope"}
+    return config | ({"tie_word_embeddings": False} if unties else {})
+
+
+def _progress(total: int) -> Iterator[int]:
+    """Count tensors, in a bar where there is a terminal and in lines where there is none."""
+    bar = Progress()
+    bar.disable = not bar.console.is_terminal
+    said = time.monotonic()
+    with bar:
+        task = bar.add_task("merging", total=total)
+        for done in range(total):
+            yield done
+            bar.advance(task)
+            if bar.disable and time.monotonic() - said > _LINE_SECONDS:
+                said = time.monotonic()
+                rank_zero_info(f"merging: {done + 1} of {total} tensors")

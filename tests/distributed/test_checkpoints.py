@@ -1,0 +1,138 @@
+"""A checkpoint of any strategy, on any number of ranks, goes on under any other, and holds the adapter alone."""
+
+import itertools
+import os
+
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning.callbacks import RunCheckpoint
+from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.errors import CheckpointError, ConfigError, ModelError
+
+from . import cases, ranks
+
+STRATEGIES = {"one process": ("auto", 1), "ddp": ("ddp", 2), "fsdp2": ({}, 2),
+              "fsdp2, distributed": ({"save_distributed_checkpoint": True}, 2),
+              "fsdp2, distributed, three": ({"save_distributed_checkpoint": True}, 3)}  # fmt: skip
+ROWS = [synthetic.batch_of([[d] for d in cases.DOCUMENTS[i : i + 2]]) for i in (0, 2, 4)]
+
+
+def path_of(folder, name, steps):
+    return folder / f"{name}-{steps}" / "last.ckpt"
+
+
+def part(base, folder, name, steps, resume=None, kind=cases.Sgd):
+    """Train up to ``steps``; each step's window is all of the rows, one batch of it on each rank."""
+    strategy, world = STRATEGIES[name]
+    windows = {1: [synthetic.batch_of([[d] for d in cases.DOCUMENTS[:6]])], 2: [*ROWS, cases.EMPTY], 3: ROWS}
+
+    def run():
+        cases.pl.seed_everything(3, verbose=False)
+        chosen = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
+        module = cases.module(base, kind)
+        if resume is not None:
+            module.on_fit_start = lambda: type(module).__mro__[1].on_fit_start(module)  # no new values
+        keep = cases.Keep()
+        callbacks = [keep, RunCheckpoint(str(path_of(folder, name, steps).parent))]
+        trainer = cases.trainer(
+            folder, chosen, world, callbacks=callbacks, use_distributed_sampler=False, max_steps=steps, max_epochs=-1,
+            accumulate_grad_batches=2 if world == 2 else 1, enable_checkpointing=True,
+        )  # fmt: skip
+        loader = cases.loader(windows[world] * 2, int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else 0, world)
+        trainer.fit(module, loader, ckpt_path=resume)
+        weights = torch.cat([cases.whole(p).flatten() for p in module.trained_parameters()])
+        return weights, keep.losses, trainer.global_step
+
+    return [run()] if world == 1 else ranks.run(folder, world, run)
+
+
+KINDS = [pytest.param(cases.Sgd, marks=pytest.mark.slow, id="sgd"), pytest.param(cases.Phi3LoRAModule, id="adamw")]
+FAST = [("one process", "ddp"), ("ddp", "fsdp2"), ("fsdp2", "one process"), ("fsdp2", "fsdp2, distributed, three"),
+        ("fsdp2, distributed, three", "ddp")]  # fmt: skip
+PAIRS = [
+    pytest.param(*pair, marks=[] if pair in FAST else pytest.mark.slow)
+    for pair in itertools.product(STRATEGIES, STRATEGIES)
+]
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def first_half(request, base, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("halves")
+    for name in STRATEGIES:
+        part(base, folder, name, 2, kind=request.param)
+    whole = part(base, folder, "one process", 4, kind=request.param)[0]
+    return folder, whole, request.param
+
+
+@pytest.mark.parametrize(("first", "second"), PAIRS)
+def test_each_goes_on_from_each(base, first_half, first, second):
+    folder, (weights, losses, _), kind = first_half
+    resume = str(path_of(folder, first, 2))
+    for found, later, step in part(base, folder, second, 4, resume, kind):
+        assert step == 4
+        tolerance = 4 * sum(cases.SUPERVISED[:6]) * cases.EPSILON  # four steps, each a sum in another order
+        assert later[-2:] == pytest.approx(losses[-2:], rel=tolerance)
+        if kind is cases.Sgd:
+            assert (found - weights).abs().max() <= tolerance * weights.abs().max()
+
+
+def test_a_checkpoint_holds_whole_adapters_alone(base, first_half):
+    folder = first_half[0]
+    checkpoints = {name: read_checkpoint(path_of(folder, name, 2)) for name in STRATEGIES}
+    expected = checkpoints["one process"]
+    for name, found in checkpoints.items():
+        assert found.keys() == expected.keys()
+        assert found["phi3_lightning"] == expected["phi3_lightning"], name
+        shapes = {key: tensor.shape for key, tensor in found["state_dict"].items()}
+        assert shapes == {key: tensor.shape for key, tensor in expected["state_dict"].items()}
+        states = [state["state"] for state in found["optimizer_states"]]
+        assert [list(state) for state in states] == [list(s["state"]) for s in expected["optimizer_states"]]
+    folders = [name for name in STRATEGIES if path_of(folder, name, 2).is_dir()]
+    assert folders == ["fsdp2, distributed", "fsdp2, distributed, three"]
+    assert not [*folder.rglob("*.tmp"), *folder.rglob("*.old")]
+
+
+def test_a_part_that_is_missing_is_named(base, tmp_path):
+    part(base, tmp_path, "fsdp2, distributed", 1)
+    checkpoint = path_of(tmp_path, "fsdp2, distributed", 1)
+    (checkpoint / "rank-00001.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"not a whole checkpoint.*rank-00001"):
+        read_checkpoint(checkpoint)
+
+
+def refused(folder, base, strategy, **model):
+    if isinstance(strategy, dict):
+        strategy = cases.fsdp2(**strategy)
+    trainer = cases.trainer(folder, strategy, 1)
+    try:
+        trainer.fit(cases.module(base, **model), synthetic.loader(ROWS))
+    except (ConfigError, ModelError) as error:
+        return str(error)
+    return ""
+
+
+def test_fsdp2_refuses_what_it_cannot_shard(base, tmp_path, batches):
+    assert "model.quantization" in ranks.run(tmp_path, 1, lambda: refused(tmp_path, base, {}, quantization="nf4"))[0]
+    loaded = cases.module(base)
+    loaded.configure_model()
+    model = loaded.detach_adapter()
+    assert "give its folder" in ranks.run(tmp_path, 1, lambda: refused(tmp_path, model, {}))[0]
+
+
+@pytest.mark.parametrize(
+    ("key", "model"),
+    [
+        ("model.lora.use_dora", {"lora": {"use_dora": True}}),
+        ("model.lora.modules_to_save", {"lora": {"modules_to_save": ["lm_head"]}}),
+        ("model.optimizer.name", {"optimizer": {"name": "paged_adamw_8bit"}}),
+    ],
+)
+def test_fsdp2_refuses_what_begins_with_whole_weights(base, tmp_path, key, model):
+    assert key in ranks.run(tmp_path, 1, lambda: refused(tmp_path, base, {}, **model))[0]
+
+
+def test_the_plain_strategy_is_refused(base, tmp_path):
+    plain = cases.pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
+    assert "phi3_lightning.FSDP2Strategy" in ranks.run(tmp_path, 1, lambda: refused(tmp_path, base, plain))[0]

@@ -1,0 +1,113 @@
+"""Validation, test and predict count every row once, and send no base weight, whatever the number of ranks."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning import ChatDataModule
+from phi3_lightning.callbacks import PredictionWriter
+
+from . import cases, ranks
+
+TINY = Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3"
+STRATEGIES = {"ddp": "ddp", "fsdp2": {}}
+ROWS = 7
+"""Not a multiple of the ranks, and of unequal length."""
+
+
+@pytest.fixture(scope="module")
+def chats(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("chats") / "seven.jsonl"
+    rows = [
+        {"messages": [{"role": "user", "content": f"Say {i}"}, {"role": "assistant", "content": "word " * (3 * i + 1)}]}
+        for i in range(ROWS)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def data(chats: Path, cache: Path, batch_size: int) -> ChatDataModule:
+    return ChatDataModule(
+        str(chats), val=str(chats), test=str(chats), predict=str(chats), tokenizer=str(TINY), max_length=128,
+        batch_size=batch_size, packing=False, num_workers=0, cache_dir=str(cache),
+    )  # fmt: skip
+
+
+def evaluate(chats: Path, folder: Path, cache: Path, strategy, world: int, batch_size: int) -> dict:
+    strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
+    module = cases.module(str(TINY), generation={"max_new_tokens": 4})
+    writer = PredictionWriter(folder / "predictions.jsonl")
+    trainer = cases.trainer(folder, strategy, world, callbacks=[writer])
+    found = trainer.validate(module, data(chats, cache, batch_size), verbose=False)[0]
+    found |= trainer.test(module, data(chats, cache, batch_size), verbose=False)[0]
+    trainer.predict(module, data(chats, cache, batch_size), return_predictions=False)
+    return found
+
+
+@pytest.fixture(scope="module")
+def alone(chats, tmp_path_factory) -> tuple[dict, str]:
+    folder = tmp_path_factory.mktemp("alone")
+    found = evaluate(chats, folder, folder / "cache", "auto", 1, 1)
+    return found, (folder / "predictions.jsonl").read_text()
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_two_and_three_ranks_give_what_one_gives(chats, tmp_path, alone, strategy):
+    for world in (2, 3):
+        folder = tmp_path / str(world)
+        # the cache is empty: one rank prepares the data, the others wait
+        run = (chats, folder, folder / "cache", STRATEGIES[strategy], world, 2)
+        for found in ranks.run(folder, world, evaluate, *run):
+            # sums of float64 over float32 losses; padding to another width moves a loss by a few roundings
+            assert found == pytest.approx(alone[0], rel=1000 * cases.EPSILON)
+        assert (folder / "predictions.jsonl").read_text() == alone[1]
+        assert len(list((folder / "cache" / "phi3_lightning").iterdir())) == 2  # rows and prompts, once each
+    rows = [json.loads(line)["row"] for line in alone[1].splitlines()]
+    assert rows == list(range(ROWS))
+
+
+def test_a_mean_over_padded_ranks_would_be_another_number(chats, tmp_path, alone):
+    """The control: the rows have different losses, so that repeating one shows."""
+    twice = chats.with_name("eight.jsonl")
+    twice.write_text(chats.read_text() + chats.read_text().splitlines()[-1] + "\n")
+    found = evaluate(twice, tmp_path, tmp_path / "cache", "auto", 1, 1)
+    assert found["val/loss"] != pytest.approx(alone[0]["val/loss"], rel=1e-3)
+
+
+def test_nothing_but_adapters_is_sent(base, batches, tmp_path):
+    """A fit begins by sending the adapter, and each step sends its gradient and a few scalars; no base weight."""
+
+    def run() -> tuple[int, int, int, int]:
+        started, stepped, own = [], [], []
+        coalesced = torch.distributed._broadcast_coalesced
+
+        def record(group, tensors, *args, **kwargs):
+            started.append(sum(tensor.nbytes for tensor in tensors))
+            return coalesced(group, tensors, *args, **kwargs)
+
+        torch.distributed._broadcast_coalesced = record
+
+        def hook(state, bucket):
+            stepped.append(bucket.buffer().nbytes)
+            work = torch.distributed.all_reduce(bucket.buffer().div_(2), async_op=True)
+            return work.get_future().then(lambda future: future.value()[0])
+
+        class Count(cases.pl.Callback):
+            def on_train_start(self, trainer, pl_module):
+                trainer.strategy.model.register_comm_hook(None, hook)
+                own.append(sum(parameter.nbytes for parameter in pl_module.trained_parameters()))
+
+        module = cases.module(base)
+        trainer = cases.trainer(tmp_path, "ddp", 2, callbacks=[Count()], use_distributed_sampler=False)
+        trainer.fit(module, cases.loader(batches, trainer.global_rank, 2))
+        evaluated = len(started)
+        trainer.validate(module, synthetic.loader([cases.EMPTY]), verbose=False)
+        return own[0], sum(started[:evaluated]), sum(stepped), sum(started[evaluated:])
+
+    for own, started, stepped, evaluated in ranks.run(tmp_path, 2, run):
+        assert started == own
+        assert stepped == 2 * own  # two steps
+        assert evaluated == own

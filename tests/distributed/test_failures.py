@@ -1,0 +1,175 @@
+"""Whatever ends one rank ends all of them within a minute, and each says which rank it was and why."""
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.callbacks import AgreedStop, RankFailure, RunCheckpoint
+from phi3_lightning.checkpoint_io import read_checkpoint
+
+from . import cases, ranks
+
+STRATEGIES = {"ddp": "ddp", "fsdp2": {}}
+
+
+class Trouble(Phi3LoRAModule):
+    """Fails in its third step on one rank."""
+
+    rank, how = 0, "raise"
+
+    def training_step(self, batch, batch_idx):
+        if batch_idx == 2 and self.global_rank == self.rank:
+            if self.how == "vanish":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if self.how == "hang":
+                time.sleep(1000)
+            if self.how == "bad row":
+                batch["input_ids"][0, 0] = 10_000  # beyond the vocabulary
+            if self.how == "raise":
+                raise ValueError("the dog ate it")
+        return super().training_step(batch, batch_idx)
+
+
+def fit(folder, base, batches, strategy, world, *callbacks, kind=Trouble, **options):
+    strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
+    callbacks = [*callbacks, RankFailure(patience=3, grace=2)]
+    trainer = cases.trainer(folder, strategy, world, callbacks=callbacks, use_distributed_sampler=False, **options)
+    rank = int(os.environ["LOCAL_RANK"])
+    trainer.fit(cases.module(base, kind, gradient_checkpointing="none"), cases.loader(batches * 8, rank, world))
+
+
+def last_lines(rank: ranks.Rank) -> str:
+    return "\n".join(rank.text.strip().splitlines()[-2:])
+
+
+CAUSES = {"raise": "ValueError: the dog ate it", "bad row": "IndexError: index out of range"}
+
+
+@pytest.mark.parametrize("how", CAUSES)
+@pytest.mark.parametrize("failing", [0, 1])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_an_exception_on_one_rank(base, batches, tmp_path, monkeypatch, strategy, failing, how):
+    monkeypatch.setattr(Trouble, "rank", failing)
+    monkeypatch.setattr(Trouble, "how", how)
+    both = ranks.start(tmp_path, 2, fit, tmp_path, base, batches, STRATEGIES[strategy], 2)
+    ranks.wait(both, 60)
+    assert [rank.status for rank in both] == [1, 1]
+    assert CAUSES[how] in last_lines(both[failing])
+    other = last_lines(both[1 - failing])
+    assert f"rank {1 - failing} ends because another did: rank {failing} on " in other
+    assert CAUSES[how] in other
+
+
+@pytest.mark.parametrize("failing", [0, 2])
+def test_a_rank_that_vanishes_is_named(base, batches, tmp_path, monkeypatch, failing):
+    monkeypatch.setattr(Trouble, "rank", failing)
+    monkeypatch.setattr(Trouble, "how", "vanish")
+    three = ranks.start(tmp_path, 3, fit, tmp_path, base, batches, "ddp", 3)
+    ranks.wait(three, 60)
+    for number, rank in enumerate(three):
+        if number != failing:
+            assert f"no sign of life from rank {failing} on " in last_lines(rank), rank.text
+            assert rank.status == 1
+
+
+def test_without_the_callback_the_cause_stays_unknown(base, batches, tmp_path, monkeypatch):
+    monkeypatch.setattr(Trouble, "rank", 1)
+    monkeypatch.setattr(RankFailure, "on_exception", lambda *args: None)
+    both = ranks.start(tmp_path, 2, fit, tmp_path, base, batches, "ddp", 2)
+    ranks.wait(both, 60)
+    assert "the dog" not in both[0].text
+
+
+class Stuck(Phi3LoRAModule):
+    """One rank fails while the other waits in a place that nothing wakes it from, as NCCL's kernels are."""
+
+    def training_step(self, batch, batch_idx):
+        if self.global_rank == 1:
+            raise ValueError("the dog ate it")
+        threading.Event().wait()
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_rank_that_cannot_be_woken_is_ended(base, batches, tmp_path):
+    both = ranks.start(tmp_path, 2, lambda: fit(tmp_path, base, batches, "ddp", 2, kind=Stuck))
+    ranks.wait(both, 60)
+    assert [rank.status for rank in both] == [1, 1]
+    assert "error: rank 0 ends because another did: rank 1 on " in last_lines(both[0])
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "distributed"])
+def test_a_full_disk_on_rank_0(base, batches, tmp_path, strategy):
+    """The file that is written leads to the device on which every write fails for want of space."""
+    where = {"distributed": "last.ckpt.tmp/rest.pt"}.get(strategy, "last.ckpt.tmp")
+    full = tmp_path / "checkpoints" / where
+    full.parent.mkdir(parents=True)
+    full.symlink_to("/dev/full")
+    checkpoint = RunCheckpoint(str(tmp_path / "checkpoints"), every_n_steps=1)
+    chosen = {"ddp": "ddp", "fsdp2": {}, "distributed": {"save_distributed_checkpoint": True}}[strategy]
+    run = (tmp_path, base, batches, chosen, 2, checkpoint)
+    both = ranks.start(tmp_path, 2, lambda: fit(*run, kind=Phi3LoRAModule, enable_checkpointing=True))
+    ranks.wait(both, 60)
+    assert [rank.status for rank in both] == [1, 1]
+    for rank in both:
+        assert "CheckpointError" in last_lines(rank), rank.text
+        assert str(tmp_path / "checkpoints") in last_lines(rank)
+
+
+class Paced(Phi3LoRAModule):
+    """Takes its time, and shows where it is."""
+
+    def training_step(self, batch, batch_idx):
+        print(f"batch {batch_idx}", flush=True)
+        time.sleep(0.05 * (1 + self.global_rank))
+        return super().training_step(batch, batch_idx)
+
+
+SLOW = [pytest.param([0], marks=pytest.mark.slow), pytest.param([1], marks=pytest.mark.slow)]
+
+
+@pytest.mark.parametrize("asked", [*SLOW, [0, 1]])
+def test_sigterm_to_any_rank_saves_once_and_goes_on(base, batches, tmp_path, asked):
+    folder = str(tmp_path / "checkpoints")
+
+    def run(resume=None):
+        callbacks = [RunCheckpoint(folder), AgreedStop()]
+        trainer = cases.trainer(
+            tmp_path, "ddp", 2, callbacks=callbacks, use_distributed_sampler=False, enable_checkpointing=True,
+        )  # fmt: skip
+        module = cases.module(base, Paced, gradient_checkpointing="none")
+        if resume:
+            module.on_fit_start = lambda: Phi3LoRAModule.on_fit_start(module)
+        seen = read_checkpoint(Path(resume))["global_step"] if resume else 0
+        loader = cases.loader(batches * 8, int(os.environ["LOCAL_RANK"]), 2, seen)
+        trainer.fit(module, loader, ckpt_path=resume)
+        return trainer.global_step, torch.cat([p.detach().flatten() for p in module.trained_parameters()])
+
+    both = ranks.start(tmp_path, 2, run)
+    while not all("batch 3" in rank.text for rank in both):
+        time.sleep(0.01)
+    before = time.monotonic()
+    for rank in asked:
+        os.kill(both[rank].pid, signal.SIGTERM)
+        time.sleep(0.03)
+    ranks.wait(both, 30)
+    assert time.monotonic() - before < 30
+    assert all("SIGTERMException" in last_lines(rank) for rank in both)
+    done = read_checkpoint(tmp_path / "checkpoints" / "last.ckpt")["global_step"]
+    assert 4 <= done < 16
+    assert all(f"batch {done - 1}" in rank.text and f"batch {done}\n" not in rank.text for rank in both)
+    (steps, weights), _ = ranks.run(tmp_path, 2, run, f"{folder}/last.ckpt")
+    assert steps == 16
+    straight = ranks.run(tmp_path, 2, run)[0][1]
+    assert torch.equal(weights, straight)
+
+
+def test_a_batch_for_each_is_what_the_rest_relies_on(batches):
+    assert len(list(cases.loader(batches[:3], 0, 2))) == len(list(cases.loader(batches[:3], 1, 2)))
+    assert synthetic.VOCABULARY < 10_000

@@ -1,0 +1,133 @@
+"""The base that FSDP2 reads in shares is the one that a process reads whole, in every form that it has."""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import synthetic
+from phi3_lightning.errors import ModelError
+
+from . import cases, ranks
+from .conftest import LONG
+
+BATCHES = [synthetic.batch_of([[synthetic.document(n + 4, n, n)]]) for n in (5, 30)]
+WHOLE = [synthetic.batch_of([[synthetic.document(n + 4, n, n)] for n in (5, 30)])]
+TOLERANCE = 35 * cases.EPSILON
+"""A rounding for each token, as in the tests of the gradient."""
+
+
+def compare(base: str, tmp_path, world: int = 2, **model) -> None:
+    """Loading, one step and one validation on ranks of FSDP2, beside one process."""
+    alone = cases.fit(tmp_path, base, WHOLE, model=model)
+    batches = BATCHES + [cases.EMPTY] * (world - 2)
+    for found in ranks.run(tmp_path, world, lambda: cases.fit(tmp_path, base, batches, {}, world, model=model)):
+        assert found["fingerprint"] == alone["fingerprint"]
+        largest = alone["gradients"][0].abs().max()
+        assert (found["gradients"][0] - alone["gradients"][0]).abs().max() <= TOLERANCE * largest
+        assert found["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
+
+
+def adapted(*layers: str) -> dict:
+    return {"lora": {"r": 4, "lora_dropout": 0.0, "target_modules": list(layers)}}
+
+
+FORMS = {
+    "pretrained": {},
+    "random": {"init": "random"},
+    "an adapter on the head, called chunk by chunk": adapted("lm_head", "o_proj"),
+    "an adapter on the embedding": adapted("embed_tokens", "o_proj"),
+    "slices adapted by loralib": {
+        "lora": {"backend": "loralib", "r": 4, "lora_dropout": 0.0, "target_modules": ["q_proj", "v_proj", "o_proj"]}
+    },
+    "NEFTune's hook": {"neftune_noise_alpha": 1e-12},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_forms_of_the_base(base, tmp_path, form, monkeypatch):
+    monkeypatch.setattr("phi3_lightning.model.loss.CHUNK", 8)  # several calls of the head
+    compare(base, tmp_path, **FORMS[form])
+
+
+def test_an_adapter_to_start_from(base, tmp_path):
+    trained = cases.module(base)
+    trained.configure_model()
+    trained.on_fit_start()  # gives it values
+    form = trained.adapter.to_peft()
+    form.config.save_pretrained(tmp_path / "adapter")
+    save_file(form.tensors, tmp_path / "adapter" / "adapter_model.safetensors")
+    lora = {"r": 4, "lora_dropout": 0.0, "adapter": str(tmp_path / "adapter")}
+
+    def start() -> torch.Tensor:
+        module = cases.Phi3LoRAModule(base, dtype="float32", lora=lora)
+        trainer = cases.trainer(tmp_path, cases.fsdp2(), 2, use_distributed_sampler=False)
+        trainer.validate(module, synthetic.loader([cases.EMPTY]), verbose=False)
+        return torch.cat([cases.whole(parameter).flatten() for parameter in module.trained_parameters()])
+
+    expected = torch.cat([parameter.detach().flatten() for parameter in trained.trained_parameters()])
+    for found in ranks.run(tmp_path, 2, start):
+        assert torch.equal(found, expected)
+
+
+def test_three_ranks_and_rows_that_do_not_divide(tmp_path):
+    odd = synthetic.save_tiny(tmp_path / "odd", vocab_size=100, **LONG)  # 34, 34 and 32 rows of the embedding
+    compare(odd, tmp_path, world=3)
+
+
+@pytest.mark.parametrize("init", ["pretrained", "random"])
+def test_a_matrix_that_embedding_and_head_share(tmp_path, init):
+    compare(synthetic.save_tiny(tmp_path / "tied", tie_word_embeddings=True, **LONG), tmp_path, init=init)
+
+
+def test_several_files(base, tmp_path):
+    from transformers import Phi3ForCausalLM
+
+    Phi3ForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "split", max_shard_size="20KB")
+    assert len(list((tmp_path / "split").glob("*.safetensors"))) > 2
+    compare(str(tmp_path / "split"), tmp_path)
+
+
+def test_files_of_another_model_are_refused(base, tmp_path):
+    other = tmp_path / "other"
+    synthetic.save_tiny(other, **LONG)
+    synthetic.tiny_config(intermediate_size=128, **LONG).save_pretrained(other)
+
+    def run() -> str:
+        with pytest.raises(ModelError, match="gate_up_proj") as caught:
+            cases.fit(tmp_path, str(other), BATCHES, {}, 2)
+        return str(caught.value)
+
+    assert "do not belong together" in ranks.run(tmp_path, 2, run)[0]
+
+
+def initial(base: str, folder, strategy, world: int) -> torch.Tensor:
+    cases.pl.seed_everything(9, verbose=False)
+    module = cases.Phi3LoRAModule(base, dtype="float32")
+    strategy = cases.fsdp2() if isinstance(strategy, dict) else strategy
+    trainer = cases.trainer(folder, strategy, world, use_distributed_sampler=False)
+    trainer.validate(module, synthetic.loader([cases.EMPTY]), verbose=False)
+    return torch.cat([cases.whole(parameter).flatten() for parameter in module.trained_parameters()])
+
+
+def test_adapters_begin_as_on_one_process(base, tmp_path):
+    expected = initial(base, tmp_path, "auto", 1)
+    assert expected.abs().max() > 0
+    for strategy in ("ddp", {}):
+        for found in ranks.run(tmp_path, 2, initial, base, tmp_path, strategy, 2):
+            assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "32-true"])
+def test_a_bfloat16_base_computes_in_it_and_keeps_adapters_in_float32(base, tmp_path, precision):
+    model = {"dtype": "bfloat16"}
+
+    def run(strategy):
+        found = cases.fit(tmp_path, base, BATCHES, strategy, 2, model=model, precision=precision)
+        return found | {"dtypes": {str(w.dtype) for w in (found["weights"], found["gradients"][0])}}
+
+    (fsdp2, _), (ddp, _) = ranks.run(tmp_path, 2, run, {}), ranks.run(tmp_path, 2, run, "ddp")
+    assert fsdp2["dtypes"] == {"torch.float32"}
+    assert fsdp2["fingerprint"] == ddp["fingerprint"]
+    # the same products of the same bfloat16 numbers; a rank's gradient is rounded to bfloat16 (2^-8) before the sum
+    assert fsdp2["losses"] == pytest.approx(ddp["losses"], rel=TOLERANCE)
+    assert (fsdp2["gradients"][0] - ddp["gradients"][0]).abs().max() <= 2**-7 * ddp["gradients"][0].abs().max()

@@ -1,0 +1,197 @@
+"""The command line as users start it on several ranks: Lightning's launcher, torchrun, and a batch job."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from cli.conftest import QUICK, REPOSITORY, TINY
+from phi3_lightning.checkpoint_io import read_checkpoint
+
+from .ranks import free_port
+
+pytestmark = pytest.mark.slow
+OVERLAYS = REPOSITORY / "configs/overlays"
+TWO = (*QUICK, "--trainer.accelerator=cpu", "--trainer.devices=2", "--data.cache_dir=cache", "--run=bot")
+LAST = Path("runs/bot/checkpoints/last.ckpt")
+
+
+@contextmanager
+def running(folder: Path, *command: str, **environment: str) -> Iterator[tuple[subprocess.Popen, Callable[[], str]]]:
+    """A program in a process group of its own, of which nothing is left afterwards."""
+    folder.mkdir(parents=True, exist_ok=True)
+    output = folder / f"output-{time.monotonic_ns()}.txt"
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1", "PYTHONPATH": str(REPOSITORY / "src")}
+    with output.open("w") as sink:
+        program = subprocess.Popen(
+            command, cwd=folder, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True,
+            env=os.environ | settings | environment,
+        )  # fmt: skip
+    family = psutil.Process(program.pid)
+    members: list[psutil.Process] = []
+    try:
+        yield program, lambda: output.read_text(errors="replace")
+    finally:
+        if program.poll() is None:
+            members = family.children(recursive=True)
+        for process in [*members, *([family] if program.poll() is None else [])]:
+            process.kill()
+        program.wait()
+
+
+def finished(folder: Path, *command: str, code: int = 0, seconds: float = 200, **environment: str) -> str:
+    with running(folder, *command, **environment) as (program, text):
+        try:
+            found = program.wait(seconds)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"not done after {seconds} s:\n{text()}") from None
+        assert found == code, text()
+        return text()
+
+
+def wait_for(condition: Callable[[], bool], text: Callable[[], str], seconds: float = 100) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, text()
+        time.sleep(0.02)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_checkpoint(folder / LAST)["state_dict"]
+
+
+def same(left: Path, right: Path) -> bool:
+    mine, theirs = weights(left), weights(right)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+CLI = (sys.executable, str(REPOSITORY / "cli.py"))
+
+
+@pytest.mark.parametrize("overlay", ["ddp", "fsdp2"])
+def test_an_overlay_trains_restarts_and_predicts(tmp_path, overlay):
+    config = (f"--config={OVERLAYS}/{overlay}.yaml", *TWO, "--trainer.val_check_interval=4")
+    text = finished(tmp_path, *CLI, "fit", *config, "--trainer.max_steps=4")
+    assert text.count("4 optimiser steps") == 1  # said by one rank
+    finished(tmp_path, *CLI, "fit", *config, "--trainer.max_steps=6", "--trainer.limit_val_batches=1")
+    assert read_checkpoint(tmp_path / LAST)["global_step"] == 6
+    # a checkpoint of two ranks answers on one
+    predict = ("predict", *TWO, f"--data.predict={TINY}/prompts.jsonl", "--trainer.devices=1")
+    finished(tmp_path, *CLI, *predict)
+    alone = (tmp_path / "runs/bot/predictions.jsonl").read_text()
+    finished(tmp_path, *CLI, *predict, f"--config={OVERLAYS}/{overlay}.yaml", "--trainer.devices=2")
+    assert (tmp_path / "runs/bot/predictions.jsonl").read_text() == alone
+
+
+def test_a_bad_row_is_the_last_that_is_said(tmp_path):
+    (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "cat", "content": "x"}]}\n')
+    before = time.monotonic()
+    arguments = (f"--config={OVERLAYS}/ddp.yaml", *TWO, "--data.train=bad.jsonl", "--data.val=null")
+    text = finished(tmp_path, *CLI, "fit", *arguments, code=1, seconds=60)
+    assert time.monotonic() - before < 60
+    assert "bad.jsonl:1" in "\n".join(text.strip().splitlines()[-8:])
+
+
+FRESH = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+"""Without it a second attempt finds the addresses of the first in the store, and connects to what is gone."""
+
+
+def torchrun(port: int, restarts: int = 0) -> tuple[str, ...]:
+    return (
+        sys.executable, "-m", "torch.distributed.run", "--nnodes=1", "--nproc-per-node=2", f"--max-restarts={restarts}",
+        "--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--", str(REPOSITORY / "cli.py"),
+    )  # fmt: skip
+
+
+def test_torchrun_starts_again_after_a_worker_was_killed(tmp_path):
+    arguments = (
+        "fit", f"--config={OVERLAYS}/torchrun.yaml", *TWO, "--trainer.num_nodes=1", "--trainer.max_steps=40",
+        "--checkpoint.every_n_steps=5", "--trainer.limit_val_batches=0",
+    )  # fmt: skip
+    finished(tmp_path / "straight", *torchrun(free_port()), *arguments)
+    cut = tmp_path / "cut"
+    with running(cut, *torchrun(free_port(), restarts=1), *arguments, **FRESH) as (agent, text):
+        wait_for(lambda: (cut / LAST).exists(), text)
+        workers = [p for p in psutil.Process(agent.pid).children(recursive=True) if "cli.py" in " ".join(p.cmdline())]
+        workers[-1].send_signal(signal.SIGKILL)
+        assert agent.wait(200) == 0, text()
+        assert "going on after step" in text()
+    assert same(tmp_path / "straight", cut)
+
+
+SRUN = """#!/usr/bin/env bash
+# What srun does here: as many tasks as the job has, signals handed on, the highest exit status returned.
+while [[ $1 == --* ]]; do shift; done
+pids=()
+for ((rank = 0; rank < SLURM_NTASKS; rank++)); do
+  SLURM_PROCID=$rank SLURM_LOCALID=$rank SLURM_NODEID=0 SLURM_STEP_ID=0 "$@" & pids+=($!)
+done
+trap 'kill -TERM "${pids[@]}"' TERM
+status=0
+for pid in "${pids[@]}"; do
+  while true; do
+    wait "$pid"; code=$?
+    kill -0 "$pid" 2>/dev/null || break
+  done
+  (( code > status )) && status=$code
+done
+exit $status
+"""
+
+
+def slurm(folder: Path, **changes: str) -> dict[str, str]:
+    """The environment of a job, and programs in place of SLURM's."""
+    programs = folder / "bin"
+    programs.mkdir(parents=True, exist_ok=True)
+    for name, text in {
+        "srun": SRUN,
+        "scontrol": '#!/bin/sh\necho "$@" >> scontrol.txt\n',
+        "python": f'#!/bin/sh\nexec {sys.executable} "$@"\n',
+    }.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    if not (folder / "cli.py").exists():
+        (folder / "cli.py").symlink_to(REPOSITORY / "cli.py")
+        (folder / "configs").symlink_to(REPOSITORY / "configs")
+    return {
+        "PATH": f"{programs}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NAME": "phi3-lora",
+        "SLURM_NNODES": "1", "SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "SLURM_NODELIST": "127.0.0.1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
+    } | changes  # fmt: skip
+
+
+def test_a_batch_job_saves_is_queued_again_and_goes_on(tmp_path):
+    script = ("bash", str(OVERLAYS / "slurm.sbatch"))
+    arguments = (*TWO, "--trainer.max_steps=60", "--trainer.limit_val_batches=0")
+    finished(tmp_path / "straight", *script, *arguments, **slurm(tmp_path / "straight"))
+    cut = tmp_path / "cut"
+    with running(cut, *script, *arguments, **slurm(cut)) as (job, text):
+        wait_for(lambda: "step 10/" in text() or "10/" in text() or (cut / "runs/bot/tensorboard").exists(), text)
+        time.sleep(1)
+        srun = psutil.Process(job.pid).children()[0]
+        before = time.monotonic()
+        srun.send_signal(signal.SIGTERM)  # what SLURM does, as --signal=TERM@120 asks
+        assert job.wait(60) == 0, text()
+        assert time.monotonic() - before < 30
+    assert (cut / "scontrol.txt").read_text() == "requeue 4711\n"
+    assert 0 < read_checkpoint(cut / LAST)["global_step"] < 60
+    finished(cut, *script, *arguments, **slurm(cut))  # the same command
+    assert (cut / "scontrol.txt").read_text() == "requeue 4711\n"
+    assert same(tmp_path / "straight", cut)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [({"SLURM_NTASKS": "3"}, "3 tasks are not 1 nodes x 2"), ({"SLURM_GPUS_ON_NODE": "4"}, "4 GPUs and 2 tasks")],
+)
+def test_a_batch_job_checks_its_tasks(tmp_path, changes, said):
+    environment = slurm(tmp_path, **changes)
+    assert said in finished(tmp_path, "bash", str(OVERLAYS / "slurm.sbatch"), *TWO, code=2, **environment)

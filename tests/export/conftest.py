@@ -1,0 +1,46 @@
+"""Trained-looking adapters on tiny models, and their exports."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from transformers import Phi3ForCausalLM
+
+import synthetic
+from phi3_lightning.adapters.adapter import PeftForm
+
+FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+
+ADAPTERS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"qkv_proj": 3}},
+    "head trained whole": {"modules_to_save": ["lm_head"]},
+    "embedding": {"target_modules": ["embed_tokens", "qkv_proj"]},
+    "embedding with dora": {"target_modules": ["embed_tokens", "qkv_proj"], "use_dora": True},
+}
+BASES = {"MHA": {"num_key_value_heads": 4}, "GQA": {}, "tied": {"tie_word_embeddings": True}}
+
+
+def peft_model(base: Phi3ForCausalLM, **options):
+    """A model that PEFT has adapted, with every trained value moved: the oracle, and its form."""
+    config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": FOUR} | options)
+    model = get_peft_model(base, config).eval()
+    torch.manual_seed(3)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn_like(parameter) * 0.05
+    return model, PeftForm(config, get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+@pytest.fixture
+def base_folder(tmp_path) -> Callable[..., Path]:
+    """Writes a tiny base and returns its folder."""
+
+    def write(dtype: torch.dtype = torch.float32, **changes) -> Path:
+        return Path(synthetic.save_tiny(tmp_path / "base", dtype, **changes))
+
+    return write

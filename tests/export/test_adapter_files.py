@@ -1,0 +1,78 @@
+"""The adapter in the formats of others: names, ranks, and what a format cannot hold."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import Phi3ForCausalLM
+
+import synthetic
+from export.conftest import FOUR, peft_model
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.export.adapter_files import serving_hint, short_names, write_loralib, write_peft
+
+
+def tiny() -> Phi3ForCausalLM:
+    torch.manual_seed(0)
+    return Phi3ForCausalLM(synthetic.tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("targets", "expected"),
+    [
+        (FOUR, sorted(FOUR)),
+        (["qkv_proj"], ["qkv_proj"]),
+        ([f"model.layers.{n}.mlp.down_proj" for n in (0, 1)], ["down_proj"]),  # all there are: the name says as much
+        (["model.layers.1.mlp.down_proj"], ["model.layers.1.mlp.down_proj"]),
+        (r"model\.layers\.0\..*o_proj", ["model.layers.0.self_attn.o_proj"]),
+    ],
+)
+def test_targets_are_short_where_that_says_the_same(targets, expected):
+    model, form = peft_model(tiny(), target_modules=targets)
+    assert short_names(model.base_model.model, form) == expected
+
+
+def test_the_folder_names_the_base_and_holds_the_adapter_alone(tmp_path):
+    _, form = peft_model(tiny(), use_rslora=True)
+    write_peft(form, ["qkv_proj"], "owner/name", "v1", tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "v1")
+    assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, True)
+    assert (config["inference_mode"], config["task_type"]) == (True, "CAUSAL_LM")
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    assert all("lora_" in name for name in found)
+    assert all(torch.equal(found[name], form.tensors[name]) for name in form.tensors)
+    assert form.config.base_model_name_or_path != "owner/name"  # the live adapter's own is left alone
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [({"r": 1}, 8), ({"r": 8}, 8), ({"r": 9}, 16), ({"r": 65}, 128), ({"rank_pattern": {"o_proj": 30}}, 32)],
+)
+def test_vllm_is_told_the_next_rank_that_it_allows(options, allowed):
+    _, form = peft_model(tiny(), **options)
+    expected = f"vllm serve owner/name --enable-lora --lora-modules bot=bot --max-lora-rank {allowed}"
+    assert serving_hint(form, "owner/name", "bot") == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 600}, "rank 600")],
+)
+def test_what_vllm_rejects_is_said(options, told):
+    _, form = peft_model(tiny(), **options)
+    hint = serving_hint(form, "owner/name", "bot")
+    assert f"no adapter with {told}" in hint
+    assert "--format merged" in hint
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"use_dora": True}, {"use_rslora": True}, {"rank_pattern": {"o_proj": 2}}, {"modules_to_save": ["lm_head"]},
+     {"target_modules": ["embed_tokens"]}],
+)  # fmt: skip
+def test_what_loralib_cannot_hold_is_refused(tmp_path, options):
+    _, form = peft_model(tiny(), **options)
+    with pytest.raises(ConfigError, match=r"--format loralib: .*export it as peft or merged"):
+        write_loralib(form, tmp_path)
