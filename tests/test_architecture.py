@@ -118,6 +118,7 @@ PUBLIC = {
     "phi3_lightning": {"ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"},
     "phi3_lightning.callbacks": {
         "AgreedStop",
+        "EvaluationReport",
         "LineProgress",
         "PredictionWriter",
         "RankFailure",

@@ -53,6 +53,7 @@ class AnswerMetric(Metric):
     """
 
     total: Tensor
+    answers: Tensor
     full_state_update = False
 
     def __init__(self, score: Score) -> None:
@@ -93,7 +94,7 @@ class AnswerMetrics(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.by_name: dict[str, AnswerMetric] = nn.ModuleDict(  # type: ignore[assignment]
-            {name: AnswerMetric(score) for name, score in _scores().items()}
+            {name: AnswerMetric(score) for name, score in scores().items()}
         )
 
     def update(self, answers: Sequence[Answer]) -> dict[str, Tensor]:
@@ -117,7 +118,12 @@ class AnswerMetrics(nn.Module):
         return {name: metric.compute().item() for name, metric in self.by_name.items()}
 
 
-def _scores() -> dict[str, Score]:
+def scores() -> dict[str, Score]:
+    """Return what is counted of answers, and what follows from it, by name.
+
+    Raises:
+        ConfigError: The extra eval is not installed.
+    """
     try:
         from rouge_score.rouge_scorer import RougeScorer
         from sacrebleu.metrics.bleu import BLEU
@@ -127,13 +133,14 @@ def _scores() -> dict[str, Score]:
             f"evaluation.rows: answers are scored with {error.name}, which is not installed; install the extra eval "
             "(pip install 'phi3-lightning[eval]'), or set evaluation.rows: 0 to measure token losses alone"
         ) from None
-    scores = {name: _mean(_rouge(RougeScorer([name]), name)) for name in ROUGE}
-    scores["bleu"] = _corpus(BLEU(force=True))  # force: an answer may end in a blank and a full stop
-    scores["chrf"] = _corpus(CHRF())
-    scores["exact_match"] = _mean(lambda answer: float(answer.text.strip() == answer.reference.strip()))
-    scores["stop_rate"] = _mean(lambda answer: float(answer.finished))
-    scores["answer_tokens"] = _mean(lambda answer: float(answer.tokens))
-    return scores
+    return {
+        **{name: _mean(_rouge(RougeScorer([name]), name)) for name in ROUGE},
+        "bleu": _corpus(BLEU(force=True)),  # force: an answer may end in a blank and a full stop
+        "chrf": _corpus(CHRF()),
+        "exact_match": _mean(lambda answer: float(answer.text.strip() == answer.reference.strip())),
+        "stop_rate": _mean(lambda answer: float(answer.finished)),
+        "answer_tokens": _mean(lambda answer: float(answer.tokens)),
+    }
 
 
 def _mean(of: Callable[[Answer], float]) -> Score:
