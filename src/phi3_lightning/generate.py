@@ -156,7 +156,7 @@ class _Decoder:
 
     def _any_rank_decodes(self, decoding: bool) -> bool:
         """Say, before each forward, whether this rank has one; ranks that share a base gather its weights together."""
-        if not isinstance(self.model, FSDPModule):
+        if not isinstance(self.model.model, FSDPModule):
             return decoding
         flag = torch.tensor(float(decoding), device=self.device)
         torch.distributed.all_reduce(flag)
