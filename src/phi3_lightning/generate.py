@@ -99,6 +99,8 @@ class _Decoder:
         rope = cast("dict[str, Any]", model.config.rope_parameters)
         # longrope reads all of a batch with the long factors as soon as one of its rows is beyond this length
         self.short = rope["original_max_position_embeddings"] if rope["rope_type"] == "longrope" else None
+        # an index copies what it picks; of a slice, torch's product would copy the whole head once a row
+        self.last = torch.tensor([-1], device=device)
         self.do_sample = config.do_sample
         self.warpers: list[LogitsProcessor] = []
         if config.temperature != 1.0:
@@ -124,8 +126,8 @@ class _Decoder:
         side, crossed = self._long(rows[0]), []
         while rows:
             self._any_rank_decodes(True)
-            # in place: the cache's name differs between versions of transformers
-            output = self.model(ids, mask, positions, cache, use_cache=True, logits_to_keep=1)
+            # by position: the cache's name differs between versions of transformers
+            output = self.model(ids, mask, positions, cache, use_cache=True, logits_to_keep=self.last)
             chosen = self._choose(output.logits[:, -1])
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 row.answer.append(token)
