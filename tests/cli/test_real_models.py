@@ -91,15 +91,15 @@ def endless_base(real_base, tmp_path_factory) -> Path:
     """The real model, which has never seen ``<|end|>``.
 
     The conversion gives ``<|end|>`` the row of the token that it ends its answers with: the two would always be as
-    likely. A row of its own, near that one, is what a new token has.
+    likely. A row of its own, at right angles to that one, is what a new token has.
     """
     folder = tmp_path_factory.mktemp("endless") / "base"
     model, tokenizer = Phi3ForCausalLM.from_pretrained(real_base), AutoTokenizer.from_pretrained(real_base)
     rows = model.get_input_embeddings().weight.data
     old = rows[tokenizer.convert_tokens_to_ids("<|im_end|>")].float()
-    direction = torch.randn(len(old), generator=torch.Generator().manual_seed(0))
-    own = 0.9 * old + 0.19**0.5 * old.norm() * direction / direction.norm()  # as long as the old one
-    rows[tokenizer.convert_tokens_to_ids(END)] = own.to(rows.dtype)
+    own = torch.randn(len(old), generator=torch.Generator().manual_seed(0))
+    own -= (own @ old) / (old @ old) * old
+    rows[tokenizer.convert_tokens_to_ids(END)] = (own * old.norm() / own.norm()).to(rows.dtype)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
@@ -132,10 +132,10 @@ def test_the_stop_rate_tells_a_model_that_never_learnt_to_end(endless_base, tmp_
         trainer.fit(module, datamodule=data)
         trainer.test(module, datamodule=data, verbose=False)
         found = json.loads((folder / "test.json").read_text(encoding="utf-8"))["metrics"]
-        rates[kind] = found["stop_rate"]["tuned"]["value"]
+        rates[kind] = found["stop_rate"]["tuned"]["value"], found["stop_rate"]["base"]["value"]
         print(kind.__name__, {name: (round(value["base"]["value"], 3), round(value["tuned"]["value"], 3))
                               for name, value in found.items()})  # fmt: skip
-        assert found["stop_rate"]["base"]["value"] <= 1 / 12
         assert found["loss"]["tuned"]["value"] < found["loss"]["base"]["value"]
-    assert rates[Phi3LoRAModule] >= 11 / 12
-    assert rates[WithoutEnds] <= 1 / 12
+    assert rates[Phi3LoRAModule][0] >= 11 / 12
+    assert rates[WithoutEnds][0] <= 1 / 12
+    assert rates[Phi3LoRAModule][1] == rates[WithoutEnds][1] < 0.5  # the same base, which now and then ends a text
