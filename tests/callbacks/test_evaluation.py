@@ -199,6 +199,9 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path, data):
         for step, value in enumerate([3.0, 2.0, float("nan"), 1.0]):
             curves.add_scalar("train/loss", value, step)
             curves.add_scalar("speed/tokens_per_second", 100 + step, step)
+            for layer in range(20):
+                curves.add_scalar(f"adapter/layer_{layer}", layer, step)
+        curves.add_scalar("test/loss", 1.0, 3)  # of a test before
     run(tmp_path, data())
     page = Page((tmp_path / "run/test.html").read_text(encoding="utf-8"))
     tags = {tag for tag, _ in page.tags}
@@ -211,6 +214,7 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path, data):
                  "Configuration", "rows read", "Where are the maps?"):  # fmt: skip
         assert told in page.text
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2
+    assert "layer_" not in page.text  # curves of each layer are for TensorBoard
     assert "nan" not in "".join(str(attrs) for _, attrs in page.tags)
 
 
@@ -226,6 +230,17 @@ def test_a_table_and_the_files_are_printed(tmp_path, data, capsys, monkeypatch):
     said = capsys.readouterr().out
     assert "stop rate" in said
     assert str(tmp_path / "run/test.html") in said
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
+def test_every_precision_gives_the_loss_that_is_logged(tmp_path, data, precision):
+    report = EvaluationReport(tmp_path / "run", rows=2, resamples=100)
+    (logged,) = synthetic.trainer(tmp_path, callbacks=[report], precision=precision).test(
+        module(), datamodule=data(), verbose=False
+    )
+    found = values(json.loads((tmp_path / "run/test.json").read_text()), "tuned")
+    assert found["loss"] == pytest.approx(logged["test/loss"], rel=100 * EPSILON)  # the same losses, added up otherwise
+    assert found["token_accuracy"] == pytest.approx(logged["test/token_accuracy"], rel=EPSILON)
 
 
 def test_a_test_that_is_a_trial_writes_nothing(tmp_path, data):

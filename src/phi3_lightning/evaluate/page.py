@@ -1,6 +1,7 @@
 """The report as one HTML page that needs nothing else, and runs nothing."""
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
@@ -10,6 +11,9 @@ from phi3_lightning.export.curve import draw
 
 LOSSES = ("train/loss", "val/loss")
 """The curves that share a picture."""
+
+LARGEST_GROUP = 12
+"""Curves of one group that are drawn; more, such as some of each layer, are for TensorBoard."""
 
 
 def render(report: Report) -> str:
@@ -73,12 +77,17 @@ def _answer(place: str, answered: Answered) -> str:
 
 
 def _curves(report: Report) -> str:
-    finite = {tag: [p for p in curve if math.isfinite(p[1])] for tag, curve in report.curves.items()}
-    known = {tag: curve for tag, curve in finite.items() if curve}
-    losses = {tag: known.pop(tag) for tag in LOSSES if tag in known}
+    finite = {tag: [point for point in curve if math.isfinite(point[1])] for tag, curve in report.curves.items()}
+    losses = {tag: finite.pop(tag) for tag in LOSSES if finite.get(tag)}
+    moving = [tag for tag in sorted(finite) if len({step for step, _ in finite[tag]}) > 1]
+    sizes = Counter(map(_group, moving))
     pictures = [losses] if losses else []
-    pictures += [{tag: known[tag]} for tag in sorted(known)]
+    pictures += [{tag: finite[tag]} for tag in moving if sizes[_group(tag)] <= LARGEST_GROUP]
     return "".join(f"<figure>{draw(curves)}</figure>" for curves in pictures)
+
+
+def _group(tag: str) -> str:
+    return tag.partition("/")[0]
 
 
 def _data(statistics: Mapping[str, Mapping[str, Any]]) -> str:
