@@ -53,7 +53,7 @@ class Model:
         """Bytes that a micro-batch needs with full checkpointing, and a chunk of logits with its gradient."""
         kept = 2 * TOKENS * self.layers * self.hidden
         layer = 2 * TOKENS * (10 * self.hidden + 4 * self.intermediate)
-        return kept + layer + 2 * 4 * 1024 * self.vocabulary
+        return kept + layer + 2 * 4 * 256 * self.vocabulary
 
     def ddp(self) -> float:
         """Bytes of a GPU: base, adapter with gradient, bucket and two moments, activations."""
