@@ -287,6 +287,18 @@ def test_answers_without_a_tokenizer_are_refused_with_the_remedy(tmp_path, batch
     assert content["metrics"]["loss"]["rows"] == len(ROWS)
 
 
+def test_plain_loaders_have_losses_and_no_answers(tmp_path, batches):
+    for rows in (0, 3):
+        report = EvaluationReport(tmp_path / "run", rows=rows, resamples=100)
+        trainer = synthetic.trainer(tmp_path, callbacks=[report])
+        if rows:
+            with pytest.raises(ConfigError, match="attribute tokenizer"):
+                trainer.test(module(), synthetic.loader(batches[0]), verbose=False)
+        else:
+            trainer.test(module(), synthetic.loader(batches[0]), verbose=False)
+            assert json.loads((tmp_path / "run/test.json").read_text())["data"]["source"] == "a dataloader"
+
+
 def test_a_module_without_an_adapter_is_refused(tmp_path, batches):
     class Foreign(pl.LightningModule):
         def __init__(self):

@@ -123,7 +123,7 @@ def test_the_stop_rate_tells_a_model_that_never_learnt_to_end(endless_base, tmp_
             max_length=256, packing=False, batch_size=8, num_workers=0, cache_dir=str(tmp_path / "cache"), seed=0,
         )  # fmt: skip
         module = kind(
-            str(endless_base), gradient_checkpointing="none", generation={"max_new_tokens": 48},
+            str(endless_base), gradient_checkpointing="none", generation={"max_new_tokens": 32},
             optimizer={"lr": 1e-3}, schedule={"warmup": 2},
         )  # fmt: skip
         folder = tmp_path / kind.__name__
@@ -136,6 +136,6 @@ def test_the_stop_rate_tells_a_model_that_never_learnt_to_end(endless_base, tmp_
         print(kind.__name__, {name: (round(value["base"]["value"], 3), round(value["tuned"]["value"], 3))
                               for name, value in found.items()})  # fmt: skip
         assert found["loss"]["tuned"]["value"] < found["loss"]["base"]["value"]
-    assert rates[Phi3LoRAModule][0] >= 11 / 12
-    assert rates[WithoutEnds][0] <= 1 / 12
+    assert rates[Phi3LoRAModule][0] >= 10 / 12
+    assert rates[WithoutEnds][0] <= 2 / 12
     assert rates[Phi3LoRAModule][1] == rates[WithoutEnds][1] < 0.5  # the same base, which now and then ends a text

@@ -46,7 +46,7 @@ class EvaluationReport(pl.Callback):
     ``test.partial.RANK.jsonl``. It needs a Phi3LoRAModule, and for answers a datamodule with a ``tokenizer``.
 
     Args:
-        folder: Where the report goes; null: the run's folder.
+        folder: Where the report goes; null: the run's folder, or in a script the Trainer's ``default_root_dir``.
         rows: How many rows both models answer, the same ones each time; null: all, 0: none. Needs the extra eval.
         batch_size: Prompts that are answered together: more are faster, and take more memory.
         resamples: How often rows are drawn again for the intervals.
