@@ -14,17 +14,17 @@ from rich.table import Table
 from typing_extensions import override
 
 from phi3_lightning.batch import Batch
-from phi3_lightning.callbacks.partial import PartialLines, gather
 from phi3_lightning.config import require
 from phi3_lightning.errors import ConfigError, DataError, ModelError
 from phi3_lightning.evaluate import cases, page
-from phi3_lightning.evaluate.answering import Answering
+from phi3_lightning.evaluate.answering import Answering, live_progress
 from phi3_lightning.evaluate.bootstrap import Comparison, Statistics
 from phi3_lightning.evaluate.report import TOKEN_SCORES, Answered, Report, measure_answers, measure_tokens, table
 from phi3_lightning.export.curve import read_scalars
 from phi3_lightning.metrics import AnswerMetrics
 from phi3_lightning.model import loss
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.partial import PartialLines, gather
 
 
 @runtime_checkable
@@ -187,7 +187,8 @@ class EvaluationReport(pl.Callback):
             temporary = folder / f"test.{suffix}.tmp"
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(folder / f"test.{suffix}")
-        _print(report, [folder / f"test.{suffix}" for suffix in written])
+        live = live_progress(trainer)  # whose console prints above the bars
+        _print(Console() if live is None else live.console, report, [folder / f"test.{suffix}" for suffix in written])
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -210,8 +211,7 @@ def _described(trainer: pl.Trainer, rows: list[int]) -> tuple[dict[str, Any], di
     return {"source": f"{type(data).__name__}.test_dataloader" if data else "a dataloader", "statistics": {}}, {}
 
 
-def _print(report: Report, files: list[Path]) -> None:
-    console = Console()
+def _print(console: Console, report: Report, files: list[Path]) -> None:
     drawn = Table(title="base and tuned model on the test data")
     for column in ("", "base", "tuned", "tuned less base"):
         drawn.add_column(column, justify="right" if column else "left")

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from phi3_lightning.batch import PromptBatch
-from phi3_lightning.callbacks.partial import PartialLines, gather, write_lines
+from phi3_lightning.partial import PartialLines, gather, write_lines
 
 
 class PredictionWriter(Callback):

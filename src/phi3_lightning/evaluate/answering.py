@@ -7,13 +7,14 @@ from contextlib import contextmanager
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
+from rich.progress import Progress
 
-from phi3_lightning.callbacks.partial import PartialLines
 from phi3_lightning.evaluate.cases import Case, Tokenizer
 from phi3_lightning.evaluate.report import Answered
 from phi3_lightning.generate import prompt_batch
 from phi3_lightning.metrics import Answer, AnswerMetrics
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.partial import PartialLines
 
 LINE_SECONDS = 10.0
 """Least time between two lines about progress where there is no terminal."""
@@ -88,12 +89,21 @@ class Answering:
         return answers
 
 
+def live_progress(trainer: pl.Trainer) -> Progress | None:
+    """Return the progress that Lightning draws on the terminal, where it draws one.
+
+    Args:
+        trainer: Knows its progress bar.
+    """
+    bar = trainer.progress_bar_callback
+    return bar.progress if isinstance(bar, RichProgressBar) else None
+
+
 @contextmanager
 def _progress(trainer: pl.Trainer, steps: int) -> Iterator[Callable[[], None]]:
     """A task in Lightning's rich progress bar where there is one, else a plain line now and then."""
-    bar = trainer.progress_bar_callback
-    if isinstance(bar, RichProgressBar) and bar.progress is not None:
-        progress = bar.progress
+    progress = live_progress(trainer)
+    if progress is not None:
         task = progress.add_task("Answering", total=steps)
         yield lambda: progress.advance(task)
         return
@@ -102,7 +112,7 @@ def _progress(trainer: pl.Trainer, steps: int) -> Iterator[Callable[[], None]]:
     def line() -> None:
         nonlocal done, said
         done += 1
-        if bar is not None and (done == steps or time.monotonic() - said > LINE_SECONDS):
+        if trainer.progress_bar_callback is not None and (done == steps or time.monotonic() - said > LINE_SECONDS):
             said = time.monotonic()
             rank_zero_info(f"answering: {done} of {steps} batches, base and tuned model")
 
