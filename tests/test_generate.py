@@ -94,8 +94,10 @@ class Counting(Phi3ForCausalLM):
         return super().forward(input_ids, *args, **kwargs)
 
 
-def test_a_row_that_has_ended_costs_nothing_more(tiny_base):
-    model = Counting.from_pretrained(tiny_base).eval()
+@pytest.mark.parametrize("sliding_window", [None, 4])
+def test_a_row_that_has_ended_costs_nothing_more(tmp_path, sliding_window):
+    base = synthetic.save_tiny(tmp_path / "base", sliding_window=sliding_window)
+    model = Counting.from_pretrained(base).eval()
     model.given = []
     free = [greedy(model, prompt, 10) for prompt in PROMPTS]
     stop = free[0][3]
