@@ -28,9 +28,17 @@ class Script(Phi3ForCausalLM):
         return output
 
 
-@pytest.fixture(scope="module")
-def model(tiny_base) -> Phi3ForCausalLM:
-    return Phi3ForCausalLM.from_pretrained(tiny_base).eval()
+KERNELS = ["sdpa", "documents"]
+"""Prompts are read with padding by any kernel, and without by 'documents'."""
+
+
+def load(base, kernel: str = "sdpa", kind: type = Phi3ForCausalLM, **options) -> Phi3ForCausalLM:
+    return kind.from_pretrained(base, attn_implementation=kernel, **options).eval()
+
+
+@pytest.fixture(scope="module", params=KERNELS)
+def model(request, tiny_base) -> Phi3ForCausalLM:
+    return load(tiny_base, request.param)
 
 
 @pytest.fixture
@@ -49,10 +57,10 @@ def greedy(model, prompt: list[int], count: int, stop=()) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sliding_window", [None, 4])
-def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(tmp_path, sliding_window):
-    base = synthetic.save_tiny(tmp_path / "base", sliding_window=sliding_window)
-    model = Phi3ForCausalLM.from_pretrained(base).eval()
+def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(tmp_path, sliding_window, kernel):
+    model = load(synthetic.save_tiny(tmp_path / "base", sliding_window=sliding_window), kernel)
     together = answers(model, synthetic.prompt_batch(PROMPTS, NEVER), Generation(max_new_tokens=12))
     alone = [
         answers(model, synthetic.prompt_batch([prompt], NEVER), Generation(max_new_tokens=12))[0] for prompt in PROMPTS
@@ -89,33 +97,39 @@ def test_what_follows_a_stop_is_not_returned_where_the_batch_runs_on(model):
 class Counting(Phi3ForCausalLM):
     """Keeps how many tokens each forward was given."""
 
-    def forward(self, input_ids, *args, **kwargs):
-        self.given.append(input_ids.numel())
-        return super().forward(input_ids, *args, **kwargs)
+    given: list[int]
+
+    def count(self) -> "Counting":
+        self.given = []
+        self.model.embed_tokens.register_forward_hook(
+            lambda module, inputs, output: self.given.append(inputs[0].numel())
+        )
+        return self
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sliding_window", [None, 4])
-def test_a_row_that_has_ended_costs_nothing_more(tmp_path, sliding_window):
-    base = synthetic.save_tiny(tmp_path / "base", sliding_window=sliding_window)
-    model = Counting.from_pretrained(base).eval()
-    model.given = []
+def test_neither_padding_nor_a_row_that_has_ended_costs_anything(tmp_path, sliding_window, kernel):
+    model = load(synthetic.save_tiny(tmp_path / "base", sliding_window=sliding_window), kernel, Counting).count()
     free = [greedy(model, prompt, 10) for prompt in PROMPTS]
     stop = free[0][3]
     expected = [greedy(model, prompt, 10, [stop]) for prompt in PROMPTS]
     model.given = []
     assert answers(model, synthetic.prompt_batch(PROMPTS, [stop]), Generation(max_new_tokens=10)) == expected
-    # the prompts with their padding, and then each token but the last of each answer
-    assert sum(model.given) == 3 * 7 + sum(len(answer) - 1 for answer in expected)
-    assert sum(model.given) < 3 * 7 + 3 * (max(map(len, expected)) - 1)
+    read = {"sdpa": 3 * max(map(len, PROMPTS)), "documents": sum(map(len, PROMPTS))}[kernel]
+    assert model.given[0] == read
+    assert sum(model.given[1:]) == sum(len(answer) - 1 for answer in expected)  # each token but the last is read
+    assert sum(model.given[1:]) < 3 * (max(map(len, expected)) - 1)
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("lengths", [(30, 26, 3), (40, 30, 3), (31, 31)])
-def test_longrope_reads_each_row_as_if_it_were_alone(tmp_path, lengths):
+def test_longrope_reads_each_row_as_if_it_were_alone(tmp_path, lengths, kernel):
     """Its factors follow the longest row of a batch: rows part where one passes the length of the short factors."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 32}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     base = synthetic.save_tiny(tmp_path / "base", rope_parameters=rope, original_max_position_embeddings=32)
-    model = Phi3ForCausalLM.from_pretrained(base).eval()
+    model = load(base, kernel)
     prompts = [synthetic.document(length, 1, seed)[0] for seed, length in enumerate(lengths)]
     together = answers(model, synthetic.prompt_batch(prompts, NEVER), Generation(max_new_tokens=12))
     assert together == [greedy(model, prompt, 12) for prompt in prompts]
@@ -166,7 +180,7 @@ def test_the_mode_is_as_it_was_after_an_error(model, monkeypatch):
         raise KeyboardInterrupt
 
     model.train()
-    monkeypatch.setattr(model, "forward", fail)
+    monkeypatch.setattr(model.model, "forward", fail)
     with pytest.raises(KeyboardInterrupt):
         answers(model, synthetic.prompt_batch([[5]], NEVER), Generation(max_new_tokens=2))
     assert model.training

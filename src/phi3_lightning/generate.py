@@ -17,6 +17,7 @@ from transformers.generation.logits_process import LogitsProcessor, TemperatureL
 from phi3_lightning.batch import PromptBatch
 from phi3_lightning.config import Generation
 from phi3_lightning.errors import DataError
+from phi3_lightning.model.documents import DOCUMENTS
 
 
 @torch.inference_mode()
@@ -78,6 +79,14 @@ def _left_padded(texts: list[list[int]], device: torch.device) -> tuple[Tensor, 
     return ids, mask
 
 
+def _spread(states: Tensor, seen: Tensor) -> Tensor:
+    """Lay out the states of texts in one row, (1, heads, tokens, size), where a mask of (texts, width) is true."""
+    _, heads, _, size = states.shape
+    spread = states.new_zeros(*seen.shape, heads, size)
+    spread[seen] = states[0].transpose(0, 1)
+    return spread.transpose(1, 2)
+
+
 @dataclass
 class _Row:
     """A prompt, how long its answer may be, and the answer so far."""
@@ -120,15 +129,12 @@ class _Decoder:
 
     def _decode(self, rows: list[_Row]) -> list[_Row]:
         """Answer rows together; return those that have to be read again, with longrope's long factors."""
-        ids, mask = _left_padded([row.prompt + row.answer for row in rows], self.device)
-        positions = (mask.cumsum(-1) - 1).clamp(min=0)
-        cache = DynamicCache(config=self.model.config)
+        self._any_rank_decodes(True)
+        logits, cache, mask = self._read([row.prompt + row.answer for row in rows])
+        positions = mask.sum(-1, keepdim=True) - 1
         side, crossed = self._long(rows[0]), []
-        while rows:
-            self._any_rank_decodes(True)
-            # by position: the cache's name differs between versions of transformers
-            output = self.model(ids, mask, positions, cache, use_cache=True, logits_to_keep=self.last)
-            chosen = self._choose(output.logits[:, -1])
+        while True:
+            chosen = self._choose(logits)
             for row, token in zip(rows, chosen.tolist(), strict=True):
                 row.answer.append(token)
             going = [index for index, row in enumerate(rows) if not self._ended(row)]
@@ -138,9 +144,36 @@ class _Decoder:
                 rows = [rows[index] for index in kept]
                 chosen, mask, positions = chosen[kept], mask[kept], positions[kept]
                 cache.batch_select_indices(torch.tensor(kept, device=self.device, dtype=torch.int64))
-            ids, positions = chosen[:, None], positions[:, -1:] + 1
+            if not rows:
+                return crossed
+            positions = positions + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
-        return crossed
+            self._any_rank_decodes(True)
+            logits = self._forward(chosen[:, None], mask, positions, cache)
+
+    def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
+        # by position: the cache's name differs between versions of transformers
+        output = self.model(ids, mask, positions, cache, use_cache=True, logits_to_keep=self.last)
+        return cast("Tensor", output.logits[:, -1])
+
+    def _read(self, texts: list[list[int]]) -> tuple[Tensor, DynamicCache, Tensor]:
+        """Read texts; return the logits after each, and cache and mask as if they had been padded on the left."""
+        ids, mask = _left_padded(texts, self.device)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        cache = DynamicCache(config=self.model.config)
+        if self.model.config._attn_implementation != DOCUMENTS:
+            return self._forward(ids, mask, positions, cache), cache, mask
+        # one after the other in one row, where no padding is computed
+        lengths = [len(text) for text in texts]
+        seen, packed = mask.bool(), DynamicCache()
+        options: dict[str, Any] = {"documents": lengths, "use_cache": True}
+        no_mask = torch.empty(1, 1, 0, 0, device=self.device)
+        output = self.model.model(ids[seen][None], no_mask, positions[seen][None], packed, **options)
+        layers: list[Any] = packed.layers
+        for index, layer in enumerate(layers):
+            cache.update(_spread(layer.keys, seen), _spread(layer.values, seen), index)
+        ends = torch.tensor(lengths, device=self.device).cumsum(-1) - 1
+        return self.model.lm_head(output.last_hidden_state[0, ends]), cache, mask
 
     def _choose(self, logits: Tensor) -> Tensor:
         if not self.do_sample:
