@@ -109,7 +109,8 @@ def test_sharegpt_before_and_after(cli, tmp_path, write):
 def test_alpaca_is_trained_tested_and_merged(cli, tmp_path, write, name):
     needs_its_extra(name)
     recipe = given(name, write("train.jsonl", ALPACA[:-20]))
-    recipe = (*recipe, "--data.val=null", f"--data.test={write('test.jsonl', ALPACA[-20:])}", "--model.base_id=tiny/phi3")
+    test = write("test.jsonl", ALPACA[-20:])
+    recipe = (*recipe, "--data.val=null", f"--data.test={test}", "--model.base_id=tiny/phi3")
     cli("fit", *recipe)
     tested = cli("test", *recipe)
     assert re.search(r"test/loss +│ +\d", tested.text)
