@@ -1,7 +1,7 @@
-"""Write a base of two small layers with the architecture and the tokenizer of a real one, without weights, for trials.
+r"""Write a base of two small layers with the architecture and the tokenizer of a real one, without weights, for trials.
 
     python scripts/shrink_base.py microsoft/Phi-4-mini-instruct small-phi4
-    python cli.py fit --config configs/phi4_mini_lora.yaml --config configs/overlays/tiny.yaml \\
+    python cli.py fit --config configs/phi4_mini_lora.yaml --config configs/overlays/tiny.yaml \
       --model.base small-phi4 --model.init random
 
 Heads keep their size, and with it the rotary angles, and their ratio to key heads, of which there are one or two.

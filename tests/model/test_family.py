@@ -114,8 +114,8 @@ def logits(module: Phi3LoRAModule, row: list[list[int]]) -> list[torch.Tensor]:
 def assert_same(found: torch.Tensor, plain: Phi3ForCausalLM, ids: list[int]) -> None:
     with torch.no_grad():
         expected = plain(torch.tensor([ids]), use_cache=False).logits[0]
-    # nine products one after the other, each a float32 sum of at most 3 x hidden terms in another order, whose roundings
-    # add up in squares; each of the two layers may double what comes in
+    # nine products one after the other, each a float32 sum of at most 3 x hidden terms in another order, whose rounding
+    # adds up in squares; each of the two layers may double what comes in
     terms = 9 * 3 * plain.config.hidden_size
     tolerance = 4 * terms**0.5 * torch.finfo(torch.float32).eps * expected.abs().max().item()
     torch.testing.assert_close(found, expected, rtol=0, atol=tolerance)

@@ -1,4 +1,4 @@
-"""The configurations of the family: each trains a base that was shrunk as the guide says; their memory is calculated."""
+"""The family: each configuration trains a base that was shrunk as the guide says; its memory is calculated."""
 
 import json
 import re
