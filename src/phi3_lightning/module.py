@@ -13,10 +13,12 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.data import DataLoader
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning import adapters, generate, optim
-from phi3_lightning.adapters import targets
+from phi3_lightning.adapters import eva, targets
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.coverage import Coverage, coverage
 from phi3_lightning.batch import Batch, PromptBatch
@@ -186,8 +188,13 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
         Returns:
             The base model. The module holds none afterwards.
+
+        Raises:
+            ModelError: If the base is sharded over ranks, and none has it whole.
         """
         model, adapter = self._ready()
+        if any(isinstance(parameter, DTensor) for parameter in adapter.parameters()):
+            raise ModelError("detach_adapter: FSDP2 has sharded the base; load the checkpoint on one process for it")
         base_model.checkpoint_activations(model, "none")
         self.model = self.adapter = None
         return adapter.detach()
@@ -253,6 +260,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def on_fit_start(self) -> None:
         """Put the model into training mode: loading and predicting leave it in evaluation mode."""
+        super().on_fit_start()
         self._ready()[0].train()
 
     def on_train_start(self) -> None:
@@ -260,6 +268,15 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         if type(self).configure_optimizers is Phi3LoRAModule.configure_optimizers:  # a subclass may bring its own
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             optim.restate(self.trainer.optimizers[0], scheduler, self.optimizer_config)
+        if self.lora.init_lora_weights == "eva" and self.trainer.ckpt_path is None:
+            self._start_from_data()
+
+    def _start_from_data(self) -> None:
+        model, adapter = self._ready()
+        strategy, loader = self.trainer.strategy, cast("DataLoader[Batch]", self.trainer.train_dataloader)
+        with self.autocast():
+            found = eva.directions(model, adapter, lambda: map(strategy.batch_to_device, loader), len(loader), self)
+        adapter.start_from(strategy.broadcast(found))  # all ranks alike, whatever rows each has seen
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model up to its head.

@@ -68,7 +68,7 @@ NOTES: Final = {
     "auto_mapping": "written by PEFT for classes of others",
     "corda_config": _NO_BASE_WRITE,
     "ensure_weight_tying": _NOT_OFFERED,
-    "eva_config": "it needs a pass over the data before the adapter exists; init_lora_weights: true",
+    "eva_config": "init_lora_weights: eva has PEFT's settings, with rho 1, and each layer keeps its rank",
     "fan_in_fan_out": "for weights of shape (in, out), as GPT-2 has them; Phi-3 has none",
     "inference_mode": "fit trains, the other commands do not",
     "kasa_config": _NOT_OFFERED,
