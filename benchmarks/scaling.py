@@ -57,7 +57,7 @@ class Model:
     @property
     def logits(self) -> float:
         """Bytes of a chunk of logits with its gradient."""
-        return 2 * 4 * 1024 * self.vocabulary
+        return 2 * 4 * 256 * self.vocabulary
 
     def activations(self, tokens: int = TOKENS) -> float:
         """Bytes that a micro-batch needs with full checkpointing, and a chunk of logits with its gradient."""
