@@ -118,6 +118,8 @@ def test_a_folder_in_use_is_left_alone_unless_told(cli, tmp_path):
     ("args", "told"),
     [
         (["a.py"], "a.py is a file; give a folder"),
+        (["my conf"], "give one without blanks and signs"),
+        (["conf;ls"], "give one without blanks and signs"),
         (["conf", "--from=missing.py"], "--from: missing.py cannot be read"),
         (["conf", "--from=quickstart.py"], "quickstart.yaml is a configuration of the package; give"),
     ],
@@ -314,7 +316,8 @@ def test_values_that_only_running_would_give_are_named(tmp_path):
         "from torch import cuda\n"
         "rank: int = 8\n"
         "common = {'seed': 7}\n"
-        "training_config = dict(bf16=cuda.is_bf16_supported(), learning_rate=1e-4, **common)\n"
+        "training_config = dict(bf16=cuda.is_bf16_supported(), learning_rate=1e-4, **common,\n"
+        "    use_liger_kernel=fast())\n"
         "training_config['max_steps'] = 5\n"
         "peft_config = {'r': rank, 'target_modules': find_all(), key: 1, **more}\n"
         "if True:\n    training_config['seed'] = 9\n"
@@ -328,9 +331,10 @@ def test_values_that_only_running_would_give_are_named(tmp_path):
     assert found.notes["training_config.bf16"] == (
         "cuda.is_bf16_supported() would have to be run; set trainer.precision by hand"
     )
+    assert found.notes["training_config.use_liger_kernel"] == ("fast() would have to be run; nothing here is set by it")
     assert "find_all()" in found.notes["peft_config.target_modules"]
     assert {"peft_config.key", "peft_config.more"} <= found.notes.keys()
-    assert {"training_config, line 8", "training_config, line 9"} <= found.notes.keys()
+    assert {"training_config, line 9", "training_config, line 10"} <= found.notes.keys()
 
 
 @pytest.mark.parametrize(
@@ -359,6 +363,7 @@ def test_what_else_a_file_holds_is_named(tmp_path):
     ("given", "told"),
     [
         (({"learning_rate": "fast"}, {}), r"training_config\.learning_rate: 'fast' cannot be used"),
+        (({"seed": float("inf")}, {}), r"training_config\.seed: inf cannot be used"),
         (({"seed": 1.5}, {}), r"training_config\.seed: 1\.5 cannot be used \(it is a whole number"),
         (({"weight_decay": -1}, {}), r"model\.optimizer\.weight_decay: -1"),
         (({}, {"r": 0}), r"model\.lora\.r: 0"),

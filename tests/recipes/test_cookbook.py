@@ -113,7 +113,7 @@ def test_alpaca_is_trained_tested_and_merged(cli, tmp_path, write, name):
     recipe = (*recipe, "--data.val=null", f"--data.test={test}", "--model.base_id=tiny/phi3")
     cli("fit", *recipe)
     tested = cli("test", *recipe)
-    assert re.search(r"test/loss +│ +\d", tested.text)
+    assert re.search(r"loss +│ +\d", tested.text)
     cli("export", f"--run={settings(name)['run']}", "--output_dir=python-coder", "--merge")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "python-coder")
     assert not any("lora" in name for name, _ in merged.named_parameters())

@@ -1,6 +1,7 @@
 """``init``: the shipped configurations into a folder, and a script's dictionaries as one more."""
 
 import os
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,9 @@ def main(args: list[str]) -> None:
         raise ConfigError(f"{folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not options.overwrite:
         raise ConfigError(f"{folder} is not empty; give another folder, or --overwrite to write into it")
-    console = Console(highlight=False, soft_wrap=True)
+    if shlex.quote(options.folder) != options.folder:
+        raise ConfigError(f"{folder}: commands in the files name the folder; give one without blanks and signs")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
     files = {name: _installed(text, folder) for name, text in shipped().items()}
     translated = None
     if source is not None:
@@ -127,5 +130,5 @@ def _open(translated: Translation) -> list[str]:
 def _report(translated: Translation, path: Path, console: Console) -> None:
     console.print(f"{path}: {len(translated.settings)} settings translated")
     for key, note in translated.notes.items():
-        console.print(f"  {key}: {note}", markup=False)
+        console.print(f"  {key}: {note}")
     console.print(f"set {' and '.join(_open(translated))}, then: phi3-lightning fit --config {os.fspath(path)}")

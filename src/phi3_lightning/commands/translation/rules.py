@@ -20,7 +20,7 @@ class Rule(NamedTuple):
     """How a key is translated."""
 
     path: str
-    """Where its value belongs."""
+    """Where its value belongs; empty where nothing is set."""
     convert: Callable[[Any, Given], Any]
     """From the value and its dictionary to the value of ``path``, or to an Equal."""
 
@@ -46,7 +46,7 @@ def unless(off: Any, note: str) -> Rule:
         off: That value.
         note: What to do about any other.
     """
-    return alone("nothing", lambda value: SAME if value == off else Equal(note=note))
+    return alone("", lambda value: SAME if value == off else Equal(note=note))
 
 
 def whole(value: Any) -> int:

@@ -202,7 +202,7 @@ RULES: Final[dict[str, Rule]] = {
     "learning_rate": alone("model.optimizer.lr", float),
     "logging_steps": alone("trainer.log_every_n_steps", _every),
     "logging_strategy": unless("steps", "trainer.log_every_n_steps says how often; trainer.logger: false for never"),
-    "loss_type": alone("nothing", _loss),
+    "loss_type": alone("", _loss),
     "lr_scheduler_type": alone("model.schedule.name", _schedule),
     "max_grad_norm": alone("trainer.gradient_clip_val", _clip),
     "max_length": alone("data.max_length", whole),

@@ -43,7 +43,7 @@ def translate(given: Dictionaries) -> Translation:
         for key, value in values.items():
             try:
                 found = _equal(key, value, values, rules, without)
-            except (TypeError, ValueError) as error:
+            except (TypeError, ValueError, OverflowError) as error:
                 raise ConfigError(f"{name}.{key}: {value!r} cannot be used ({error})") from error
             settings |= found.settings
             if found.note is not None:
@@ -63,7 +63,8 @@ def _equal(
         return Equal(note=f"not known; did you mean {near[0]}?" if near else "not known; `fit --help` has all of ours")
     rule = rules[key]
     if isinstance(value, Expression):
-        return Equal(note=f"{value.source} would have to be run; set {rule.path} by hand")
+        by_hand = f"set {rule.path} by hand" if rule.path else "nothing here is set by it"
+        return Equal(note=f"{value.source} would have to be run; {by_hand}")
     if value is None:
         return Equal(note="not set there, and as the recipe has it here")
     found = rule.convert(value, {name: other for name, other in given.items() if not isinstance(other, Expression)})
