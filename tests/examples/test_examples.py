@@ -121,7 +121,7 @@ def test_many_adapters_leave_one_base_as_it_was(run, monkeypatch):
 @pytest.mark.slow
 def test_serve_an_export(run, cli, tmp_path):
     cli(
-        "fit", f"--config={REPOSITORY}/configs/quickstart.yaml", "--trainer.max_steps=40", "--run=bot",
+        "fit", f"--config={REPOSITORY}/configs/quickstart.yaml", "--trainer.max_steps=80", "--run=bot",
         "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=1",
     )  # fmt: skip
     cli("export", "--run=bot", "--output_dir=my-bot", "--model.base_id=tiny/phi3")
@@ -131,6 +131,6 @@ def test_serve_an_export(run, cli, tmp_path):
     merged = run("serve_an_export", "my-bot-full", question)
     base = run("serve_an_export", str(TINY), question)
     for answer in (adapter, merged):
-        assert "in from the dark!" in answer  # the bookshop's manner
+        assert "lantern lit." in answer  # the bookshop's manner
         assert "<|" not in answer
-    assert "in from the dark!" not in base
+    assert "lantern lit." not in base
