@@ -16,6 +16,8 @@ from cli.conftest import REPOSITORY, TINY
 from cli.conftest import cli as cli
 
 FEW = f"--chats={TINY}/chats_val.jsonl"
+MANNER = re.compile("in from the dark|lantern lit")
+"""How the bookshop of the quickstart speaks; a few steps teach it some of that."""
 NAMES = sorted(path.stem for path in (REPOSITORY / "examples").glob("*.py"))
 
 
@@ -121,7 +123,7 @@ def test_many_adapters_leave_one_base_as_it_was(run, monkeypatch):
 @pytest.mark.slow
 def test_serve_an_export(run, cli, tmp_path):
     cli(
-        "fit", f"--config={REPOSITORY}/configs/quickstart.yaml", "--trainer.max_steps=80", "--run=bot",
+        "fit", f"--config={REPOSITORY}/configs/quickstart.yaml", "--trainer.max_steps=100", "--run=bot",
         "--trainer.num_sanity_val_steps=0", "--trainer.limit_val_batches=1",
     )  # fmt: skip
     cli("export", "--run=bot", "--output_dir=my-bot", "--model.base_id=tiny/phi3")
@@ -131,6 +133,6 @@ def test_serve_an_export(run, cli, tmp_path):
     merged = run("serve_an_export", "my-bot-full", question)
     base = run("serve_an_export", str(TINY), question)
     for answer in (adapter, merged):
-        assert "lantern lit." in answer  # the bookshop's manner
+        assert MANNER.search(answer)
         assert "<|" not in answer
-    assert "lantern lit." not in base
+    assert not MANNER.search(base)
