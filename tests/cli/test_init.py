@@ -316,6 +316,7 @@ def test_values_that_only_running_would_give_are_named(tmp_path):
         "from torch import cuda\n"
         "rank: int = 8\n"
         "common = {'seed': 7}\n"
+        "env = cuda.environ()\nenv['A'], rank_list = '1', [1]\nenv['B'] = '2'\n"
         "training_config = dict(bf16=cuda.is_bf16_supported(), learning_rate=1e-4, **common,\n"
         "    use_liger_kernel=fast())\n"
         "training_config['max_steps'] = 5\n"
@@ -334,7 +335,7 @@ def test_values_that_only_running_would_give_are_named(tmp_path):
     assert found.notes["training_config.use_liger_kernel"] == ("fast() would have to be run; nothing here is set by it")
     assert "find_all()" in found.notes["peft_config.target_modules"]
     assert {"peft_config.key", "peft_config.more"} <= found.notes.keys()
-    assert {"training_config, line 9", "training_config, line 10"} <= found.notes.keys()
+    assert {"training_config, line 12", "training_config, line 13"} <= found.notes.keys()
 
 
 @pytest.mark.parametrize(
@@ -342,6 +343,7 @@ def test_values_that_only_running_would_give_are_named(tmp_path):
     [
         ("a.py", "x = 1", "no dictionary called training_config or peft_config"),
         ("a.py", "training_config = {", "cannot be parsed"),
+        ("a.py", "training_config = {}\0", "cannot be parsed"),
         ("a.json", "[1]", "no dictionary called"),
         ("a.json", "{", "cannot be parsed"),
         ("a.yaml", "a: [", "cannot be parsed"),

@@ -1,6 +1,5 @@
 """``init``: the shipped configurations into a folder, and a script's dictionaries as one more."""
 
-import os
 import shlex
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,9 @@ def parser() -> LightningArgumentParser:
         help="A .py, .json or .yaml file with training_config (TrainingArguments' keys) and peft_config "
         "(LoraConfig's); a .py file is read and never run.",
     )  # fmt: skip
-    result.add_argument("--overwrite", action="store_true", help="Write into a folder that holds something already.")
+    result.add_argument(
+        "--overwrite", action="store_true", help="Write into a folder in use; files of the same names are replaced."
+    )
     return result
 
 
@@ -131,4 +132,4 @@ def _report(translated: Translation, path: Path, console: Console) -> None:
     console.print(f"{path}: {len(translated.settings)} settings translated")
     for key, note in translated.notes.items():
         console.print(f"  {key}: {note}")
-    console.print(f"set {' and '.join(_open(translated))}, then: phi3-lightning fit --config {os.fspath(path)}")
+    console.print(f"set {' and '.join(_open(translated))}, then: phi3-lightning fit --config {path}")

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 
@@ -44,6 +44,8 @@ def read_dictionaries(path: Path) -> Dictionaries:
     Raises:
         ConfigError: If the file cannot be read, or has neither dictionary.
     """
+    if path.suffix not in (".py", ".json", ".yaml", ".yml"):
+        raise ConfigError(f"--from: {path} is no .py, .json, .yaml or .yml file")
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
@@ -54,11 +56,9 @@ def read_dictionaries(path: Path) -> Dictionaries:
             found = _from_python(ast.parse(text), unread)
         elif path.suffix == ".json":
             found = json.loads(text)
-        elif path.suffix in (".yaml", ".yml"):
-            found = yaml.safe_load(text)
         else:
-            raise ConfigError(f"--from: {path} is no .py, .json, .yaml or .yml file")
-    except (SyntaxError, RecursionError, json.JSONDecodeError, yaml.YAMLError) as error:
+            found = yaml.safe_load(text)
+    except (SyntaxError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise ConfigError(f"--from: {path} cannot be parsed ({error})") from error
     found = found if isinstance(found, Mapping) else {}
     held = {name: found[name] for name in NAMES if isinstance(found.get(name), Mapping)}
@@ -81,9 +81,9 @@ def _from_python(tree: ast.Module, unread: dict[str, str]) -> dict[str, Any]:
             if isinstance(target, ast.Name):
                 names[target.id] = _value(value, names, target.id, unread)
                 understood.add(target)
-            elif isinstance(target, ast.Subscript) and _changed(target) in names:
-                key = ast.unparse(target.slice)
-                names[_changed(target)][ast.literal_eval(key)] = _value(value, names, key, unread)
+            elif isinstance(changed := names.get(_changed(target)), dict):  # training_config["seed"] = 1
+                key = ast.unparse(cast("ast.Subscript", target).slice)
+                changed[ast.literal_eval(key)] = _value(value, names, key, unread)
                 understood.add(target)
     for node in ast.walk(tree):
         name = _changed(node)

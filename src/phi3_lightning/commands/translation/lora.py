@@ -12,9 +12,9 @@ _NOT_OFFERED = "PEFT has it, and it is not offered here; leave it out"
 def _targets(value: Any) -> Any:
     names = [value] if isinstance(value, str) else list(value)
     slices = {name for name in names if any(name in parts for parts in PHI3_FUSED_LAYERS.values())}
-    whole = all(slices >= set(parts) or not slices & set(parts) for parts in PHI3_FUSED_LAYERS.values())
+    complete = all(slices >= set(parts) or not slices & set(parts) for parts in PHI3_FUSED_LAYERS.values())
     written = as_it_is(value)
-    if not slices or whole:
+    if not slices or complete:
         return written
     settings = {"model.lora.target_modules": written, "model.lora.backend": "loralib"}
     return Equal(
