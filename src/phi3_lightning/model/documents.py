@@ -107,14 +107,13 @@ def one_row(batch: Batch) -> tuple[Tensor, list[int]]:
         Their places among all places of the batch, row by row, int64, and the documents' lengths. A filler batch, which
         has no document, is one document of padding.
     """
-    rows, width = batch["input_ids"].shape
-    lengths = [length for row in batch["lengths"] for length in row]
+    width = batch["input_ids"].shape[1]
     device = batch["input_ids"].device
-    if not lengths:
+    documents = [length for row in batch["lengths"] for length in row]
+    if not documents:
         return torch.arange(width, device=device), [width]
-    filled = torch.tensor([sum(row) for row in batch["lengths"]], device=device)
-    places = torch.arange(rows * width, device=device).view(rows, width)
-    return places[places - places[:, :1] < filled[:, None]], lengths
+    rows = [torch.arange(sum(row), device=device) + start * width for start, row in enumerate(batch["lengths"])]
+    return torch.cat(rows), documents
 
 
 def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:

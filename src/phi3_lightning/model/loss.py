@@ -50,13 +50,26 @@ def cross_entropy(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor
         The sum of the token losses, a float32 scalar, and the number of supervised tokens, an int64 scalar.
     """
     states, targets = supervised_positions(hidden, batch)
-    count = torch.tensor(targets.numel(), device=hidden.device)
+    return summed_loss(states, targets, head), torch.tensor(targets.numel(), device=hidden.device)
+
+
+def summed_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """Return the sum of the losses of tokens whose predicting states are selected already.
+
+    Args:
+        states: Hidden states, shape (tokens, hidden size).
+        targets: The tokens, shape (tokens,), int64.
+        head: Maps hidden states to logits over the vocabulary.
+
+    Returns:
+        A float32 scalar with a graph, also where there is no token.
+    """
     if not any(parameter.requires_grad or isinstance(parameter, DTensor) for parameter in head.parameters()):
-        return cast("Tensor", _FrozenHead.apply(states, targets, head)), count  # type: ignore[no-untyped-call]
-    loss_sum = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        return cast("Tensor", _FrozenHead.apply(states, targets, head))  # type: ignore[no-untyped-call]
+    loss_sum = torch.zeros((), dtype=torch.float32, device=states.device)
     for chunk, labels in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
         loss_sum = loss_sum + checkpoint(_chunk_loss, head, chunk, labels, use_reentrant=False)
-    return loss_sum, count
+    return loss_sum
 
 
 class _FrozenHead(torch.autograd.Function):
