@@ -17,15 +17,23 @@ from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from phi3_lightning.callbacks import (
+    AdapterStatistics,
     AgreedStop,
+    BadRows,
+    Forgetting,
     LineProgress,
+    Monitor,
     PredictionWriter,
     RankFailure,
     RunCheckpoint,
+    RunPage,
     RunReport,
+    Samples,
     Throughput,
 )
+from phi3_lightning.callbacks.board import boards, step_of
 from phi3_lightning.callbacks.failure import is_communication
+from phi3_lightning.callbacks.monitor import GENERAL
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from phi3_lightning.commands import export, preview
 from phi3_lightning.commands.parser import Parser
@@ -53,6 +61,8 @@ class SaveRunConfig(SaveConfigCallback):
                 config.pop(key, None)
             text = self.parser.dump(config, skip_none=False, skip_validation=True)
             RunFolder.named(config.run, config.trainer.default_root_dir).keep_config(text)
+            for writer in boards(trainer):
+                writer.add_text("config", f"```yaml\n{text}\n```", step_of(trainer))
 
 
 class Phi3CLI(LightningCLI):
@@ -89,6 +99,7 @@ class Phi3CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="phi3-lora", help="Name of the run: its folder is runs/NAME.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_class_arguments(Monitor, "monitor")
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -149,6 +160,7 @@ class Phi3CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self.finished is None:
             self.datamodule.validate_sources()
+            self.general.validate_sources()
             self.model.check_base()
 
     @override
@@ -163,13 +175,36 @@ class Phi3CLI(LightningCLI):
         checkpoint: RunCheckpoint = self._get(self.config_init, "checkpoint")
         if checkpoint.dirpath is None:
             checkpoint.dirpath = self.run_folder.checkpoints
-        callbacks += [Throughput(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
+        callbacks += [*self._monitor(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
         callbacks += [AgreedStop(), RankFailure()]
         plugins = config.plugins or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def _monitor(self) -> list[pl.Callback]:
+        """What shows the run as the section ``monitor`` asks for it."""
+        monitor: Monitor = self._get(self.config_init, "monitor")
+        options = self.datamodule.options
+        callbacks: list[pl.Callback] = [Throughput(options.max_length if options.packing else None), BadRows()]
+        if monitor.adapter_every_n_steps is not None:
+            callbacks.append(AdapterStatistics(monitor.adapter_every_n_steps))
+        self.general = ChatDataModule(
+            val=monitor.general or str(GENERAL),
+            tokenizer=options.tokenizer,
+            revision=options.revision,
+            chat_template=options.chat_template,
+            max_length=options.max_length,
+            overlong="truncate_end",
+            batch_size=options.batch_size,
+            num_workers=0,
+            cache_dir=options.cache_dir,
+        )
+        if monitor.forgetting:
+            callbacks.append(Forgetting(self.general))
+        callbacks.append(Samples(monitor.samples, monitor.sample_tokens, from_predict=options.predict is not None))
+        return [*callbacks, RunPage(monitor.rows)]
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the run has nothing left to do."""
