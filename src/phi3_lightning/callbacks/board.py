@@ -44,4 +44,4 @@ def literal(text: str) -> str:
     Args:
         text: Any text.
     """
-    return re.sub(r"[^\w\s]", lambda sign: f"&#{ord(sign[0])};", text)
+    return re.sub(r"[^\w\s]|_", lambda sign: f"&#{ord(sign[0])};", text)

@@ -144,5 +144,5 @@ def picture(rows: list[list[Part]]) -> Image.Image:
 
 
 def _words(text: str) -> list[str]:
-    """Words with the white space behind them; a line's end is the end of a word."""
-    return re.findall(r"[^\S\n]*[^\s]*[^\S\n]*\n|[^\S\n]*\S+[^\S\n]*|[^\S\n]+", text)
+    """Words with the white space around them, long ones in pieces; a line's end is the end of a word."""
+    return re.findall(r"[^\S\n]*\S{0,60}[^\S\n]*\n|[^\S\n]*\S{1,60}[^\S\n]*|[^\S\n]+", text)
