@@ -38,7 +38,7 @@ from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from phi3_lightning.commands import export, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.errors import Phi3LightningError
+from phi3_lightning.errors import DataError, Phi3LightningError
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.platform import check_accelerator, check_platform
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
@@ -160,7 +160,7 @@ class Phi3CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self.finished is None:
             self.datamodule.validate_sources()
-            self.general.validate_sources()
+            self._check_general()
             self.model.check_base()
 
     @override
@@ -205,6 +205,12 @@ class Phi3CLI(LightningCLI):
             callbacks.append(Forgetting(self.general))
         callbacks.append(Samples(monitor.samples, monitor.sample_tokens, from_predict=options.predict is not None))
         return [*callbacks, RunPage(monitor.rows)]
+
+    def _check_general(self) -> None:
+        try:
+            self.general.validate_sources()
+        except DataError as error:
+            raise DataError(f"monitor.general: {error}") from None
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the run has nothing left to do."""
