@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
@@ -28,6 +29,12 @@ FLAGS = [
     "--disable-gpu",
 ]  # fmt: skip
 """Keeps the browser to the page that it is given."""
+
+SHOWN = (
+    "^(adapter/(relative_norm/q_proj|effective_rank/q_proj|grad_norm/qkv)|data/|forgetting/kl|memory/"
+    "|speed/(tokens|peak)|train/(loss|grad)|val/(loss|tok))"
+)
+"""The charts of the picture: some of each group."""
 
 
 @contextmanager
@@ -66,7 +73,7 @@ def _wait_for(address: str, server: subprocess.Popen[bytes], seconds: float = 60
 
 
 @contextmanager
-def browser(width: int = 1400, height: int = 1000) -> Iterator[Page]:
+def browser(width: int = 1440, height: int = 1570) -> Iterator[Page]:
     """Open a page in headless Chromium, which reaches nothing but this machine.
 
     Args:
@@ -98,8 +105,10 @@ def main() -> None:
     parser.add_argument("png", type=Path)
     args = parser.parse_args()
     with tensorboard(args.logdir) as address, browser() as page:
-        page.goto(f"{address}/#timeseries", wait_until="networkidle")
-        page.get_by_text("adapter", exact=True).first.wait_for()
+        page.goto(f"{address}/?tagFilter={quote(SHOWN)}&smoothing=0#timeseries")
+        page.get_by_text("Tags matching filter").first.wait_for()
+        page.get_by_text("Enable step selection and data table").click()
+        page.get_by_role("button", name="Settings").first.click()
         page.wait_for_timeout(2000)  # curves draw themselves
         page.screenshot(path=args.png)
     with Image.open(args.png) as picture:  # few colours: a quarter of the size
