@@ -54,9 +54,8 @@ class Forgetting(pl.Callback):
                 sums += compare(pl_module, trainer.strategy.batch_to_device(batch))
         sums = cast("Tensor", trainer.strategy.reduce(sums, reduce_op="sum"))
         divergence, tuned, base = (sums[:3] / sums[3]).float()
-        pl_module.log("forgetting/kl", divergence)
-        pl_module.log("forgetting/loss", tuned)
-        pl_module.log("forgetting/loss_change", tuned - base)
+        for name, value in (("kl", divergence), ("loss", tuned), ("loss_change", tuned - base)):
+            pl_module.log(f"forgetting/{name}", value, sync_dist=True)  # each rank has it; Lightning asks for it
 
 
 def compare(module: Phi3LoRAModule, batch: Batch) -> Tensor:
