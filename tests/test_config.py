@@ -61,7 +61,7 @@ def test_a_value_out_of_range_is_named_with_its_key(kind, field, value, key):
         kind(**{field: value})
 
 
-@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "eva", "mica"])
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica"])
 def test_a_start_that_cannot_be_used_is_refused_by_name_with_the_reason(start):
     with pytest.raises(ConfigError, match=rf"model\.lora\.init_lora_weights: '{start}' cannot be used: it .*use true"):
         LoRA(init_lora_weights=start)

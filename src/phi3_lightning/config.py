@@ -26,7 +26,6 @@ REFUSED_STARTS = {
     **dict.fromkeys(
         ("pissa", "olora", "corda", "loftq", "lora_ga"), "it rewrites the base weights, which never change"
     ),
-    "eva": "it needs a pass over the training data before the adapter is made, and adapters are made without data",
     "mica": "it freezes one half of the adapter, and checkpoints hold what is trained",
 }
 """Initialisations of PEFT that cannot be used here, and why."""
@@ -135,8 +134,10 @@ class LoRA:
     """Train the length of each row of the adapted matrices too (DoRA, Liu et al. 2024,
     https://arxiv.org/abs/2402.09353); slower, and with backend 'peft' only."""
     init_lora_weights: bool | str = True
-    """How the adapter starts: true (changes nothing, as all that follow), 'gaussian' or 'orthogonal'; false starts
-    from random values that do change the answers, for tests. Others are for backend 'peft' only."""
+    """How the adapter starts: true (changes nothing, as all that follow), 'gaussian', 'orthogonal', or 'eva': the
+    directions in which each layer's inputs vary most, found by passes over training batches before the first step
+    (Paischer et al. 2024, https://arxiv.org/abs/2410.07170; every layer keeps its rank). false starts from random
+    values that do change the answers, for tests. Backend 'loralib' takes true and 'eva'."""
     modules_to_save: list[str] | None = None
     """Modules that are trained whole, as a float32 copy, and kept with the adapter; with backend 'peft' only."""
     bias: Literal["none", "all", "lora_only"] = "none"
@@ -192,19 +193,21 @@ class LoRA:
         start = self.init_lora_weights
         key = "model.lora.init_lora_weights"
         for name, reason in REFUSED_STARTS.items():
-            require(not str(start).startswith(name), key, start, f"{reason}; use true, gaussian or orthogonal")
-        known = isinstance(start, bool) or start in ("gaussian", "orthogonal")
-        require(known, key, start, "choose true, gaussian, orthogonal or false")
+            require(not str(start).startswith(name), key, start, f"{reason}; use true, gaussian, orthogonal or eva")
+        known = isinstance(start, bool) or start in ("gaussian", "orthogonal", "eva")
+        require(known, key, start, "choose true, gaussian, orthogonal, eva or false")
+        twice = start == "eva" and self.adapter is not None
+        require(not twice, key, start, "model.lora.adapter brings its own values; leave one of the two out")
         odd = start == "orthogonal" and any(rank % 2 for rank in (self.r, *self.rank_pattern.values()))
         require(not odd, key, start, "it pairs the directions of the adapter, so every rank must be even")
 
     def _check_backend(self) -> None:
         if self.backend == "peft":
             return
-        loralib_has_it = {"use_dora": False, "init_lora_weights": True, "modules_to_save": None}
-        for name, only in loralib_has_it.items():
-            remedy = f"loralib has no such thing; leave it {only!r}, or set model.lora.backend: peft"
-            require(getattr(self, name) == only, f"model.lora.{name}", getattr(self, name), remedy)
+        loralib_has_it = {"use_dora": (False,), "init_lora_weights": (True, "eva"), "modules_to_save": (None,)}
+        for name, known in loralib_has_it.items():
+            remedy = f"loralib has no such thing; leave it {known[0]!r}, or set model.lora.backend: peft"
+            require(getattr(self, name) in known, f"model.lora.{name}", getattr(self, name), remedy)
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,13 @@ import torch
 from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning import adapters, generate, optim
-from phi3_lightning.adapters import targets
+from phi3_lightning.adapters import eva, targets
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.coverage import Coverage, coverage
 from phi3_lightning.adapters.statistics import Statistics
@@ -27,7 +29,7 @@ from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import loss, parallel
+from phi3_lightning.model import documents, loss, parallel
 from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.platform import check_accelerator
 from phi3_lightning.strategy import FSDP2Strategy, check_shardable, check_strategy
@@ -47,7 +49,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         revision: Branch, tag or commit of the base on the hub.
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
-        attn_implementation: Attention kernel; 'auto' takes flash attention where it is installed on a GPU, else sdpa.
+        attn_implementation: Attention kernel; 'auto' takes flash attention where a GPU has it, else 'documents',
+            which is sdpa within one document at a time and needs no mask. A loaded model keeps its own.
         quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'); needs the extra qlora. null: in dtype.
         neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
         gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
@@ -188,8 +191,13 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
         Returns:
             The base model. The module holds none afterwards.
+
+        Raises:
+            ModelError: If the base is sharded over ranks, and none has it whole.
         """
         model, adapter = self._ready()
+        if any(isinstance(parameter, DTensor) for parameter in adapter.parameters()):
+            raise ModelError("detach_adapter: FSDP2 has sharded the base; load the checkpoint on one process for it")
         base_model.checkpoint_activations(model, "none")
         self.model = self.adapter = None
         return adapter.detach()
@@ -274,6 +282,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def on_fit_start(self) -> None:
         """Put the model into training mode: loading and predicting leave it in evaluation mode."""
+        super().on_fit_start()
         self._ready()[0].train()
 
     def on_train_start(self) -> None:
@@ -282,6 +291,15 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             if isinstance(scheduler, LambdaLR):  # and not that of Lightning's learning-rate finder
                 optim.restate(self.trainer.optimizers[0], scheduler, self.optimizer_config)
+        if self.lora.init_lora_weights == "eva" and self.trainer.ckpt_path is None:
+            self._start_from_data()
+
+    def _start_from_data(self) -> None:
+        model, adapter = self._ready()
+        strategy, loader = self.trainer.strategy, cast("DataLoader[Batch]", self.trainer.train_dataloader)
+        with self.autocast():
+            found = eva.directions(model, adapter, lambda: map(strategy.batch_to_device, loader), len(loader), self)
+        adapter.start_from(strategy.broadcast(found))  # all ranks alike, whatever rows each has seen
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model up to its head.
@@ -297,13 +315,10 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         longest = max((length for row in batch["lengths"] for length in row), default=0)
         if longest > window:
             raise ConfigError(f"data.max_length: a document has {longest} tokens and {self.base} reads {window}")
-        noise: AbstractContextManager[None] = nullcontext()
-        if self.neftune_noise_alpha is not None and model.training:
-            noise = noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha)
-        with noise:
-            # without mask and cache, positions that restart make the documents of a row invisible to each other
-            output = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        return cast("Tensor", output.last_hidden_state)
+        if self.neftune_noise_alpha is None or not model.training:
+            return documents.last_hidden_state(model, batch)
+        with noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha):
+            return documents.last_hidden_state(model, batch)
 
     def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the token losses and the number of tokens; override it to train another loss.

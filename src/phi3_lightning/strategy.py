@@ -71,6 +71,8 @@ def check_shardable(loaded: bool, quantization: str | None, lora: LoRA, optimize
             value,
             f"it begins with the base's weights, which FSDP2 reads later; {remedy}",
         )
+    start = lora.init_lora_weights
+    require(start != "eva", "model.lora.init_lora_weights", start, f"ranks would gather layers out of step; {remedy}")
     require(
         optimizer.name == "adamw", "model.optimizer.name", optimizer.name, f"bitsandbytes takes no shards; {remedy}"
     )

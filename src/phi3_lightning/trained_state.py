@@ -18,7 +18,7 @@ from phi3_lightning.checkpoint import (
     plain_name,
     without_frozen,
 )
-from phi3_lightning.errors import CheckpointError
+from phi3_lightning.errors import CheckpointError, ModelError
 from phi3_lightning.model.base import fingerprint
 
 
@@ -49,6 +49,20 @@ class TrainedStateModule(pl.LightningModule):
     def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
         """What DDP need not send at its start, since every rank has read it: the frozen parameters."""
         return self._frozen_names()
+
+    def on_fit_start(self) -> None:
+        """Refuse frozen weights that differ between ranks: each rank reads its own, and nothing evens them out.
+
+        Raises:
+            ModelError: If this rank's are not those of rank 0.
+        """
+        if self._trainer is not None and self.trainer.world_size > 1:
+            own = self.checkpoint_identity()["fingerprint"]
+            if self.trainer.strategy.broadcast(own) != own:
+                raise ModelError(
+                    f"rank {self.global_rank} has other frozen weights than rank 0; give every node the same files, or "
+                    "the same revision of the hub"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Leave the frozen weights out, say whose they were, and put the position where a restart goes on exactly."""

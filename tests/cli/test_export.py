@@ -31,13 +31,13 @@ for kind in ("peft", "merged", "loralib"):
         model = PeftModel.from_pretrained(model, out)
     if kind == "loralib":
         import loralib
-        saved = torch.load(out / "lora.pt", weights_only=True)
-        for path in {name.rpartition(".")[0] for name in saved}:
+        for path, layer in json.loads((out / "lora.json").read_text()).items():
             old = model.get_submodule(path)
-            new = loralib.Linear(old.in_features, old.out_features, **json.loads((out / "lora.json").read_text()),
-                                 bias=False, merge_weights=False)
+            new = getattr(loralib, layer.pop("layer"))(
+                old.in_features, old.out_features, **layer, bias=False, merge_weights=False)
             new.weight = old.weight
             model.set_submodule(path, new)
+        saved = torch.load(out / "lora.pt", weights_only=True)
         assert not model.load_state_dict(saved, strict=False).unexpected_keys
     tokenizer = AutoTokenizer.from_pretrained(out)
     ids = tokenizer.apply_chat_template([{"role": "user", "content": "Are you open?"}], add_generation_prompt=True,

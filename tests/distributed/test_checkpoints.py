@@ -126,6 +126,7 @@ def test_fsdp2_refuses_what_it_cannot_shard(base, tmp_path, batches):
     [
         ("model.lora.use_dora", {"lora": {"use_dora": True}}),
         ("model.lora.modules_to_save", {"lora": {"modules_to_save": ["lm_head"]}}),
+        ("model.lora.init_lora_weights", {"lora": {"init_lora_weights": "eva"}}),
         ("model.optimizer.name", {"optimizer": {"name": "paged_adamw_8bit"}}),
     ],
 )

@@ -15,6 +15,7 @@ from phi3_lightning.callbacks import AgreedStop, RankFailure, RunCheckpoint
 from phi3_lightning.checkpoint_io import read_checkpoint
 
 from . import cases, ranks
+from .conftest import LONG
 
 STRATEGIES = {"ddp": "ddp", "fsdp2": {}}
 
@@ -65,6 +66,19 @@ def test_an_exception_on_one_rank(base, batches, tmp_path, monkeypatch, strategy
     other = last_lines(both[1 - failing])
     assert f"rank {1 - failing} ends because another did: rank {failing} on " in other
     assert CAUSES[how] in other
+
+
+def test_a_base_that_differs_between_ranks_is_refused(base, batches, tmp_path):
+    other = synthetic.save_tiny(tmp_path / "other", torch.bfloat16, **LONG)  # the same weights, rounded
+
+    def fit_own() -> None:
+        fit(tmp_path, [base, other][int(os.environ["LOCAL_RANK"])], batches, "ddp", 2, kind=Phi3LoRAModule, max_steps=2)
+
+    both = ranks.start(tmp_path, 2, fit_own)
+    ranks.wait(both, 60)
+    assert [rank.status for rank in both] == [1, 1]
+    for rank in both:
+        assert "rank 1 has other frozen weights than rank 0; give every node the same files" in last_lines(rank)
 
 
 @pytest.mark.parametrize("failing", [0, 2])

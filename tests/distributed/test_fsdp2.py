@@ -131,3 +131,27 @@ def test_a_bfloat16_base_computes_in_it_and_keeps_adapters_in_float32(base, tmp_
     # the same products of the same bfloat16 numbers; a rank's gradient is rounded to bfloat16 (2^-8) before the sum
     assert fsdp2["losses"] == pytest.approx(ddp["losses"], rel=TOLERANCE)
     assert (fsdp2["gradients"][0] - ddp["gradients"][0]).abs().max() <= 2**-7 * ddp["gradients"][0].abs().max()
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+def test_the_adapter_is_whole_on_each_rank_and_the_base_on_none(base, tmp_path, backend):
+    lora = {"backend": backend, "r": 4, "target_modules": ["qkv_proj", "o_proj"]}
+
+    def start(world: int) -> tuple[dict, str]:
+        cases.pl.seed_everything(9, verbose=False)
+        module = cases.module(base, lora=lora)
+        strategy = "auto" if world == 1 else cases.fsdp2()
+        trainer = cases.trainer(tmp_path, strategy, world, use_distributed_sampler=False)
+        trainer.validate(module, synthetic.loader([cases.EMPTY]), verbose=False)
+        form = module.adapter.to_peft()
+        if world == 1:
+            return form.tensors, ""
+        with pytest.raises(ModelError, match="FSDP2 has sharded the base") as caught:
+            module.detach_adapter()
+        return form.tensors, str(caught.value)
+
+    expected, _ = start(1)
+    for found, said in ranks.run(tmp_path, 2, start, 2):
+        assert "on one process" in said
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -145,24 +145,45 @@ def test_the_folder_says_what_it_is_and_no_local_path(base_folder, tmp_path):
     assert certificate["export"].keys() == {"max_logit", "kl", "greedy"}
 
 
-def test_loralib_reads_its_file(base_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("lora", "classes"),
+    [
+        ({}, {"Linear"}),
+        ({"backend": "loralib"}, {"Linear", "MergedLinear"}),
+        ({"backend": "loralib", "target_modules": ["q_proj", "v_proj", "up_proj"]}, {"MergedLinear"}),
+        ({"backend": "loralib", "rank_pattern": {"o_proj": 2}, "use_rslora": True}, {"Linear", "MergedLinear"}),
+        ({"rank_pattern": {"o_proj": 2}, "alpha_pattern": {"down_proj": 32}}, {"Linear"}),
+        ({"backend": "loralib", "target_modules": ["embed_tokens", "o_proj"]}, {"Embedding", "Linear"}),
+    ],
+)
+def test_plain_loralib_reads_its_file(base_folder, tmp_path, lora, classes):
     loralib = pytest.importorskip("loralib")
-    base = base_folder()
-    module = live(base)
+    base = base_folder(num_key_value_heads=4)
+    module = live(base, lora={"r": 4, "lora_alpha": 8, "lora_dropout": 0.0, **lora})
     expected = answers(module)
     write(module, tmp_path / "out", format="loralib")
     model = Phi3ForCausalLM.from_pretrained(base)
-    scale = json.loads((tmp_path / "out" / "lora.json").read_text())
+    layers = json.loads((tmp_path / "out" / "lora.json").read_text())
+    assert {layer["layer"] for layer in layers.values()} == classes
+    for path, layer in layers.items():
+        old, kind = model.get_submodule(path), getattr(loralib, layer.pop("layer"))
+        sizes = old.weight.shape if kind is loralib.Embedding else (old.in_features, old.out_features)
+        bias = {} if kind is loralib.Embedding else {"bias": False}
+        new = kind(*sizes, **layer, **bias, merge_weights=False)
+        new.weight = old.weight
+        model.set_submodule(path, new)
     saved = torch.load(tmp_path / "out" / "lora.pt", weights_only=True)
-    for path in {name.rpartition(".")[0] for name in saved}:
-        linear = model.get_submodule(path)
-        layer = loralib.Linear(linear.in_features, linear.out_features, **scale, bias=False, merge_weights=False)
-        layer.weight = linear.weight
-        model.set_submodule(path, layer)
     assert loralib.lora_state_dict(model).keys() == saved.keys()
     assert model.load_state_dict(saved, strict=False).unexpected_keys == []
     with torch.inference_mode():
         torch.testing.assert_close(model.eval()(IDS).logits[0], expected, rtol=0, atol=8e-6)
+
+
+def test_unequal_slices_are_one_layer_to_loralib(base_folder, tmp_path):
+    module = live(base_folder(num_key_value_heads=2), lora={"backend": "loralib", "r": 4, "target_modules": ["k_proj"]})
+    write(module, tmp_path / "out", format="loralib")
+    layers = json.loads((tmp_path / "out" / "lora.json").read_text())
+    assert {layer["layer"] for layer in layers.values()} == {"Linear"}  # MergedLinear cuts into equal parts
 
 
 def test_a_random_base_has_no_files_to_merge_into(base_folder, tmp_path):

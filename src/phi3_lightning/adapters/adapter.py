@@ -1,6 +1,6 @@
 """What every backend of adapters can do."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -44,6 +44,9 @@ class Adapter(Protocol):
 
     def to_peft(self) -> PeftForm:
         """Return the adapter in the form in which PEFT, and every server that reads its files, takes it."""
+
+    def start_from(self, directions: Mapping[str, Tensor]) -> None:
+        """Set each ``A`` to the first rows of what is given for its layer's path, shape (at least its rank, in)."""
 
     def load_peft(self, form: PeftForm, source: str) -> None:
         """Set the adapter to what PEFT's files hold; ``source`` is where they come from, for errors."""

@@ -13,6 +13,7 @@ import torch
 from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 
 from phi3_lightning.adapters.adapter import PeftForm
@@ -35,6 +36,16 @@ def block_diagonal(up: Tensor, slices: Sequence[int], enabled: Sequence[bool]) -
     blocks = iter(up.split([rows for rows, on in sizes if on]))
     diagonal: Tensor = torch.block_diag(*(next(blocks) if on else up.new_zeros(rows, 0) for rows, on in sizes))
     return diagonal
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """Return a float32 copy on the CPU; of a tensor that FSDP2 shards, all of it, which every rank asks for at once.
+
+    Args:
+        tensor: A weight of an adapter.
+    """
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return whole.detach().float().cpu().clone()
 
 
 def peft_keys(target: Target) -> tuple[str, str]:
@@ -75,7 +86,7 @@ def to_peft(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for target in targets:
-        down, up = (state[f"{target.path}.lora_{half}"].detach().float().cpu() for half in "AB")
+        down, up = (on_cpu(state[f"{target.path}.lora_{half}"]) for half in "AB")
         up = block_diagonal(up, list(target.slices.values()), target.enabled)
         if patterns:
             ranks[target.path], alphas[target.path] = _rank(target), _plain(target.scaling * _rank(target))

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import loralib
+import torch
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
@@ -86,6 +87,17 @@ class LoralibAdapter:
     def to_peft(self) -> PeftForm:
         """Return the adapter in the form of PEFT's files, with one rank and one scale for all layers."""
         return convert.to_peft(self.state_dict(), self.targets, self._names, self._dropout)
+
+    @torch.no_grad()
+    def start_from(self, directions: Mapping[str, Tensor]) -> None:
+        """Set ``A`` of each slice to a layer's first directions.
+
+        Args:
+            directions: By the layer's path, shape (at least the rank, in); layers that are not named stay as they are.
+        """
+        for target, layer in zip(self.targets, self._layers(), strict=True):
+            if target.path in directions:
+                layer.lora_A.copy_(directions[target.path][: target.r].repeat(len(target.adapted), 1))
 
     def load_peft(self, form: PeftForm, source: str) -> None:
         """Set the adapter to what PEFT's files hold.

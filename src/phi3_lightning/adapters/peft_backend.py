@@ -1,7 +1,7 @@
 """LoRA by PEFT, injected in place: the model keeps its class and its module paths."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -45,7 +45,7 @@ class PeftAdapter:
         if config.use_dora and in_8_bits:  # PEFT reads the weights to measure them, and the layers lose their scales
             raise ModelError("model.lora.use_dora: DoRA cannot measure a base in 8 bits; set model.quantization: nf4")
         self._names = targets.short_names(model, paths)
-        orthogonal = config.init_lora_weights == "orthogonal"
+        orthogonal, eva = (config.init_lora_weights == start for start in ("orthogonal", "eva"))
         lora = LoraConfig(
             r=config.r,
             lora_alpha=config.lora_alpha,  # type: ignore[arg-type]  # PEFT computes with floats as well
@@ -55,7 +55,7 @@ class PeftAdapter:
             alpha_pattern=dict(config.alpha_pattern),
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
-            init_lora_weights=True if orthogonal else config.init_lora_weights,  # type: ignore[arg-type]
+            init_lora_weights=True if orthogonal or eva else config.init_lora_weights,  # type: ignore[arg-type]
             modules_to_save=self.trained_whole or None,
             task_type=config.task_type,
         )
@@ -104,7 +104,7 @@ class PeftAdapter:
         """Return the adapter in the form of PEFT's files, with one rank and one scale for all layers."""
         config = copy.copy(cast("LoraConfig", self._tuner.peft_config[ADAPTER]))
         config.target_modules = self._names
-        tensors = {name: tensor.detach().float().cpu().clone() for name, tensor in self._tensors().items()}
+        tensors = {name: convert.on_cpu(tensor) for name, tensor in self._tensors().items()}
         if not (config.rank_pattern or config.alpha_pattern):
             return PeftForm(config, tensors)
         state = {
@@ -116,6 +116,18 @@ class PeftAdapter:
         config.r, config.lora_alpha = flat.config.r, flat.config.lora_alpha
         config.rank_pattern, config.alpha_pattern, config.use_rslora = {}, {}, False
         return PeftForm(config, tensors | flat.tensors)
+
+    @torch.no_grad()
+    def start_from(self, directions: Mapping[str, Tensor]) -> None:
+        """Set each ``A`` to its layer's first directions.
+
+        Args:
+            directions: By the layer's path, shape (at least the rank, in); layers that are not named stay as they are.
+        """
+        for target in self.targets:
+            if target.path in directions:
+                layer: Any = self._tuner.model.get_submodule(target.path)
+                layer.lora_A[ADAPTER].weight.copy_(directions[target.path][: target.r])
 
     def load_peft(self, form: PeftForm, source: str) -> None:
         """Set the adapter to what PEFT's files hold.

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -27,7 +28,8 @@ def step_flops(module: Phi3LoRAModule) -> StepFlops:
     """Return what a token costs.
 
     A frozen weight takes 2 operations in the forward pass and 2 for the gradient of its input, and none for its own; a
-    trained one 2 more; gradient checkpointing computes the forward pass again, 2 more, and the head always does.
+    trained one 2 more; gradient checkpointing computes the forward pass again, 2 more, and so does a head that is
+    trained or sharded.
     This is the formula 6N of Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361) without the gradient of what is
     frozen.
 
@@ -40,7 +42,9 @@ def step_flops(module: Phi3LoRAModule) -> StepFlops:
     trained = sum(parameter.numel() for parameter in module.trained_parameters())
     config = module.loaded_model.config
     head = config.hidden_size * config.vocab_size
-    return StepFlops((frozen - head) * (4 + recomputed) + trained * (6 + recomputed), 6 * head)
+    once = not any(p.requires_grad or isinstance(p, DTensor) for p in module.head.parameters())
+    per_token = (frozen - head) * (4 + recomputed) + trained * (6 + recomputed)
+    return StepFlops(per_token, (4 if once else 6) * head)
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

@@ -10,11 +10,8 @@ from torch.nn import functional as F  # noqa: N812
 from typing_extensions import override
 
 from phi3_lightning.batch import Batch
-from phi3_lightning.model.loss import supervised_positions
+from phi3_lightning.model.loss import CHUNK, supervised_positions
 from phi3_lightning.module import Phi3LoRAModule
-
-CHUNK = 256
-"""Positions whose two sets of logits exist at one time (33 MB each in float32 for a vocabulary of 32,064)."""
 
 
 class Forgetting(pl.Callback):

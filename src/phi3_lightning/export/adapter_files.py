@@ -1,18 +1,24 @@
 """The adapter alone, in the formats in which others read it."""
 
 import json
+from collections.abc import Collection
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from phi3_lightning.adapters import convert
 from phi3_lightning.adapters.adapter import PeftForm
+from phi3_lightning.adapters.targets import Target
 from phi3_lightning.errors import ConfigError, ModelError
 
 PREFIX = "base_model.model."
 LORALIB_FILE = "lora.pt"
+LORALIB_LAYERS = "lora.json"
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM accepts as ``--max-lora-rank`` (``vllm.config.lora.MaxLoRARanks``, from 8 on)."""
 
@@ -64,30 +70,50 @@ def _compare(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         raise ModelError("the adapter's file does not hold what was written: the disk, or its driver, is broken")
 
 
-def write_loralib(form: PeftForm, folder: Path) -> None:
-    """Write what ``loralib.lora_state_dict`` of a model with ``loralib.Linear`` layers holds.
+def write_loralib(form: PeftForm, targets: Collection[Target], folder: Path) -> None:
+    """Write what ``loralib.lora_state_dict`` of a model with loralib's layers holds.
 
-    The file has no place for rank and scale, which ``lora.json`` beside it says.
+    The file has no place for which layer of loralib's goes where with which rank and scale; ``lora.json`` says it. A
+    fused layer whose slices are adapted one by one is a ``MergedLinear`` where they are equal, as that class has them,
+    and else one ``Linear``.
 
     Args:
         form: The adapter.
+        targets: Its layers.
         folder: Where to.
 
     Raises:
         ConfigError: If loralib's layers cannot express the adapter.
     """
-    config = form.config
-    foreign = [name for name in form.tensors if not name.endswith((".lora_A.weight", ".lora_B.weight"))]
-    if foreign or config.use_rslora or config.rank_pattern or config.alpha_pattern:
+    known = {name for target in targets for name in convert.peft_keys(target)}
+    foreign = sorted(form.tensors.keys() - known)
+    if foreign:
         raise ConfigError(
-            "--format loralib: loralib's layers know one rank, one scale lora_alpha / r, and matrices A and B alone, "
-            f"and this adapter has more ({', '.join(foreign[:2]) or 'rsLoRA or patterns'}); export it as peft or merged"
+            "--format loralib: loralib's layers have the matrices A and B alone, and this adapter has more "
+            f"({', '.join(foreign[:2])}); export it as peft or merged"
         )
-    tensors = {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in form.tensors.items()}
+    expressed = [target if len(set(target.slices.values())) == 1 else _whole(target) for target in targets]
+    tensors = convert.from_peft(form, expressed, "--format loralib")
     torch.save(tensors, folder / LORALIB_FILE)
     _compare(torch.load(folder / LORALIB_FILE, weights_only=True), tensors)
-    scale = {"r": config.r, "lora_alpha": config.lora_alpha}
-    (folder / "lora.json").write_text(json.dumps(scale, indent=2), encoding="utf-8")
+    layers = {target.path: _loralib_layer(target) for target in expressed}
+    (folder / LORALIB_LAYERS).write_text(json.dumps(layers, indent=2), encoding="utf-8")
+
+
+def _whole(target: Target) -> Target:
+    """The same update as one of the whole layer."""
+    rows = sum(target.slices.values())
+    return replace(target, slices={target.name: rows}, enabled=(True,), r=target.r * sum(target.enabled))
+
+
+def _loralib_layer(target: Target) -> dict[str, Any]:
+    """Name of the class in loralib, and the arguments that it takes beside the layer's sizes."""
+    scale = {"r": target.r, "lora_alpha": target.scaling * target.r}
+    if target.embedding:
+        return {"layer": "Embedding", **scale}
+    if len(target.slices) == 1:
+        return {"layer": "Linear", **scale}
+    return {"layer": "MergedLinear", **scale, "enable_lora": list(target.enabled)}
 
 
 def serving_hint(form: PeftForm, base: str, folder: str) -> str:

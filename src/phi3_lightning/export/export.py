@@ -97,13 +97,14 @@ def export(module: Phi3LoRAModule, chat: Chat, origin: Origin, what: Export, tar
 
 def _adapter(module: Phi3LoRAModule, form: PeftForm, chat: Chat, base: str, kind: Format, folder: Path) -> Certificate:
     reference = _refer(module, chat, "adapter in PEFT to live model" if kind == "peft" else "loralib to live model")
-    targets = adapter_files.short_names(_live(module)[0], form)
+    live, adapter = _live(module)
+    names = adapter_files.short_names(live, form)
     model = module.detach_adapter()  # plain transformers, every weight as it was loaded
     if kind == "peft":
-        adapter_files.write_peft(form, targets, base, module.revision, folder)
+        adapter_files.write_peft(form, names, base, module.revision, folder)
         exported = cast("nn.Module", PeftModel.from_pretrained(model, str(folder)))
     else:
-        adapter_files.write_loralib(form, folder)
+        adapter_files.write_loralib(form, adapter.targets, folder)
         exported = with_loralib(model, folder)
     return reference.certify(logits(exported, chat.prompts, nullcontext()))
 

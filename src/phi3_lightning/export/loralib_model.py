@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning.errors import ModelError
-from phi3_lightning.export.adapter_files import LORALIB_FILE
+from phi3_lightning.export.adapter_files import LORALIB_FILE, LORALIB_LAYERS
 
 
 def with_loralib(model: Phi3ForCausalLM, folder: Path) -> Phi3ForCausalLM:
-    """Replace the layers that a file names by ``loralib.Linear``, and load the file.
+    """Replace the layers that ``lora.json`` names by loralib's own, and load the file.
 
     Args:
         model: The base model; changed in place, its weights stay.
@@ -27,22 +27,25 @@ def with_loralib(model: Phi3ForCausalLM, folder: Path) -> Phi3ForCausalLM:
     except ImportError as error:
         raise ModelError("--format loralib: reading it back needs pip install 'phi3-lightning[loralib]'") from error
 
-    tensors: dict[str, Tensor] = torch.load(folder / LORALIB_FILE, weights_only=True)
-    scale = json.loads((folder / "lora.json").read_text(encoding="utf-8"))
-    for path in {name.rpartition(".")[0] for name in tensors}:
-        linear = model.get_submodule(path)
-        if type(linear) is not nn.Linear:
-            raise ModelError(
-                f"--format loralib: {path} is a {type(linear).__name__}; loralib adapts plain linear layers"
-            )
-        layer = loralib.Linear(
-            linear.in_features, linear.out_features, **scale, bias=linear.bias is not None, merge_weights=False
-        )
-        layer.weight, layer.bias = linear.weight, linear.bias
+    for path, described in json.loads((folder / LORALIB_LAYERS).read_text(encoding="utf-8")).items():
+        frozen = model.get_submodule(path)
+        if type(frozen) not in (nn.Linear, nn.Embedding):
+            raise ModelError(f"--format loralib: {path} is a {type(frozen).__name__}; loralib adapts plain layers")
+        layer = getattr(loralib, described.pop("layer"))(*_sizes(frozen), **described, merge_weights=False)
+        for name in dict(layer.named_parameters()).keys() - {"lora_A", "lora_B"}:
+            setattr(layer, name, getattr(frozen, name))  # weight, and None for the bias that loralib has made
         for part in ("lora_A", "lora_B"):  # computed, as everything, in the type of the base
-            setattr(layer, part, nn.Parameter(getattr(layer, part).to(linear.weight.dtype)))
-        model.set_submodule(path, layer.to(linear.weight.device))
+            setattr(layer, part, nn.Parameter(getattr(layer, part).to(frozen.weight.dtype)))
+        model.set_submodule(path, layer.to(frozen.weight.device))
+    tensors: dict[str, Tensor] = torch.load(folder / LORALIB_FILE, weights_only=True)
     unexpected = model.load_state_dict(tensors, strict=False).unexpected_keys
     if unexpected:
         raise ModelError(f"--format loralib: the file does not fit the base: {', '.join(unexpected[:5])}")
     return cast("Phi3ForCausalLM", model.eval())
+
+
+def _sizes(layer: nn.Module) -> tuple[int, int]:
+    if isinstance(layer, nn.Embedding):
+        return layer.num_embeddings, layer.embedding_dim
+    linear = cast("nn.Linear", layer)
+    return linear.in_features, linear.out_features

@@ -1,0 +1,20 @@
+"""Strategies that would move or save the frozen base are refused by name."""
+
+import pytest
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
+
+from phi3_lightning import FSDP2Strategy
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.strategy import check_strategy
+
+
+@pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
+def test_a_foreign_way_of_sharding_is_refused(kind):
+    strategy = kind.__new__(kind)  # as the Trainer has it: what its constructor asks of the machine is not the point
+    with pytest.raises(ConfigError, match=rf"trainer\.strategy: {kind.__name__} is not supported: use ddp"):
+        check_strategy(strategy)
+
+
+def test_ddp_and_our_own_are_taken():
+    check_strategy(DDPStrategy())
+    check_strategy(FSDP2Strategy())
