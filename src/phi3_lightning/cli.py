@@ -17,19 +17,13 @@ from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
 from phi3_lightning.callbacks import (
-    AdapterStatistics,
     AgreedStop,
-    BadRows,
-    Forgetting,
     LineProgress,
     Monitor,
     PredictionWriter,
     RankFailure,
     RunCheckpoint,
-    RunPage,
     RunReport,
-    Samples,
-    Throughput,
 )
 from phi3_lightning.callbacks.board import boards, step_of
 from phi3_lightning.callbacks.failure import is_communication
@@ -187,9 +181,6 @@ class Phi3CLI(LightningCLI):
         """What shows the run as the section ``monitor`` asks for it."""
         monitor: Monitor = self._get(self.config_init, "monitor")
         options = self.datamodule.options
-        callbacks: list[pl.Callback] = [Throughput(options.max_length if options.packing else None), BadRows()]
-        if monitor.adapter_every_n_steps is not None:
-            callbacks.append(AdapterStatistics(monitor.adapter_every_n_steps))
         self.general = ChatDataModule(
             val=monitor.general or str(GENERAL),
             tokenizer=options.tokenizer,
@@ -201,10 +192,8 @@ class Phi3CLI(LightningCLI):
             num_workers=0,
             cache_dir=options.cache_dir,
         )
-        if monitor.forgetting:
-            callbacks.append(Forgetting(self.general))
-        callbacks.append(Samples(monitor.samples, monitor.sample_tokens, from_predict=options.predict is not None))
-        return [*callbacks, RunPage(monitor.rows)]
+        row_length = options.max_length if options.packing else None
+        return monitor.callbacks(self.general, row_length, from_predict=options.predict is not None)
 
     def _check_general(self) -> None:
         try:

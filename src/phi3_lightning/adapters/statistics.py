@@ -96,10 +96,11 @@ class Statistics:
             return None
         weight = _whole(dequantize_module_weight(layer) if layer.weight.dtype == torch.uint8 else layer.weight)
         if target.embedding:
-            return torch.linalg.vector_norm(weight.float())[None].double().cpu()
-        matrices = targets.fused(self._model, target)
-        adapted = target.adapted if len(target.slices) > 1 else matrices
-        parts = dict(zip(matrices, weight.split(list(matrices.values())), strict=True))
+            parts, adapted = {target.name: weight}, target.slices
+        else:
+            matrices = targets.fused(self._model, target)
+            parts = dict(zip(matrices, weight.split(list(matrices.values())), strict=True))
+            adapted = target.adapted if len(target.slices) > 1 else matrices
         norms: list[Tensor] = [torch.linalg.vector_norm(parts[name].float()) for name in adapted]
         return torch.stack(norms).double().cpu()
 

@@ -3,6 +3,14 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import lightning.pytorch as pl
+
+from phi3_lightning.callbacks.adapter_statistics import AdapterStatistics
+from phi3_lightning.callbacks.bad_rows import BadRows
+from phi3_lightning.callbacks.forgetting import Forgetting
+from phi3_lightning.callbacks.run_page import RunPage
+from phi3_lightning.callbacks.samples import Samples
+from phi3_lightning.callbacks.throughput import Throughput
 from phi3_lightning.config import require
 
 GENERAL = Path(__file__).parents[1] / "assets" / "general.jsonl"
@@ -38,3 +46,20 @@ class Monitor:
         require(self.sample_tokens >= 1, "monitor.sample_tokens", self.sample_tokens, "it is at least 1")
         require(self.rows >= 0, "monitor.rows", self.rows, "it is 0 or more")
         require(self.forgetting or self.general is None, "monitor.general", self.general, "monitor.forgetting is false")
+
+    def callbacks(
+        self, general: pl.LightningDataModule, row_length: int | None, *, from_predict: bool
+    ) -> list[pl.Callback]:
+        """Return the callbacks that show it.
+
+        Args:
+            general: The chats on which forgetting is measured.
+            row_length: Tokens that a packed row may hold; None: rows are not packed.
+            from_predict: Whether ``data.predict`` has prompts.
+        """
+        shown: list[pl.Callback] = [Throughput(row_length), BadRows()]
+        if self.adapter_every_n_steps is not None:
+            shown.append(AdapterStatistics(self.adapter_every_n_steps))
+        if self.forgetting:
+            shown.append(Forgetting(general))
+        return [*shown, Samples(self.samples, self.sample_tokens, from_predict), RunPage(self.rows)]
