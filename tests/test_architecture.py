@@ -117,13 +117,19 @@ def test_an_import_of_an_extra_would_be_seen(tmp_path):
 PUBLIC = {
     "phi3_lightning": {"ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"},
     "phi3_lightning.callbacks": {
+        "AdapterStatistics",
         "AgreedStop",
         "EvaluationReport",
+        "BadRows",
+        "Forgetting",
         "LineProgress",
+        "Monitor",
         "PredictionWriter",
         "RankFailure",
         "RunCheckpoint",
+        "RunPage",
         "RunReport",
+        "Samples",
         "Throughput",
     },
 }

@@ -1,14 +1,16 @@
 """Validation, test and predict count every row once, and send no base weight, whatever the number of ranks."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 import synthetic
 from phi3_lightning import ChatDataModule
-from phi3_lightning.callbacks import EvaluationReport, PredictionWriter
+from phi3_lightning.callbacks import AdapterStatistics, EvaluationReport, Forgetting, PredictionWriter, Samples
 
 from . import cases, ranks
 
@@ -136,3 +138,32 @@ def test_nothing_but_adapters_is_sent(base, batches, tmp_path):
         assert started == own
         assert stepped == 2 * own  # two steps
         assert evaluated == own
+
+
+def forgotten(chats: Path, folder: Path, strategy, world: int) -> dict:
+    strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
+    general = data(chats, folder / "cache", 2)
+    callbacks = [Forgetting(general), AdapterStatistics(1), Samples(prompts=1, max_new_tokens=4)]
+    logger = CSVLogger(folder / "csv", name="", version="")
+    module = cases.module(str(TINY), cases.Sgd, generation={"max_new_tokens": 4})
+    trainer = cases.trainer(
+        folder, strategy, world, callbacks=callbacks, logger=logger, log_every_n_steps=1, max_steps=1
+    )
+    trainer.fit(module, datamodule=data(chats, folder / "cache", 8))
+    return {name: trainer.callback_metrics[name].item() for name in ("forgetting/kl", "forgetting/loss_change")}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_shown_is_the_same_on_two_ranks(chats, tmp_path, strategy):
+    """Ranks with unequal shares of the general chats; the adapter's statistics gather what is sharded."""
+
+    def statistics(folder: Path) -> dict[str, float]:
+        rows = csv.DictReader((folder / "csv/metrics.csv").read_text().splitlines())
+        return {n: float(v) for row in rows for n, v in row.items() if v and n.startswith("adapter")}
+
+    expected = forgotten(chats, tmp_path / "one", "auto", 1)
+    found = ranks.run(tmp_path / "two", 2, forgotten, chats, tmp_path / "two", STRATEGIES[strategy], 2)
+    assert found[0] == found[1]
+    # one row after the other or side by side: sums of float32 products in another order
+    assert found[0] == pytest.approx(expected, rel=1e-3)
+    assert statistics(tmp_path / "two") == pytest.approx(statistics(tmp_path / "one"), rel=1e-3)
