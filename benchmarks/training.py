@@ -10,7 +10,6 @@ import argparse
 import dataclasses
 import json
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -25,65 +24,12 @@ from contenders import chats, environments, machine, models
 from contenders.catalogue import CONTENDERS, Contender
 from contenders.clock import Step
 from contenders.report import COLUMNS, Measured, alternating, cells, markdown
+from contenders.servers import HERE, Servers, python_path
 from contenders.task import Task, read_rows, write_rows
 
-HERE = Path(__file__).parent
-CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi3_lightning" / "benchmarks"
 WORKLOADS = {"real": "a real model of 134.5 M parameters", "random": "Phi-3-mini's shapes", "full": "Phi-3-mini"}
 LONGEST, HELD_OUT = 512, 32
 """Tokens of a chat at most; rows that judge the adapters."""
-
-
-class Servers:
-    """A process for each runner, which has imported its library and forks for each run."""
-
-    def __init__(self, peers: Path, cuda: bool, logs: Path) -> None:
-        self.pythons: dict[str | None, Path] = {None: Path(sys.executable)}
-        self._peers, self._cuda, self._logs = peers, cuda, logs
-        self._running: dict[str, subprocess.Popen[str]] = {}
-
-    def order(self, contender: Contender, task: Task) -> dict[str, Any]:
-        """Run a contender; return what its process wrote, or the error that stopped it."""
-        try:
-            server = self._server(contender)
-        except (RuntimeError, subprocess.CalledProcessError) as error:
-            return {"error": str(error)}
-        result, log = Path(task.out) / "result.json", self._logs / f"{contender.name}.log"
-        order = {"task": dataclasses.asdict(task), "options": contender.options, "result": str(result), "log": str(log)}
-        server.stdin.write(json.dumps(order) + "\n")
-        server.stdin.flush()
-        status = int(server.stdout.readline())
-        if not result.is_file():
-            ended = f"ended by {signal.Signals(-status).name}" if status < 0 else f"exit status {status}"
-            return {"error": ended}
-        return json.loads(result.read_text())
-
-    def _server(self, contender: Contender) -> "subprocess.Popen[str]":
-        runner, environment = contender.runner, contender.environment
-        if environment not in self.pythons:
-            self.pythons[environment] = environments.make(environment, self._peers, self._cuda)
-        if runner not in self._running:
-            log = self._logs / f"{runner}.imports.log"
-            quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()}
-            with log.open("w") as errors:
-                server = subprocess.Popen(
-                    [self.pythons[environment], "-m", "contenders.worker", runner], env=os.environ | quiet, text=True,
-                    stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
-                )  # fmt: skip
-            if server.stdout.readline() != "ready\n":
-                server.wait()
-                raise RuntimeError(f"import: {log.read_text().strip().splitlines()[-1]}")
-            self._running[runner] = server
-        return self._running[runner]
-
-    def close(self) -> None:
-        for server in self._running.values():
-            server.stdin.close()
-            server.wait()
-
-
-def python_path() -> str:
-    return os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
 
 
 def ask(module: str, argument: str) -> Any:
@@ -193,8 +139,8 @@ def compare(workload: str, given: argparse.Namespace, servers: Servers, work: Pa
     return f"## {title}\n\n" + "".join(f"- {key}: {text}\n" for key, text in said.items()) + f"\n{markdown(rows)}"
 
 
-def write(path: Path, sections: list[str], servers: Servers, given: argparse.Namespace) -> None:
-    facts = machine.provenance() | {"threads": str(torch.get_num_threads()), "repeats": str(given.repeats)}
+def write(path: Path, facts: dict[str, str], sections: list[str], servers: Servers, given: argparse.Namespace) -> None:
+    facts = facts | {"threads": str(torch.get_num_threads()), "repeats": str(given.repeats)}
     used = {name or "phi3_lightning, transformers + peft": python for name, python in servers.pythons.items()}
     releases = {
         name: ", ".join(f"{key} {value}" for key, value in environments.versions(python).items())
@@ -224,8 +170,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warmup", type=int, default=1, help="the first of them, which are not timed")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each contender")
     parser.add_argument("--quick", action="store_true", help="tiny: rows of 512 tokens, two steps, one run, one layer")
-    parser.add_argument("--peers", type=Path, default=CACHE / "peers", help="where the peers' environments are kept")
-    parser.add_argument("--cache", type=Path, default=CACHE / "models", help="where base models are kept")
+    parser.add_argument("--peers", type=Path, default=environments.FOLDER, help="where peers' environments are kept")
+    parser.add_argument("--cache", type=Path, default=environments.CACHE / "models", help="where base models are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=HERE / "results" / "training.md", help="the Markdown file")
     given = parser.parse_args()
@@ -240,6 +186,7 @@ def main() -> None:
     given = arguments()
     if (load := os.getloadavg()[0]) > 0.5:
         print(f"the machine is not idle (load {load:.1f}): these figures say little", file=sys.stderr)
+    facts = machine.provenance()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         servers = Servers(given.peers, given.device == "cuda", work)
@@ -250,7 +197,7 @@ def main() -> None:
                 sections.append(compare(workload, given, servers, work / workload))
         finally:
             servers.close()
-        write(given.output, sections, servers, given)
+        write(given.output, facts, sections, servers, given)
 
 
 if __name__ == "__main__":

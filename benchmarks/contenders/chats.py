@@ -36,8 +36,7 @@ def write_chats(path: Path, count: int, tokenizer: PreTrainedTokenizerBase, seed
     def say(words: float) -> str:
         return " ".join(rng.choices(WORDS, cum_weights=shares, k=max(1, round(words)))).capitalize() + "."
 
-    sample = say(2_000)
-    words_a_token = 2_000 / len(tokenizer(sample).input_ids)
+    words_a_token = 400 / len(tokenizer(say(400)).input_ids)
     with path.open("w") as file:
         for _ in range(count):
             exchanges = rng.choice((1, 1, 1, 2, 3))

@@ -2,11 +2,16 @@
 
 import hashlib
 import json
+import os
 import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi3_lightning" / "benchmarks"
+FOLDER = CACHE / "peers"
+"""Where environments are kept unless another folder is given."""
 
 REQUIREMENTS = {
     "trl": [["trl==1.16.0"]],

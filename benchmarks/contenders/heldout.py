@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from torch.nn import functional as F  # noqa: N812
 from transformers import AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from contenders.task import IGNORE_INDEX, Row, read_rows
 
@@ -48,5 +49,6 @@ def losses(base: str, rows: list[Row], adapters: dict[str, str], device: str) ->
 
 
 if __name__ == "__main__":
+    disable_progress_bar()
     order = json.loads(sys.argv[1])
     print(json.dumps(losses(order["base"], read_rows(order["rows"]), order["adapters"], order["device"])))

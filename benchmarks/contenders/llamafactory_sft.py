@@ -5,6 +5,8 @@ import json
 import os
 import sys
 import types
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,7 @@ sys.modules.setdefault("torchaudio", _absent)
 
 from llamafactory.data.processor import supervised  # noqa: E402
 from llamafactory.hparams import get_train_args  # noqa: E402
+from llamafactory.model.model_utils import checkpointing  # noqa: E402
 from llamafactory.train.sft import workflow  # noqa: E402
 
 from contenders.clock import Clock  # noqa: E402
@@ -45,10 +48,28 @@ def give_rows(rows: list[Row], folder: Path) -> None:
     supervised.SupervisedDatasetProcessor._encode_data_example = encode
 
 
+def find_layers() -> None:
+    """Let its checkpointing find the layer that it is called for, which transformers since gives as an argument."""
+    original = checkpointing.get_custom_gradient_checkpointing_func
+
+    def custom(function: Callable[..., Any]) -> Callable[..., Any]:
+        checkpointed = original(function)
+
+        def call(forward: partial, *args: Any) -> Any:
+            layer, *others = forward.args
+            bound = partial(types.MethodType(forward.func, layer), *others, **forward.keywords)
+            return checkpointed(bound, *args)
+
+        return call
+
+    checkpointing.get_custom_gradient_checkpointing_func = custom
+
+
 def run(task: Task, options: dict[str, Any], clock: Clock) -> None:
     """Train with ``options``: LLaMA-Factory's own keys."""
     folder = Path(task.out)
     give_rows(task.read(), folder)
+    find_layers()
     model, data, training, finetuning, generating = get_train_args(
         {
             "stage": "sft",
