@@ -36,15 +36,16 @@ def losses(base: str, rows: list[Row], adapters: dict[str, str], device: str) ->
         adapters: A name and a folder in PEFT's format for each.
         device: ``cpu`` or ``cuda``.
     """
-    found = {}
+    found: dict[str, float] = {}
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)
     for name, folder in adapters.items():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)
         adapted = PeftModel.from_pretrained(model, folder).eval()
         with torch.autocast(device, dtype=torch.bfloat16):
             found[name] = loss(adapted, rows, device)
             if "" not in found:
                 with adapted.disable_adapter():
                     found[""] = loss(adapted, rows, device)
+        model = adapted.unload()
     return found
 
 

@@ -184,12 +184,16 @@ def test_the_loss_of_an_adapter_is_that_which_transformers_computes(tiny_base, t
     rows = [
         Row(*synthetic.document(12, 5, seed)) for seed in range(3)
     ]  # as many targets each: a mean of means is right
-    found = heldout.losses(tiny_base, rows, {"a": str(tmp_path / "adapter")}, "cpu")
-    for name, judge in (("a", adapted), ("", base.eval())):
+    fresh = get_peft_model(Phi3ForCausalLM.from_pretrained(tiny_base), LoraConfig(target_modules=list(TARGETS)))
+    fresh.save_pretrained(tmp_path / "fresh")
+    adapters = {name: str(tmp_path / name) for name in ("adapter", "fresh")}
+    found = heldout.losses(tiny_base, rows, adapters, "cpu")
+    for name, judge in (("adapter", adapted), ("", base.eval())):
         with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
             expected = [judge(input_ids=torch.tensor([i]), labels=torch.tensor([t])).loss.item() for i, t in rows]
         assert found[name] == pytest.approx(sum(expected) / 3, rel=1e-6)
-    assert abs(found["a"] - found[""]) > 1e-3
+    assert abs(found["adapter"] - found[""]) > 1e-3
+    assert found["fresh"] == found[""]  # it changes nothing yet, and the one before it has left nothing behind
 
 
 # ---------------------------------------------------------------------- a run
