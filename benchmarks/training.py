@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from contenders import chats, environments, machine, models
@@ -60,7 +61,8 @@ def prepare(base: Path, given: argparse.Namespace, work: Path) -> tuple[Task, di
     lengths = sorted(len(row.input_ids) for row in rows)
     mean = sum(lengths) / len(lengths)
     accumulate = max(1, round(0.9 * given.row_tokens / mean / given.micro_batch))
-    chosen, held_out = chats.choose(rows, given.steps, given.micro_batch * accumulate, given.row_tokens, HELD_OUT)
+    steps = 1 if given.same_rows else given.steps
+    chosen, held_out = chats.choose(rows, steps, given.micro_batch * accumulate, given.row_tokens, HELD_OUT)
     write_rows(work / "rows.jsonl", chosen)
     write_rows(work / "held_out.jsonl", held_out)
     task = Task(
@@ -70,9 +72,11 @@ def prepare(base: Path, given: argparse.Namespace, work: Path) -> tuple[Task, di
     )  # fmt: skip
     tokens = sum(len(row.input_ids) for row in chosen)
     median, tenth = lengths[len(lengths) // 2], lengths[len(lengths) * 9 // 10]
+    over = "each" if given.same_rows else "in all"
     said = {
         "rows": f"{file.name}: {median} tokens in the median, {tenth} at the ninth decile, {lengths[-1]} at most",
-        "a run": f"{len(chosen)} rows, {tokens:,} tokens; {given.steps} optimiser steps, {given.warmup} not timed",
+        "a run": f"{given.steps} optimiser steps, {given.warmup} not timed; {over} over "
+        f"{len(chosen)} rows, {tokens:,} tokens",
         "a step": f"a packed row of {given.row_tokens} tokens, or {accumulate} x {given.micro_batch} padded rows",
         "adapter": f"LoRA r {task.r}, alpha {task.alpha}, dropout {task.dropout}; AdamW, lr {task.lr:g}, constant",
     }
@@ -100,7 +104,11 @@ def measure(
             measured.peak_bytes.append(result["peak_bytes"])
             adapters[contender.name] = str(out)
             said = ", ".join(f"{step.real} tokens in {step.seconds:.1f} s" for step in steps)
-        console.print(f"{repeat + 1} of {given.repeats}, {contender.name}: {measured.error or said}", highlight=False)
+        console.print(
+            f"{repeat + 1} of {given.repeats}, {contender.name}: {measured.error or said}",
+            highlight=False,
+            markup=False,
+        )
     if adapters:
         order = {"base": task.base, "rows": str(Path(task.out) / "held_out.jsonl"), "adapters": adapters}
         losses = ask("heldout", json.dumps(order | {"device": task.device}))
@@ -112,7 +120,7 @@ def measure(
 
 def compare(workload: str, given: argparse.Namespace, servers: Servers, work: Path) -> str:
     """Measure all contenders on a model; print a table and return it in Markdown."""
-    title = f"{WORKLOADS[workload]}{f', {given.layers} layers' if workload == 'random' else ''}"
+    title = WORKLOADS[workload] + (f", {given.layers} of 32 layers" if workload == "random" else "")
     try:
         base = base_of(workload, given)
     except RuntimeError as error:
@@ -134,7 +142,7 @@ def compare(workload: str, given: argparse.Namespace, servers: Servers, work: Pa
     rows = [cells(name, each, task.base, max(peaks)) for name, each in found.items()]
     table = Table(*COLUMNS, title=title)
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console(width=170).print(table)
     return f"## {title}\n\n" + "".join(f"- {key}: {text}\n" for key, text in said.items()) + f"\n{markdown(rows)}"
 
@@ -169,6 +177,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3, help="optimiser steps of a run")
     parser.add_argument("--warmup", type=int, default=1, help="the first of them, which are not timed")
     parser.add_argument("--repeats", type=int, default=3, help="runs of each contender")
+    parser.add_argument("--same-rows", action="store_true", help="the same rows in every step: order cannot matter")
     parser.add_argument("--quick", action="store_true", help="tiny: rows of 512 tokens, two steps, one run, one layer")
     parser.add_argument("--peers", type=Path, default=environments.FOLDER, help="where peers' environments are kept")
     parser.add_argument("--cache", type=Path, default=environments.CACHE / "models", help="where base models are kept")

@@ -32,7 +32,8 @@ def run(task: Task, options: dict[str, Any], clock: Clock) -> None:
     clock.watch(adapted)
     rows = task.read()
     per_step = task.micro_batch * task.accumulate
-    for start in range(0, len(rows), per_step):
+    for index in range(task.steps):
+        start = index * per_step % len(rows)
         step = rows[start : start + per_step]
         batches = [padded(step[i : i + task.micro_batch], task) for i in range(0, len(step), task.micro_batch)]
         count = sum((batch["labels"][:, 1:] != IGNORE_INDEX).sum() for batch in batches)

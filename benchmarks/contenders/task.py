@@ -23,7 +23,7 @@ class Task:
 
     Args:
         base: Folder of the base model.
-        rows: File of JSON lines with ``input_ids`` and ``labels``; all of them make ``steps`` steps.
+        rows: File of JSON lines with ``input_ids`` and ``labels``, for ``steps`` steps, or for one that is repeated.
         pad: A token id that no row holds: what else a batch holds is real.
         row_tokens: Length of a packed row. One is a step.
         micro_batch: Rows of a padded micro-batch.
