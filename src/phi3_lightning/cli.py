@@ -27,7 +27,7 @@ from phi3_lightning.callbacks import (
 )
 from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
-from phi3_lightning.commands import export, preview
+from phi3_lightning.commands import export, init, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import Phi3LightningError
@@ -78,7 +78,7 @@ class Phi3CLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "description": DESCRIPTION,
-                "epilog": f"preview: {preview.DESCRIPTION} export: {export.DESCRIPTION}",
+                "epilog": f"preview: {preview.DESCRIPTION} export: {export.DESCRIPTION} init: {init.DESCRIPTION}",
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -193,6 +193,8 @@ def main(args: list[str] | None = None) -> None:
             preview.main(given[1:])
         elif given[:1] == ["export"]:
             export.main(given[1:])
+        elif given[:1] == ["init"]:
+            init.main(given[1:])
         else:
             Phi3CLI(args)
     except SIGTERMException:
