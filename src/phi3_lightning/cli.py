@@ -18,6 +18,7 @@ from typing_extensions import override
 
 from phi3_lightning.callbacks import (
     AgreedStop,
+    EvaluationReport,
     LineProgress,
     PredictionWriter,
     RankFailure,
@@ -89,6 +90,7 @@ class Phi3CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="phi3-lora", help="Name of the run: its folder is runs/NAME.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(EvaluationReport, "evaluation")
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -96,6 +98,8 @@ class Phi3CLI(LightningCLI):
             self._subcommand_method_arguments[subcommand] = []
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.set_defaults({"verbose": False})  # the report's table says more
         if subcommand == "fit":
             parser.add_argument(
                 "--resume",
@@ -163,6 +167,9 @@ class Phi3CLI(LightningCLI):
         checkpoint: RunCheckpoint = self._get(self.config_init, "checkpoint")
         if checkpoint.dirpath is None:
             checkpoint.dirpath = self.run_folder.checkpoints
+        evaluation: EvaluationReport = self._get(self.config_init, "evaluation")
+        if evaluation.folder is None:
+            evaluation.folder = self.run_folder.path
         callbacks += [Throughput(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())

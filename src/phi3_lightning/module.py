@@ -331,19 +331,24 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """Add a batch to ``val/loss``, ``val/perplexity`` and ``val/token_accuracy``."""
         self._evaluate("val", self.val_metrics, batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to ``test/loss``, ``test/perplexity`` and ``test/token_accuracy``."""
-        self._evaluate("test", self.test_metrics, batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to ``test/loss``, ``test/perplexity`` and ``test/token_accuracy``.
 
-    def _evaluate(self, stage: str, metrics: TokenMetrics, batch: Batch) -> None:
+        Returns:
+            Last hidden states, shape (rows, length, hidden size), from which a report measures each document.
+        """
+        return self._evaluate("test", self.test_metrics, batch)
+
+    def _evaluate(self, stage: str, metrics: TokenMetrics, batch: Batch) -> Tensor:
         with self.autocast():
-            hidden = self(batch)
+            hidden: Tensor = self(batch)
             loss_sum, count = self.compute_loss(hidden, self.head, batch)
             correct, supervised = loss.correct_tokens(hidden, self.head, batch)
         metrics.update(loss_sum, torch.as_tensor(count), correct, supervised)
         self.log(f"{stage}/loss", metrics.loss, prog_bar=True)
         self.log(f"{stage}/perplexity", metrics.perplexity)
         self.log(f"{stage}/token_accuracy", metrics.token_accuracy)
+        return hidden
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[list[int]]:
         """Answer a batch of prompts.

@@ -8,7 +8,7 @@ import torch
 
 import synthetic
 from phi3_lightning import ChatDataModule
-from phi3_lightning.callbacks import PredictionWriter
+from phi3_lightning.callbacks import EvaluationReport, PredictionWriter
 
 from . import cases, ranks
 
@@ -32,7 +32,7 @@ def chats(tmp_path_factory) -> Path:
 def data(chats: Path, cache: Path, batch_size: int) -> ChatDataModule:
     return ChatDataModule(
         str(chats), val=str(chats), test=str(chats), predict=str(chats), tokenizer=str(TINY), max_length=128,
-        batch_size=batch_size, packing=False, num_workers=0, cache_dir=str(cache),
+        batch_size=batch_size, predict_batch_size=batch_size, packing=False, num_workers=0, cache_dir=str(cache),
     )  # fmt: skip
 
 
@@ -67,6 +67,31 @@ def test_two_and_three_ranks_give_what_one_gives(chats, tmp_path, alone, strateg
         assert len(list((folder / "cache" / "phi3_lightning").iterdir())) == 2  # rows and prompts, once each
     rows = [json.loads(line)["row"] for line in alone[1].splitlines()]
     assert rows == list(range(ROWS))
+
+
+def report(chats: Path, folder: Path, cache: Path, strategy, world: int, batch_size: int, dtype: str) -> dict:
+    strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
+    module = cases.module(str(TINY), generation={"max_new_tokens": 12}, dtype=dtype)
+    callback = EvaluationReport(folder / "run", batch_size=2, resamples=100)
+    trainer = cases.trainer(folder, strategy, world, callbacks=[callback])
+    return trainer.test(module, data(chats, cache, batch_size), verbose=False)[0]
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), [("ddp", "float32"), ("ddp", "bfloat16"), ("fsdp2", "float32")])
+def test_a_report_is_the_same_for_any_number_of_ranks(chats, tmp_path, strategy, dtype):
+    """Answers of unequal length, so that ranks end their batches at different steps; 7 rows, in batches of 2."""
+    expected = report(chats, tmp_path / "alone", tmp_path / "cache", "auto", 1, 2, dtype)
+    told = json.loads((tmp_path / "alone/run/test.json").read_text())
+    assert len({found["tuned"]["tokens"] for found in told["answers"]}) > 1
+    for world in (2, 3):
+        folder = tmp_path / str(world)
+        run = (chats, folder, tmp_path / "cache", STRATEGIES[strategy], world, 2, dtype)
+        for found in ranks.run(folder, world, report, *run):
+            assert found == pytest.approx(expected, rel=1000 * cases.EPSILON)  # the same products, added up otherwise
+        content = json.loads((folder / "run/test.json").read_text())
+        assert content["answers"] == told["answers"]  # to the bit in bfloat16 too: the same batches on other ranks
+        assert [found["row"] for found in content["answers"]] == list(range(ROWS))
+        assert not list((folder / "run").glob("*partial*"))
 
 
 def test_a_mean_over_padded_ranks_would_be_another_number(chats, tmp_path, alone):

@@ -1,6 +1,7 @@
 """Callbacks that the command line adds to a run; each works in any Trainer."""
 
 from phi3_lightning.callbacks.checkpoint import RunCheckpoint
+from phi3_lightning.callbacks.evaluation import EvaluationReport
 from phi3_lightning.callbacks.failure import RankFailure
 from phi3_lightning.callbacks.predictions import PredictionWriter
 from phi3_lightning.callbacks.progress import LineProgress
@@ -10,6 +11,7 @@ from phi3_lightning.callbacks.throughput import Throughput
 
 __all__ = [
     "AgreedStop",
+    "EvaluationReport",
     "LineProgress",
     "PredictionWriter",
     "RankFailure",
