@@ -27,7 +27,7 @@ from phi3_lightning.callbacks import (
 )
 from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
-from phi3_lightning.commands import export, preview
+from phi3_lightning.commands import chat, check, export, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import Phi3LightningError
@@ -36,6 +36,9 @@ from phi3_lightning.platform import check_accelerator, check_platform
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
 DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
+
+COMMANDS = {"preview": preview, "check": check, "chat": chat, "export": export}
+"""Commands that are not the Trainer's; each module has a ``main`` and a ``DESCRIPTION``."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -78,7 +81,7 @@ class Phi3CLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "description": DESCRIPTION,
-                "epilog": f"preview: {preview.DESCRIPTION} export: {export.DESCRIPTION}",
+                "epilog": " ".join(f"{name}: {command.DESCRIPTION}" for name, command in COMMANDS.items()),
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -189,10 +192,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         check_platform()
         _quieten()
-        if given[:1] == ["preview"]:
-            preview.main(given[1:])
-        elif given[:1] == ["export"]:
-            export.main(given[1:])
+        if given and given[0] in COMMANDS:
+            COMMANDS[given[0]].main(given[1:])
         else:
             Phi3CLI(args)
     except SIGTERMException:
