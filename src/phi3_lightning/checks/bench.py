@@ -1,10 +1,12 @@
 """One base in memory, and modules with different settings on it, one after the other."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning.config import Schedule
@@ -60,6 +62,7 @@ class Bench:
                 "base": self._lent(),
             }
         )
+        torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))  # adapters start alike
         module.configure_model()
         self._base = None
         try:

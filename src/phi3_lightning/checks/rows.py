@@ -8,9 +8,10 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import islice
+from itertools import islice, pairwise
 
 import numpy as np
+from numpy.typing import NDArray
 
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.conversation import BadRowError, Conversation
@@ -104,8 +105,8 @@ class Sample:
         self.read += chunk.read
         self.dropped.update(chunk.dropped)
         self.bad += [f"{source.place(number)}: {why}" for number, why in chunk.bad]
-        tokens = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])
-        spans = np.split(chunk.spans, np.cumsum(chunk.span_lengths)[:-1])
+        tokens = _parts(chunk.input_ids, chunk.lengths)
+        spans = _parts(chunk.spans, chunk.span_lengths)
         found: list[tuple[int, Document]] = []
         for number, ids, ranges in zip(chunk.rows.tolist(), tokens, spans, strict=True):
             trained = np.concatenate([ids[max(a, 1) : b] for a, b in ranges.reshape(-1, 2).tolist()])
@@ -117,6 +118,10 @@ class Sample:
             found.append((number, Document(self.kept + len(found), ids, ranges)))
         self.kept += len(found)
         return found
+
+
+def _parts(values: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+    return [values[start:end] for start, end in pairwise(np.cumsum([0, *lengths]).tolist())]
 
 
 def read_sample(options: Options, template: ChatTemplate, window: Window | None) -> Sample:

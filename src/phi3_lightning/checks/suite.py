@@ -13,6 +13,7 @@ from phi3_lightning.checks.result import Result
 from phi3_lightning.checks.rows import Row, Sample, packaged_rows, read_sample
 from phi3_lightning.checks.supervision import find_faults
 from phi3_lightning.data.collate import collate
+from phi3_lightning.data.conversation import Conversation, Encoded
 from phi3_lightning.data.options import Options
 from phi3_lightning.data.splits import load_template, model_window, plan_split
 
@@ -98,9 +99,9 @@ class Suite:
         return Result.of(MY_ROWS, holds, figure, remedy)
 
     def _template(self, rows: list[Row]) -> Result:
-        chats = [row for row in rows if row.conversation is not None]
+        chats = [row for row in rows if row.conversation is not None and self._whole(row.conversation)]
         if not chats:
-            return Result.skipped(TEMPLATE, "no rows with turns" if rows else "no rows of yours to look at")
+            return Result.skipped(TEMPLATE, "no whole rows with turns" if rows else "no rows of yours to look at")
         faults = find_faults(chats, self.template)
         figure = faults[0] if faults else f"{len(chats)} rows: tokens, trained parts and prompts agree"
         remedy = (
@@ -108,6 +109,11 @@ class Suite:
             "(data.chat_template: null), or mend the part behind add_generation_prompt"
         )
         return Result.of(TEMPLATE, not faults, figure, remedy)
+
+    def _whole(self, chat: Conversation) -> bool:
+        """Whether nothing was cut off."""
+        [encoded] = self.template.encode([chat])
+        return isinstance(encoded, Encoded) and len(encoded.input_ids) <= self.options.max_length
 
     # ------------------------------------------------------------------ one model, two ways
 
