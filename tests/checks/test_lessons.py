@@ -18,6 +18,7 @@ def results(made, rows):
     return {result.name: result for result in found}
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_too_low_is_the_settings_fault(suite):
     made = suite(optimizer={"lr": 1e-9}, dtype="bfloat16", precision="bf16-mixed")
     found = results(made, read_sample(made.options, made.template, made.window).rows)
@@ -27,6 +28,7 @@ def test_a_learning_rate_that_is_too_low_is_the_settings_fault(suite):
     assert "model.optimizer.lr" in found[GOOD_MINE].remedy
 
 
+@pytest.mark.slow
 def test_answers_that_follow_from_nothing_are_the_data_s_fault(suite, tmp_path):
     noise = random.Random(0)
     lines = [

@@ -110,9 +110,15 @@ class Chat:
         said = Text(self._template.tokenizer)
         try:
             self._speak(prompt.ids, said)
-        finally:
+        except KeyboardInterrupt:
+            if not said.shown:
+                self.dialogue.take_back()
+                raise
             write("\n")
             self.dialogue.answer(said.shown)
+            raise
+        write("\n")
+        self.dialogue.answer(said.shown)
 
     def _speak(self, ids: list[int], said: Text) -> None:
         module, generation = self._module, self._module.generation

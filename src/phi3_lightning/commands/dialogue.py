@@ -96,15 +96,16 @@ class Dialogue:
         return Prompt(ids, forgotten)
 
     def answer(self, text: str) -> None:
-        """Add the model's answer to the last message; without one, the message is taken back.
+        """Add the model's answer to the last message.
 
         Args:
-            text: What it said.
+            text: What it said, which may be nothing.
         """
-        if text:
-            self._messages.append({"role": "assistant", "content": text})
-        else:
-            self._messages.pop()
+        self._messages.append({"role": "assistant", "content": text})
+
+    def take_back(self) -> None:
+        """Take the last message back, which nothing has answered."""
+        self._messages.pop()
 
     def _render(self) -> list[int]:
         messages = list(self._messages)
