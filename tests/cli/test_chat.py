@@ -249,7 +249,9 @@ def test_a_person_at_a_terminal(trained):
     person.until("base> .{20}")
     person.type("\x03")
     person.until("you> ")
-    person.type("half a line\x03")  # Ctrl-C at the prompt drops the line
+    person.type("half a line")
+    person.until("half a line")  # its echo: Ctrl-C at the prompt drops the line
+    person.type("\x03")
     person.until("Ctrl-D leaves")
     person.until("you> ")
     person.type("/help\r")
