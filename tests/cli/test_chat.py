@@ -1,5 +1,6 @@
 """``chat``: one answer, a script, and a person at a terminal."""
 
+import contextlib
 import json
 import os
 import pty
@@ -221,14 +222,19 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self.terminal, text.encode())
 
-    def end(self) -> int:
-        while True:
-            try:
-                if not os.read(self.terminal, 4096):
-                    break
-            except OSError:
-                break
-        return os.waitstatus_to_exitcode(os.waitpid(self.pid, 0)[1])
+    def end(self, seconds: float = 30) -> int:
+        """Wait until the chat is over; return its exit code."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if select.select([self.terminal], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # the other side has closed
+                    self.seen += os.read(self.terminal, 4096).decode(errors="replace")
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"the chat did not end; the terminal shows:\n{self.seen}")
 
 
 def test_a_person_at_a_terminal(trained):
