@@ -21,6 +21,7 @@ class Model:
     heads: int
     key_value_heads: int
     vocabulary: int = 32064
+    tied: bool = False
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
@@ -42,18 +43,25 @@ class Model:
     @property
     def base(self) -> int:
         """Parameters of all."""
-        return self.layers * self.layer + 2 * self.embedding + self.hidden
+        return self.layers * self.layer + (1 if self.tied else 2) * self.embedding + self.hidden
 
     @property
     def adapter(self) -> int:
         """Trained parameters."""
         return self.layers * sum(RANK * (a + b) for a, b in self.shapes)
 
-    def activations(self) -> float:
+    def in_layer(self, tokens: int) -> float:
+        """Bytes of what a layer makes on its way from one hidden state to the next."""
+        return 2 * tokens * (10 * self.hidden + 4 * self.intermediate)
+
+    @property
+    def logits(self) -> float:
+        """Bytes of a chunk of logits with its gradient."""
+        return 2 * 4 * 256 * self.vocabulary
+
+    def activations(self, tokens: int = TOKENS) -> float:
         """Bytes that a micro-batch needs with full checkpointing, and a chunk of logits with its gradient."""
-        kept = 2 * TOKENS * self.layers * self.hidden
-        layer = 2 * TOKENS * (10 * self.hidden + 4 * self.intermediate)
-        return kept + layer + 2 * 4 * 1024 * self.vocabulary
+        return 2 * tokens * self.layers * self.hidden + self.in_layer(tokens) + self.logits
 
     def ddp(self) -> float:
         """Bytes of a GPU: base, adapter with gradient, bucket and two moments, activations."""

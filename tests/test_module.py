@@ -349,4 +349,4 @@ def test_the_run_seed_and_position_decide_the_dropout(tmp_path, tiny_base, monke
 def test_attention_is_said_when_the_model_is_loaded(tiny_base, caplog):
     with caplog.at_level(logging.INFO, logger="phi3_lightning"):
         small(tiny_base).configure_model()
-    assert sum("attention: sdpa" in message for message in caplog.messages) == 1
+    assert sum("attention: documents" in message for message in caplog.messages) == 1

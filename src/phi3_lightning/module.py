@@ -27,7 +27,7 @@ from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import loss, parallel
+from phi3_lightning.model import documents, loss, parallel
 from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.platform import check_accelerator
 from phi3_lightning.strategy import FSDP2Strategy, check_shardable, check_strategy
@@ -47,7 +47,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         revision: Branch, tag or commit of the base on the hub.
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
-        attn_implementation: Attention kernel; 'auto' takes flash attention where it is installed on a GPU, else sdpa.
+        attn_implementation: Attention kernel; 'auto' takes flash attention where a GPU has it, else 'documents',
+            which is sdpa within one document at a time and needs no mask. A loaded model keeps its own.
         quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'); needs the extra qlora. null: in dtype.
         neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
         gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
@@ -292,13 +293,10 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         longest = max((length for row in batch["lengths"] for length in row), default=0)
         if longest > window:
             raise ConfigError(f"data.max_length: a document has {longest} tokens and {self.base} reads {window}")
-        noise: AbstractContextManager[None] = nullcontext()
-        if self.neftune_noise_alpha is not None and model.training:
-            noise = noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha)
-        with noise:
-            # without mask and cache, positions that restart make the documents of a row invisible to each other
-            output = model.model(input_ids=batch["input_ids"], position_ids=batch["position_ids"], use_cache=False)
-        return cast("Tensor", output.last_hidden_state)
+        if self.neftune_noise_alpha is None or not model.training:
+            return documents.last_hidden_state(model, batch)
+        with noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha):
+            return documents.last_hidden_state(model, batch)
 
     def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the token losses and the number of tokens; override it to train another loss.

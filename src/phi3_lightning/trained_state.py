@@ -56,7 +56,7 @@ class TrainedStateModule(pl.LightningModule):
         Raises:
             ModelError: If this rank's are not those of rank 0.
         """
-        if self.trainer.world_size > 1:
+        if self._trainer is not None and self.trainer.world_size > 1:
             own = self.checkpoint_identity()["fingerprint"]
             if self.trainer.strategy.broadcast(own) != own:
                 raise ModelError(

@@ -13,6 +13,7 @@ import synthetic
 from adapters.conftest import frozen_base, logits, logits_and_gradients, randomise, trained
 from phi3_lightning.adapters import attach, targets
 from phi3_lightning.adapters.convert import block_diagonal
+from phi3_lightning.adapters.dropout import Dropout
 from phi3_lightning.adapters.loralib_backend import LoralibAdapter
 from phi3_lightning.config import PHI3_FUSED_LAYERS, LoRA
 from phi3_lightning.errors import CheckpointError
@@ -52,6 +53,8 @@ def plain_loralib(model, lora: LoRA, enabled: dict[str, list[bool]]):
         else:
             continue
         new.weight.data = old.weight.data
+        if isinstance(new.lora_dropout, torch.nn.Dropout):
+            new.lora_dropout = Dropout(new.lora_dropout.p)  # the same numbers for the same seed
         model.set_submodule(path, new)
     if model.config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

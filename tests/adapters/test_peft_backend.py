@@ -3,10 +3,12 @@
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 from transformers import Phi3ForCausalLM
 
 from adapters.conftest import IDS, frozen_base, logits_and_gradients, randomise, trained
+from phi3_lightning.adapters.dropout import Dropout
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import LoRA
 
@@ -40,11 +42,16 @@ def test_forward_and_gradients_are_those_of_plain_peft(tiny_base, name):
         ),
     )  # fmt: skip
     assert [f"base_model.model.{key}" for key in trained(ours)] == list(trained(theirs))
+    for layer in theirs.modules():
+        if isinstance(layer, LoraLayer) and config.lora_dropout:
+            layer.lora_dropout["default"] = Dropout(config.lora_dropout)  # the same numbers for the same seed
     for model in (ours, theirs):
         randomise(trained(model).values())
     (logits, gradients), (expected, expected_gradients) = map(logits_and_gradients, (ours, theirs))
-    assert torch.equal(logits, expected)
-    assert all(map(torch.equal, gradients.values(), expected_gradients.values()))
+    # the update is added before it is rounded, and not after: float32's own tolerance
+    torch.testing.assert_close(logits, expected)
+    for gradient, wanted in zip(gradients.values(), expected_gradients.values(), strict=True):
+        torch.testing.assert_close(gradient, wanted)
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
@@ -61,13 +68,15 @@ def test_the_start_is_that_of_plain_peft_with_the_same_seed(tiny_base, dtype):
     assert all(map(torch.equal, trained(ours).values(), trained(theirs).values()))
 
 
-def test_under_autocast_the_input_is_not_cast_back_and_forth(tiny_base):
+def test_under_autocast_the_input_of_dora_is_not_cast_back_and_forth(tiny_base):
     model = frozen_base(tiny_base, torch.bfloat16)
-    adapter = PeftAdapter(model, OPTIONS["plain"])
+    adapter = PeftAdapter(model, LoRA(r=4, lora_alpha=8, lora_dropout=0.0, use_dora=True))
     randomise(adapter.parameters())
     seen = []
     layer = model.model.layers[0].self_attn.qkv_proj
-    layer.lora_A["default"].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].dtype))
+    layer.lora_A["default"].register_forward_pre_hook(
+        lambda _, inputs: seen.extend(x.dtype for x in inputs if x.ndim == 3)  # and not the unit matrix of DoRA's norm
+    )
     with torch.autocast("cpu", dtype=torch.bfloat16):
         model(IDS, use_cache=False)
     model(IDS, use_cache=False)

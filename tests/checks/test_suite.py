@@ -129,12 +129,15 @@ def test_a_mask_without_the_end_of_turn(suite, monkeypatch):
     assert "without a token that ends it" in results[1].figure
 
 
-def test_documents_that_see_each_other(suite, monkeypatch):
+@pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
+def test_documents_that_see_each_other(suite, monkeypatch, attention):
     def leaking(self, batch):
-        width = batch["input_ids"].shape[1]
-        return FORWARD(self, {**batch, "position_ids": torch.arange(width).expand(len(batch["lengths"]), width)})
+        rows, width = batch["input_ids"].shape
+        one_document = {"position_ids": torch.arange(width).expand(rows, width)}
+        one_document["lengths"] = [[sum(row)] for row in batch["lengths"]]
+        return FORWARD(self, {**batch, **one_document})
 
-    made = suite()
+    made = suite(attn_implementation=attention)
     monkeypatch.setattr(Phi3LoRAModule, "forward", leaking)
     fault, _ = failed(made)
     assert fault.name == PACKED

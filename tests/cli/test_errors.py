@@ -84,7 +84,7 @@ def test_max_length_beyond_the_window(cli):
         ("--model.optimizer.lr=-1", "model.optimizer.lr"),
         ("--model.schedule.warmup=1.5", "model.schedule.warmup"),
         ("--trainer.precision=16-true", "bf16-mixed"),
-        ("--model.attn_implementation=flash_attention_2", "use sdpa"),
+        ("--model.attn_implementation=flash_attention_2", "use documents"),
         ("--run=a/b", "no plain folder name"),
         ("--ckpt_path=nowhere.ckpt", "nowhere.ckpt: there is no such checkpoint"),
         ("--trainer.accelerator=mps", "MPS"),

@@ -14,7 +14,7 @@ import pytest
 
 from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.readers import decode_line
-from phi3_lightning.data.sources import find_sources
+from phi3_lightning.data.sources import HubSource, find_sources
 from phi3_lightning.data.tables import gather
 from phi3_lightning.errors import DataError
 
@@ -131,6 +131,30 @@ def test_nothing_found_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no data files"):
         find_sources(given)
+
+
+@pytest.mark.parametrize("split", ["train[:100]", "train[95%:]", "train[-500:]", "train_sft[10:20]", "train_sft"])
+def test_a_part_of_a_split_on_the_hub_is_no_pattern(split: str) -> None:
+    [source] = find_sources(f"owner/name:{split}")
+    assert source.name() == f"owner/name:{split}"
+    assert source.split == split
+
+
+@pytest.mark.parametrize("given", ["chats[12].jsonl", "chats:x[12]", "chats:*.jsonl", "owner/na?e"])
+def test_a_pattern_is_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match="no data files"):
+        find_sources(given)
+
+
+@pytest.mark.parametrize(("split", "rows"), [("train[:1]", ROWS[:1]), ("train[-1:]", ROWS[-1:]), ("train", ROWS)])
+def test_a_part_of_a_split_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str, rows: list[dict[str, str]]
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    lines(tmp_path / "set" / "train.jsonl")
+    assert [row for _, row in HubSource(str(tmp_path / "set"), split).rows()] == rows
 
 
 def test_a_table_of_messages_is_gathered_by_conversation() -> None:

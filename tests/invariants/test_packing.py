@@ -9,7 +9,7 @@ from phi3_lightning import Phi3LoRAModule
 DOCUMENTS = [synthetic.document(length, length - 3, seed) for seed, length in enumerate([9, 30, 5, 17])]
 
 
-@pytest.fixture(scope="module", params=["sdpa", "eager"])
+@pytest.fixture(scope="module", params=["documents", "sdpa", "eager"])
 def module(request, tmp_path_factory) -> Phi3LoRAModule:
     base = synthetic.save_tiny(tmp_path_factory.mktemp("packing") / "base", sliding_window=12)
     module = Phi3LoRAModule(
@@ -66,11 +66,12 @@ def test_second_document_does_not_depend_on_the_first(module, training):
     assert not torch.equal(before[:9], after[:9])
 
 
-def test_positions_that_run_on_would_leak(module):
+def test_one_long_document_would_leak(module):
     batch = synthetic.batch_of([DOCUMENTS])
     with torch.no_grad():
         before = module(batch)[0]
-        batch["position_ids"] = torch.arange(batch["input_ids"].shape[1])[None]
+        tokens = batch["input_ids"].shape[1]
+        batch["position_ids"], batch["lengths"] = torch.arange(tokens)[None], [[tokens]]
         after = module(batch)[0]
     assert (before[9:] - after[9:]).abs().max() > 1000 * TOLERANCE
 

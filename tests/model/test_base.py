@@ -208,21 +208,21 @@ def test_sliding_window_is_the_same_under_every_kernel(tmp_path, length):
 
 def test_the_automatic_kernel_is_said_in_one_line(caplog):
     with caplog.at_level(logging.INFO, logger="phi3_lightning"):
-        assert base.choose_attention("auto", torch.device("cpu")) == "sdpa"
+        assert base.choose_attention("auto", torch.device("cpu")) == "documents"
     assert len(caplog.messages) == 1
-    assert "sdpa" in caplog.messages[0]
+    assert "documents" in caplog.messages[0]
 
 
-@pytest.mark.parametrize(("installed", "chosen"), [(True, "flash_attention_2"), (False, "sdpa")])
+@pytest.mark.parametrize(("installed", "chosen"), [(True, "flash_attention_2"), (False, "documents")])
 def test_a_gpu_takes_flash_attention_where_it_is_installed(monkeypatch, installed, chosen):
     monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: installed)
     assert base.choose_attention("auto", torch.device("cuda")) == chosen
-    assert base.choose_attention("auto", torch.device("cpu")) == "sdpa"
+    assert base.choose_attention("auto", torch.device("cpu")) == "documents"
 
 
 def test_flash_attention_that_cannot_run_is_refused(monkeypatch):
     monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: True)
-    with pytest.raises(ModelError, match=r"model\.attn_implementation: flash_attention_2 .*cpu; use sdpa"):
+    with pytest.raises(ModelError, match=r"model\.attn_implementation: flash_attention_2 .*cpu; use documents"):
         base.choose_attention("flash_attention_2", torch.device("cpu"))
 
 

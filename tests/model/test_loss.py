@@ -17,10 +17,10 @@ SUPERVISED = 5 + 29 + 1
 TOLERANCE = (SUPERVISED + synthetic.VOCABULARY) * torch.finfo(torch.float32).eps
 
 
-@pytest.fixture(scope="module")
-def head() -> nn.Linear:
+@pytest.fixture(scope="module", params=["frozen", "trained"])
+def head(request) -> nn.Linear:
     torch.manual_seed(0)
-    return nn.Linear(16, synthetic.VOCABULARY, bias=False)
+    return nn.Linear(16, synthetic.VOCABULARY, bias=False).requires_grad_(request.param == "trained")
 
 
 def hidden_of(batch) -> torch.Tensor:
@@ -66,8 +66,8 @@ def test_full_logits_never_exist_at_once(head, monkeypatch):
     batch = synthetic.batch_of(ROWS)
     loss.cross_entropy(hidden_of(batch), head, batch)[0].backward()
     handle.remove()
-    forward = -(-SUPERVISED // 4)
-    assert len(seen) == 2 * forward  # once more in the backward pass
+    # the logits of a head that is trained are made again for its own gradient
+    assert len(seen) == -(-SUPERVISED // 4) * (2 if head.weight.requires_grad else 1)
     assert max(rows for rows, _ in seen) == 4
 
 
@@ -121,3 +121,13 @@ def test_correct_tokens_are_counted_at_supervised_positions_only(head):
     batch["labels"][1, 1:30] = predicted[1, :29]  # now all 29 of the second row are right
     correct, _ = loss.correct_tokens(hidden, head, batch)
     assert correct.item() >= 29
+
+
+def test_the_gradient_of_a_trained_head_is_right(monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    torch.manual_seed(0)
+    head = nn.Linear(16, synthetic.VOCABULARY, bias=False)
+    batch = synthetic.batch_of(ROWS)
+    (found,) = torch.autograd.grad(loss.cross_entropy(hidden_of(batch), head, batch)[0], head.weight)
+    (expected,) = torch.autograd.grad(plain_loss(hidden_of(batch), head, batch), head.weight)
+    torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * expected.abs().max())

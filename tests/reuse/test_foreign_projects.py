@@ -232,7 +232,7 @@ def test_one_loaded_base_serves_two_adapters_one_after_the_other(tmp_path, tiny_
 
     def train(given, lora: dict) -> Phi3LoRAModule:
         torch.manual_seed(3)
-        module = small(given, lora=lora)
+        module = small(given, lora=lora, attn_implementation="sdpa")  # as the loaded base has it
         module.configure_model()
         synthetic.trainer(tmp_path).fit(module, data)
         return module

@@ -13,32 +13,11 @@ from typing import Any, cast
 import loralib
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
 
 from phi3_lightning.adapters.convert import block_diagonal
+from phi3_lightning.adapters.dropout import Dropout
 from phi3_lightning.adapters.targets import Target
-
-
-def add_update(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-    """Return ``result + scaling * x @ down.T @ up.T``.
-
-    Under autocast the products are in its type, and outside of it in the adapter's, which is float32.
-
-    Args:
-        result: What the base answers, shape (..., out).
-        x: Input, shape (..., in).
-        down: lora_A, shape (rank, in).
-        up: lora_B, shape (out, rank).
-        scaling: Factor of the update.
-    """
-    if not torch.is_autocast_enabled(x.device.type):
-        x = x.to(down.dtype)
-    low = F.linear(x, down)
-    if low.dtype != result.dtype:
-        return (result + F.linear(low, up) * scaling).to(result.dtype)
-    # one kernel for product, factor and sum: nothing of the size of the result is held besides
-    rows = result.reshape(-1, result.shape[-1])
-    return torch.addmm(rows, low.reshape(-1, low.shape[-1]), up.T, alpha=scaling).view_as(result)
+from phi3_lightning.adapters.update import add_update
 
 
 class Linear(loralib.Linear):  # type: ignore[misc]  # loralib has no types
@@ -111,6 +90,8 @@ def adapt(layer: Any, target: Target, dropout: float) -> None:
     layer.lora_B = nn.Parameter(torch.empty(sum(adapted), target.r, **options))
     layer.scaling = target.scaling
     layer.frozen_class = kind
+    if layer.lora_dropout.__class__ is nn.Dropout:
+        layer.lora_dropout = Dropout(dropout)
     if embedding:  # as loralib starts them
         nn.init.zeros_(layer.lora_A)
         nn.init.normal_(layer.lora_B)

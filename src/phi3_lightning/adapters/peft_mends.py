@@ -6,7 +6,11 @@ from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from phi3_lightning.adapters.dropout import Dropout
+from phi3_lightning.adapters.update import add_update
 
 
 class _WithoutAutocast:
@@ -20,8 +24,26 @@ class _WithoutAutocast:
         return not (torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"))
 
 
+class Linear(lora.Linear):
+    """PEFT's layer with product, factor and sum in one kernel: nothing of the size of the answer is made besides."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the frozen layer's answer with the update added.
+
+        Args:
+            x: Input, shape (..., in).
+            args: As PEFT has them.
+            kwargs: As PEFT has them.
+        """
+        if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or args or kwargs:
+            return super().forward(x, *args, **kwargs)
+        (adapter,) = self.active_adapters
+        down, up = (cast("Tensor", part[adapter].weight) for part in (self.lora_A, self.lora_B))
+        return add_update(self.base_layer(x), self.lora_dropout[adapter](x), down, up, self.scaling[adapter])
+
+
 def mend(layer: Any, adapter: str) -> None:
-    """Make an adapter's weights float32, and its computation right over any base.
+    """Make an adapter's weights float32, and its computation right over any base, and cheap.
 
     Args:
         layer: A ``peft.tuners.lora.LoraLayer``.
@@ -30,6 +52,10 @@ def mend(layer: Any, adapter: str) -> None:
     for parameter in layer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if isinstance(layer.lora_dropout[adapter], nn.Dropout):
+        layer.lora_dropout[adapter] = Dropout(layer.lora_dropout[adapter].p)
+    if type(layer) is lora.Linear and adapter not in layer.lora_variant:
+        layer.__class__ = Linear
     layer.cast_input_dtype_enabled = cast("bool", _WithoutAutocast())
     if adapter in layer.lora_variant:
         layer.lora_variant[adapter].init(layer, adapter_name=adapter)  # again, from float32: PEFT rounds the magnitude

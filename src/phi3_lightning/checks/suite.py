@@ -129,7 +129,7 @@ class Suite:
             yield _near(
                 PACKED,
                 numerics.packed_against_single(module, packed, single, context),
-                "documents of a row see each other: set data.packing: false, or model.attn_implementation: sdpa",
+                "documents of a row see each other: set data.packing: false, or another model.attn_implementation",
             )
             self.on_begin(CHECKPOINTING)
             yield _near(

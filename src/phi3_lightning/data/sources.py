@@ -15,7 +15,8 @@ from phi3_lightning.errors import DataError
 if TYPE_CHECKING:  # importing it takes half a second, for which `--help` need not wait
     import datasets
 
-_HUB = re.compile(r"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^:/]+))?")
+_SLICE = r"\[-?\d*%?:-?\d*%?\]"
+_HUB = re.compile(rf"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^:/*?\[]+({_SLICE})?))?")
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def find_sources(given: str | list[str], *, streaming: bool = False) -> list[Sou
     """Understand what a user gave as data.
 
     Args:
-        given: A file, a folder, a glob pattern, a hub id (``owner/name`` or ``owner/name:split``), or several of them.
+        given: A file, a folder, a glob pattern, a hub id (``owner/name``, ``owner/name:split`` or, with a part of a
+            split, ``owner/name:train[:100]``), or several of them.
         streaming: Whether hub data sets are fetched as they are read.
 
     Returns:
@@ -181,7 +183,7 @@ def _find(given: str, item: int, streaming: bool) -> list[Source]:
         return _files(given, item, [str(file) for file in path.rglob("*")])
     if path.exists() or (hub and data_suffix(path) in SUFFIXES):
         return [FileSource(path, item)]
-    if any(sign in given for sign in "*?["):
+    if hub is None and any(sign in given for sign in "*?["):
         return _files(given, item, glob.glob(str(path), recursive=True))  # noqa: PTH207, a pattern may be absolute
     if hub is None:
         return [FileSource(path, item)]

@@ -14,12 +14,13 @@ from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM, PreTra
 from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from phi3_lightning.errors import ModelError
+from phi3_lightning.model.documents import DOCUMENTS
 
 DType = Literal["bfloat16", "float16", "float32"]
 Initialisation = Literal["pretrained", "random"]
 Checkpointing = Literal["none", "full"]
 Quantization = Literal["nf4", "int8"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2"]
+Attention = Literal["auto", "documents", "sdpa", "eager", "flash_attention_2"]
 
 RELATIVES = {
     "phi3small": "Phi-3-small has its own block-sparse architecture",
@@ -201,11 +202,11 @@ def choose_attention(wanted: Attention, device: torch.device) -> str:
     if wanted == "flash_attention_2" and not flash:
         raise ModelError(
             f"model.attn_implementation: flash_attention_2 needs a CUDA device and the package flash-attn, "
-            f"and this run uses {device.type}; use sdpa"
+            f"and this run uses {device.type}; use documents"
         )
     if wanted != "auto":
         return wanted
-    chosen = "flash_attention_2" if flash else "sdpa"
+    chosen = "flash_attention_2" if flash else DOCUMENTS
     rank_zero_info(f"attention: {chosen} ({'flash-attn is installed' if flash else 'no flash-attn on a GPU'})")
     return chosen
 

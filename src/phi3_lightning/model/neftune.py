@@ -15,14 +15,15 @@ def noisy_embeddings(embedding: nn.Module, lengths: list[list[int]], alpha: floa
 
     Args:
         embedding: Maps ids to hidden states of shape (rows, length, hidden size).
-        lengths: Documents' lengths in tokens, row by row, as the batch has them.
+        lengths: Documents' lengths in tokens, row by row, as the batch has them; the embedding may get them in one row.
         alpha: Strength of the noise; the paper has 5, 10 and 15.
     """
 
     def add_noise(_module: nn.Module, _inputs: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
         rows, length, size = hidden.shape
         bounds = torch.zeros(rows, length, 1)
-        for row, documents in zip(bounds, map(torch.tensor, lengths), strict=True):
+        laid = lengths if len(lengths) == rows else [[document for row in lengths for document in row]]
+        for row, documents in zip(bounds, map(torch.tensor, laid), strict=True):
             row[: int(documents.sum()), 0] = (alpha / (documents * size).sqrt()).repeat_interleave(documents)
         return hidden + torch.empty_like(hidden).uniform_(-1, 1) * bounds.to(hidden)
 

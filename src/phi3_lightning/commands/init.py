@@ -1,0 +1,135 @@
+"""``init``: the shipped configurations into a folder, and a script's dictionaries as one more."""
+
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning.pytorch.cli import LightningArgumentParser
+from rich.console import Console
+
+from phi3_lightning import config as sections
+from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.translation.dictionaries import read_dictionaries
+from phi3_lightning.commands.translation.translate import Translation, translate
+from phi3_lightning.errors import ConfigError
+
+DESCRIPTION = "Write the configurations that the package brings along, and translate a script's dictionaries into one."
+
+PACKAGE = Path(sections.__file__).parent
+RECIPE = "phi3_mini_4k_lora.yaml"
+"""What a translation starts from: whatever the dictionaries leave open is as it is there."""
+
+_ONE_LINE = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
+"""A key may hold a line break, and the rest of it is no comment then."""
+
+
+def parser() -> LightningArgumentParser:
+    """Return the parser of ``init``."""
+    result = Parser(prog="cli.py init", description=DESCRIPTION)
+    result.add_argument("folder", type=str, help="The folder to make.")
+    result.add_argument(
+        "--from", type=str | None, default=None,
+        help="A .py, .json or .yaml file with training_config (TrainingArguments' keys) and peft_config "
+        "(LoraConfig's); a .py file is read and never run.",
+    )  # fmt: skip
+    result.add_argument(
+        "--overwrite", action="store_true", help="Write into a folder in use; files of the same names are replaced."
+    )
+    return result
+
+
+def main(args: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: The arguments after ``init``.
+
+    Raises:
+        ConfigError: If the folder is in use, or the dictionaries cannot be used.
+    """
+    options = parser().parse_args(args)
+    folder, source = Path(options.folder), options["from"]
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"{folder} is a file; give a folder")
+    if folder.is_dir() and any(folder.iterdir()) and not options.overwrite:
+        raise ConfigError(f"{folder} is not empty; give another folder, or --overwrite to write into it")
+    if shlex.quote(options.folder) != options.folder:
+        raise ConfigError(f"{folder}: commands in the files name the folder; give one without blanks and signs")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    files = {name: _installed(text, folder) for name, text in shipped().items()}
+    translated = None
+    if source is not None:
+        name = f"{Path(source).stem}.yaml"
+        if name in files:
+            raise ConfigError(f"--from: {name} is a configuration of the package; give {source} another name")
+        translated = translate(read_dictionaries(Path(source)))
+        files[name] = render(translated, Path(source).name)
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    console.print(f"{len(files)} files in {folder}")
+    if translated is not None:
+        _report(translated, folder / f"{Path(source).stem}.yaml", console)
+
+
+def shipped() -> dict[str, str]:
+    """Return the configurations that the package brings along, by their path in ``configs``."""
+    inside = PACKAGE / "configs"  # of a wheel; in a checkout they are at its root
+    root = inside if inside.is_dir() else PACKAGE.parents[1] / "configs"
+    files = sorted(path for path in root.rglob("*") if path.suffix in (".yaml", ".sbatch"))
+    return {path.relative_to(root).as_posix(): path.read_text(encoding="utf-8") for path in files}
+
+
+def _installed(text: str, folder: Path) -> str:
+    """Say what stands where when there is no checkout: the command, the configurations, the tiny model."""
+    places = {
+        "src/phi3_lightning/assets": (PACKAGE / "assets").as_posix(),
+        "python cli.py": "phi3-lightning",
+        "  cli.py fit": "  --no-python phi3-lightning fit",  # torchrun
+        "configs/": f"{folder.as_posix()}/",
+    }
+    for checkout, installed in places.items():
+        text = text.replace(checkout, installed)
+    return text
+
+
+def render(translated: Translation, source: str) -> str:
+    """Write a translation as one self-contained configuration.
+
+    Args:
+        translated: Settings and notes.
+        source: The name of the file that they come from.
+
+    Returns:
+        YAML; keys that have no equal are comments at its head.
+    """
+    config: dict[str, Any] = yaml.safe_load(shipped()[RECIPE])
+    config["trainer"].pop("callbacks", None)  # TrainingArguments stop nothing early
+    for path, value in translated.settings.items():
+        *parents, leaf = path.split(".")
+        part = config
+        for parent in parents:
+            part = part[parent]
+        part[leaf] = value
+    head = [f"From {source}, by `phi3-lightning init`. Still to be set here: {', '.join(_open(translated))}."]
+    if translated.notes:
+        head += [
+            "These have no equal, or another one:",
+            *(f"  {key}: {note}" for key, note in translated.notes.items()),
+        ]
+    comments = (f"# {line.translate(_ONE_LINE)}\n" for line in head)
+    body: str = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110)
+    return "".join(comments) + body
+
+
+def _open(translated: Translation) -> list[str]:
+    """What every run needs and no dictionary says."""
+    return [path for path in ("model.base", "data.train") if path not in translated.settings]
+
+
+def _report(translated: Translation, path: Path, console: Console) -> None:
+    console.print(f"{path}: {len(translated.settings)} settings translated")
+    for key, note in translated.notes.items():
+        console.print(f"  {key}: {note}")
+    console.print(f"set {' and '.join(_open(translated))}, then: phi3-lightning fit --config {path}")

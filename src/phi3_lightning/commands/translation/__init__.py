@@ -1,0 +1,1 @@
+"""From the dictionaries of a script to settings of this package."""

@@ -1,0 +1,148 @@
+"""The documents of a batch in one row without padding, blind to each other without a mask over the row.
+
+A mask over a packed row of T tokens has T x T entries, and all of them are computed. Attention within one document at a
+time costs what the documents cost, however they are packed; padding is never computed at all.
+"""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F  # noqa: N812
+from transformers import AttentionInterface, AttentionMaskInterface, Phi3ForCausalLM
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from phi3_lightning.batch import Batch
+
+DOCUMENTS = "documents"
+"""The name of the kernel, as ``config._attn_implementation`` has it."""
+
+SHORT = 256
+"""Longest document, in tokens, for which a CPU is faster by plain products: the backward pass of its flash kernel takes
+three times as long on documents of 128 tokens."""
+
+
+def attend(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    documents: list[int] | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attend within each document; an attention function of transformers.
+
+    Args:
+        module: The attention layer.
+        query: Shape (1, heads, tokens, head size).
+        key: Shape (1, key-value heads, tokens, head size).
+        value: As ``key``.
+        attention_mask: Used where ``documents`` is not given, as in generation.
+        scaling: Factor of the scores.
+        dropout: Probability with which a weight is dropped.
+        sliding_window: How many tokens back a token sees, itself included; None: all.
+        documents: Tokens of each document, which make up the row.
+        kwargs: What transformers passes on to every attention function.
+
+    Returns:
+        Shape (1, tokens, heads, head size), and no weights.
+    """
+    if documents is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    attended = [
+        _attend_one(q, k, v, scaling, dropout, sliding_window)
+        for q, k, v in zip(*(states.split(documents, dim=2) for states in (query, key, value)), strict=True)
+    ]
+    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None) -> Tensor:
+    length = q.shape[2]
+    all_seen = window is None or length <= window
+    if q.device.type == "cpu" and length <= SHORT and all_seen and dropout == 0:
+        return _products(q[0], k[0], v[0], scaling)[None]
+    mask = None if all_seen else _band(length, cast("int", window), q.device)
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
+    """Causal attention by two products a head; scores and their softmax in float32, as flash kernels have them."""
+    heads, length, size = q.shape
+    grouped = len(k), heads // len(k) * length
+    with torch.autocast(q.device.type, enabled=False):
+        scores = (q.float() * scaling).reshape(*grouped, size) @ k.float().transpose(1, 2)
+        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
+        weights = scores.view(heads, length, length).masked_fill_(future, float("-inf")).softmax(-1).to(v.dtype)
+        return (weights.view(*grouped, length) @ v).view(heads, length, size)
+
+
+def _band(length: int, window: int, device: torch.device) -> Tensor:
+    """True where a token sees another: not ahead, and less than ``window`` tokens back."""
+    seen = torch.ones(length, length, dtype=torch.bool, device=device)
+    return seen.tril().triu(1 - window)
+
+
+AttentionInterface.register(DOCUMENTS, attend)
+AttentionMaskInterface.register(DOCUMENTS, sdpa_mask)  # for generation; batches of documents bring no mask
+
+
+def one_row(batch: Batch) -> tuple[Tensor, list[int]]:
+    """Find the tokens of a batch that are no padding.
+
+    Args:
+        batch: The batch.
+
+    Returns:
+        Their places among all places of the batch, row by row, int64, and the documents' lengths. A filler batch, which
+        has no document, is one document of padding.
+    """
+    width = batch["input_ids"].shape[1]
+    device = batch["input_ids"].device
+    documents = [length for row in batch["lengths"] for length in row]
+    if not documents:
+        return torch.arange(width, device=device), [width]
+    rows = [torch.arange(sum(row), device=device) + start * width for start, row in enumerate(batch["lengths"])]
+    return torch.cat(rows), documents
+
+
+def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:
+    """Run a model up to its head on a batch whose documents do not see each other.
+
+    Kernels that take documents as they come get them one after the other in one row, without padding. The others get
+    the rows as they are, where transformers tells documents apart by positions that restart, and builds a mask.
+
+    Args:
+        model: The model.
+        batch: Rows of one or more documents.
+
+    Returns:
+        Last hidden states, shape (rows, length, hidden size); on padding they mean nothing.
+    """
+    kernel = model.config._attn_implementation
+    if kernel not in (DOCUMENTS, "flash_attention_2"):
+        return _run(model, batch["input_ids"], batch["position_ids"])
+    places, documents = one_row(batch)
+    options: dict[str, Any] = {}
+    if kernel == DOCUMENTS:  # a mask of four dimensions is taken as it is: none is built
+        options = {"documents": documents, "attention_mask": torch.empty(1, 1, 0, 0, device=places.device)}
+    input_ids, position_ids = (batch[name].flatten()[places][None] for name in ("input_ids", "position_ids"))
+    hidden = _run(model, input_ids, position_ids, **options)[0]
+    everywhere = hidden.new_zeros(batch["input_ids"].numel(), hidden.shape[1])
+    return everywhere.index_copy(0, places, hidden).view(*batch["input_ids"].shape, -1)
+
+
+def _run(model: Phi3ForCausalLM, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Tensor:
+    # with a cache, documents would see each other in evaluation
+    output = model.model(input_ids=input_ids, position_ids=position_ids, use_cache=False, **options)
+    return cast("Tensor", output.last_hidden_state)

@@ -1,0 +1,124 @@
+"""The family: each configuration trains a base that was shrunk as the guide says; its memory is calculated."""
+
+import json
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+
+from cli.conftest import REPOSITORY, TINY
+from phi3_lightning.adapters import targets
+from phi3_lightning.config import LoRA
+from phi3_lightning.model.base import read_config, skeleton
+from recipes.published import PUBLISHED
+
+OVERLAYS = REPOSITORY / "configs/overlays"
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """A folder with what the hub has of a model, but weights: its configuration, and the tiny model's tokenizer."""
+
+    def hub(name: str) -> str:
+        (tmp_path / "hub").mkdir()
+        for file in ("tokenizer.json", "tokenizer_config.json"):
+            shutil.copy(TINY / file, tmp_path / "hub" / file)
+        (tmp_path / "hub/config.json").write_text(json.dumps(PUBLISHED[name]))
+        return "hub"
+
+    return hub
+
+
+QUICK = ("phi3_mini_128k_lora", "phi4_mini_lora")  # what is special in the others is in one of these
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PUBLISHED]
+
+
+@pytest.mark.parametrize("name", EACH)
+def test_each_trains_a_shrunk_base(cli, tmp_path, monkeypatch, hub, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["shrink_base.py", hub(name), "small"])
+    runpy.run_path("scripts/shrink_base.py", run_name="__main__")
+    ran = cli(
+        "fit", f"--config=configs/{name}.yaml", "--config=configs/overlays/tiny.yaml", "--model.base=small",
+        "--model.init=random", "--run=trial", "--data.max_length=128", "--data.batch_size=1",
+    )  # fmt: skip
+    assert "2 of 2" in ran.text
+    state = torch.load(tmp_path / "runs/trial/checkpoints/last.ckpt", weights_only=True)
+    assert state["global_step"] == 3
+    assert len(state["state_dict"]) == 2 * 4 * 2  # A and B of four layers in two blocks
+
+    small, real = read_config("small"), PUBLISHED[name]
+    assert small.hidden_size // small.num_attention_heads == real["hidden_size"] // real["num_attention_heads"]
+    assert small.num_attention_heads / small.num_key_value_heads == (
+        real["num_attention_heads"] / real["num_key_value_heads"]
+    )
+    for same in ("vocab_size", "tie_word_embeddings", "max_position_embeddings", "sliding_window"):
+        assert getattr(small, same) == real[same]
+    rope = real["rope_scaling"] or {"type": "default"}
+    assert small.rope_parameters["rope_type"] == rope["type"].replace("su", "longrope")
+    assert small.rope_parameters.get("long_factor") == rope.get("long_factor")
+    assert small.rope_parameters["partial_rotary_factor"] == real.get("partial_rotary_factor", 1.0)
+
+
+def test_they_differ_in_what_they_say_they_do():
+    usual = yaml.safe_load((REPOSITORY / "configs/phi3_mini_4k_lora.yaml").read_text())
+    longer = {("data", "max_length"): 8192, ("data", "batch_size"): 1}
+    for name in PUBLISHED:
+        own = yaml.safe_load((REPOSITORY / f"configs/{name}.yaml").read_text())
+        assert own.keys() == usual.keys()
+        assert own["run"] == name.removesuffix("_lora").replace("_", "-")
+        pairs = [(part, key) for part in ("trainer", "checkpoint", "model", "data") for key in own[part]]
+        changed = {(part, key): own[part][key] for part, key in pairs if own[part][key] != usual[part].get(key)}
+        changed.pop(("model", "base"), None)
+        assert changed == (longer if name == "phi3_mini_128k_lora" else {})
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """The script that calculates."""
+    monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+    return runpy.run_path(str(REPOSITORY / "benchmarks/memory.py"))
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_calculation_counts_the_parameters_of_the_real_model(tmp_path, memory, name):
+    (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+    model = skeleton(read_config(str(tmp_path)))
+    shapes = memory["MODELS"][name]
+    assert sum(parameter.numel() for parameter in model.parameters()) == shapes.base
+    layers = [model.get_submodule(target.path) for target in targets.resolve(model, LoRA())]
+    assert sum(16 * (layer.in_features + layer.out_features) for layer in layers) == shapes.adapter
+
+
+def test_the_guide_has_the_table_that_the_script_prints():
+    script = [sys.executable, str(REPOSITORY / "benchmarks/memory.py")]
+    printed = subprocess.run(script, check=True, capture_output=True, text=True).stdout
+    assert printed.strip() in (REPOSITORY / "docs/recipes.md").read_text()
+
+
+def test_each_overlay_says_what_the_script_calculates(memory):
+    shown = {"Phi-3-mini": "phi3_mini_4k_lora", "Phi-4-mini": "phi4_mini_lora", "Phi-3-medium": "phi3_medium_4k_lora"}
+    for overlay, size in memory["OVERLAYS"].items():
+        text = (OVERLAYS / f"{overlay}.yaml").read_text()
+        said = re.findall(r"(Phi-\d-\w+)( with --model.quantization nf4)? (\d+\.\d) GB", text.replace("\n#", ""))
+        assert len(said) >= 2
+        for model, quantized, number in said:
+            config = memory["settings"](shown[model], f"overlays/{overlay}")
+            if quantized:
+                config["model"]["quantization"] = "nf4"
+            peak = memory["peak"](memory["MODELS"][shown[model]], config)
+            assert f"{peak:.1f}" == number
+            assert not size or peak <= memory["FITS"] * size
+
+
+def test_an_optimiser_step_is_the_same_under_every_overlay_of_gpus(memory):
+    for overlay in memory["OVERLAYS"]:
+        config = memory["settings"]("phi3_mini_4k_lora", f"overlays/{overlay}")
+        ranks = config["trainer"]["devices"]
+        rows = config["data"]["batch_size"] * config["trainer"]["accumulate_grad_batches"] * ranks
+        assert rows == 16, overlay
