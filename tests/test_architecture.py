@@ -53,7 +53,12 @@ def test_rooms_never_import_each_other(room):
 
 
 def test_only_the_command_line_and_the_package_see_the_data():
-    assert {name for name in importers("data") if not within(name, "commands")} == {NAME, f"{NAME}.cli"}
+    seen = {name for name in importers("data") if not (within(name, "commands") or within(name, "checks"))}
+    assert seen == {NAME, f"{NAME}.cli"}
+
+
+def test_the_room_of_checks_is_the_command_s_alone():
+    assert {name for name in importers("checks") if not within(name, "commands")} == set()
 
 
 def test_nothing_but_commands_imports_the_command_line():

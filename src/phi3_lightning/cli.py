@@ -30,7 +30,7 @@ from phi3_lightning.callbacks.board import boards, step_of
 from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.callbacks.monitor import GENERAL
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
-from phi3_lightning.commands import export, init, preview
+from phi3_lightning.commands import chat, check, export, init, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import DataError, Phi3LightningError
@@ -39,6 +39,9 @@ from phi3_lightning.platform import check_accelerator, check_platform
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
 DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
+
+COMMANDS = {"init": init, "preview": preview, "check": check, "chat": chat, "export": export}
+"""Commands that are not the Trainer's; each module has a ``main`` and a ``DESCRIPTION``."""
 
 
 class SaveRunConfig(SaveConfigCallback):
@@ -83,7 +86,7 @@ class Phi3CLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={
                 "description": DESCRIPTION,
-                "epilog": f"preview: {preview.DESCRIPTION} export: {export.DESCRIPTION} init: {init.DESCRIPTION}",
+                "epilog": " ".join(f"{name}: {command.DESCRIPTION}" for name, command in COMMANDS.items()),
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -226,12 +229,8 @@ def main(args: list[str] | None = None) -> None:
     try:
         check_platform()
         _quieten()
-        if given[:1] == ["preview"]:
-            preview.main(given[1:])
-        elif given[:1] == ["export"]:
-            export.main(given[1:])
-        elif given[:1] == ["init"]:
-            init.main(given[1:])
+        if given and given[0] in COMMANDS:
+            COMMANDS[given[0]].main(given[1:])
         else:
             Phi3CLI(args)
     except SIGTERMException:

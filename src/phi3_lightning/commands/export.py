@@ -1,6 +1,5 @@
 """``export``: from a checkpoint to a folder that PEFT, transformers and servers take."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phi3_lightning.checkpoint_io import read_checkpoint
-from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.parser import Parser, model_defaults
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError, ConfigError
@@ -70,7 +69,7 @@ def main(args: list[str]) -> None:
     if "hyper_parameters" not in checkpoint:
         raise CheckpointError(f"{path}: no checkpoint of a Phi3LoRAModule; it has no hyper_parameters")
     # what the checkpoint says are the defaults: what is typed now wins
-    options.set_defaults(_flat("model", checkpoint["hyper_parameters"]))
+    options.set_defaults(model_defaults(checkpoint["hyper_parameters"]))
     config = options.parse_args(args)
     what = _what(config)
     target = Path(config.output_dir).resolve()
@@ -95,14 +94,6 @@ def _checkpoint_path(options: LightningArgumentParser, args: list[str]) -> Path:
     if found is None:
         raise CheckpointError(f"{run.path}: there is no checkpoint; give one with --ckpt_path")
     return found
-
-
-def _flat(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """Name each leaf of nested options by its whole key path."""
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= _flat(f"{prefix}.{key}", value) if isinstance(value, Mapping) else {f"{prefix}.{key}": value}
-    return result
 
 
 def _what(config: Namespace) -> Export:

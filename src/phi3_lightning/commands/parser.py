@@ -2,6 +2,7 @@
 
 import difflib
 import re
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jsonargparse import set_parsing_settings
@@ -47,6 +48,19 @@ class Parser(LightningArgumentParser):
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
         leaf = key.rpartition(".")[2]
         return near or [name for name in known if name.rpartition(".")[2] == leaf][:3]
+
+
+def model_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a module by their whole key paths, as a parser's defaults.
+
+    Args:
+        arguments: The arguments; sections are mappings.
+    """
+    sections = {name: value for name, value in arguments.items() if isinstance(value, Mapping)}
+    result = {f"model.{name}": value for name, value in arguments.items() if name not in sections}
+    for name, section in sections.items():
+        result |= {f"model.{name}.{key}": value for key, value in section.items()}
+    return result
 
 
 def _keys_in(message: str) -> list[str]:

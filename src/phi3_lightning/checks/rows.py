@@ -1,0 +1,198 @@
+"""A few of the user's rows as training would see them, and a few that are known to be good.
+
+Nothing is tokenised beyond the first rows, and nothing is written to the cache.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.resources import files
+from itertools import islice, pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi3_lightning.data.collate import Document
+from phi3_lightning.data.conversation import BadRowError, Conversation
+from phi3_lightning.data.encode import Chunk, Job
+from phi3_lightning.data.formats import parse_row
+from phi3_lightning.data.options import Options, RowOptions
+from phi3_lightning.data.readers import Row as RawRow
+from phi3_lightning.data.readers import decode_line
+from phi3_lightning.data.sources import Source, find_sources
+from phi3_lightning.data.splits import make_encoder
+from phi3_lightning.data.tables import gather
+from phi3_lightning.data.template import ChatTemplate
+from phi3_lightning.data.window import Window
+from phi3_lightning.errors import DataError
+
+COUNT = 8
+"""Rows that are checked and learnt by heart."""
+READ = 512
+"""Rows that are read to find the shortest."""
+LONGEST = 1024
+"""Tokens beyond which a row is not taken, so that time and memory stay bounded."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row.
+
+    Args:
+        place: Where it came from.
+        document: Its tokens and supervised ranges.
+        conversation: What is said; None for plain texts and ready-made ids, which have no turns.
+    """
+
+    place: str
+    document: Document
+    conversation: Conversation | None
+
+    @property
+    def _answer_start(self) -> int:
+        start, end = map(int, self.document.spans[-2:])
+        return start if start > 1 else max(end // 2, 1)  # of a text that is trained whole, the second half
+
+    @property
+    def question(self) -> list[int]:
+        """The tokens before the last answer."""
+        return list(map(int, self.document.input_ids[: self._answer_start]))
+
+    @property
+    def answer(self) -> list[int]:
+        """The tokens of the last answer, with the one that ends it."""
+        return list(map(int, self.document.input_ids[self._answer_start : self.document.spans[-1]]))
+
+
+@dataclass
+class Sample:
+    """The first rows of the training data, and the few that were chosen.
+
+    Args:
+        rows: Those that are checked.
+        read: Rows read.
+        kept: Documents that training would keep.
+        dropped: Rows left out, by reason.
+        bad: Place and fault of the rows that cannot be used.
+        endless: Kept documents in which no supervised token ends a turn.
+        empty: Kept documents in which nothing but ends of turns is supervised.
+        tokens: Tokens of the kept documents.
+        supervised: Those of them that are trained.
+    """
+
+    rows: list[Row] = field(default_factory=list)
+    read: int = 0
+    kept: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)
+    endless: int = 0
+    empty: int = 0
+    tokens: int = 0
+    supervised: int = 0
+
+    def add(self, chunk: Chunk, source: Source, stop_ids: list[int]) -> list[tuple[int, Document]]:
+        """Count a chunk.
+
+        Args:
+            chunk: Tokenised rows.
+            source: Where they came from.
+            stop_ids: The tokens that end an answer.
+
+        Returns:
+            Number and tokens of each kept document.
+        """
+        self.read += chunk.read
+        self.dropped.update(chunk.dropped)
+        self.bad += [f"{source.place(number)}: {why}" for number, why in chunk.bad]
+        tokens = _parts(chunk.input_ids, chunk.lengths)
+        spans = _parts(chunk.spans, chunk.span_lengths)
+        found: list[tuple[int, Document]] = []
+        for number, ids, ranges in zip(chunk.rows.tolist(), tokens, spans, strict=True):
+            trained = np.concatenate([ids[max(a, 1) : b] for a, b in ranges.reshape(-1, 2).tolist()])
+            ends = np.isin(trained, stop_ids)
+            self.endless += not ends.any()
+            self.empty += bool(ends.all())
+            self.tokens += len(ids)
+            self.supervised += len(trained)
+            found.append((number, Document(self.kept + len(found), ids, ranges)))
+        self.kept += len(found)
+        return found
+
+
+def _parts(values: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+    return [values[start:end] for start, end in pairwise(np.cumsum([0, *lengths]).tolist())]
+
+
+def read_sample(options: Options, template: ChatTemplate, window: Window | None) -> Sample:
+    """Read the first rows of the training data, and choose those that are checked.
+
+    Args:
+        options: The data section.
+        template: Renders conversations.
+        window: How long the model's inputs may be.
+
+    Returns:
+        What became of the rows. The chosen ones differ in their questions: one question with two answers cannot be
+        learnt by heart.
+
+    Raises:
+        DataError: A file cannot be read.
+    """
+    encoder = make_encoder("train", options, template, window)
+    sources = find_sources(options.files("train") or [], streaming=True)
+    sample = Sample()
+    found: list[Row] = []
+    for index, source in enumerate(sources):
+        raw = list(islice(_rows(source, options), max(READ // len(sources), 1)))
+        contents = dict(raw)
+        for number, document in sample.add(encoder.encode(Job(index, raw)), source, template.stop_ids):
+            conversation = _conversation(contents[number], encoder.options)
+            found.append(Row(source.place(number), document, conversation))
+        if sample.read >= READ:
+            break
+    sample.rows = _shortest(found)
+    return sample
+
+
+def _rows(source: Source, options: Options) -> Iterator[RawRow]:
+    return source.rows() if options.conversation_id is None else gather(source.rows(), options)
+
+
+def _conversation(raw: object, options: RowOptions) -> Conversation | None:
+    parsed = parse_row(decode_line(raw) if isinstance(raw, bytes) else raw, options)
+    return parsed if isinstance(parsed, Conversation) else None
+
+
+def _shortest(rows: list[Row]) -> list[Row]:
+    """The shortest with an answer, one for each question."""
+    chosen: dict[tuple[int, ...], Row] = {}
+    for row in sorted(rows, key=lambda row: (len(row.answer) == 1, len(row.document.input_ids))):
+        if len(row.document.input_ids) <= LONGEST:
+            chosen.setdefault(tuple(row.question), row)
+        if len(chosen) == COUNT:
+            break
+    return list(chosen.values())
+
+
+def packaged_rows(template: ChatTemplate) -> list[Row]:
+    """Return rows that are known to be good: the first exchanges of chats that come with the package.
+
+    Args:
+        template: Renders them, as it does the user's.
+
+    Raises:
+        DataError: The template cannot render them.
+    """
+    text = (files("phi3_lightning") / "assets/tiny_phi3/chats_train.jsonl").read_text(encoding="utf-8")
+    chats = [json.loads(line)["messages"] for line in text.splitlines()]
+    chats = [chat[:2] for chat in chats if chat[0]["role"] == "user"]  # not every template knows system messages
+    conversations = [Conversation(chat, [False, True]) for chat in chats]
+    rows = []
+    for number, (chat, encoded) in enumerate(zip(conversations, template.encode(conversations), strict=True), start=1):
+        if isinstance(encoded, BadRowError):
+            raise DataError(f"a chat of the package cannot be rendered: {encoded}")
+        spans = np.array([edge for span in encoded.spans for edge in span], dtype=np.int32)
+        document = Document(number, np.array(encoded.input_ids, dtype=np.int32), spans)
+        rows.append(Row(f"packaged chat {number}", document, chat))
+    return _shortest(rows)

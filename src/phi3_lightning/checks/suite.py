@@ -1,0 +1,157 @@
+"""All checks in their order, so that each fault shows in one line of the table and not in all that follow."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from phi3_lightning.checks import numerics
+from phi3_lightning.checks.bench import Bench
+from phi3_lightning.checks.lessons import Lessons
+from phi3_lightning.checks.result import Result
+from phi3_lightning.checks.rows import Row, Sample, packaged_rows, read_sample
+from phi3_lightning.checks.supervision import find_faults
+from phi3_lightning.data.collate import collate
+from phi3_lightning.data.conversation import Conversation, Encoded
+from phi3_lightning.data.options import Options
+from phi3_lightning.data.splits import load_template, model_window, plan_split
+
+MY_ROWS = "my rows"
+TEMPLATE = "mask = template"
+PACKED = "packed = unpacked"
+CHECKPOINTING = "gradient checkpointing on = off"
+GRADIENTS = "every adapter gets a gradient"
+
+SHARE = 0.5
+"""Share of the rows that has to be left for training, and of those the share in which more is trained than ends."""
+
+
+@dataclass
+class Suite:
+    """The checks of one configuration.
+
+    Args:
+        options: The data section.
+        bench: Holds the base, and the model section.
+        clip: The Trainer's ``gradient_clip_val``.
+        folder: For the checkpoint that is tried.
+        on_begin: Told the name of each check.
+        on_step: Told after each optimiser step.
+    """
+
+    options: Options
+    bench: Bench
+    clip: float | None
+    folder: Path
+    on_begin: Callable[[str], None]
+    on_step: Callable[[], None]
+
+    def __post_init__(self) -> None:
+        self.window = model_window(self.options)
+        self.template = load_template(self.options)
+        pad = self.template.tokenizer.pad_token_id
+        self.pad = 0 if pad is None else int(pad)
+
+    def run(self) -> Iterator[Result]:
+        """Yield the results, one after the other.
+
+        Raises:
+            DataError: A file cannot be read.
+        """
+        self.on_begin(MY_ROWS)
+        sample, good = read_sample(self.options, self.template, self.window), packaged_rows(self.template)
+        yield self._my_rows(sample)
+        self.on_begin(TEMPLATE)
+        yield self._template(sample.rows)
+        yield from self._numerics(sample.rows or good)
+        lessons = Lessons(self.bench, self.template, self.clip, self.folder, self.on_begin, self.on_step)
+        mine = lessons.lesson(sample.rows, self._planned(sample.rows)) if sample.rows else None
+        size = self.options.batch_size
+        by_size = [[[index] for index in range(at, min(at + size, len(good)))] for at in range(0, len(good), size)]
+        yield from lessons.run(mine, lessons.lesson(good, by_size))
+
+    def _planned(self, rows: list[Row]) -> list[list[list[int]]]:
+        """The rows in batches, as a run would lay them out."""
+        lengths = np.array([len(row.document.input_ids) for row in rows], dtype=np.int64)
+        plan = plan_split("train", lengths, self.options, self.window, seed=0)
+        return [plan[batch] for batch in range(len(plan))]
+
+    # ------------------------------------------------------------------ rows
+
+    def _my_rows(self, sample: Sample) -> Result:
+        trained = f", {sample.supervised / sample.tokens:.0%} of their tokens trained" if sample.tokens else ""
+        figure = f"of the first {sample.read} rows {sample.kept} are kept{trained}"
+        figure += "".join(f"; {count} dropped ({reason})" for reason, count in sample.dropped.items())
+        look = "look at them: python cli.py preview with the same options"
+        remedy = f"{look}; messages with weight 0 or train false are not trained, nor rows longer than data.max_length"
+        refused = bool(sample.bad) and self.options.on_bad_row == "raise"
+        if refused:
+            remedy = f"mend {sample.bad[0]}; or set data.on_bad_row: skip"
+        elif sample.endless:
+            figure += f"; {sample.endless} without an end of turn that is trained"
+            remedy = "answers that are cut teach no end: raise data.max_length, or set data.overlong: drop"
+        elif sample.empty:
+            figure += f"; {sample.empty} with empty answers"
+            remedy = f"{look}; an empty answer teaches to say nothing"
+        nothing = sample.endless + sample.empty > (1 - SHARE) * sample.kept
+        holds = bool(sample.rows) and not refused and not nothing and sample.kept >= SHARE * sample.read
+        return Result.of(MY_ROWS, holds, figure, remedy)
+
+    def _template(self, rows: list[Row]) -> Result:
+        chats = [row for row in rows if row.conversation is not None and self._whole(row.conversation)]
+        if not chats:
+            return Result.skipped(TEMPLATE, "no whole rows with turns" if rows else "no rows of yours to look at")
+        faults = find_faults(chats, self.template)
+        figure = faults[0] if faults else f"{len(chats)} rows: tokens, trained parts and prompts agree"
+        remedy = (
+            "the template writes another text for training than for generation: take the base's own "
+            "(data.chat_template: null), or mend the part behind add_generation_prompt"
+        )
+        return Result.of(TEMPLATE, not faults, figure, remedy)
+
+    def _whole(self, chat: Conversation) -> bool:
+        """Whether nothing was cut off."""
+        [encoded] = self.template.encode([chat])
+        return isinstance(encoded, Encoded) and len(encoded.input_ids) <= self.options.max_length
+
+    # ------------------------------------------------------------------ one model, two ways
+
+    def _numerics(self, rows: list[Row]) -> Iterator[Result]:
+        documents = [row.document for row in rows]
+        single = self.bench.to_device(collate([[document] for document in documents], self.pad))
+        packed = self.bench.to_device(collate([documents], self.pad))
+        with self.bench.module() as module:
+            numerics.leave_no_half_zero(module)
+            self.bench.on_device(module)
+            context = self.bench.context(module)
+            self.on_begin(PACKED)
+            yield _near(
+                PACKED,
+                numerics.packed_against_single(module, packed, single, context),
+                "documents of a row see each other: set data.packing: false, or another model.attn_implementation",
+            )
+            self.on_begin(CHECKPOINTING)
+            yield _near(
+                CHECKPOINTING,
+                numerics.checkpointed_against_kept(module, single, context),
+                "set model.gradient_checkpointing: none, and update torch and transformers",
+            )
+            self.on_begin(GRADIENTS)
+            yield self._gradients(*numerics.without_gradient(module, single, context))
+
+    def _gradients(self, count: int, without: list[str]) -> Result:
+        figure = f"{count} layers or slices, all of them"
+        if without:
+            more = f" and {len(without) - 3} more" if len(without) > 3 else ""
+            figure = f"{len(without)} of {count} get none: {', '.join(without[:3])}{more}"
+        remedy = (
+            "something freezes them, or cuts the graph before them: check model.lora.target_modules and quantization"
+        )
+        return Result.of(GRADIENTS, not without, figure, remedy)
+
+
+def _near(name: str, distances: dict[str, float], remedy: str) -> Result:
+    figure = ", ".join(f"{what} {distance:.2g}" for what, distance in distances.items())
+    holds = all(distance <= numerics.ROUNDINGS for distance in distances.values())  # not where one is NaN
+    return Result.of(name, holds, f"{figure} roundings a layer (limit {numerics.ROUNDINGS:g})", remedy)

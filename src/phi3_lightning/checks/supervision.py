@@ -1,0 +1,90 @@
+"""What is trained is what the template says, and what generation continues from."""
+
+import re
+from typing import Any
+
+from phi3_lightning.batch import IGNORE_INDEX
+from phi3_lightning.checks.rows import Row
+from phi3_lightning.data.collate import collate
+from phi3_lightning.data.conversation import BadRowError, Conversation
+from phi3_lightning.data.template import ChatTemplate
+
+
+def find_faults(rows: list[Row], template: ChatTemplate) -> list[str]:
+    """Hold rows against the template.
+
+    Args:
+        rows: The rows; those without turns have nothing to be held against.
+        template: The chat template.
+
+    Returns:
+        Place and fault of each row that is trained otherwise than the template says.
+    """
+    found = [(row.place, _fault(row.conversation, row, template)) for row in rows if row.conversation is not None]
+    return [f"{place}: {fault}" for place, fault in found if fault is not None]
+
+
+def _fault(chat: Conversation, row: Row, template: ChatTemplate) -> str | None:
+    ids = row.document.input_ids.tolist()
+    spans = _labelled(row)
+    contents = [message["content"] for message, on in zip(chat.messages, chat.trained, strict=True) if on]
+    if not _special_text(chat, template) and ids != _rendered(chat, template):
+        return "its tokens are not those of tokenizer.apply_chat_template"
+    if len(spans) != len(contents):
+        return f"{len(spans)} parts are trained, and {len(contents)} messages are to be"
+    for content, (start, end) in zip(contents, spans, strict=True):
+        if ids[end - 1] not in template.stop_ids:
+            return f"the answer {_short(content)} is trained without a token that ends it"
+        said = _decoded(ids[start : end - 1], template)
+        if said not in (content.strip(), _decoded(_plain(content.strip(), template), template)):
+            return f"trained is {_short(said)}, and the message says {_short(content)}"
+    return _prompt_fault(chat, ids, spans, template)
+
+
+def _prompt_fault(
+    chat: Conversation, ids: list[int], spans: list[tuple[int, int]], template: ChatTemplate
+) -> str | None:
+    """Compare what generation continues from with what comes before each answer."""
+    trained = [index for index, on in enumerate(chat.trained) if on]
+    for index, (start, _) in zip(trained, spans, strict=True):
+        if chat.messages[index]["role"] != "assistant":
+            continue
+        before = Conversation(chat.messages[:index], [False] * index)
+        [prompt] = template.encode([before], add_generation_prompt=True)
+        if isinstance(prompt, BadRowError):
+            return f"the template makes no prompt of the messages before messages[{index}] ({prompt})"
+        if prompt.input_ids != ids[:start]:
+            generated, trained_on = (_decoded(part[-4:], template) for part in (prompt.input_ids, ids[:start]))
+            return f"generation starts an answer after {_short(generated)}, and training after {_short(trained_on)}"
+    return None
+
+
+def _labelled(row: Row) -> list[tuple[int, int]]:
+    """The supervised ranges, read from the labels that the model gets."""
+    labels = collate([[row.document]], pad_token_id=0)["labels"][0]
+    marks = "".join("x" if label != IGNORE_INDEX else "." for label in labels.tolist())
+    return [match.span() for match in re.finditer("x+", marks)]
+
+
+def _rendered(chat: Conversation, template: ChatTemplate) -> list[int]:
+    render: Any = template.tokenizer.apply_chat_template  # its annotations know no TypedDict
+    ids: list[int] = render(chat.messages, tokenize=True, return_dict=False)
+    return ids
+
+
+def _special_text(chat: Conversation, template: ChatTemplate) -> bool:
+    """Whether a content holds the text of a special token, of which transformers would make a turn."""
+    special = [token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special]
+    return any(token in message["content"] for token in special for message in chat.messages)
+
+
+def _plain(text: str, template: ChatTemplate) -> list[int]:
+    return template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _decoded(ids: list[int], template: ChatTemplate) -> str:
+    return str(template.tokenizer.decode(ids, clean_up_tokenization_spaces=False)).strip()
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else f"{text[:37]}...")

@@ -1,0 +1,39 @@
+"""A suite of checks on the embedded model."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+
+import phi3_lightning
+from phi3_lightning import ChatDataModule, Phi3LoRAModule
+from phi3_lightning.checks.bench import Bench
+from phi3_lightning.checks.suite import Suite
+from phi3_lightning.commands.one_device import one_device_trainer
+
+TINY = Path(phi3_lightning.__file__).parent / "assets/tiny_phi3"
+
+
+@pytest.fixture
+def bench(tmp_path) -> Callable[..., Bench]:
+    """Make a bench of the embedded model with given arguments of the module."""
+
+    def make(precision: str = "32-true", **module) -> Bench:
+        options = {"dtype": "float32", "optimizer": {"lr": 0.01}} | module
+        section = {"accelerator": "cpu", "precision": precision}
+        return Bench(Phi3LoRAModule(str(TINY), **options), partial(one_device_trainer, section, str(tmp_path)))
+
+    return make
+
+
+@pytest.fixture
+def suite(bench, tmp_path) -> Callable[..., Suite]:
+    """Make a suite with given arguments of the data and of the module."""
+
+    def make(data: dict | None = None, **module) -> Suite:
+        arguments = {"train": str(TINY / "chats_train.jsonl"), "tokenizer": str(TINY), "max_length": 256}
+        options = ChatDataModule(**arguments | (data or {})).options
+        return Suite(options, bench(**module), 1.0, tmp_path, lambda name: None, lambda: None)
+
+    return make

@@ -1,0 +1,202 @@
+"""Each fault shows in its own check, with what to do, and in no other that can be tried."""
+
+import json
+from itertools import islice
+
+import pytest
+import torch
+
+from checks.conftest import TINY
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.checks import numerics
+from phi3_lightning.checks.suite import CHECKPOINTING, GRADIENTS, MY_ROWS, PACKED, TEMPLATE
+from phi3_lightning.data.conversation import Encoded
+from phi3_lightning.data.template import ChatTemplate
+
+FORWARD = Phi3LoRAModule.forward
+CONFIGURE = Phi3LoRAModule.configure_model
+QUICK = 5
+"""How many checks come before the lessons."""
+
+
+def outcomes(suite) -> dict[str, str]:
+    return {result.name: result.outcome for result in islice(suite.run(), QUICK)}
+
+
+def failed(suite):
+    """The one check that fails; all others hold, or cannot be tried."""
+    results = list(islice(suite.run(), QUICK))
+    [fault] = [result for result in results if result.outcome == "FAIL"]
+    return fault, {result.name: result.outcome for result in results}
+
+
+def write(tmp_path, rows) -> dict:
+    path = tmp_path / "chats.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return {"train": str(path)}
+
+
+def chat(question: str, answer: str, **marks) -> dict:
+    return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer, **marks}]}
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+@pytest.mark.parametrize(
+    ("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "bfloat16"), ("bf16-true", "bfloat16")]
+)
+def test_what_is_sound_passes(suite, backend, precision, dtype):
+    pytest.importorskip(backend)
+    made = suite(precision=precision, dtype=dtype, lora={"backend": backend}, gradient_checkpointing="full")
+    assert set(outcomes(made).values()) == {"ok"}
+
+
+@pytest.mark.parametrize(
+    "lora", [{"use_dora": True}, {"modules_to_save": ["norm"]}, {"target_modules": ["embed_tokens"]}]
+)
+def test_other_adapters_pass(suite, lora):
+    assert set(outcomes(suite(lora=lora)).values()) == {"ok"}
+
+
+def test_answers_that_are_masked_away(suite, tmp_path):
+    rows = [chat(f"Question {number}?", "An answer.", train=False) for number in range(9)]
+    fault, others = failed(suite(write(tmp_path, rows)))
+    assert fault.name == MY_ROWS
+    assert "0 are kept" in fault.figure
+    assert "9 dropped (nothing to train)" in fault.figure
+    assert "weight 0 or train false" in fault.remedy
+    assert others[TEMPLATE] == "skipped"
+    assert others[PACKED] == others[GRADIENTS] == "ok"  # tried with the package's rows
+
+
+def test_answers_that_are_empty(suite, tmp_path):
+    fault, _ = failed(suite(write(tmp_path, [chat(f"Question {number}?", "") for number in range(9)])))
+    assert fault.name == MY_ROWS
+    assert "9 with empty answers" in fault.figure
+
+
+def test_answers_that_are_cut(suite, tmp_path):
+    rows = [chat(f"Question {number}?", "word " * 60) for number in range(9)]
+    fault, _ = failed(suite(write(tmp_path, rows) | {"max_length": 40, "overlong": "truncate_end"}, lora={"r": 2}))
+    assert fault.name == MY_ROWS
+    assert "data.max_length" in fault.remedy
+
+
+def test_rows_that_cannot_be_read(suite, tmp_path):
+    rows = [chat("Question?", "An answer."), {"messages": [{"role": "robot", "content": "x"}]}]
+    data = write(tmp_path, rows)
+    fault, _ = failed(suite(data))
+    assert fault.name == MY_ROWS
+    assert "chats.jsonl:2" in fault.remedy
+    assert outcomes(suite(data | {"on_bad_row": "skip"}))[MY_ROWS] == "ok"
+
+
+def test_a_template_whose_prompts_are_not_what_is_trained(suite, tmp_path):
+    template = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
+    (tmp_path / "own.jinja").write_text(template + "{% if add_generation_prompt %}Sure: {% endif %}")
+    fault, _ = failed(suite({"chat_template": str(tmp_path / "own.jinja")}))
+    assert fault.name == TEMPLATE
+    assert "generation starts an answer after" in fault.figure
+    assert "add_generation_prompt" in fault.remedy
+
+
+@pytest.mark.parametrize(("start", "end"), [(1, 0), (-1, 0), (0, 1)])
+def test_a_mask_that_is_off_by_one(suite, monkeypatch, start, end):
+    encode = ChatTemplate.encode
+
+    def shifted(self, *args, **kwargs):
+        found = encode(self, *args, **kwargs)
+        return [Encoded(item.input_ids, [(a + start, b + end) for a, b in item.spans]) for item in found]
+
+    made = suite()
+    monkeypatch.setattr(ChatTemplate, "encode", shifted)
+    fault, _ = failed(made)
+    assert fault.name == TEMPLATE
+    assert "chats_train.jsonl:" in fault.figure
+
+
+def test_a_mask_without_the_end_of_turn(suite, monkeypatch):
+    supervise = ChatTemplate._supervise
+
+    def endless(self, *args):
+        found = supervise(self, *args)
+        return Encoded(found.input_ids, [(start, end - 1) for start, end in found.spans])
+
+    made = suite()
+    monkeypatch.setattr(ChatTemplate, "_supervise", endless)
+    results = list(islice(made.run(), QUICK))
+    assert [result.name for result in results if result.outcome == "FAIL"] == [MY_ROWS, TEMPLATE]
+    assert "without an end of turn that is trained" in results[0].figure
+    assert "without a token that ends it" in results[1].figure
+
+
+@pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
+def test_documents_that_see_each_other(suite, monkeypatch, attention):
+    def leaking(self, batch):
+        rows, width = batch["input_ids"].shape
+        one_document = {"position_ids": torch.arange(width).expand(rows, width)}
+        one_document["lengths"] = [[sum(row)] for row in batch["lengths"]]
+        return FORWARD(self, {**batch, **one_document})
+
+    made = suite(attn_implementation=attention)
+    monkeypatch.setattr(Phi3LoRAModule, "forward", leaking)
+    fault, _ = failed(made)
+    assert fault.name == PACKED
+    assert "data.packing: false" in fault.remedy
+
+
+def test_recomputation_with_other_dropout(suite, monkeypatch):
+    checkpoint = numerics.checkpoint_activations
+
+    def careless(model, how):
+        checkpoint(model, how)
+        if how == "full":
+            kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+            enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+            enable(kwargs)
+
+    made = suite()
+    monkeypatch.setattr(numerics, "checkpoint_activations", careless)
+    fault, _ = failed(made)
+    assert fault.name == CHECKPOINTING
+    assert "model.gradient_checkpointing: none" in fault.remedy
+
+
+def test_a_layer_that_is_frozen_is_named(suite, monkeypatch):
+    def freezing(self):
+        CONFIGURE(self)
+        self.model.model.layers[2].self_attn.o_proj.lora_B.default.weight.requires_grad_(False)
+
+    made = suite()
+    monkeypatch.setattr(Phi3LoRAModule, "configure_model", freezing)
+    fault, _ = failed(made)
+    assert fault.name == GRADIENTS
+    assert "1 of 16 get none: model.layers.2.self_attn.o_proj" in fault.figure
+
+
+def test_a_slice_without_a_gradient_is_named(suite, monkeypatch):
+    pytest.importorskip("loralib")
+
+    def silencing(self):
+        CONFIGURE(self)
+        layer = self.model.model.layers[1].self_attn.qkv_proj
+        slices = next(target.slices for target in self.adapter.targets if target.name == "qkv_proj")
+        queries, keys = slices["q_proj"], slices["k_proj"]
+        mask = torch.ones_like(layer.lora_B)
+        mask[queries : queries + keys] = 0
+        layer.lora_B.register_hook(lambda gradient: gradient * mask)
+
+    made = suite(lora={"backend": "loralib"})
+    monkeypatch.setattr(Phi3LoRAModule, "configure_model", silencing)
+    fault, _ = failed(made)
+    assert "1 of 28 get none: model.layers.1.self_attn.qkv_proj (k_proj)" in fault.figure
+
+
+def test_the_base_comes_back_as_it_was(suite):
+    made = suite()
+    with made.bench.module() as module:
+        before = {n: p.clone() for n, p in module.named_parameters() if not p.requires_grad}
+    list(islice(made.run(), QUICK))
+    with made.bench.module() as module:
+        after = {n: p for n, p in module.named_parameters() if not p.requires_grad}
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

@@ -1,0 +1,293 @@
+"""``chat``: one answer, a script, and a person at a terminal."""
+
+import contextlib
+import json
+import os
+import pty
+import re
+import select
+import signal
+import sys
+import time
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import synthetic
+from cli.conftest import QUICK, TINY, start
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.cli import main
+from phi3_lightning.commands.dialogue import Dialogue
+from phi3_lightning.config import Generation
+from phi3_lightning.data.template import ChatTemplate, load_tokenizer
+from phi3_lightning.stream import stream
+
+CONFIG = ("--config=runs/phi3-lora/config.yaml",)
+LAST = "--ckpt_path=runs/phi3-lora/checkpoints/last.ckpt"
+
+
+def run_main(folder: Path, args: tuple[str, ...]) -> int:
+    """In a forked process: run the command line on its new stdin, stdout and stderr; return the exit code."""
+    os.chdir(folder)
+    sys.stdin, sys.stdout, sys.stderr = (
+        os.fdopen(number, mode, encoding="utf-8", buffering=1) for number, mode in enumerate("rww")
+    )
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    warnings.resetwarnings()
+    try:
+        main(["chat", *args])
+    except SystemExit as end:
+        return end.code or 0
+    except BaseException:
+        import traceback
+
+        traceback.print_exc()
+        return 70
+    return 0
+
+
+@dataclass
+class Said:
+    out: str
+    err: str
+
+
+def chat(folder: Path, *args: str, typed: str | bytes = "", code: int = 0) -> Said:
+    """Run ``chat`` with ``typed`` on a stdin that is no terminal."""
+    (folder / "typed").write_bytes(typed if isinstance(typed, bytes) else typed.encode())
+    names = [folder / name for name in ("typed", "out", "err")]
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            for number, name in enumerate(names):
+                os.dup2(os.open(name, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            status = run_main(folder, args)
+            sys.stdout.flush()
+        finally:
+            os._exit(status)
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    said = Said(names[1].read_text(), names[2].read_text())
+    assert status == code, said
+    return said
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run that has learnt to end with its shop's farewell."""
+    folder = tmp_path_factory.mktemp("chat")
+    run = start(folder, "fit", *QUICK, "--trainer.max_steps=40", "--model.schedule.warmup=2")
+    assert run.wait() == 0, run.text
+    return folder
+
+
+TOKENS = "--model.generation.max_new_tokens=40"
+
+
+def test_one_answer_is_all_on_stdout(trained):
+    said = chat(trained, *CONFIG, TOKENS, "--prompt=Are you open on Sunday?")
+    assert said.out.endswith("Keep your lantern lit.\n")
+    assert said.out.count("\n") == 1
+    assert "last.ckpt: taken" in said.err
+    assert "Traceback" not in said.err
+
+
+def test_a_checkpoint_alone_is_enough(trained):
+    alone = chat(trained, LAST, TOKENS, "--prompt=Are you open on Sunday?")
+    assert alone.out == chat(trained, *CONFIG, TOKENS, "--prompt=Are you open on Sunday?").out
+
+
+def test_answers_are_those_of_predict(trained, tmp_path):
+    (trained / "prompts.jsonl").write_text('{"prompt": "Are you open on Sunday?"}\n')
+    run = start(trained, "predict", *CONFIG, TOKENS, "--data.predict=prompts.jsonl")
+    assert run.wait() == 0, run.text
+    [line] = (trained / "runs/phi3-lora/predictions.jsonl").read_text().splitlines()
+    said = chat(trained, *CONFIG, TOKENS, "--prompt=Are you open on Sunday?")
+    assert said.out == json.loads(line)["answer"] + "\n"
+
+
+def test_a_script_is_answered_line_by_line(trained):
+    script = (
+        "Are you open on Sunday?\n\n/base\nAre you open on Sunday?\n/base\n/reset\nAre you open on Sunday?\n/exit\nNo\n"
+    )
+    said = chat(trained, *CONFIG, TOKENS, typed=script)
+    tuned, base, again = said.out.splitlines()
+    assert tuned == again != base
+    assert tuned.endswith("Keep your lantern lit.")
+    assert "Keep your lantern lit." not in base
+    assert "you>" not in said.out + said.err
+    assert "the base answers" in said.err
+
+
+def test_history_and_system_messages_reach_the_model(trained):
+    first = chat(trained, *CONFIG, TOKENS, typed="Hello\nAnd on Friday?\n").out.splitlines()
+    assert len(first) == 2
+    alone = chat(trained, *CONFIG, TOKENS, "--prompt=And on Friday?").out
+    assert first[1] + "\n" != alone
+    system = "Answer in one short line, without greetings."
+    by_option = chat(trained, *CONFIG, TOKENS, f"--system={system}", "--prompt=Hello").out
+    by_command = chat(trained, *CONFIG, TOKENS, typed=f"/system {system}\nHello\n").out
+    assert by_option == by_command != chat(trained, *CONFIG, TOKENS, "--prompt=Hello").out
+
+
+def test_an_adapter_in_peft_s_format_answers_as_the_checkpoint_does(trained):
+    run = start(trained, "export", LAST, "--output_dir=out-peft", "--overwrite")
+    assert run.wait() == 0, run.text
+    said = chat(trained, "--ckpt_path=out-peft", f"--model.base={TINY}", TOKENS, "--prompt=Hello")
+    assert said.out == chat(trained, *CONFIG, TOKENS, "--prompt=Hello").out
+
+
+def test_an_adapter_of_loralib_answers(trained):
+    pytest.importorskip("loralib")
+    module = synthetic.randomised(Phi3LoRAModule(str(TINY), lora={"backend": "loralib", "r": 4, "lora_alpha": 8}))
+    torch.save(module.adapter.state_dict(), trained / "lora.pt")
+    template = ChatTemplate(load_tokenizer(str(TINY)))
+    prompt = Dialogue(template, 1024, 40).ask("Hello").ids
+    with module.autocast():
+        ids = list(stream(module.model.eval(), prompt, template.stop_ids, Generation(max_new_tokens=40)))
+    shape = ("--model.lora.r=4", "--model.lora.lora_alpha=8", f"--model.base={TINY}")
+    said = chat(trained, "--ckpt_path=lora.pt", *shape, TOKENS, "--prompt=Hello")
+    assert said.out == template.tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+
+
+def test_a_merged_model_is_a_base(trained):
+    run = start(trained, "export", LAST, "--output_dir=out-merged", "--merge", "--overwrite", "--dtype=float32")
+    assert run.wait() == 0, run.text
+    merged = ("--model.base=out-merged", "--run=none", TOKENS, "--prompt=Are you open on Sunday?")
+    assert chat(trained, *merged).out.endswith("Keep your lantern lit.\n")
+    refused = chat(trained, "--ckpt_path=out-merged", TOKENS, "--prompt=Hello", code=1)
+    assert "give it as --model.base" in refused.err
+
+
+def test_the_base_alone_answers_where_there_is_no_checkpoint(trained):
+    said = chat(trained, f"--model.base={TINY}", "--run=none", TOKENS, "--prompt=Hello")
+    assert "no checkpoint" in said.err
+    assert "Keep your lantern lit." not in said.out
+
+
+def test_bad_input_is_said_and_the_chat_goes_on(trained):
+    typed = f"/nope\n{'word ' * 1100}\n <|end|><|assistant|>\nHello\n"
+    said = chat(trained, *CONFIG, TOKENS, typed=typed)
+    assert "there is no /nope" in said.err
+    assert "the message is too long" in said.err
+    assert len(said.out.splitlines()) == 2
+    too_long = chat(trained, *CONFIG, TOKENS, f"--prompt={'word ' * 1100}", code=1)
+    assert "error: the message is too long" in too_long.err
+    assert too_long.out == ""
+    assert "not UTF-8" in chat(trained, *CONFIG, TOKENS, typed=b"Gr\xfc\xdfe\n", code=1).err
+    assert chat(trained, *CONFIG, TOKENS, typed="").out == ""
+    assert "none.ckpt: there is no such checkpoint" in chat(trained, "--ckpt_path=none.ckpt", "--prompt=x", code=1).err
+    assert "model.lora.r" in chat(trained, *CONFIG, "--model.lora.r=8", "--prompt=x", code=1).err
+
+
+def test_what_is_cut_and_what_is_forgotten_is_said(trained):
+    said = chat(trained, *CONFIG, "--model.generation.max_new_tokens=2", "--prompt=Hello")
+    assert "cut after model.generation.max_new_tokens 2" in said.err
+    script = "".join(f"Number {number}: {'word ' * 60}\n" for number in range(16))
+    assert (
+        "no longer fit into the window"
+        in chat(trained, *CONFIG, "--model.generation.max_new_tokens=2", typed=script).err
+    )
+
+
+class Terminal:
+    """A person at a terminal of their own."""
+
+    def __init__(self, folder: Path, *args: str) -> None:
+        self.pid, self.terminal = pty.fork()
+        if self.pid == 0:
+            status = 70
+            try:
+                status = run_main(folder, args)
+            finally:
+                os._exit(status)
+        self.seen = ""
+
+    def until(self, pattern: str, seconds: float = 90) -> str:
+        """Read until something is shown; return it, and forget what came before."""
+        end = time.monotonic() + seconds
+        while not (match := re.search(pattern, self.seen)):
+            ready, _, _ = select.select([self.terminal], [], [], max(end - time.monotonic(), 0))
+            assert ready, f"waited in vain for {pattern!r}; the terminal shows:\n{self.seen}"
+            try:
+                self.seen += os.read(self.terminal, 4096).decode(errors="replace")
+            except OSError:  # the other side has closed
+                raise AssertionError(f"no {pattern!r}; the terminal showed:\n{self.seen}") from None
+        before, self.seen = self.seen[: match.end()], self.seen[match.end() :]
+        return before
+
+    def type(self, text: str) -> None:
+        os.write(self.terminal, text.encode())
+
+    def end(self, seconds: float = 30) -> int:
+        """Wait until the chat is over; return its exit code."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end:
+            if select.select([self.terminal], [], [], 0.1)[0]:
+                with contextlib.suppress(OSError):  # the other side has closed
+                    self.seen += os.read(self.terminal, 4096).decode(errors="replace")
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                return os.waitstatus_to_exitcode(status)
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        raise AssertionError(f"the chat did not end; the terminal shows:\n{self.seen}")
+
+
+def test_a_person_at_a_terminal(trained):
+    # an answer that does not end by itself: what is said is sampled from all tokens, up to the window
+    endless = ("--model.generation.max_new_tokens=900", "--model.generation.do_sample=true",
+               "--model.generation.temperature=50")  # fmt: skip
+    person = Terminal(trained, *CONFIG, *endless)
+    person.until("you> ")
+    person.type("Hello\r")
+    person.until("tuned> .{20}")
+    person.type("\x03")  # Ctrl-C stops the answer, and the chat goes on
+    person.until("stopped")
+    person.until("you> ")
+    person.type("/base\r")
+    person.until("the base answers")
+    person.until("you> ")
+    person.type("Hello\r")
+    person.until("base> .{20}")
+    person.type("\x03")
+    person.until("you> ")
+    person.type("half a line")
+    person.until("half a line")  # its echo: Ctrl-C at the prompt drops the line
+    person.type("\x03")
+    person.until("Ctrl-D leaves")
+    person.until("you> ")
+    person.type("/help\r")
+    person.until("forget what was said")
+    person.until("you> ")
+    person.type("\x04")
+    assert person.end() == 0
+
+
+def test_a_script_that_is_interrupted_ends(trained):
+    pid = os.fork()
+    if pid == 0:
+        status = 70
+        try:
+            reading, writing = os.pipe()
+            os.write(writing, b"Hello\n")
+            os.dup2(reading, 0)
+            os.dup2(os.open(trained / "out", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
+            os.dup2(os.open(trained / "err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
+            status = run_main(trained, (*CONFIG, TOKENS))
+        finally:
+            os._exit(status)
+    end = time.monotonic() + 90
+    while "lantern" not in (trained / "out").read_text() and time.monotonic() < end:  # it now waits for the next line
+        time.sleep(0.05)
+    os.kill(pid, signal.SIGINT)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 130
+
+
+def test_the_help_explains_the_commands(trained):
+    said = chat(trained, "--help")
+    for part in ("--prompt", "--system", "--ckpt_path", "/base"):
+        assert part in said.out
