@@ -27,7 +27,11 @@ A message that begins with / has a space before it."""
 
 def parser() -> Parser:
     """Return the parser of ``chat``, which takes the configuration of a run as it is."""
-    result = Parser(prog="cli.py chat", description=DESCRIPTION, epilog=HELP)
+    result = Parser(
+        prog="cli.py chat",
+        description=DESCRIPTION,
+        epilog="In a chat: " + "; ".join(" ".join(line.split()) for line in HELP.splitlines()),
+    )
     result.add_argument("-c", "--config", action="config", help="Configuration of a run.")
     result.add_argument(
         "--ckpt_path", type=str | None, default=None,
