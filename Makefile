@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup quickstart test test-fast test-slow kill-test test-distributed lint clean
+.PHONY: setup quickstart test test-fast test-slow kill-test test-distributed bench lint clean
 
 setup: $(INSTALLED)
 
@@ -33,6 +33,10 @@ kill-test: setup
 # all of it once more, by itself; two hosts in network namespaces need root and iproute2
 test-distributed: setup
 	$(BIN)/python -m pytest tests/distributed
+
+# every benchmark, with its tables in benchmarks/results: under an hour, and only an idle machine tells the truth
+bench: setup
+	$(BIN)/python benchmarks/run_all.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from scaling import Model
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -99,7 +99,7 @@ print(json.dumps({{name: vars(module).get("IMPORTER") for name, module in sys.mo
 
 def loaded_after(statement: str, extras: Path) -> dict[str, str | None]:
     """All modules that a fresh interpreter has after ``statement``; for a stand-in of an extra, who imported it."""
-    for extra in ("bitsandbytes", "loralib"):
+    for extra in ("bitsandbytes", "loralib", "rouge_score", "sacrebleu"):
         (extras / f"{extra}.py").write_text(RECORDER, encoding="utf-8")
     code = FRESH.format(extras=str(extras), statement=statement)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
@@ -110,7 +110,7 @@ def test_importing_the_package_loads_neither_the_command_line_nor_an_extra(tmp_p
     loaded = loaded_after(f"import {NAME}", tmp_path)
     assert f"{NAME}.module" in loaded
     assert not loaded.keys() & {f"{NAME}.cli", "jsonargparse"}
-    for extra in ("bitsandbytes", "loralib"):
+    for extra in ("bitsandbytes", "loralib", "rouge_score", "sacrebleu"):
         # PEFT itself looks for quantised layers where bitsandbytes is installed
         assert extra not in loaded or loaded[extra].startswith("peft.")
 
@@ -122,12 +122,19 @@ def test_an_import_of_an_extra_would_be_seen(tmp_path):
 PUBLIC = {
     "phi3_lightning": {"ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"},
     "phi3_lightning.callbacks": {
+        "AdapterStatistics",
         "AgreedStop",
+        "EvaluationReport",
+        "BadRows",
+        "Forgetting",
         "LineProgress",
+        "Monitor",
         "PredictionWriter",
         "RankFailure",
         "RunCheckpoint",
+        "RunPage",
         "RunReport",
+        "Samples",
         "Throughput",
     },
 }

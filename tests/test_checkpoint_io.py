@@ -308,7 +308,8 @@ def test_lightnings_model_checkpoint_keeps_the_best_by_token_weighted_loss(tmp_p
     assert {path.name for path in kept} == {"last.ckpt", *(f"{3 * (epoch + 1)}.ckpt" for epoch in best)}
     assert Path(keep.best_model_path).name == f"{3 * (best[0] + 1)}.ckpt"
     assert not any(path.is_symlink() for path in kept)
-    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == 12
+    newest = 3 * (max(best) + 1)  # Lightning renews it where it keeps one of the best
+    assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == newest
     again = synthetic.trainer(tmp_path, max_epochs=5, callbacks=[keep], **options)
     again.fit(
         Phi3LoRAModule(tiny_base, dtype="float32", optimizer={"lr": 3e-2}, schedule={"name": "constant"}),

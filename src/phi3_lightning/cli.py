@@ -18,19 +18,22 @@ from typing_extensions import override
 
 from phi3_lightning.callbacks import (
     AgreedStop,
+    EvaluationReport,
     LineProgress,
+    Monitor,
     PredictionWriter,
     RankFailure,
     RunCheckpoint,
     RunReport,
-    Throughput,
 )
+from phi3_lightning.callbacks.board import boards, step_of
 from phi3_lightning.callbacks.failure import is_communication
+from phi3_lightning.callbacks.monitor import GENERAL
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
 from phi3_lightning.commands import chat, check, export, init, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.errors import Phi3LightningError
+from phi3_lightning.errors import DataError, Phi3LightningError
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.platform import check_accelerator, check_platform
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
@@ -56,6 +59,8 @@ class SaveRunConfig(SaveConfigCallback):
                 config.pop(key, None)
             text = self.parser.dump(config, skip_none=False, skip_validation=True)
             RunFolder.named(config.run, config.trainer.default_root_dir).keep_config(text)
+            for writer in boards(trainer):
+                writer.add_text("config", f"```yaml\n{text}\n```", step_of(trainer))
 
 
 class Phi3CLI(LightningCLI):
@@ -92,6 +97,8 @@ class Phi3CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="phi3-lora", help="Name of the run: its folder is runs/NAME.")
         parser.add_lightning_class_args(RunCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(EvaluationReport, "evaluation")
+        parser.add_class_arguments(Monitor, "monitor")
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -99,6 +106,8 @@ class Phi3CLI(LightningCLI):
             self._subcommand_method_arguments[subcommand] = []
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        if subcommand == "test":
+            parser.set_defaults({"verbose": False})  # the report's table says more
         if subcommand == "fit":
             parser.add_argument(
                 "--resume",
@@ -152,6 +161,7 @@ class Phi3CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         if self.finished is None:
             self.datamodule.validate_sources()
+            self._check_general()
             self.model.check_base()
 
     @override
@@ -166,13 +176,40 @@ class Phi3CLI(LightningCLI):
         checkpoint: RunCheckpoint = self._get(self.config_init, "checkpoint")
         if checkpoint.dirpath is None:
             checkpoint.dirpath = self.run_folder.checkpoints
-        callbacks += [Throughput(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
+        evaluation: EvaluationReport = self._get(self.config_init, "evaluation")
+        if evaluation.folder is None:
+            evaluation.folder = self.run_folder.path
+        callbacks += [*self._monitor(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
         callbacks += [AgreedStop(), RankFailure()]
         plugins = config.plugins or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, plugins=plugins, **kwargs)
+
+    def _monitor(self) -> list[pl.Callback]:
+        """What shows the run as the section ``monitor`` asks for it."""
+        monitor: Monitor = self._get(self.config_init, "monitor")
+        options = self.datamodule.options
+        self.general = ChatDataModule(
+            val=monitor.general or str(GENERAL),
+            tokenizer=options.tokenizer,
+            revision=options.revision,
+            chat_template=options.chat_template,
+            max_length=options.max_length,
+            overlong="truncate_end",
+            batch_size=options.batch_size,
+            num_workers=0,
+            cache_dir=options.cache_dir,
+        )
+        row_length = options.max_length if options.packing else None
+        return monitor.callbacks(self.general, row_length, from_predict=options.predict is not None)
+
+    def _check_general(self) -> None:
+        try:
+            self.general.validate_sources()
+        except DataError as error:
+            raise DataError(f"monitor.general: {error}") from None
 
     def fit(self, **kwargs: Any) -> None:
         """Train, unless the run has nothing left to do."""

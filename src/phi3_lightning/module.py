@@ -4,7 +4,7 @@ import os
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +14,7 @@ from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Phi3ForCausalLM
 
@@ -21,6 +22,7 @@ from phi3_lightning import adapters, generate, optim
 from phi3_lightning.adapters import eva, targets
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.coverage import Coverage, coverage
+from phi3_lightning.adapters.statistics import Statistics
 from phi3_lightning.batch import Batch, PromptBatch
 from phi3_lightning.checkpoint import identity
 from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice, section
@@ -206,6 +208,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         return self.model, self.adapter
 
     @property
+    def loaded_model(self) -> Phi3ForCausalLM:
+        """The model with its adapter; a ModelError before :meth:`configure_model`."""
+        return self._ready()[0]
+
+    @property
     def head(self) -> nn.Module:
         """Maps hidden states to logits over the vocabulary."""
         return cast("nn.Module", self._ready()[0].lm_head)
@@ -213,6 +220,20 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
     def base_answers(self) -> AbstractContextManager[None]:
         """Return a context in which the model answers as its base does, the adapter switched off."""
         return self._ready()[1].disabled()
+
+    def adapter_statistics(self) -> Statistics:
+        """Return what measures the adapter's updates and gradients, slice by slice."""
+        return Statistics(*self._ready())
+
+    @property
+    def learning_rate(self) -> float:
+        """The highest learning rate of the schedule, which Lightning's learning-rate finder reads and sets."""
+        return self.optimizer_config.lr
+
+    @learning_rate.setter
+    def learning_rate(self, lr: float) -> None:
+        self.optimizer_config = replace(self.optimizer_config, lr=lr)
+        self.hparams["optimizer"]["lr"] = lr
 
     def coverage(self) -> list[Coverage]:
         """Return what is adapted, by kind of layer or slice."""
@@ -268,7 +289,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """Let the configuration decide over what a checkpoint has restored: learning rate, decay, betas."""
         if type(self).configure_optimizers is Phi3LoRAModule.configure_optimizers:  # a subclass may bring its own
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
-            optim.restate(self.trainer.optimizers[0], scheduler, self.optimizer_config)
+            if isinstance(scheduler, LambdaLR):  # and not that of Lightning's learning-rate finder
+                optim.restate(self.trainer.optimizers[0], scheduler, self.optimizer_config)
         if self.lora.init_lora_weights == "eva" and self.trainer.ckpt_path is None:
             self._start_from_data()
 
@@ -331,19 +353,24 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """Add a batch to ``val/loss``, ``val/perplexity`` and ``val/token_accuracy``."""
         self._evaluate("val", self.val_metrics, batch)
 
-    def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to ``test/loss``, ``test/perplexity`` and ``test/token_accuracy``."""
-        self._evaluate("test", self.test_metrics, batch)
+    def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Add a batch to ``test/loss``, ``test/perplexity`` and ``test/token_accuracy``.
 
-    def _evaluate(self, stage: str, metrics: TokenMetrics, batch: Batch) -> None:
+        Returns:
+            Last hidden states, shape (rows, length, hidden size), from which a report measures each document.
+        """
+        return self._evaluate("test", self.test_metrics, batch)
+
+    def _evaluate(self, stage: str, metrics: TokenMetrics, batch: Batch) -> Tensor:
         with self.autocast():
-            hidden = self(batch)
+            hidden: Tensor = self(batch)
             loss_sum, count = self.compute_loss(hidden, self.head, batch)
             correct, supervised = loss.correct_tokens(hidden, self.head, batch)
         metrics.update(loss_sum, torch.as_tensor(count), correct, supervised)
         self.log(f"{stage}/loss", metrics.loss, prog_bar=True)
         self.log(f"{stage}/perplexity", metrics.perplexity)
         self.log(f"{stage}/token_accuracy", metrics.token_accuracy)
+        return hidden
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[list[int]]:
         """Answer a batch of prompts.

@@ -94,4 +94,22 @@ def test_an_interrupted_run_keeps_the_former_file_and_what_it_had(tmp_path):
     kept = (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line) for line in kept.splitlines()] == former
     partial = (tmp_path / "out" / "predictions.partial.0.jsonl").read_text(encoding="utf-8")
-    assert [json.loads(line)["row"] for line in partial.splitlines()] == [0, 2]
+    assert [json.loads(line) for line in partial.splitlines()] == [
+        {"row": 2, "answer": "ü", "finished": False}, {"row": 0, "answer": "ü", "finished": False}
+    ]  # fmt: skip
+    predict(tmp_path, [[GOOD], [GOOD]], [[GOOD]])
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
+
+
+def test_answers_are_on_the_disk_as_soon_as_a_batch_is_answered(tmp_path):
+    """Nobody is asked before a process is killed."""
+    seen = []
+
+    class Look(pl.Callback):
+        def on_predict_batch_start(self, trainer, pl_module, batch, batch_idx, dataloader_idx=0):
+            partial = tmp_path / "predictions.partial.0.jsonl"
+            seen.append(partial.read_text(encoding="utf-8").count("\n") if partial.exists() else None)
+
+    trainer = synthetic.trainer(tmp_path, callbacks=[PredictionWriter(tmp_path / "predictions.jsonl"), Look()])
+    trainer.predict(Scripted([[GOOD], [GOOD]], [[GOOD]]), datamodule=Prompts())
+    assert seen == [None, 2]

@@ -1,26 +1,20 @@
 """What a run says of itself."""
 
 import re
-from pathlib import Path
 
 import pytest
 
-import phi3_lightning
 import synthetic
-from phi3_lightning import ChatDataModule, Phi3LoRAModule
+from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.callbacks import RunReport
 
-TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 DATA = [synthetic.batch_of([[synthetic.document(8, 4, seed)]]) for seed in range(4)]
 
 
-def report(folder, module, capsys, data=None, held_out=DATA, **options) -> str:
+def report(folder, module, capsys, held_out=DATA, **options) -> str:
     """What is printed, on one line and without the lines of tables."""
     trainer = synthetic.trainer(folder, callbacks=[RunReport(folder)], **options)
-    if data is None:
-        trainer.fit(module, synthetic.loader(DATA), synthetic.loader(held_out) if held_out else None)
-    else:
-        trainer.fit(module, data)
+    trainer.fit(module, synthetic.loader(DATA), synthetic.loader(held_out) if held_out else None)
     return " ".join(re.sub("[\u2500-\u257f]", " ", capsys.readouterr().out).split())
 
 
@@ -81,28 +75,3 @@ def test_where_things_are_is_said(tmp_path, tiny_base, capsys):
     said = report(tmp_path, small(tiny_base), capsys)
     assert "last.ckpt (2.5 MB)" in said
     assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in said
-
-
-def test_base_and_tuned_answers_stand_side_by_side(tmp_path, capsys):
-    data = ChatDataModule(
-        train=str(TINY / "chats_val.jsonl"),
-        val_fraction=0.1,
-        predict=str(TINY / "prompts.jsonl"),
-        tokenizer=str(TINY),
-        max_length=256,
-        num_workers=0,
-        cache_dir=str(tmp_path / "cache"),
-    )
-    module = Phi3LoRAModule(str(TINY), generation={"max_new_tokens": 8})
-    said = report(tmp_path, module, capsys, data=data, max_steps=2, max_epochs=-1)
-    data.setup("predict")
-    batch = next(iter(data.predict_dataloader()))
-    row, answer = batch["row_ids"].index(0), module.predict_step(batch, 0)
-    tuned = data.tokenizer.decode(answer[row], skip_special_tokens=True)
-    prompt = data.tokenizer.decode(
-        batch["input_ids"][row][batch["attention_mask"][row].bool()], skip_special_tokens=True
-    )
-    assert "prompt base tuned" in said
-    assert " ".join(tuned.split()) in said
-    assert prompt.split()[0] in said.split("tuned")[-1]
-    assert module.model.training

@@ -181,7 +181,7 @@ def test_a_saved_config_feeds_every_command(cli, tmp_path):
     validated = cli("validate", config)
     assert "best.ckpt: taken" in validated.text
     assert "val/loss" in validated.text
-    assert "test/loss" in cli("test", config, f"--data.test={TINY}/chats_val.jsonl").text
+    assert "token loss" in cli("test", config, f"--data.test={TINY}/chats_val.jsonl", "--evaluation.rows=2").text
     cli("predict", config)
     answers = [json.loads(line) for line in (tmp_path / "runs/phi3-lora/predictions.jsonl").read_text().splitlines()]
     assert [answer["row"] for answer in answers] == [0, 1, 2]

@@ -203,6 +203,46 @@ def test_fit_validate_test_and_predict_in_one_process(data: Callable[..., ChatDa
     assert sorted(row for batch in predicted for row in batch) == list(range(23))
 
 
+def test_without_test_data_the_validation_data_are_tested(
+    data: Callable[..., ChatDataModule], write: Write, tmp_path: Path
+) -> None:
+    path = write([chat("held out"), chat("and another")], "val.jsonl")
+    for options, expected in (({"val": path}, [0, 1]), ({"val_fraction": 0.2}, None)):
+        datamodule, module = data(**options), Recorder()
+        trainer(tmp_path).validate(module, datamodule=datamodule, verbose=False)
+        validated, module.validated = module.validated, []
+        trainer(tmp_path).test(module, datamodule=datamodule, verbose=False)
+        assert module.validated == validated
+        assert expected is None or sorted(validated) == expected
+        assert "the validation data, since data.test is not given" in datamodule.test_facts()["source"]
+    with pytest.raises(ConfigError, match=r"data\.test: not given"):
+        trainer(tmp_path).test(Recorder(), datamodule=data(val_fraction=0.0))
+    with pytest.raises(ConfigError, match=r"data\.test: not given"):
+        trainer(tmp_path).test(Recorder(), datamodule=data(train=write([chat("alone")], "one.jsonl"), val_fraction=0.5))
+
+
+def test_what_is_tested_is_described(data: Callable[..., ChatDataModule], write: Write, tmp_path: Path) -> None:
+    path = write([chat("held out"), chat("and another")], "own.jsonl")
+    datamodule = data(test=path)
+    trainer(tmp_path).test(Recorder(), datamodule=datamodule, verbose=False)
+    assert datamodule.test_facts()["source"] == f"data.test: {path}"
+    assert datamodule.test_facts()["statistics"]["test"]["kept"] == 2
+    assert datamodule.test_places([1, 0]) == [f"{path}:2", f"{path}:1"]
+
+
+def test_prompts_come_in_batches_of_their_own_size_by_length(
+    data: Callable[..., ChatDataModule], write: Write, tmp_path: Path
+) -> None:
+    path = write([chat("a question " * (1 + 7 * index % 10)) for index in range(11)], "prompts.jsonl")
+    datamodule = data(predict=path, predict_batch_size=4, batch_size=1, max_tokens_per_batch=400)
+    trainer(tmp_path).predict(Recorder(), datamodule=datamodule)
+    lengths = [batch["attention_mask"].sum(-1).tolist() for batch in datamodule.predict_dataloader()]
+    assert [len(part) for part in lengths] == [4, 4, 3]
+    flat = [length for part in lengths for length in part]
+    assert flat == sorted(flat, reverse=True)
+    assert len(set(flat)) > 5
+
+
 @pytest.mark.parametrize("limits", [{"fast_dev_run": True}, {"limit_train_batches": 2}, {"overfit_batches": 2}])
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_lightnings_limits_work(data: Callable[..., ChatDataModule], tmp_path: Path, limits: dict[str, Any]) -> None:
@@ -342,6 +382,7 @@ def test_nothing_is_loaded_on_construction_and_faults_are_named_early(
     [
         {"max_length": 1},
         {"batch_size": 0},
+        {"predict_batch_size": 0},
         {"num_workers": -1},
         {"on_bad_row": "ignore"},
         {"overlong": "truncate"},

@@ -1,14 +1,16 @@
 """Validation, test and predict count every row once, and send no base weight, whatever the number of ranks."""
 
+import csv
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch.loggers import CSVLogger
 
 import synthetic
 from phi3_lightning import ChatDataModule
-from phi3_lightning.callbacks import PredictionWriter
+from phi3_lightning.callbacks import AdapterStatistics, EvaluationReport, Forgetting, PredictionWriter, Samples
 
 from . import cases, ranks
 
@@ -32,7 +34,7 @@ def chats(tmp_path_factory) -> Path:
 def data(chats: Path, cache: Path, batch_size: int) -> ChatDataModule:
     return ChatDataModule(
         str(chats), val=str(chats), test=str(chats), predict=str(chats), tokenizer=str(TINY), max_length=128,
-        batch_size=batch_size, packing=False, num_workers=0, cache_dir=str(cache),
+        batch_size=batch_size, predict_batch_size=batch_size, packing=False, num_workers=0, cache_dir=str(cache),
     )  # fmt: skip
 
 
@@ -67,6 +69,31 @@ def test_two_and_three_ranks_give_what_one_gives(chats, tmp_path, alone, strateg
         assert len(list((folder / "cache" / "phi3_lightning").iterdir())) == 2  # rows and prompts, once each
     rows = [json.loads(line)["row"] for line in alone[1].splitlines()]
     assert rows == list(range(ROWS))
+
+
+def report(chats: Path, folder: Path, cache: Path, strategy, world: int, batch_size: int, dtype: str) -> dict:
+    strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
+    module = cases.module(str(TINY), generation={"max_new_tokens": 12}, dtype=dtype)
+    callback = EvaluationReport(folder / "run", batch_size=2, resamples=100)
+    trainer = cases.trainer(folder, strategy, world, callbacks=[callback])
+    return trainer.test(module, data(chats, cache, batch_size), verbose=False)[0]
+
+
+@pytest.mark.parametrize(("strategy", "dtype"), [("ddp", "float32"), ("ddp", "bfloat16"), ("fsdp2", "float32")])
+def test_a_report_is_the_same_for_any_number_of_ranks(chats, tmp_path, strategy, dtype):
+    """Answers of unequal length, so that ranks end their batches at different steps; 7 rows, in batches of 2."""
+    expected = report(chats, tmp_path / "alone", tmp_path / "cache", "auto", 1, 2, dtype)
+    told = json.loads((tmp_path / "alone/run/test.json").read_text())
+    assert len({found["tuned"]["tokens"] for found in told["answers"]}) > 1
+    for world in (2, 3):
+        folder = tmp_path / str(world)
+        run = (chats, folder, tmp_path / "cache", STRATEGIES[strategy], world, 2, dtype)
+        for found in ranks.run(folder, world, report, *run):
+            assert found == pytest.approx(expected, rel=1000 * cases.EPSILON)  # the same products, added up otherwise
+        content = json.loads((folder / "run/test.json").read_text())
+        assert content["answers"] == told["answers"]  # to the bit in bfloat16 too: the same batches on other ranks
+        assert [found["row"] for found in content["answers"]] == list(range(ROWS))
+        assert not list((folder / "run").glob("*partial*"))
 
 
 def test_a_mean_over_padded_ranks_would_be_another_number(chats, tmp_path, alone):
@@ -111,3 +138,32 @@ def test_nothing_but_adapters_is_sent(base, batches, tmp_path):
         assert started == own
         assert stepped == 2 * own  # two steps
         assert evaluated == own
+
+
+def forgotten(chats: Path, folder: Path, strategy, world: int) -> dict:
+    strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
+    general = data(chats, folder / "cache", 2)
+    callbacks = [Forgetting(general), AdapterStatistics(1), Samples(prompts=1, max_new_tokens=4)]
+    logger = CSVLogger(folder / "csv", name="", version="")
+    module = cases.module(str(TINY), cases.Sgd, generation={"max_new_tokens": 4})
+    trainer = cases.trainer(
+        folder, strategy, world, callbacks=callbacks, logger=logger, log_every_n_steps=1, max_steps=1
+    )
+    trainer.fit(module, datamodule=data(chats, folder / "cache", 8))
+    return {name: trainer.callback_metrics[name].item() for name in ("forgetting/kl", "forgetting/loss_change")}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_what_is_shown_is_the_same_on_two_ranks(chats, tmp_path, strategy):
+    """Ranks with unequal shares of the general chats; the adapter's statistics gather what is sharded."""
+
+    def statistics(folder: Path) -> dict[str, float]:
+        rows = csv.DictReader((folder / "csv/metrics.csv").read_text().splitlines())
+        return {n: float(v) for row in rows for n, v in row.items() if v and n.startswith("adapter")}
+
+    expected = forgotten(chats, tmp_path / "one", "auto", 1)
+    found = ranks.run(tmp_path / "two", 2, forgotten, chats, tmp_path / "two", STRATEGIES[strategy], 2)
+    assert found[0] == found[1]
+    # one row after the other or side by side: sums of float32 products in another order
+    assert found[0] == pytest.approx(expected, rel=1e-3)
+    assert statistics(tmp_path / "two") == pytest.approx(statistics(tmp_path / "one"), rel=1e-3)

@@ -148,7 +148,7 @@ def test_a_long_document_changes_a_short_one_beside_it(tmp_path, name):
     assert (logits(module, [short, long])[0] - logits(module, [short])[0]).abs().max() > 0.01
 
 
-@pytest.mark.parametrize("lengths", [(9, 20, 14), (SWITCH - 4,), (SWITCH + 1,), (70, 40)])
+@pytest.mark.parametrize("lengths", [(9, 20, 14), (9, SWITCH - 4), (SWITCH + 1,), (70, 40, 9)])
 def test_answers_are_those_of_plain_transformers(pair, lengths):
     """Within the short window, over the switch in the middle of an answer, and beyond it."""
     module, plain = pair

@@ -131,3 +131,28 @@ def test_the_gradient_of_a_trained_head_is_right(monkeypatch):
     (found,) = torch.autograd.grad(loss.cross_entropy(hidden_of(batch), head, batch)[0], head.weight)
     (expected,) = torch.autograd.grad(plain_loss(hidden_of(batch), head, batch), head.weight)
     torch.testing.assert_close(found, expected, rtol=0, atol=TOLERANCE * expected.abs().max())
+
+
+def test_each_document_has_its_own_loss(head, monkeypatch):
+    """Packed and padded rows, in chunks that end within documents, against each document alone."""
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    silent = ([5, 6, 7], [IGNORE_INDEX] * 3)
+    batch = synthetic.batch_of([[DOCUMENTS[0], silent, DOCUMENTS[1]], [DOCUMENTS[2]]])
+    hidden = hidden_of(batch)
+    found = loss.by_document(hidden, head, batch)
+    assert found.shape == (4, 3)
+    assert found[:, 2].tolist() == [5, 0, 29, 1]
+    assert found[1].tolist() == [0, 0, 0]
+    places = [(0, 0, DOCUMENTS[0]), (0, 15, DOCUMENTS[1]), (1, 0, DOCUMENTS[2])]
+    for index, (row, start, document) in zip((0, 2, 3), places, strict=True):
+        alone = synthetic.batch_of([[document]])
+        states = hidden[row : row + 1, start : start + len(document[0])]
+        assert found[index, 0].item() == pytest.approx(plain_loss(states, head, alone).item(), rel=TOLERANCE)
+        assert found[index, 1].item() == loss.correct_tokens(states, head, alone)[0].item()
+    assert found[:, 0].sum().item() == pytest.approx(loss.cross_entropy(hidden, head, batch)[0].item(), rel=TOLERANCE)
+
+
+def test_a_filler_batch_has_no_document(head):
+    batch = synthetic.batch_of([[([5, 5], [IGNORE_INDEX] * 2)]])
+    batch["lengths"], batch["row_ids"] = [[]], [[]]
+    assert loss.by_document(hidden_of(batch), head, batch).shape == (0, 3)

@@ -112,8 +112,10 @@ def test_alpaca_is_trained_tested_and_merged(cli, tmp_path, write, name):
     test = write("test.jsonl", ALPACA[-20:])
     recipe = (*recipe, "--data.val=null", f"--data.test={test}", "--model.base_id=tiny/phi3")
     cli("fit", *recipe)
-    tested = cli("test", *recipe)
-    assert re.search(r"loss +│ +\d", tested.text)
+    cli("test", *recipe)
+    report = (tmp_path / "runs" / settings(name)["run"] / "test.md").read_text()
+    assert "20 with token losses, 20 answered" in report
+    assert re.search(r"\| ROUGE-Lsum \| [\d.]+ ", report)
     cli("export", f"--run={settings(name)['run']}", "--output_dir=python-coder", "--merge")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "python-coder")
     assert not any("lora" in name for name, _ in merged.named_parameters())

@@ -36,6 +36,9 @@ class Adapter(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters of the adapter."""
 
+    def factors(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the live ``A`` and ``B`` of a layer, shapes (rank, in) and (rows, rank), as the backend keeps them."""
+
     def disabled(self) -> AbstractContextManager[None]:
         """Let the model answer as its base does, while the context lasts."""
 

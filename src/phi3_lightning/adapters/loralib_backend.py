@@ -49,6 +49,11 @@ class LoralibAdapter:
         """Yield the trainable parameters of the adapter."""
         return (parameter for layer in self._layers() for parameter in (layer.lora_A, layer.lora_B))
 
+    def factors(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the live ``A`` and ``B`` of a layer: of each adapted slice, one below the other."""
+        layer: Any = self._model.get_submodule(target.path)
+        return layer.lora_A, layer.lora_B
+
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Let the model answer as its base does, while the context lasts."""

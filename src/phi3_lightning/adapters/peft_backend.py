@@ -13,6 +13,7 @@ from transformers import Phi3ForCausalLM
 
 from phi3_lightning.adapters import convert, peft_mends, targets, whole
 from phi3_lightning.adapters.adapter import PeftForm
+from phi3_lightning.adapters.targets import Target
 from phi3_lightning.config import LoRA
 from phi3_lightning.errors import ModelError
 
@@ -77,6 +78,13 @@ class PeftAdapter:
         """Yield the trainable parameters of the adapter."""
         trained = [*self._layers(), *map(self._copy_of, self.trained_whole)]
         return (parameter for module in trained for parameter in module.parameters() if parameter.requires_grad)
+
+    def factors(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
+        """Return the live ``A`` and ``B`` of a layer, shapes (rank, in) and (rows, rank)."""
+        layer = cast("Any", self._tuner.model).get_submodule(target.path)
+        if target.embedding:
+            return layer.lora_embedding_A[ADAPTER], layer.lora_embedding_B[ADAPTER]
+        return layer.lora_A[ADAPTER].weight, layer.lora_B[ADAPTER].weight
 
     @contextmanager
     def disabled(self) -> Iterator[None]:

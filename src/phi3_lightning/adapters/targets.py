@@ -160,6 +160,18 @@ def _target(model: Phi3ForCausalLM, path: str, found: set[str], lora: LoRA) -> T
     return Target(path, slices, tuple(name in found for name in slices), r, scaling)
 
 
+def fused(model: Phi3ForCausalLM, target: Target) -> dict[str, int]:
+    """Return name and rows of each matrix in a layer, also where one update is that of all of them.
+
+    Args:
+        model: The model.
+        target: The layer.
+    """
+    if target.name not in PHI3_FUSED_LAYERS:
+        return target.slices
+    return _slices(model.get_submodule(target.path), target.name, model.config)
+
+
 def _slices(layer: nn.Module, name: str, config: Phi3Config) -> dict[str, int]:
     """Name and rows of each slice, by the real numbers of heads: there may be fewer keys than queries."""
     head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)

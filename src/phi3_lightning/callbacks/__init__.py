@@ -1,19 +1,33 @@
 """Callbacks that the command line adds to a run; each works in any Trainer."""
 
+from phi3_lightning.callbacks.adapter_statistics import AdapterStatistics
+from phi3_lightning.callbacks.bad_rows import BadRows
 from phi3_lightning.callbacks.checkpoint import RunCheckpoint
+from phi3_lightning.callbacks.evaluation import EvaluationReport
 from phi3_lightning.callbacks.failure import RankFailure
+from phi3_lightning.callbacks.forgetting import Forgetting
+from phi3_lightning.callbacks.monitor import Monitor
 from phi3_lightning.callbacks.predictions import PredictionWriter
 from phi3_lightning.callbacks.progress import LineProgress
 from phi3_lightning.callbacks.report import RunReport
+from phi3_lightning.callbacks.run_page import RunPage
+from phi3_lightning.callbacks.samples import Samples
 from phi3_lightning.callbacks.stop import AgreedStop
 from phi3_lightning.callbacks.throughput import Throughput
 
 __all__ = [
+    "AdapterStatistics",
     "AgreedStop",
+    "BadRows",
+    "EvaluationReport",
+    "Forgetting",
     "LineProgress",
+    "Monitor",
     "PredictionWriter",
     "RankFailure",
     "RunCheckpoint",
+    "RunPage",
     "RunReport",
+    "Samples",
     "Throughput",
 ]

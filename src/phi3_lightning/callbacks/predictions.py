@@ -1,22 +1,22 @@
 """Answers to a file of prompts, as JSON lines in the order of the prompts."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import torch.distributed
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from phi3_lightning.batch import PromptBatch
+from phi3_lightning.partial import PartialLines, gather, write_lines
 
 
 class PredictionWriter(Callback):
     """Writes one line a prompt: its place in the file, the answer, and whether the answer ended by itself.
 
-    The datamodule has to have a ``tokenizer``, as ChatDataModule does.
+    Each rank keeps what it has so far in ``predictions.partial.RANK.jsonl`` beside the file, which a run that was
+    interrupted or killed leaves behind. The datamodule has to have a ``tokenizer``, as ChatDataModule does.
 
     Args:
         path: The file to write; what an earlier run wrote there is replaced when all answers are there.
@@ -24,7 +24,11 @@ class PredictionWriter(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._answers: dict[int, dict[str, Any]] = {}
+        self._partial = PartialLines(self.path, 0)
+
+    @override
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._partial = PartialLines(self.path, trainer.global_rank)
 
     @override
     def on_predict_batch_end(
@@ -40,31 +44,16 @@ class PredictionWriter(Callback):
         for row_id, ids in zip(batch["row_ids"], outputs, strict=False):  # a filler row has no id
             finished = bool(ids) and ids[-1] in batch["stop_ids"]
             answer = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-            self._answers[row_id] = {"row": row_id, "answer": answer, "finished": finished}
+            self._partial.add({"row": row_id, "answer": answer, "finished": finished})
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        shares: list[Any] = [self._answers]
-        if trainer.world_size > 1:
-            shares = [None] * trainer.world_size
-            torch.distributed.all_gather_object(shares, self._answers)
+        answers = {line["row"]: line for lines in gather(trainer, self._partial.lines) for line in lines}
         if trainer.is_global_zero:
-            answers = {row: answer for share in shares for row, answer in share.items()}
-            self._write([answers[row] for row in sorted(answers)])
+            write_lines(self.path, [answers[row] for row in sorted(answers)])
+            rank_zero_info(f"{len(answers)} answers in {self.path}")
+        self._partial.remove()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if self._answers:
-            partial = self.path.with_suffix(f".partial.{trainer.global_rank}.jsonl")
-            PredictionWriter._write_lines(partial, [self._answers[row] for row in sorted(self._answers)])
-
-    def _write(self, answers: list[dict[str, Any]]) -> None:
-        self._write_lines(self.path, answers)
-        rank_zero_info(f"{len(answers)} answers in {self.path}")
-
-    @staticmethod
-    def _write_lines(path: Path, answers: list[dict[str, Any]]) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text("".join(json.dumps(a, ensure_ascii=False) + "\n" for a in answers), encoding="utf-8")
-        temporary.replace(path)
+        self._partial.tell()

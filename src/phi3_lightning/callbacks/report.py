@@ -2,17 +2,14 @@
 
 import math
 from pathlib import Path
-from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 from typing_extensions import override
 
 from phi3_lightning import optim
-from phi3_lightning.batch import PromptBatch
 from phi3_lightning.module import Phi3LoRAModule
 
 SMALLEST_MOVE = 1e-3
@@ -26,12 +23,10 @@ class RunReport(pl.Callback):
 
     Args:
         folder: The run's folder.
-        prompts: How many prompts of ``data.predict`` base and tuned model answer at the end.
     """
 
-    def __init__(self, folder: str | Path, prompts: int = 3) -> None:
+    def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.prompts = prompts
         self._console = Console()
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
@@ -85,7 +80,6 @@ class RunReport(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
         if self._last:
             self._print_held_out()
-        self._print_answers(trainer, pl_module)
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file():
             self._print(f"checkpoint: {last} ({last.stat().st_size / 1e6:.1f} MB)")
@@ -99,34 +93,6 @@ class RunReport(pl.Callback):
         for name in self._last:
             table.add_row(name, f"{self._first[name]:.4f}", f"{self._last[name]:.4f}")
         self._print(table)
-
-    def _print_answers(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> None:
-        data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        if getattr(getattr(data, "options", None), "predict", None) is None:  # also under a foreign datamodule
-            return
-        data.setup("predict")
-        rows: dict[int, tuple[str, str, str]] = {}
-        for batch in data.predict_dataloader():
-            rows |= self._answer(module, trainer.strategy.batch_to_device(batch), data.tokenizer)
-            if len(rows) >= self.prompts:
-                break
-        table = Table(title="answers", show_lines=True)
-        for column in ("prompt", "base", "tuned"):
-            table.add_column(column, ratio=1)
-        for row_id in sorted(rows)[: self.prompts]:
-            table.add_row(*map(Text, rows[row_id]))  # Text: an answer may hold square brackets
-        self._print(table)
-
-    @staticmethod
-    def _answer(module: Phi3LoRAModule, batch: PromptBatch, tokenizer: Any) -> dict[int, tuple[str, str, str]]:
-        tuned = module.predict_step(batch, 0)
-        with module.base_answers():
-            base = module.predict_step(batch, 0)
-        prompts = [
-            ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)
-        ]
-        texts = [tokenizer.batch_decode(ids, skip_special_tokens=True) for ids in (prompts, base, tuned)]
-        return dict(zip(batch["row_ids"], zip(*texts, strict=True), strict=False))  # a filler row has no id
 
     @rank_zero_only
     def _print(self, what: str | Table) -> None:

@@ -1,37 +1,57 @@
-"""Tokens a second and peak memory."""
+"""Tokens a second, what is padding, share of the device's peak, and peak memory."""
 
 import resource
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 from typing_extensions import override
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch
+from phi3_lightning.callbacks.flops import StepFlops, peak_flops, step_flops
+from phi3_lightning.module import Phi3LoRAModule
 
 
 class Throughput(pl.Callback):
     """Logs what each optimiser step processed in a second of training, loading included, validation and saving not.
 
     ``speed/tokens_per_second`` counts the tokens of documents and no padding, ``speed/supervised_tokens_per_second``
-    those with a label, both over all ranks; ``memory/peak_gb`` is the most that this process has held, on the GPU
-    where there is one.
+    those with a label, both over all ranks. ``speed/padding_share`` is the part of the batches' places that holds no
+    token, and ``speed/row_fill`` the part of ``row_length`` that the average row uses. ``speed/peak_share`` is how much
+    of what the devices can do the step needed, by :func:`~.flops.step_flops`. ``memory/peak_gb`` is the most that this
+    process has held, on the GPU where there is one.
+
+    Args:
+        row_length: Tokens that a packed row may hold; None: rows are not packed, and nothing is said of them.
     """
 
-    def __init__(self) -> None:
-        self._mark = 0.0
-        self._tokens = 0
-        self._supervised: list[torch.Tensor] = []
+    def __init__(self, row_length: int | None = None) -> None:
+        self.row_length = row_length
+        self._flops: StepFlops | None = None
+        self._peak: float | None = None
+        self._restart()
 
     def _restart(self) -> None:
         self._mark = time.perf_counter()
         self._tokens = 0
-        self._supervised = []
+        self._places = 0
+        self._rows = 0
+        self._supervised: list[Tensor] = []
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if isinstance(pl_module, Phi3LoRAModule):
+            with trainer.precision_plugin.train_step_context(), pl_module.autocast():
+                device = pl_module.device.type
+                mixed = torch.is_autocast_enabled(device)
+                dtype = torch.get_autocast_dtype(device) if mixed else pl_module.loaded_model.dtype
+            self._flops, self._peak = step_flops(pl_module), peak_flops(pl_module.device, dtype)
+            if self._peak is not None:
+                rank_zero_info(f"{device}: {self._peak / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}")
         self._restart()  # a run that goes on within an epoch does not start it
 
     @override
@@ -47,6 +67,8 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._tokens += sum(length for row in batch["lengths"] for length in row)
+        self._places += batch["input_ids"].numel()
+        self._rows += len(batch["lengths"])
         self._supervised.append((batch["labels"] != IGNORE_INDEX).sum())
 
     @override
@@ -56,12 +78,27 @@ class Throughput(pl.Callback):
         if trainer.fit_loop._should_accumulate():
             return
         seconds = time.perf_counter() - self._mark
-        supervised = torch.stack(self._supervised).sum()
-        over_ranks: dict[str, Any] = {"sync_dist": True, "reduce_fx": "sum"}
-        pl_module.log("speed/tokens_per_second", self._tokens / seconds, prog_bar=True, **over_ranks)
-        pl_module.log("speed/supervised_tokens_per_second", supervised / seconds, **over_ranks)
+        for name, value in self._measured(trainer, seconds).items():
+            pl_module.log(name, value, prog_bar=name == "speed/tokens_per_second")
         pl_module.log("memory/peak_gb", peak_memory(pl_module.device) / 1e9)
         self._restart()
+
+    def _measured(self, trainer: pl.Trainer, seconds: float) -> dict[str, Tensor]:
+        supervised = torch.stack(self._supervised).sum().float()
+        counts = supervised.new_tensor([self._tokens, self._places, self._rows, self._tokens / seconds])
+        own = torch.cat([counts, (supervised / seconds)[None]])
+        tokens, places, rows, speed, supervised_speed = cast("Tensor", trainer.strategy.reduce(own, reduce_op="sum"))
+        measured = {
+            "speed/tokens_per_second": speed,
+            "speed/supervised_tokens_per_second": supervised_speed,
+            "speed/padding_share": 1 - tokens / places,
+        }
+        if self.row_length is not None:
+            measured["speed/row_fill"] = tokens / (rows * self.row_length)
+        if self._flops is not None and self._peak is not None:
+            needed = self._flops.per_token * speed + self._flops.per_supervised_token * supervised_speed
+            measured["speed/peak_share"] = needed / (self._peak * trainer.world_size)
+        return measured
 
 
 def peak_memory(device: torch.device) -> int:

@@ -7,8 +7,6 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from lightning.pytorch.cli import LightningArgumentParser
-
 from phi3_lightning.commands.dialogue import Dialogue
 from phi3_lightning.commands.opened import DATA_KEYS, Opened, open_module
 from phi3_lightning.commands.parser import Parser
@@ -27,7 +25,7 @@ HELP = """\
 A message that begins with / has a space before it."""
 
 
-def parser() -> LightningArgumentParser:
+def parser() -> Parser:
     """Return the parser of ``chat``, which takes the configuration of a run as it is."""
     result = Parser(prog="cli.py chat", description=DESCRIPTION, epilog=HELP)
     result.add_argument("-c", "--config", action="config", help="Configuration of a run.")
@@ -45,8 +43,7 @@ def parser() -> LightningArgumentParser:
         "--trainer", type=dict[str, Any], default={}, help="accelerator, devices, precision and default_root_dir count."
     )
     result.add_argument("--seed_everything", type=int | bool, default=42, help="Of answers that are drawn (do_sample).")
-    for section in ("checkpoint", "weights_only"):
-        result.add_argument(f"--{section}", type=Any, default=None, help="Accepted from the configuration of a run.")
+    result.accept_rest_of_run()
     return result
 
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import seed_everything
-from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -32,7 +31,7 @@ DESCRIPTION = "Prove on your own model, data, settings and device that training 
 STYLES: dict[Outcome, str] = {"ok": "green", "FAIL": "bold red", "skipped": "dim"}
 
 
-def parser() -> LightningArgumentParser:
+def parser() -> Parser:
     """Return the parser of ``check``, which takes the configuration of ``fit`` as it is."""
     result = Parser(prog="cli.py check", description=DESCRIPTION)
     result.add_argument("-c", "--config", action="config", help="Configuration of a run.")
@@ -43,8 +42,7 @@ def parser() -> LightningArgumentParser:
         help="accelerator, devices (the first of them), precision and gradient_clip_val count.",
     )  # fmt: skip
     result.add_argument("--seed_everything", type=int | bool, default=42, help="Of adapters and dropout.")
-    for section in ("run", "checkpoint", "ckpt_path", "resume"):
-        result.add_argument(f"--{section}", type=Any, default=None, help="Accepted from a run; nothing is written.")
+    result.accept_rest_of_run()
     return result
 
 

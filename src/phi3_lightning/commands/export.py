@@ -31,7 +31,7 @@ QUESTIONS = (
 """What live and exported model are asked; fixed, so that certificates of one base can be compared."""
 
 
-def parser() -> LightningArgumentParser:
+def parser() -> Parser:
     """Return the parser of ``export``, which takes the configuration of a run as it is."""
     result = Parser(prog="cli.py export", description=DESCRIPTION)
     result.add_argument("-c", "--config", action="config", help="Configuration of a run; a checkpoint alone is enough.")
@@ -48,8 +48,7 @@ def parser() -> LightningArgumentParser:
     result.add_argument("--data", type=dict[str, Any], default={}, help="tokenizer, revision and chat_template count.")
     result.add_argument("--run", type=str, default="phi3-lora", help="Name of the run, where no ckpt_path is given.")
     result.add_argument("--trainer", type=dict[str, Any], default={}, help="Of a run; default_root_dir finds it.")
-    for section in ("checkpoint", "seed_everything", "weights_only"):
-        result.add_argument(f"--{section}", type=Any, default=None, help="Accepted from the configuration of a run.")
+    result.accept_rest_of_run()
     return result
 
 

@@ -17,6 +17,12 @@ ELSEWHERE = {
 }
 """LightningCLI's own options that have another place here."""
 
+RUN_OPTIONS = (
+    "run", "seed_everything", "trainer", "model", "data", "checkpoint", "evaluation", "monitor", "ckpt_path", "resume",
+    "weights_only", "return_predictions", "verbose",
+)  # fmt: skip
+"""What the configuration of a run may hold."""
+
 
 class Parser(LightningArgumentParser):
     """Says which key was meant."""
@@ -28,6 +34,12 @@ class Parser(LightningArgumentParser):
             hints.append("options stand directly under model: and data:, without class_path and init_args")
         hints += [f"did you mean {meant}?" for key in _keys_in(message) for meant in self._nearest(key)]
         super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
+
+    def accept_rest_of_run(self) -> None:
+        """Accept what the configuration of a run holds beside the options that have been added, and ignore it."""
+        for name in RUN_OPTIONS:
+            if not any(action.dest.partition(".")[0] == name for action in self._actions):
+                self.add_argument(f"--{name}", type=Any, default=None, help="Of a run; it has no say here.")
 
     def _nearest(self, key: str) -> list[str]:
         known = [action.dest for action in self._actions]

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import seed_everything
-from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from phi3_lightning.commands.parser import Parser
@@ -17,24 +16,19 @@ from phi3_lightning.errors import ConfigError
 
 DESCRIPTION = "Show rows as the model will see them: trained tokens, special tokens, lengths, statistics."
 
-ELSEWHERE = ("trainer", "checkpoint")
-"""Sections of a run's configuration that have no say in what the rows are."""
 
-
-def parser() -> LightningArgumentParser:
+def parser() -> Parser:
     """Return the parser of ``preview``, which takes the configuration of a run as it is."""
     result = Parser(prog="cli.py preview", description=DESCRIPTION)
     result.add_argument("-c", "--config", action="config", help="Configuration of a run, or a part of one.")
     result.add_lightning_class_args(ChatDataModule, "data")
     result.add_argument("--model", type=dict[str, Any], default={}, help="base and revision name the tokenizer.")
-    result.add_argument("--run", type=str | None, default=None, help="Accepted from the configuration of a run.")
     result.add_argument("--seed_everything", type=int | bool, default=42, help="Decides the split.")
-    for section in ELSEWHERE:
-        result.add_argument(f"--{section}", type=dict[str, Any], default={}, help="Of a run; rows do not depend on it.")
     result.add_argument("--split", type=Split, default="train", help="Which rows.")
     result.add_argument("--rows", type=int, default=3, help="How many of them to show.")
     result.add_argument("--ids", type=bool, default=False, help="Show token ids.")
     result.add_argument("--html", type=str | None, default=None, help="Write one self-contained page to this file.")
+    result.accept_rest_of_run()
     return result
 
 

@@ -27,7 +27,7 @@ from phi3_lightning.data.splits import (
     share_out,
 )
 from phi3_lightning.data.stream import StreamedBatches, StreamLoader, check_trainer
-from phi3_lightning.errors import DivergenceError
+from phi3_lightning.errors import ConfigError, DivergenceError
 
 
 class ChatDataModule(LightningDataModule):
@@ -42,7 +42,7 @@ class ChatDataModule(LightningDataModule):
         weights: The share of each of several ``train`` data. null: all their rows.
         val: Validation data. null: a part of the training data, see ``val_fraction``.
         val_fraction: The share of the training rows that validates where ``val`` is null. 0: no validation.
-        test: Data for ``test``.
+        test: Data for ``test``. null: the validation data.
         predict: Prompts for ``predict``; an answer at the end of a row is left out.
         tokenizer: Folder or hub id of the tokenizer. The command line fills in ``model.base``.
         revision: Branch, tag or commit of the tokenizer on the hub.
@@ -65,6 +65,7 @@ class ChatDataModule(LightningDataModule):
             exchanges, or cut into pieces.
         packing: Whether several chats share a row, without seeing each other.
         batch_size: Rows of a micro-batch.
+        predict_batch_size: Prompts that are answered together by ``predict``: more are faster, and take more memory.
         max_tokens_per_batch: Tokens of a micro-batch, padding included; in place of ``batch_size``.
         streaming: Whether training data are tokenised while training goes on, for sets larger than the disk. Needs
             ``trainer.max_steps``; packs and mixes less well, and reads again from the beginning to go on.
@@ -112,6 +113,7 @@ class ChatDataModule(LightningDataModule):
         overlong: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop",
         packing: bool = True,
         batch_size: int = 4,
+        predict_batch_size: int = 16,
         max_tokens_per_batch: int | None = None,
         streaming: bool = False,
         num_workers: int = 2,
@@ -149,6 +151,7 @@ class ChatDataModule(LightningDataModule):
             overlong=overlong,
             packing=packing,
             batch_size=batch_size,
+            predict_batch_size=predict_batch_size,
             max_tokens_per_batch=max_tokens_per_batch,
             streaming=streaming,
             num_workers=num_workers,
@@ -238,12 +241,17 @@ class ChatDataModule(LightningDataModule):
         return self._loader("val")
 
     def test_dataloader(self) -> BatchLoader:
-        """Batches of the test data, longest first.
+        """Batches of the test data, or else of the validation data, longest first.
 
         Returns:
             Yields ``Batch``.
+
+        Raises:
+            ConfigError: There are neither.
         """
-        return self._loader("test")
+        if self.options.tested not in self.plans:
+            raise ConfigError("data.test: not given, and no validation rows are left to test with; name a file.")
+        return self._loader(self.options.tested)
 
     def predict_dataloader(self) -> BatchLoader:
         """Batches of prompts, longest first.
@@ -263,6 +271,30 @@ class ChatDataModule(LightningDataModule):
             A place a document, such as ``chats.jsonl:12``.
         """
         return self._streamed.describe(row_ids) if self.options.streaming else self.prepared["train"].describe(row_ids)
+
+    def test_facts(self) -> dict[str, Any]:
+        """What a report says of the data that ``test`` takes.
+
+        Returns:
+            ``source``, in words, and the ``statistics`` of the splits that were read, as plain types.
+        """
+        told = {
+            "test": f"data.test: {self.options.test}",
+            "val": "the validation data, since data.test is not given; the best checkpoint was chosen by them",
+        }
+        statistics = {split: asdict(found) for split, found in self.statistics.items()}
+        return {"source": told[self.options.tested], "statistics": statistics}
+
+    def test_places(self, row_ids: list[int]) -> list[str]:
+        """Say where documents that ``test`` takes came from.
+
+        Args:
+            row_ids: What batches carry as ``row_ids``.
+
+        Returns:
+            A place a document, such as ``chats.jsonl:12``.
+        """
+        return self.prepared[self.options.tested].describe(row_ids)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the rows in which training diverged.

@@ -21,7 +21,14 @@ FORMATS: Final[dict[str, tuple[str, ...]]] = {
 
 _COLUMNS = {"input", "system", "history", "completion", "tools", *(key for keys in FORMATS.values() for key in keys)}
 _ROLES = ("system", "user", "assistant", "tool")
-_LEAST = {"max_length": 2, "batch_size": 1, "num_workers": 0, "num_proc": 1, "max_tokens_per_batch": 1}
+_LEAST = {
+    "max_length": 2,
+    "batch_size": 1,
+    "predict_batch_size": 1,
+    "num_workers": 0,
+    "num_proc": 1,
+    "max_tokens_per_batch": 1,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +89,7 @@ class Options(RowOptions):
     chat_template: str | None
     packing: bool
     batch_size: int
+    predict_batch_size: int
     max_tokens_per_batch: int | None
     streaming: bool
     num_workers: int
@@ -135,6 +143,11 @@ class Options(RowOptions):
         """
         return {"train": self.train, "val": self.val, "test": self.test, "predict": self.predict}[split]
 
+    @property
+    def tested(self) -> Split:
+        """The split that ``test`` takes: the validation data where there are no test data."""
+        return "val" if self.test is None else "test"
+
     def needed(self, stage: str | None) -> list[Split]:
         """The files that a stage reads. Validation data may be a share of the training data.
 
@@ -150,11 +163,11 @@ class Options(RowOptions):
         given: list[Split] = [split for split in ("train", "val", "test", "predict") if self.files(split) is not None]
         if stage is None:
             return given
-        own_val = self.val is not None or self.val_fraction == 0
+        held_out: Split = "val" if self.val is not None or self.val_fraction == 0 else "train"
         needed: dict[str, list[Split]] = {
             "fit": ["train"] if self.val is None else ["train", "val"],
-            "validate": ["val"] if own_val else ["train"],
-            "test": ["test"],
+            "validate": [held_out],
+            "test": [held_out] if self.tested == "val" and held_out in given else ["test"],
             "predict": ["predict"],
         }
         for split in needed[stage]:

@@ -135,8 +135,8 @@ def plan_split(split: Split, lengths: Ints, options: Options, window: Window | N
     prompts = split == "predict"
     return plan_batches(
         lengths,
-        batch_size=options.batch_size,
-        max_tokens=options.max_tokens_per_batch,
+        batch_size=options.predict_batch_size if prompts else options.batch_size,
+        max_tokens=None if prompts else options.max_tokens_per_batch,
         capacity=options.max_length if options.packing and not prompts else None,
         seed=seed if split == "train" else None,
         apart=window.short if window is not None and not prompts else None,

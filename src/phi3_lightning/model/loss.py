@@ -4,6 +4,7 @@ The head runs on supervised positions only, in chunks, so that (positions x voca
 once.
 """
 
+from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -121,3 +122,34 @@ def correct_tokens(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tenso
     for chunk, labels in zip(states.split(CHUNK), targets.split(CHUNK), strict=True):
         correct += (head(chunk).argmax(-1) == labels).sum()
     return correct, torch.tensor(targets.numel(), device=hidden.device)
+
+
+@torch.no_grad()
+def by_document(hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
+    """Measure each document of a batch.
+
+    Args:
+        hidden: Last hidden states, shape (rows, length, hidden size).
+        head: Maps hidden states to logits over the vocabulary.
+        batch: The batch that the hidden states were computed from.
+
+    Returns:
+        For each document, in the order of ``row_ids``: the sum of its token losses, its supervised tokens that are the
+        argmax of their logits, and all its supervised tokens; shape (documents, 3), float64.
+    """
+    owner = torch.zeros_like(batch["labels"])
+    document = 0
+    for row, row_lengths in enumerate(batch["lengths"]):
+        ends = torch.tensor([0, *row_lengths]).cumsum(0).tolist()
+        for start, end in pairwise(ends):
+            owner[row, start:end] = document
+            document += 1
+    states, targets = supervised_positions(hidden, batch)
+    owners = owner[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX]
+    found = torch.zeros(document, 3, dtype=torch.float64, device=hidden.device)
+    for chunk, labels, of in zip(states.split(CHUNK), targets.split(CHUNK), owners.split(CHUNK), strict=True):
+        logits = head(chunk).float()
+        losses = F.cross_entropy(logits, labels, reduction="none")
+        measured = torch.stack([losses, (logits.argmax(-1) == labels).float(), torch.ones_like(losses)], dim=-1)
+        found.index_add_(0, of, measured.double())
+    return found

@@ -1,0 +1,86 @@
+"""An environment for each peer, on top of the one this runs in: the same torch, transformers and PEFT for all."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi3_lightning" / "benchmarks"
+FOLDER = CACHE / "peers"
+"""Where environments are kept unless another folder is given."""
+
+REQUIREMENTS = {
+    "trl": [["trl==1.16.0"]],
+    # pins older releases of what the others use, and some that have no build for this torch
+    "llamafactory": [
+        ["--no-deps", "llamafactory==0.9.5", "trl==0.24.0"],
+        [
+            "omegaconf==2.4.0",
+            "fire==0.7.1",
+            "einops==0.8.2",
+            "sentencepiece==0.2.3",
+            "tiktoken==0.14.0",
+            "scipy==1.17.1",
+        ],
+    ],
+    "litgpt": [["--no-deps", "litgpt==0.5.13"]],
+}
+"""What pip is told, call by call."""
+
+ON_CUDA = {"trl": [["liger-kernel==0.8.2"]]}
+
+SHOWN = ("torch", "transformers", "peft", "lightning", "trl", "llamafactory", "litgpt", "liger-kernel")
+
+
+def make(name: str, folder: Path, cuda: bool = False) -> Path:
+    """Return the Python of a peer's environment, which is made where it is missing or was made for other releases.
+
+    Args:
+        name: One of ``REQUIREMENTS``.
+        folder: Where the environments are kept.
+        cuda: Whether to install what needs a GPU as well.
+
+    Raises:
+        RuntimeError: If pip cannot install it, with pip's last words.
+    """
+    home = folder / name
+    python = home / "bin" / "python"
+    calls = REQUIREMENTS[name] + (ON_CUDA.get(name, []) if cuda else [])
+    host = sysconfig.get_path("purelib")
+    wanted = hashlib.sha256(json.dumps([calls, host, sys.version]).encode()).hexdigest()
+    mark = home / "installed"
+    if mark.is_file() and mark.read_text() == wanted:
+        return python
+    print(f"making the environment of {name} in {home}", file=sys.stderr)
+    venv.create(home, with_pip=True, clear=True)
+    found = subprocess.run(
+        [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    (Path(found.stdout.strip()) / "host.pth").write_text(f"import site; site.addsitedir({host!r})\n")
+    for call in calls:
+        pip = subprocess.run(
+            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *call],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        if pip.returncode != 0:
+            raise RuntimeError(f"pip install {' '.join(call)}: {pip.stderr.strip().splitlines()[-1]}")
+    mark.write_text(wanted)
+    return python
+
+
+def versions(python: Path) -> dict[str, str]:
+    """Return the releases that an environment has of what is compared, its own before those below it."""
+    code = (
+        "import importlib.metadata as m, json, sys\n"
+        "def of(name):\n"
+        "    try: return m.version(name)\n"
+        "    except m.PackageNotFoundError: return None\n"
+        "print(json.dumps({name: of(name) for name in sys.argv[1:] if of(name)}))"
+    )
+    run = subprocess.run([python, "-c", code, *SHOWN], check=True, capture_output=True, text=True)
+    return json.loads(run.stdout)

@@ -1,0 +1,60 @@
+"""This package."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+
+from contenders.clock import Clock
+from contenders.task import TARGETS, Task
+from phi3_lightning import ChatDataModule, Phi3LoRAModule
+from phi3_lightning.batch import Batch
+from phi3_lightning.export import adapter_files
+
+
+class Count(pl.Callback):
+    """Tells the clock what each batch holds."""
+
+    def __init__(self, clock: Clock) -> None:
+        self.clock = clock
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        self.clock.count(batch["input_ids"], batch["labels"])
+
+
+def run(task: Task, options: dict[str, dict[str, Any]], clock: Clock) -> None:
+    """Train with ``options``: arguments of the module (``model``), the data module (``data``) and the Trainer."""
+    pl.seed_everything(task.seed)
+    rows = {"max_length": task.row_tokens, "packing": True, "batch_size": 1, "num_workers": 0, "seed": task.seed}
+    data = ChatDataModule(
+        task.rows,
+        tokenizer=task.base,
+        format="tokens",
+        val_fraction=0.0,
+        cache_dir=task.out,
+        **rows | options.get("data", {}),
+    )
+    module = Phi3LoRAModule(
+        task.base,
+        lora={"r": task.r, "lora_alpha": task.alpha, "lora_dropout": task.dropout, "target_modules": list(TARGETS)},
+        optimizer={"lr": task.lr},
+        schedule={"name": "constant", "warmup": 0},
+        **options.get("model", {}),
+    )
+    plain = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = pl.Trainer(
+        accelerator=task.device,
+        devices=1,
+        precision="bf16-mixed",
+        max_epochs=-1,
+        max_steps=task.steps,
+        default_root_dir=task.out,
+        callbacks=[Count(clock)],
+        **plain | options.get("trainer", {}),
+    )
+    trainer.fit(module, data)
+    form = module.adapter.to_peft()
+    folder = Path(task.out)
+    adapter_files.write_peft(form, adapter_files.short_names(module.model, form), task.base, None, folder)

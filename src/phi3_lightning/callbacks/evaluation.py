@@ -1,0 +1,223 @@
+"""``test``: base and tuned model side by side, in losses and in answers, and a report of it."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from typing_extensions import override
+
+from phi3_lightning.batch import Batch
+from phi3_lightning.config import require
+from phi3_lightning.errors import ConfigError, DataError, ModelError
+from phi3_lightning.evaluate import cases, page
+from phi3_lightning.evaluate.answering import Answering, live_progress
+from phi3_lightning.evaluate.bootstrap import Comparison, Statistics
+from phi3_lightning.evaluate.report import TOKEN_SCORES, Answered, Report, measure_answers, measure_tokens, table
+from phi3_lightning.export.curve import read_scalars
+from phi3_lightning.metrics import AnswerMetrics
+from phi3_lightning.model import loss
+from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.partial import PartialLines, gather
+
+
+@runtime_checkable
+class DescribesTest(Protocol):
+    """A datamodule that says where its test rows come from, as ChatDataModule does."""
+
+    def test_facts(self) -> dict[str, Any]:
+        """Return ``source``, in words, and the ``statistics`` of the splits."""
+
+    def test_places(self, row_ids: list[int]) -> list[str]:
+        """Return where rows came from."""
+
+
+class EvaluationReport(pl.Callback):
+    """Compares base and tuned model on the test data, and writes ``test.json``, ``test.md`` and ``test.html``.
+
+    Token losses are of all rows. For some of them both models answer what the last trained turn answers, and that
+    turn is the reference; intervals are by the bootstrap. What was answered before an interruption stays in
+    ``test.partial.RANK.jsonl``. It needs a Phi3LoRAModule, and for answers a datamodule with a ``tokenizer``.
+
+    Args:
+        folder: Where the report goes; null: the run's folder, or in a script the Trainer's ``default_root_dir``.
+        rows: How many rows both models answer, the same ones each time; null: all, 0: none. Needs the extra eval.
+        batch_size: Prompts that are answered together: more are faster, and take more memory.
+        resamples: How often rows are drawn again for the intervals.
+    """
+
+    def __init__(
+        self, folder: str | None = None, rows: int | None = 100, batch_size: int = 16, resamples: int = 1000
+    ) -> None:
+        if rows is not None:
+            require(rows >= 0, "evaluation.rows", rows, "it is 0 or more, or null for all")
+        require(batch_size >= 1, "evaluation.batch_size", batch_size, "it is at least 1")
+        require(resamples >= 100, "evaluation.resamples", resamples, "fewer draws give no 95% interval; 1000 are usual")
+        self.folder = None if folder is None else Path(folder)
+        self.rows = rows
+        self.batch_size = batch_size
+        self.resamples = resamples
+        self._checkpoint: dict[str, Any] = {}
+        self._tokens: dict[int, Statistics] = {}
+        self._cases: dict[int, cases.Case] = {}
+        self._left_out: dict[int, str] = {}
+        self._partial = PartialLines(Path("test"), 0)
+
+    @override
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        statistics = checkpoint.get("ChatDataModule", {}).get("statistics", {})
+        self._checkpoint = {"step": checkpoint["global_step"], "statistics": statistics}
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if stage != "test":
+            return
+        if not isinstance(pl_module, Phi3LoRAModule):
+            kind = type(pl_module).__name__
+            raise ModelError(f"EvaluationReport: {kind} has no adapter to switch off; it compares a Phi3LoRAModule")
+        if self.folder is None:
+            self.folder = Path(trainer.default_root_dir)
+        if self.rows == 0:
+            return
+        AnswerMetrics()  # says what is not installed
+        if not isinstance(_datamodule(trainer), cases.HasTokenizer):
+            raise ConfigError(
+                "evaluation.rows: answers need a datamodule whose attribute tokenizer turns ids into text; give it "
+                "one, or set evaluation.rows: 0 to measure token losses alone"
+            )
+
+    @override
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._partial = PartialLines(cast("Path", self.folder) / "test", trainer.global_rank)
+        self._tokens, self._cases, self._left_out = {}, {}, {}
+
+    @override
+    def on_test_batch_end(  # type: ignore[override]
+        self,
+        trainer: pl.Trainer,
+        pl_module: Phi3LoRAModule,
+        outputs: torch.Tensor,
+        batch: Batch,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        with trainer.precision_plugin.test_step_context(), pl_module.autocast():
+            tuned = loss.by_document(outputs, pl_module.head, batch)
+            with pl_module.base_answers():
+                base = loss.by_document(pl_module(batch), pl_module.head, batch)
+        measured = torch.cat([base, tuned], dim=-1).cpu().numpy()
+        self._tokens |= dict(zip([row_id for row in batch["row_ids"] for row_id in row], measured, strict=True))
+        for case in cases.cases(batch) if self.rows != 0 else []:
+            reason = cases.unusable(case, _datamodule(trainer).tokenizer)
+            if reason is None:
+                self._cases[case.row_id] = case
+            else:
+                self._left_out[case.row_id] = reason
+
+    @override
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
+        found = {row: measured for share in gather(trainer, self._tokens) for row, measured in share.items()}
+        tokens = np.array([found[row] for row in sorted(found) if found[row][-1] > 0])
+        if not len(tokens):
+            raise DataError("the test data have no trained token: there is nothing to measure")
+        base, tuned = tokens[:, :3], tokens[:, 3:]
+        # the tuned model's are logged by test_step
+        _log(pl_module, "test_base", {name: value(base.sum(0).tolist()) for name, value in TOKEN_SCORES.items()})
+        answers = self._answer(trainer, pl_module) if self.rows != 0 else []
+        left_out = {row: reason for share in gather(trainer, self._left_out) for row, reason in share.items()}
+        if trainer.is_global_zero and not cast("Any", trainer).fast_dev_run:
+            metrics = measure_tokens(base, tuned, self.resamples) | measure_answers(answers, self.resamples)
+            self._write(trainer, pl_module, metrics, len(tokens), answers, Counter(left_out.values()))
+        self._partial.remove()
+
+    def _answer(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> list[Answered]:
+        tokenizer = _datamodule(trainer).tokenizer
+        chosen = cases.choose((row for share in gather(trainer, list(self._cases)) for row in share), self.rows)
+        mine = {row: self._cases[row] for row in chosen if row in self._cases}
+        asked = {row: case for share in gather(trainer, mine) for row, case in share.items()}
+        answering = Answering(trainer, module, tokenizer, cases.stop_ids(asked.values(), tokenizer))
+        shares = gather(trainer, answering.run([asked[row] for row in chosen], self.batch_size, self._partial))
+        if chosen:
+            _log(module, "test", answering.tuned_metrics.compute())
+            _log(module, "test_base", answering.base_metrics.compute())
+        return sorted((answered for share in shares for answered in share), key=lambda answered: answered.row)
+
+    def _write(
+        self,
+        trainer: pl.Trainer,
+        module: Phi3LoRAModule,
+        metrics: Mapping[str, Comparison],
+        rows: int,
+        answers: list[Answered],
+        left_out: Mapping[str, int],
+    ) -> None:
+        folder = cast("Path", self.folder)
+        data, places = _described(trainer, [answered.row for answered in answers])
+        config = folder / "config.yaml"
+        report = Report(
+            run=folder.resolve().name,
+            checkpoint=None if trainer.ckpt_path is None else str(trainer.ckpt_path),
+            step=self._checkpoint.get("step"),
+            data=data | {"statistics": self._checkpoint.get("statistics", {}) | data["statistics"]},
+            metrics=metrics,
+            rows=rows,
+            left_out=left_out,
+            generation=module.hparams["generation"],
+            resamples=self.resamples,
+            answers=answers,
+            places=places,
+            curves=read_scalars(folder / "tensorboard"),
+            config=config.read_text(encoding="utf-8") if config.is_file() else "",
+            certificates={
+                str(path.relative_to(folder)): json.loads(path.read_text(encoding="utf-8"))
+                for path in sorted(folder.glob("**/certificate.json"))
+            },
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        written = {"json": report.content(), "md": report.markdown(), "html": page.render(report)}
+        for suffix, text in written.items():
+            temporary = folder / f"test.{suffix}.tmp"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(folder / f"test.{suffix}")
+        live = live_progress(trainer)  # whose console prints above the bars
+        _print(Console() if live is None else live.console, report, [folder / f"test.{suffix}" for suffix in written])
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        self._partial.tell()
+
+
+def _log(module: Phi3LoRAModule, stage: str, values: Mapping[str, float]) -> None:
+    for name, value in values.items():
+        module.log(f"{stage}/{name}", value, sync_dist=True)
+
+
+def _datamodule(trainer: pl.Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+
+
+def _described(trainer: pl.Trainer, rows: list[int]) -> tuple[dict[str, Any], dict[int, str]]:
+    data = _datamodule(trainer)
+    if isinstance(data, DescribesTest):
+        return data.test_facts(), dict(zip(rows, data.test_places(rows), strict=True)) if rows else {}
+    return {"source": f"{type(data).__name__}.test_dataloader" if data else "a dataloader", "statistics": {}}, {}
+
+
+def _print(console: Console, report: Report, files: list[Path]) -> None:
+    drawn = Table(title="base and tuned model on the test data")
+    for column in ("", "base", "tuned", "tuned less base"):
+        drawn.add_column(column, justify="right" if column else "left")
+    for row in table(report.metrics, intervals=False):
+        drawn.add_row(*row)
+    console.print(drawn, highlight=False)
+    for name, value in report.facts().items():
+        console.print(f"{name}: {value}", highlight=False, markup=False)
+    console.print("report: " + ", ".join(map(str, files)), highlight=False, markup=False)

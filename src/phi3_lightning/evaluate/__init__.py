@@ -1,0 +1,1 @@
+"""Base and tuned model side by side on held-out rows: intervals, and the report as JSON, Markdown and one page."""

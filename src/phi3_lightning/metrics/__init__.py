@@ -1,0 +1,6 @@
+"""What is measured on held-out rows; every metric adds up sums, so that neither batch size nor ranks change it."""
+
+from phi3_lightning.metrics.answers import Answer, AnswerMetric, AnswerMetrics
+from phi3_lightning.metrics.tokens import Perplexity, TokenMean, TokenMetrics
+
+__all__ = ["Answer", "AnswerMetric", "AnswerMetrics", "Perplexity", "TokenMean", "TokenMetrics"]

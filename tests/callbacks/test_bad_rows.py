@@ -1,0 +1,121 @@
+"""A row whose loss is not a number is named, and the last good checkpoint stays."""
+
+import json
+import math
+
+import pytest
+import torch
+
+import synthetic
+from callbacks.test_samples import TINY
+from phi3_lightning import ChatDataModule, Phi3LoRAModule
+from phi3_lightning.callbacks import BadRows, RunCheckpoint
+from phi3_lightning.checkpoint_io import SafeCheckpointIO
+from phi3_lightning.errors import DivergenceError
+
+POISON = 96
+"""A token whose embedding is not a number; made-up documents may hold it too."""
+
+
+class Poisoned(Phi3LoRAModule):
+    """Answers NaN wherever a document holds the token."""
+
+    token = POISON
+
+    def forward(self, batch):
+        hidden = super().forward(batch)
+        bad = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
+        for row, lengths in enumerate(batch["lengths"]):
+            start = 0
+            for length in lengths:
+                own = slice(start, start + length)
+                bad[row, own] = bool((batch["input_ids"][row, own] == self.token).any())
+                start += length
+        return hidden.masked_fill(bad[..., None], math.nan)
+
+
+def documents(count: int, bad: set[int]):
+    """Rows of two documents, one micro-batch a row."""
+    rows = []
+    for number in range(count):
+        ids, labels = synthetic.document(10, 5, number)
+        ids = [token - (token == POISON) for token in ids]
+        labels = [token - (token == POISON) for token in labels]
+        if number in bad:
+            ids[2] = POISON
+        rows.append((ids, labels))
+    return [synthetic.batch_of([rows[i : i + 2]], first_id=i) for i in range(0, count, 2)]
+
+
+def poisoned(base) -> Poisoned:
+    return Poisoned(base, dtype="float32", lora={"r": 4, "lora_dropout": 0.0}, optimizer={"lr": 1e-2})
+
+
+def test_the_row_is_named_and_no_other_of_its_window(tmp_path, tiny_base):
+    checkpoint = RunCheckpoint(str(tmp_path / "kept"), every_n_steps=1)
+    trainer = synthetic.trainer(
+        tmp_path, callbacks=[BadRows(), checkpoint], accumulate_grad_batches=2, plugins=[SafeCheckpointIO()],
+        enable_checkpointing=True,
+    )  # fmt: skip
+    with pytest.raises(DivergenceError, match="optimiser step 3") as caught:
+        trainer.fit(poisoned(tiny_base), synthetic.loader(documents(14, {11})))
+    assert caught.value.row_ids == [11]
+    kept = torch.load(tmp_path / "kept/last.ckpt", weights_only=True)
+    assert kept["global_step"] == 2
+    assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
+
+
+def test_without_it_the_whole_window_is_suspected(tmp_path, tiny_base):
+    trainer = synthetic.trainer(tmp_path, accumulate_grad_batches=2)
+    with pytest.raises(DivergenceError) as caught:
+        trainer.fit(poisoned(tiny_base), synthetic.loader(documents(14, {11})))
+    assert caught.value.row_ids == [8, 9, 10, 11]
+
+
+def test_where_the_gradient_is_to_blame_all_rows_stay_named(tmp_path, tiny_base):
+    class Steep(Phi3LoRAModule):
+        def compute_loss(self, hidden, head, batch):
+            loss, count = super().compute_loss(hidden, head, batch)
+            return loss + (loss - loss.detach()).sqrt(), count  # finite, and its slope is not
+
+    module = Steep(tiny_base, dtype="float32")
+    with pytest.raises(DivergenceError) as caught:
+        synthetic.trainer(tmp_path, callbacks=[BadRows()]).fit(module, synthetic.loader(documents(4, set())))
+    assert caught.value.row_ids == [0, 1]
+
+
+def chat_file(path, marked: int):
+    rows = [f"Answer {number}" for number in range(4)]
+    rows[marked] = "Answer zzz"
+    path.write_text(
+        "".join(
+            json.dumps({"messages": [{"role": "user", "content": "Say"}, {"role": "assistant", "content": row}]}) + "\n"
+            for row in rows
+        )
+    )
+    return str(path)
+
+
+def test_a_validation_names_its_row_and_goes_on(tmp_path):
+    data = ChatDataModule(
+        train=str(TINY / "chats_val.jsonl"), val=chat_file(tmp_path / "held_out.jsonl", 2), tokenizer=str(TINY),
+        max_length=128, packing=True, num_workers=0, cache_dir=str(tmp_path / "cache"),
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    (marked,) = [d for d in data.prepared["val"].documents([0, 1, 2, 3]) if "zzz" in data.tokenizer.decode(d.input_ids)]
+    others = {i for d in data.prepared["val"].documents([0, 1, 3]) for i in d.input_ids.tolist()}
+    every = list(range(len(data.prepared["train"].lengths())))
+    trained = {i for d in data.prepared["train"].documents(every) for i in d.input_ids.tolist()}
+    module = Poisoned(str(TINY), dtype="float32", generation={"max_new_tokens": 4})
+    module.token = next(i for i in marked.input_ids.tolist() if i not in others | trained)
+    checkpoint = RunCheckpoint(str(tmp_path / "kept"))
+    trainer = synthetic.trainer(
+        tmp_path, callbacks=[BadRows(), checkpoint], plugins=[SafeCheckpointIO()], max_steps=2, max_epochs=-1,
+        val_check_interval=1, enable_checkpointing=True, num_sanity_val_steps=0,
+    )  # fmt: skip
+    with pytest.warns(UserWarning, match=r"validation loss is not finite\. Rows: .*held_out\.jsonl:3\. ") as caught:
+        trainer.fit(module, data)
+    assert len([w for w in caught if "not finite" in str(w.message)]) == 2  # once a validation
+    assert not checkpoint.best_path.exists()
+    assert checkpoint.last_path.exists()

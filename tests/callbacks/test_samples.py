@@ -1,0 +1,120 @@
+"""What base and tuned model answer, as training goes on."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import phi3_lightning
+import synthetic
+from phi3_lightning import ChatDataModule, Phi3LoRAModule, generate
+from phi3_lightning.callbacks import Samples
+from phi3_lightning.errors import ConfigError
+
+TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
+CHATS = [synthetic.batch_of([[synthetic.document(8, 4, seed)]]) for seed in range(2)]
+
+
+@pytest.fixture(autouse=True)
+def _wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def chats(tmp_path, **options) -> ChatDataModule:
+    return ChatDataModule(
+        train=str(TINY / "chats_val.jsonl"),
+        val_fraction=0.05,
+        tokenizer=str(TINY),
+        max_length=256,
+        num_workers=0,
+        cache_dir=str(tmp_path / "cache"),
+        **options,
+    )
+
+
+def tiny(**options) -> Phi3LoRAModule:
+    return Phi3LoRAModule(str(TINY), optimizer={"lr": 1e-2}, generation={"max_new_tokens": 8}, **options)
+
+
+def fit(tmp_path, module, data, samples, **options):
+    options = {"max_steps": 2, "max_epochs": -1} | options
+    trainer = synthetic.trainer(tmp_path, callbacks=[samples], **options)
+    trainer.fit(module, data)
+    return trainer
+
+
+def printed(capsys) -> str:
+    """On one line and without the lines of tables."""
+    return " ".join(re.sub("[\u2500-\u257f]", " ", capsys.readouterr().out).split())
+
+
+def test_base_and_tuned_answers_stand_side_by_side(tmp_path, capsys):
+    data, module = chats(tmp_path, predict=str(TINY / "prompts.jsonl")), tiny()
+    fit(tmp_path, module, data, Samples(from_predict=True))
+    said = printed(capsys)
+    data.setup("predict")
+    batch = next(iter(data.predict_dataloader()))
+    row, answer = batch["row_ids"].index(0), module.predict_step(batch, 0)
+    tuned = data.tokenizer.decode(answer[row], skip_special_tokens=True)
+    prompt = data.tokenizer.decode(
+        batch["input_ids"][row][batch["attention_mask"][row].bool()], skip_special_tokens=True
+    )
+    assert "prompt base tuned" in said
+    assert " ".join(tuned.split()) in said
+    assert prompt.split()[0] in said.split("tuned")[-1]
+    assert module.model.training
+
+
+def test_prompts_come_from_the_validation_data_where_there_are_no_others(tmp_path, capsys):
+    data, module = chats(tmp_path), tiny()
+    fit(tmp_path, module, data, Samples(prompts=2), val_check_interval=1)
+    said = printed(capsys)
+    batch = next(iter(data.val_dataloader()))
+    first = batch["labels"][0, : batch["lengths"][0][0]]
+    prompt = batch["input_ids"][0, : int((first != -100).nonzero()[0])]
+    assert " ".join(data.tokenizer.decode(prompt, skip_special_tokens=True).split()) in said
+
+
+def test_the_base_answers_once_and_every_validation_is_kept(tmp_path, monkeypatch):
+    calls = []
+    answers = generate.answers
+    monkeypatch.setattr(generate, "answers", lambda *args: calls.append(1) or answers(*args))
+    logger = TensorBoardLogger(tmp_path, name="", version="")
+    module = tiny()
+    fit(tmp_path, module, chats(tmp_path), Samples(prompts=2), val_check_interval=1, logger=logger, max_steps=3)
+    assert len(calls) == 1 + 3  # the base, and the tuned model three times; the last validation is the end's
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    texts = events.Tensors("samples/text_summary")
+    assert [text.step for text in texts] == [0, 1, 2]
+    assert "| prompt | base | tuned |" in texts[0].tensor_proto.string_val[0].decode()
+
+
+def test_training_goes_on_as_without(tmp_path):
+    def weights(*callbacks):
+        module = tiny(lora={"lora_dropout": 0.3})
+        trainer = synthetic.trainer(
+            tmp_path, callbacks=list(callbacks), max_steps=3, max_epochs=-1, val_check_interval=1
+        )
+        torch.manual_seed(0)
+        trainer.fit(module, chats(tmp_path))
+        return list(module.trained_parameters())
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(Samples()), weights(), strict=True))
+
+
+@pytest.mark.parametrize("samples", [Samples(prompts=0), Samples()])
+def test_none_are_asked_for_or_nothing_is_known_of_text(tmp_path, tiny_base, capsys, samples):
+    module = Phi3LoRAModule(tiny_base, dtype="float32")
+    trainer = synthetic.trainer(tmp_path, callbacks=[samples])
+    trainer.fit(module, synthetic.loader(CHATS), synthetic.loader(CHATS))
+    assert "answers" not in printed(capsys)
+
+
+@pytest.mark.parametrize(("options", "key"), [({"prompts": -1}, "samples"), ({"max_new_tokens": 0}, "sample_tokens")])
+def test_numbers_out_of_range_are_refused(options, key):
+    with pytest.raises(ConfigError, match=rf"monitor\.{key}"):
+        Samples(**options)
