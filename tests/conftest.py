@@ -11,6 +11,10 @@ import synthetic
 REPOSITORY = Path(__file__).parent.parent
 
 
+# torch's threads do not survive a fork, and several threads at once fail to make them again ("Invalid thread pool!")
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # tests run beside each other, and two pools of torch threads on the same cores slow each other down many times
