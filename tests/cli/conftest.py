@@ -61,6 +61,7 @@ def start(folder: Path, *args: str) -> Run:
     if pid == 0:
         code = 1
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is deaf to it
             os.chdir(folder)
             sink = os.open(output, os.O_WRONLY | os.O_CREAT)
             os.dup2(sink, 1)
