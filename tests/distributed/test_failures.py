@@ -2,6 +2,8 @@
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.callbacks import AgreedStop, RankFailure, RunCheckpoint
+from phi3_lightning.callbacks.failure import BEAT_SECONDS
 from phi3_lightning.checkpoint_io import read_checkpoint
 
 from . import cases, ranks
@@ -44,6 +47,49 @@ def fit(folder, base, batches, strategy, world, *callbacks, kind=Trouble, **opti
     trainer = cases.trainer(folder, strategy, world, callbacks=callbacks, use_distributed_sampler=False, **options)
     rank = int(os.environ["LOCAL_RANK"])
     trainer.fit(cases.module(base, kind, gradient_checkpointing="none"), cases.loader(batches * 8, rank, world))
+
+
+LISTENER = """
+import sys, time, types
+import torch.distributed as dist
+from phi3_lightning.callbacks import RankFailure
+store, how = sys.argv[1:]
+dist.init_process_group("gloo", init_method=store, rank=1, world_size=2)
+trainer = types.SimpleNamespace(world_size=2, global_rank=1)
+callback = RankFailure()
+callback.setup(trainer, None, "fit")
+print("listening", flush=True)
+sys.stdin.readline()
+if how == "teardown":
+    callback.teardown(trainer, None, "fit")
+"""
+
+
+def keep_the_store(port):
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=0, world_size=2)
+    torch.distributed.all_gather_object([None, None], "host")
+    time.sleep(100)
+
+
+@pytest.mark.parametrize("how", ["teardown", "exception"])
+def test_a_process_that_listens_ends_well(tmp_path, how):
+    """The store answers while the interpreter is going: a thread that is still there aborts the process."""
+    port = ranks.free_port()
+    (keeper,) = ranks.start(tmp_path, 1, keep_the_store, port)
+    command = [sys.executable, "-c", LISTENER, f"tcp://127.0.0.1:{port}", how]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True) as listener:
+        try:
+            assert listener.stdout.readline() == "listening\n"
+            keeper.kill(signal.SIGSTOP)
+            time.sleep(2 * BEAT_SECONDS)  # now the thread waits for the store
+            listener.stdin.write("\n")
+            listener.stdin.flush()
+            time.sleep(0.1)
+            keeper.kill(signal.SIGCONT)
+            assert listener.wait(30) == 0, listener.stderr.read()
+        finally:
+            keeper.kill()
 
 
 def last_lines(rank: ranks.Rank) -> str:

@@ -1,5 +1,6 @@
 """Which rank failed first, said by every rank, and an end to all of them."""
 
+import atexit
 import os
 import socket
 import sys
@@ -43,11 +44,13 @@ class RankFailure(pl.Callback):
             dist.all_gather_object(hosts, socket.gethostname())
             self._watch = _Watch(trainer.global_rank, hosts, self.grace)
             self._watch.start()
+            atexit.register(self._watch.end)  # after an exception there is no teardown
 
     @override
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if self._watch is not None:
-            self._watch.over.set()
+            self._watch.end()
+            atexit.unregister(self._watch.end)
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
@@ -98,6 +101,11 @@ class _Watch(threading.Thread):
         if self._first is not None and not self.over.wait(self._grace):
             print(f"error: {self._told()}", file=sys.stderr, flush=True)
             os._exit(1)
+
+    def end(self) -> None:
+        """Stop listening: a thread that comes back from the store while the interpreter goes aborts the process."""
+        self.over.set()
+        self.join(self._grace)
 
     def report(self, cause: str, patience: float) -> None:
         """Tell the others why this rank fails; rank 0 waits until they have heard, since it keeps the store."""
