@@ -74,7 +74,7 @@ def test_tensorboard_shows_it_in_a_browser(cli, tmp_path):
     sys.path.insert(0, str(REPOSITORY / "scripts"))
     if importlib.util.find_spec("playwright") is None:
         pytest.skip("no playwright: the extra dev is not installed")
-    import board_screenshot as board
+    import screenshots as board
 
     if not board.CHROMIUM.exists():
         pytest.skip(f"no browser: {board.CHROMIUM} is missing")

@@ -1,12 +1,16 @@
-"""Opens TensorBoard over a run in headless Chromium, and keeps a picture of it.
+"""The pictures of the documentation, of a run of the quickstart: TensorBoard, a page of preview, the report of a test.
 
-python scripts/board_screenshot.py runs/quickstart/tensorboard docs/images/tensorboard.png
+    make quickstart
+    python scripts/screenshots.py
+
+Pages are opened in headless Chromium, which reaches nothing but this machine.
 """
 
 import argparse
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -98,22 +102,62 @@ def _local_only(route: Any) -> None:
     _ = route.continue_() if local else route.abort()
 
 
-def main() -> None:
-    """Take the picture."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("logdir", type=Path)
-    parser.add_argument("png", type=Path)
-    args = parser.parse_args()
-    with tensorboard(args.logdir) as address, browser() as page:
+def photograph_board(page: Page, logdir: Path, png: Path) -> None:
+    """Keep a picture of TensorBoard's curves.
+
+    Args:
+        page: A page of the browser.
+        logdir: The event files.
+        png: Where the picture goes.
+    """
+    with tensorboard(logdir) as address:
         page.goto(f"{address}/?tagFilter={quote(SHOWN)}&smoothing=0#timeseries")
         page.get_by_text("Tags matching filter").first.wait_for()
         page.get_by_text("Enable step selection and data table").click()
         page.get_by_role("button", name="Settings").first.click()
         page.wait_for_timeout(2000)  # curves draw themselves
-        page.screenshot(path=args.png)
-    with Image.open(args.png) as picture:  # few colours: a quarter of the size
-        picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(args.png, optimize=True)
-    print(f"{args.png}: {args.png.stat().st_size / 1000:.0f} kB")
+        page.screenshot(path=png)
+
+
+def photograph_page(page: Page, html: Path, png: Path, width: int = 1100, height: int = 1000) -> None:
+    """Keep a picture of the top of a self-contained page.
+
+    Args:
+        page: A page of the browser.
+        html: The page's file.
+        png: Where the picture goes.
+        width: Of the picture, in pixels.
+        height: Of the picture, in pixels.
+    """
+    page.set_viewport_size({"width": width, "height": height})
+    page.goto("about:blank")
+    page.set_content(html.read_text(encoding="utf-8"))
+    page.screenshot(path=png)
+
+
+def _command(*arguments: str) -> None:
+    subprocess.run([sys.executable, "cli.py", *arguments], check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    """Take the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/quickstart"), help="the folder of the run")
+    parser.add_argument("--folder", type=Path, default=Path("docs/images"), help="where the pictures go")
+    args = parser.parse_args()
+    args.folder.mkdir(parents=True, exist_ok=True)
+    config = str(args.run / "config.yaml")
+    with tempfile.TemporaryDirectory() as made, browser() as page:
+        _command("preview", "--config", config, "--html", f"{made}/preview.html")
+        report = Path(made) / args.run.name  # which the page has for a title
+        _command("test", "--config", config, "--evaluation.folder", str(report), "--trainer.logger", "false")
+        photograph_board(page, args.run / "tensorboard", args.folder / "tensorboard.png")
+        photograph_page(page, Path(made) / "preview.html", args.folder / "preview.png")
+        photograph_page(page, report / "test.html", args.folder / "report.png")
+    for png in sorted(args.folder.glob("*.png")):
+        with Image.open(png) as picture:  # few colours: a quarter of the size
+            picture.convert("P", palette=Image.Palette.ADAPTIVE, colors=64).save(png, optimize=True)
+        print(f"{png}: {png.stat().st_size / 1000:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,163 @@
+"""What the README and the guides name is there: files, headings, tests, public names, upstream internals."""
+
+import ast
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import phi3_lightning
+from cli.conftest import REPOSITORY
+from docs.blocks import PAGES, broken, without_code
+
+PACKAGE = Path(phi3_lightning.__file__).parent
+TEST = re.compile(r"\[(test_\w+)\]\((?:\.\./)?(tests/[\w/]+\.py)\)")
+
+
+def page(name: str) -> str:
+    return (REPOSITORY / "docs" / name).read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------- links
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_links_lead_somewhere(path):
+    assert broken(path.read_text(encoding="utf-8"), path) == []
+
+
+@pytest.mark.parametrize("link", ["absent.md", "data.md#absent", "#absent", "../tests/absent.py"])
+def test_a_broken_link_is_found(link):
+    assert broken(f"# Here\n\n[there]({link})\n", REPOSITORY / "docs/x.md") == [link]
+
+
+def test_a_link_to_a_heading_is_followed():
+    assert broken("[options](checkpoints.md#what-a-checkpoint-holds)", REPOSITORY / "docs/x.md") == []
+
+
+# ---------------------------------------------------------------------- tests
+
+
+def absent_tests(text: str) -> list[str]:
+    """The tests that a page links to by name, and which its file does not have."""
+    return [
+        f"{file}::{name}"
+        for name, file in TEST.findall(text)
+        if f"def {name}(" not in (REPOSITORY / file).read_text(encoding="utf-8")
+    ]
+
+
+@pytest.mark.parametrize("path", PAGES, ids=lambda path: path.stem)
+def test_tests_that_are_named_exist(path):
+    text = path.read_text(encoding="utf-8")
+    assert absent_tests(text) == []
+    assert len(TEST.findall(text)) == len(re.findall(r"\[test_\w+\]", without_code(text)))
+
+
+def test_a_test_that_is_absent_is_found():
+    text = "[test_that_never_was](../tests/test_module.py)"
+    assert absent_tests(text) == ["tests/test_module.py::test_that_never_was"]
+
+
+def test_each_fault_has_a_test():
+    rows = [row for row in re.findall(r"^\| (.+) \|$", page("faults.md"), re.MULTILINE) if "---" not in row][1:]
+    assert len(rows) > 40
+    assert [row for row in rows if not TEST.search(row)] == []
+
+
+# ---------------------------------------------------------------------- the reference
+
+
+def documented() -> set[str]:
+    return set(re.findall(r"^::: (\S+)$", page("api.md"), re.MULTILINE))
+
+
+def found(path: str) -> object:
+    """Import what a page names by its whole path."""
+    parts = path.split(".")
+    for depth in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:depth]))
+        except ModuleNotFoundError:
+            continue
+        for name in parts[depth:]:
+            value = getattr(value, name)
+        return value
+    raise ModuleNotFoundError(path)
+
+
+@pytest.mark.parametrize("room", ["phi3_lightning", "phi3_lightning.callbacks", "phi3_lightning.metrics"])
+def test_every_public_name_is_in_the_reference(room):
+    public = {f"{room}.{name}" for name in importlib.import_module(room).__all__ if name != "__version__"}
+    assert public <= documented()
+
+
+def test_the_reference_names_what_there_is():
+    assert all(found(path) is not None for path in documented())
+    for path, members in re.findall(
+        r"^::: (\S+)\n    options:\n      members:\n((?:        - \w+\n)+)", page("api.md"), re.M
+    ):
+        assert [name for name in re.findall(r"- (\w+)", members) if not hasattr(found(path), name)] == []
+
+
+def test_the_reference_has_every_option():
+    pytest.importorskip("mkdocs", reason="no mkdocs: the extra docs is not installed")
+    sys.path.insert(0, str(REPOSITORY / "scripts"))
+    from command_line import parse
+    from site_pages import configuration
+
+    text = configuration()
+    given = ["--model.base=b", "--data.train=c"]
+    options = {key for key in parse(["fit", *given]).keys() if not key.startswith("config")}  # noqa: SIM118
+    sections = dict(re.findall(r"^## (.+?)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
+    listed = {
+        name if section == "The run" else f"{section}.{name}"
+        for section, table in sections.items()
+        for name in re.findall(r"^\| `(\w+)`", table, re.MULTILINE)
+    }
+    assert options <= listed, options - listed
+    assert "| `r` | `int` | `16` | Rank of the update" in sections["model.lora"]
+
+
+# ---------------------------------------------------------------------- upstream internals
+
+
+def private_names() -> set[str]:
+    """Names with an underscore that the code uses and does not define itself."""
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and not _overrides(node)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
+    used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
+    used |= {node.name for node in nodes if isinstance(node, ast.FunctionDef) and _overrides(node)}
+    used |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    return {name for name in used - own if re.fullmatch(r"_[a-z]\w+|_[A-Z]\w+", name) and not name.startswith("__")}
+
+
+def _overrides(node: ast.AST) -> bool:
+    decorators = getattr(node, "decorator_list", [])
+    return any(isinstance(decorator, ast.Name) and decorator.id == "override" for decorator in decorators)
+
+
+NO_INTERNALS = {"_exit", "_fields", "_Placed"}
+"""``os._exit`` and ``NamedTuple._fields`` are documented; the last is a type of our own, in quotes."""
+
+
+def test_upstream_internals_are_listed():
+    listed = set(re.findall(r"[`.](_\w+)", page("upstream_internals.md")))
+    missing = private_names() - NO_INTERNALS - listed
+    assert missing == set()
+
+
+def test_what_is_listed_is_used():
+    code = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
+    rows = re.findall(r"^\| (`?[^|]+) \| ([^|]+) \| [^|]+ \| [^|]+ \|$", page("upstream_internals.md"), re.MULTILINE)
+    for names, files in rows:
+        sources = [(PACKAGE / file).read_text(encoding="utf-8") for file in re.findall(r"`([\w/]+\.py)`", files)]
+        for name in re.findall(r"(_\w+)`", names):
+            assert name in code
+            assert any(name in source for source in sources), f"{name} is in none of {files}"
