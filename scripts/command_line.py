@@ -1,9 +1,11 @@
 """The command line as far as its parsers: what they say and accept, without running anything."""
 
 import io
+import os
 from contextlib import redirect_stdout
 from functools import cache
 from typing import Any
+from unittest.mock import patch
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
@@ -50,14 +52,14 @@ def parse(arguments: list[str]) -> Namespace:
 
 
 def help_of(command: str) -> str:
-    """Return what ``python cli.py COMMAND --help`` prints.
+    """Return what ``python cli.py COMMAND --help`` prints, the text of each option on one line.
 
     Args:
         command: ``fit``, ``validate``, ``test`` or ``predict``.
     """
     printed = io.StringIO()
     try:
-        with redirect_stdout(printed):
+        with redirect_stdout(printed), patch.dict(os.environ, COLUMNS="100000"):
             _parser(command).parse_args([command, "--help"])
     except SystemExit:
         pass

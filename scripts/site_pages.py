@@ -5,7 +5,6 @@ files outside ``docs/`` are written as GitHub has them, relative to the page; on
 the file.
 """
 
-import os
 import re
 from functools import cache
 from html import escape
@@ -105,7 +104,6 @@ def configuration() -> str:
     Returns:
         Markdown, a table for each section of a configuration.
     """
-    os.environ["COLUMNS"] = "100000"  # one line an option
     sections: dict[str, list[str]] = {}
     for name, text in options(help_of("fit")):
         sections.setdefault(name.rpartition(".")[0], []).append(_row(name, text))
