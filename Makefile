@@ -45,7 +45,7 @@ lint: setup
 
 # the documentation as a site in site/; a warning, such as a broken link, is an error
 docs: setup
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet  # of another generator
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # what is switched off speaks of another generator
 
 clean:
 	rm -rf .venv build dist runs site

@@ -35,12 +35,14 @@ def main() -> None:
         model = AutoModelForCausalLM.from_pretrained(given.folder, dtype="auto")
     model.eval()
     tokenizer = AutoTokenizer.from_pretrained(given.folder)
-    stops = GenerationConfig.from_pretrained(given.folder)  # both tokens that end a turn are in it
+    stops = GenerationConfig.from_pretrained(  # both tokens that end a turn are in it
+        given.folder, max_new_tokens=given.max_new_tokens, do_sample=False
+    )
 
     for question in given.question:
         chat = [{"role": "user", "content": question}]
         prompt = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_tensors="pt", return_dict=True)
-        ids = model.generate(**prompt, generation_config=stops, max_new_tokens=given.max_new_tokens, do_sample=False)
+        ids = model.generate(**prompt, generation_config=stops)
         print(f"{question}\n  {tokenizer.decode(ids[0, prompt['input_ids'].shape[1] :], skip_special_tokens=True)}")
 
 
