@@ -129,6 +129,7 @@ PUBLIC = {
         "Forgetting",
         "LineProgress",
         "Monitor",
+        "OutOfMemory",
         "PredictionWriter",
         "RankFailure",
         "RunCheckpoint",
