@@ -2,12 +2,8 @@
 
 import json
 import re
-import subprocess
-import sys
-import time
 
 import pytest
-import yaml
 from transformers import PreTrainedConfig
 
 from cli.conftest import REPOSITORY, TINY
@@ -66,7 +62,11 @@ def test_measured_steps_stand_beside_the_prediction(cli, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".txt") == ["cache"]
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+QUICK = ("phi4_mini_lora",)  # grouped keys, a tied head and longrope are in this one
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PUBLISHED]
+
+
+@pytest.mark.parametrize("name", EACH)
 def test_the_family_is_planned_from_config_json_alone(cli, hub, name):
     folder = hub(name)
     text = cli(
@@ -78,40 +78,30 @@ def test_the_family_is_planned_from_config_json_alone(cli, hub, name):
     assert "there is no GPU here" in text
 
 
-OVERLAYS = sorted(path.stem for path in (REPOSITORY / "configs/overlays").glob("*.yaml"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "tiny"])
+@pytest.mark.parametrize("overlay", ["cpu", "ddp", "fsdp2", "gpu_8gb", "torchrun"])
 def test_overlays_are_planned(cli, hub, overlay):
     base = hub("phi3_mini_4k_lora")
-    names = ("phi3_mini_4k_lora", f"overlays/{overlay}")
-    configs = [f"--config={REPOSITORY}/configs/{name}.yaml" for name in names]
+    path = REPOSITORY / f"configs/overlays/{overlay}.yaml"
+    configs = (f"--config={REPOSITORY}/configs/phi3_mini_4k_lora.yaml", f"--config={path}")
     text = cli("plan", *configs, f"--model.base={base}", "--trainer.accelerator=gpu").text
-    sharded = "FSDP2" in (REPOSITORY / f"configs/overlays/{overlay}.yaml").read_text()
-    assert ("FSDP2 over" in text) != (
-        sharded or "nf4" in str(yaml.safe_load((REPOSITORY / f"configs/overlays/{overlay}.yaml").read_text()))
-    )
+    assert ("FSDP2 over" in text) != ("FSDP2" in path.read_text() or "quantization: nf4" in path.read_text())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_configuration_is_planned(cli, hub, path):
+@pytest.mark.parametrize(
+    "name", ["phi3_mini_4k_loralib", "phi3_mini_4k_dora", "phi3_mini_4k_qlora", "cookbook_sample_finetune"]
+)
+def test_each_kind_of_adapter_is_planned(cli, hub, name):
     base = hub("phi3_mini_4k_lora")
     text = cli(
-        "plan", f"--config={path}", f"--model.base={base}", "--data.train=nowhere.jsonl", "--trainer.accelerator=gpu"
+        "plan",
+        f"--config={REPOSITORY}/configs/{name}.yaml",
+        f"--model.base={base}",
+        "--data.train=nowhere.jsonl",
+        "--trainer.accelerator=gpu",
     ).text
     assert "at the peak" in text
-
-
-def test_it_is_quick_for_a_full_size_model(shared):
-    begun = time.monotonic()
-    subprocess.run(
-        [sys.executable, "cli.py", "plan", "--config=configs/phi3_mini_4k_lora.yaml",
-         f"--model.base={shared}/phi3-mini-4k-instruct", "--data.train=nowhere.jsonl", "--trainer.accelerator=gpu"],
-        cwd=REPOSITORY, check=True, capture_output=True,
-    )  # fmt: skip
-    assert time.monotonic() - begun < 60  # seven seconds of imports among them
 
 
 def test_what_cannot_be_planned_is_named(cli, monkeypatch):

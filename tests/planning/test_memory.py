@@ -8,10 +8,11 @@ import torch
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.model.base import load
+from phi3_lightning.planning import speed
 from phi3_lightning.planning.levers import levers
 from phi3_lightning.planning.memory import Setup, resident
 from phi3_lightning.planning.speed import timed_seconds
-from phi3_lightning.planning.step import Shape, take_step
+from phi3_lightning.planning.step import Shape
 
 SHAPE = Shape([[70, 30], [60]], 110)
 
@@ -94,20 +95,21 @@ def test_several_devices_without_shards_have_buckets(tiny_base):
     assert replace(two, adapter=one.adapter) == one
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_a_step_takes_what_shallow_ones_tell(tmp_path, checkpointing, monkeypatch):
-    base = synthetic.save_tiny(tmp_path / "base", num_hidden_layers=12, hidden_size=128, intermediate_size=512)
-    module = Phi3LoRAModule(base, gradient_checkpointing=checkpointing)
-    told = timed_seconds(module, 12, SHAPE, mixed=True, device="cpu", peak=None)
-    half = timed_seconds(module, 6, SHAPE, mixed=True, device="cpu", peak=None)
-    assert 1.3 < told / half < 2.5  # twice the layers, and one head
-    assert take_step(_real(base, checkpointing), SHAPE, mixed=True) is None
+def test_the_time_of_a_step_follows_from_shallow_ones(tiny_base, monkeypatch):
+    """By a clock that the test moves: a second for the head, and half a second for each layer."""
+    now = [0.0]
 
+    def step(module, shape, **_):
+        now[0] += 1 + 0.5 * module.loaded_model.config.num_hidden_layers
 
-def _real(base: str, checkpointing: str) -> Phi3LoRAModule:
-    module = Phi3LoRAModule(base, gradient_checkpointing=checkpointing)
-    module.configure_model()
-    return module
+    monkeypatch.setattr(speed, "take_step", step)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
+    module = Phi3LoRAModule(tiny_base)
+    options = {"mixed": True, "device": "cpu"}
+    assert timed_seconds(module, 12, SHAPE, peak=None, **options) == pytest.approx(7)
+    # a slow device is timed on the fewest tokens, and the others take as long each
+    slow = timed_seconds(module, 12, SHAPE, peak=1.0, **options)
+    assert slow == pytest.approx(7 * SHAPE.tokens / speed.FEWEST)
 
 
 def test_the_process_has_a_size():

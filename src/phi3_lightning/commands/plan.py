@@ -26,7 +26,7 @@ from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.family import PUBLISHED, write_config
 from phi3_lightning.planning.length import run_length
 from phi3_lightning.planning.levers import levers
-from phi3_lightning.planning.memory import DRIVER, Setup, resident
+from phi3_lightning.planning.memory import Setup, resident
 from phi3_lightning.planning.speed import least_seconds, timed_seconds
 from phi3_lightning.planning.step import Shape
 from phi3_lightning.planning.table import lever_table, measured_table, memory_table, run_line
@@ -96,7 +96,7 @@ class Plan:
             mixed=str(config.trainer.precision) in ("16-mixed", "bf16-mixed", "16", "bf16"),
             ranks=_ranks(config.trainer, self.on_gpu),
             sharded=_is_fsdp2(config.trainer.strategy),
-            process=DRIVER if self.on_gpu else resident(),
+            process=None if self.on_gpu else resident(),
         )
 
     def _module(self, options: dict[str, Any]) -> Phi3LoRAModule:
@@ -151,11 +151,11 @@ class Plan:
             console: Where.
         """
         shape = self.rows.shape
+        measured = self._measured()  # first: what follows takes memory too
         self.on_begin("a step without numbers")
         memory = self.setup.memory(shape)
         helpful = levers(self.setup, shape, memory, lambda change: self.on_begin(f"with {change}"))
         seconds = self._seconds(shape)
-        measured = self._measured()
         documents = sum(map(len, shape.lengths))
         console.print(
             f"micro-batch: {shape.tokens:,} tokens, {documents:,} documents, {len(shape.lengths):,} rows "

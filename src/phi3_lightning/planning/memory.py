@@ -24,6 +24,10 @@ INT8 = 1.0
 DRIVER = 1.0e9
 """Bytes of CUDA's context, its libraries' workspaces and what the allocator cannot use on a GPU. Not measured."""
 
+HOLES = 0.33e9
+"""Bytes at the most between allocations that a CPU's allocator cannot use, and what libraries load in the first step.
+Calibrated, not derived: 0.44, 0.25 and 0.52 GB were measured on three runs (docs/plan.md)."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -43,6 +47,8 @@ class Memory:
     """A layer's pass, forward or backward. It is over when the head begins, and begins again when that is done."""
     process: float
     """Python and its libraries on a CPU; the driver on a GPU."""
+    holes: float
+    """What the allocator of a CPU cannot use."""
 
     @property
     def working(self) -> float:
@@ -52,7 +58,7 @@ class Memory:
     @property
     def total(self) -> float:
         """All at the peak."""
-        return self.base + self.adapter + self.optimizer + self.kept + self.working + self.process
+        return self.base + self.adapter + self.optimizer + self.kept + self.working + self.process + self.holes
 
 
 @dataclass(frozen=True)
@@ -67,8 +73,8 @@ class Setup:
     """Devices of the run."""
     sharded: bool
     """Whether FSDP2 shards weights over them; otherwise each has all."""
-    process: float
-    """Bytes of the process before it has a model."""
+    process: float | None
+    """Bytes of the process before it has a model; None: on a GPU, where they do not count."""
 
     @classmethod
     def of(cls, trainer: pl.Trainer, module: Phi3LoRAModule) -> Self:
@@ -84,7 +90,7 @@ class Setup:
             mixed=isinstance(trainer.precision_plugin, MixedPrecision),
             ranks=trainer.world_size,
             sharded=isinstance(strategy, FSDP2Strategy),
-            process=DRIVER if strategy.root_device.type == "cuda" else 0.0,
+            process=None if strategy.root_device.type == "cuda" else 0.0,
         )
 
     @cached_property
@@ -111,7 +117,8 @@ class Setup:
             kept=made.kept,
             head=made.head,
             layer=made.layer,
-            process=self.process,
+            process=DRIVER if self.process is None else self.process,
+            holes=0 if self.process is None else min(HOLES, made.kept + max(made.head, made.layer)),
         )
         if self.module.quantization is not None:
             memory = quantized(memory, model, self.module.quantization)

@@ -29,6 +29,7 @@ def memory_table(memory: Memory, where: str) -> Table:
         "head: logits and their gradients": memory.head,
         "a layer's pass": memory.layer,
         "process and libraries": memory.process,
+        "what the allocator cannot use": memory.holes,
     }
     not_then = "a layer's pass" if memory.head > memory.layer else "head: logits and their gradients"
     for name, size in rows.items():
