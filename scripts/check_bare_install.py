@@ -39,10 +39,10 @@ def main() -> None:
         sys.exit(f"not a bare environment: it has the extras {', '.join(present)}")
     modules = import_all()
     names = [f"{module.__name__}.{name}" for module in modules for name in public(module)]
-    for extra, command in REFUSED.items():
-        told = refusal([*command, "--config", sys.argv[1]])
+    for extra, (command, *options) in REFUSED.items():
+        told = refusal([command, "--config", sys.argv[1], *options])
         if f"phi3-lightning[{extra}]" not in told:
-            sys.exit(f"{' '.join(command)}: the extra {extra} is not named: {told!r}")
+            sys.exit(f"{' '.join([command, *options])}: the extra {extra} is not named: {told!r}")
     print(
         f"{len(modules)} modules, {len(names)} public names; without extras: {', '.join(REFUSED)} are refused by name"
     )
