@@ -30,7 +30,7 @@ from phi3_lightning.callbacks.board import boards, step_of
 from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.callbacks.monitor import GENERAL
 from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
-from phi3_lightning.commands import chat, check, export, init, preview
+from phi3_lightning.commands import chat, check, export, init, plan, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import DataError, Phi3LightningError
@@ -40,7 +40,7 @@ from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
 DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
 
-COMMANDS = {"init": init, "preview": preview, "check": check, "chat": chat, "export": export}
+COMMANDS = {"init": init, "preview": preview, "check": check, "plan": plan, "chat": chat, "export": export}
 """Commands that are not the Trainer's; each module has a ``main`` and a ``DESCRIPTION``."""
 
 

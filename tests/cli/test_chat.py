@@ -179,6 +179,7 @@ def test_bad_input_is_said_and_the_chat_goes_on(trained):
     assert too_long.out == ""
     assert "not UTF-8" in chat(trained, *CONFIG, TOKENS, typed=b"Gr\xfc\xdfe\n", code=1).err
     assert chat(trained, *CONFIG, TOKENS, typed="").out == ""
+    assert "prompt" in chat(trained, *CONFIG, "--prompt= ", code=2).err
     assert "none.ckpt: there is no such checkpoint" in chat(trained, "--ckpt_path=none.ckpt", "--prompt=x", code=1).err
     assert "model.lora.r" in chat(trained, *CONFIG, "--model.lora.r=8", "--prompt=x", code=1).err
 

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+from jsonargparse.typing import NotEmptyStr
+
 from phi3_lightning.commands.dialogue import Dialogue
 from phi3_lightning.commands.opened import DATA_KEYS, Opened, open_module
 from phi3_lightning.commands.parser import Parser
@@ -38,7 +40,9 @@ def parser() -> Parser:
         help="A checkpoint (.ckpt), a folder with an adapter in PEFT's format, or a file of loralib's (.pt). null: the "
         "best of --run, or its newest; where there is none, the base answers.",
     )  # fmt: skip
-    result.add_argument("--prompt", type=str | None, default=None, help="Answer this alone, on stdout, and leave.")
+    result.add_argument(
+        "--prompt", type=NotEmptyStr | None, default=None, help="Answer this alone, on stdout, and leave."
+    )
     result.add_argument("--system", type=str | None, default=None, help="The system message.")
     result.add_lightning_class_args(Phi3LoRAModule, "model")
     result.add_argument("--data", type=dict[str, Any], default={}, help=f"{', '.join(DATA_KEYS)} count.")

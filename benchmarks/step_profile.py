@@ -1,0 +1,149 @@
+"""A time budget of one training step: what the frozen matrix products take alone, and where the rest goes.
+
+Three times stand side by side, measured in turns in one process: the whole step (forward, backward, optimiser) on one
+packed row of generated chats; its frozen products alone, same weights, types and numbers of rows, forward and for the
+gradients of their inputs, the head on supervised positions; and what arithmetic says of those at the fastest matrix
+product of the device. Then torch's profiler shows the step operator by operator. The Trainer's own work is not in it.
+"""
+
+import argparse
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from contenders import ceiling, chats, models
+from phi3_lightning import ChatDataModule, Phi3LoRAModule, optim
+from phi3_lightning.batch import IGNORE_INDEX, Batch
+
+NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
+
+
+def packed_row(base: str, tokens: int, folder: Path) -> Batch:
+    """Return the first batch of generated chats: one row of at most so many tokens."""
+    chats.write_chats(folder / "chats.jsonl", 400, chats.tokenizer_of(base))
+    data = ChatDataModule(
+        str(folder / "chats.jsonl"), tokenizer=base, val_fraction=0.0, max_length=tokens, batch_size=1, num_workers=0,
+        cache_dir=str(folder), seed=0,
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    return next(iter(data.train_dataloader()))
+
+
+def frozen_products(module: Phi3LoRAModule, tokens: int, supervised: int) -> Callable[[], None]:
+    """Return a function that multiplies with each frozen matrix twice, as the forward and the backward pass do."""
+    model = module.loaded_model
+    weights = [(layer.weight, tokens) for name, layer in model.named_modules()
+               if isinstance(layer, nn.Linear) and name.removesuffix(".base_layer").endswith(NAMES)]  # fmt: skip
+    weights.append((model.lm_head.weight, supervised))
+    sides = {(rows, size) for weight, rows in weights for size in weight.shape}
+    random = {side: torch.randn(side, device=module.device).to(model.dtype) for side in sides}
+
+    def multiply() -> None:
+        for weight, rows in weights:
+            out, into = weight.shape
+            random[rows, into] @ weight.T
+            random[rows, out] @ weight
+
+    return multiply
+
+
+def step_of(module: Phi3LoRAModule, batch: Batch) -> Callable[[], None]:
+    """Return a function that trains once on a batch."""
+    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    optimizer = optim.make_optimizer(named, module.optimizer_config, fused=True)
+
+    def step() -> None:
+        with module.autocast():
+            loss, count = module.compute_loss(module(batch), module.head, batch)
+        (loss / count).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def seconds(work: Callable[[], None], device: torch.device) -> float:
+    """Return how long something takes once."""
+    start = time.perf_counter()
+    work()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def operators(step: Callable[[], None], device: torch.device, limit: int) -> Table:
+    """Return the operators that take most of a step, by the time that is their own."""
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with profile(activities=activities) as seen:
+        seconds(step, device)
+    kind = "device" if device.type == "cuda" else "cpu"
+    rows: list[Any] = sorted(seen.key_averages(), key=lambda row: -getattr(row, f"self_{kind}_time_total"))
+    total = sum(getattr(row, f"self_{kind}_time_total") for row in rows)
+    table = Table("operator", "calls", "ms", "share", title=f"Operators of one step, by their own {kind} time")
+    for row in rows[:limit]:
+        own = getattr(row, f"self_{kind}_time_total")
+        table.add_row(row.key, f"{row.count:,}", f"{own / 1e3:,.1f}", f"{own / total:.1%}")
+    return table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="folder of a model; else Phi-3-mini's shapes with --layers, random")
+    parser.add_argument("--layers", type=int, default=3)
+    parser.add_argument("--row_tokens", type=int, default=1024)
+    parser.add_argument("--gradient_checkpointing", default="none", choices=("none", "full"))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--operators", type=int, default=20, help="how many are shown")
+    args = parser.parse_args()
+    console = Console()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        base = args.base or str(models.write_random(folder / "base", args.layers))
+        module = Phi3LoRAModule(
+            base, gradient_checkpointing=args.gradient_checkpointing, lora={"r": 16, "lora_alpha": 32}
+        )
+        module.configure_model()
+        batch = packed_row(base, args.row_tokens, folder)
+        tokens = sum(length for row in batch["lengths"] for length in row)
+        supervised = int((batch["labels"] != IGNORE_INDEX).sum())
+        needed = ceiling.needed_flops(base, tokens, supervised)
+    module.to(device).train()
+    on_device: Any = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    work = {
+        "the step": step_of(module, on_device), "its frozen products alone": frozen_products(module, tokens, supervised)
+    }  # fmt: skip
+    taken: dict[str, list[float]] = {name: [] for name in work}
+    for turn in range(args.repeats + 1):
+        for name, function in work.items():
+            if (found := seconds(function, device)) and turn > 0:  # the first one warms up
+                taken[name].append(found)
+    peak = ceiling.matmul_flops(device.type)
+    budget = Table("", "ms", "x", title=f"{tokens:,} tokens in one row, {supervised:,} of them supervised, {device}")
+    step = statistics.median(taken["the step"])
+    for name, values in taken.items():
+        middle = statistics.median(values)
+        budget.add_row(name, f"{middle * 1e3:,.1f}", f"{middle / step:.2f}")
+    arithmetic = needed / peak
+    budget.add_row(
+        f"arithmetic: {needed / 1e12:.2f} TFLOP at {peak / 1e12:.2f} TFLOP/s", f"{arithmetic * 1e3:,.1f}",
+        f"{arithmetic / step:.2f}",
+    )  # fmt: skip
+    console.print(budget)
+    console.print(f"the step takes {step / statistics.median(taken['its frozen products alone']):.2f} times its frozen "
+                  f"products; {tokens / step:,.0f} tokens/s")  # fmt: skip
+    console.print(operators(work["the step"], device, args.operators))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,234 @@
+"""``plan``: memory, time and what would help, from a configuration alone."""
+
+import logging
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch import seed_everything
+from rich.console import Console
+
+from phi3_lightning.callbacks.flops import peak_flops
+from phi3_lightning.commands.one_device import one_device_trainer
+from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
+from phi3_lightning.data.datamodule import ChatDataModule
+from phi3_lightning.errors import ModelError
+from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.planning.length import run_length
+from phi3_lightning.planning.levers import levers
+from phi3_lightning.planning.memory import DRIVER, Setup, resident
+from phi3_lightning.planning.speed import least_seconds, timed_seconds
+from phi3_lightning.planning.step import Shape
+from phi3_lightning.planning.table import lever_table, measured_table, memory_table, run_line
+from phi3_lightning.planning.trial import Measured, measure
+from phi3_lightning.platform import check_accelerator
+
+DESCRIPTION = "Predict memory, speed and hours of a run from its configuration, and what would help most."
+
+
+def parser() -> Parser:
+    """Return the parser of ``plan``, which takes the configuration of ``fit`` as it is."""
+    result = Parser(prog="cli.py plan", description=DESCRIPTION)
+    result.add_argument("-c", "--config", action="config", help="Configuration of a run.")
+    result.add_lightning_class_args(Phi3LoRAModule, "model")
+    result.add_lightning_class_args(ChatDataModule, "data")
+    result.add_lightning_class_args(pl.Trainer, "trainer")
+    result.add_argument("--seed_everything", type=int | bool, default=42, help="Decides the split and the batches.")
+    result.add_argument(
+        "--measure", action="store_true", help="Load the base, take three steps, and set them beside the prediction."
+    )
+    result.accept_rest_of_run()
+    return result
+
+
+def main(args: list[str]) -> None:
+    """Run the command.
+
+    Args:
+        args: The arguments after ``plan``.
+
+    Raises:
+        ConfigError: If options cannot be used.
+        ModelError: If the base has no configuration, cannot carry the adapter, or, to be measured, has no weights.
+    """
+    config = parser().parse_args(args)
+    if config.data.tokenizer is None:
+        config.data.tokenizer, config.data.revision = config.model.base, config.model.revision
+    seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
+    _quieten()
+    with _progress() as on_begin:
+        Plan(config, on_begin).print(Console(highlight=False))
+
+
+class Plan:
+    """The plan of one configuration.
+
+    Args:
+        config: The options.
+        on_begin: Told what is being done.
+
+    Raises:
+        ConfigError: If options cannot be used.
+        ModelError: If the base has no configuration, or cannot carry the adapter.
+    """
+
+    def __init__(self, config: Namespace, on_begin: Callable[[str], None]) -> None:
+        self.config = config
+        self.on_begin = on_begin
+        self.on_gpu = _on_gpu(str(config.trainer.accelerator))
+        self.module = Phi3LoRAModule(**config.model.as_dict())
+        self._check_base()
+        on_begin("reading the data")
+        self.rows: PlannedRows = planned_rows(ChatDataModule(**config.data.as_dict()))
+        on_begin("measuring the device")
+        self.peak = self._peak()
+        self.setup = Setup(
+            self.module,
+            mixed=str(config.trainer.precision) in ("16-mixed", "bf16-mixed", "16", "bf16"),
+            ranks=_ranks(config.trainer, self.on_gpu),
+            sharded=_is_fsdp2(config.trainer.strategy),
+            process=DRIVER if self.on_gpu else resident(),
+        )
+
+    def _check_base(self) -> None:
+        try:
+            self.module.check_base()
+        except ModelError as error:
+            if not Path(self.module.base).is_dir():
+                error.add_note("plan reads config.json alone: --model.base FOLDER with that file needs no network")
+            raise
+
+    def _peak(self) -> float | None:
+        """Operations a second of the device; None where the GPU is not here, or not in the table."""
+        if self.on_gpu and not torch.cuda.is_available():
+            return None
+        dtype = torch.float32 if self.module.dtype_name == "float32" else torch.bfloat16
+        return peak_flops(torch.device("cuda" if self.on_gpu else "cpu"), dtype)
+
+    def _seconds(self, shape: Shape) -> float | None:
+        """Of a micro-batch on this machine's device; None where that cannot be told from a few layers."""
+        if (self.on_gpu and not torch.cuda.is_available()) or not self.setup.hollow.alike:
+            return None
+        self.on_begin("timing some layers")
+        return timed_seconds(
+            self.module,
+            len(self.setup.hollow.model.model.layers),
+            shape,
+            mixed=self.setup.mixed,
+            device="cuda" if self.on_gpu else "cpu",
+            peak=self.peak,
+        )
+
+    def _measured(self) -> Measured | None:
+        if not self.config.measure:
+            return None
+        self.on_begin("three real steps")
+        section = self.config.trainer.as_dict()
+        with tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-") as folder:
+            make_trainer = partial(one_device_trainer, section, folder, gradient_clip_val=section["gradient_clip_val"])
+            return measure(self.module, self.rows.largest, make_trainer)
+
+    def print(self, console: Console) -> None:
+        """Print it.
+
+        Args:
+            console: Where.
+        """
+        shape = self.rows.shape
+        self.on_begin("a step without numbers")
+        memory = self.setup.memory(shape)
+        helpful = levers(self.setup, shape, memory, lambda change: self.on_begin(f"with {change}"))
+        seconds = self._seconds(shape)
+        measured = self._measured()
+        documents = sum(map(len, shape.lengths))
+        console.print(
+            f"micro-batch: {shape.tokens:,} tokens, {documents:,} documents, {len(shape.lengths):,} rows "
+            f"({self.rows.source})",
+            soft_wrap=True,
+            markup=False,
+        )
+        console.print(memory_table(memory, "a GPU" if self.on_gpu else "this process"))
+        if self.on_gpu or self.setup.sharded or self.module.quantization is not None:
+            console.print("a calculation: GPUs, FSDP2 and quantised bases were not measured (docs/plan.md)")
+        console.print(lever_table(helpful, memory))
+        self._print_speed(console, seconds)
+        if measured is not None:
+            console.print(measured_table(memory, measured, shape, seconds, on_gpu=self.on_gpu))
+            seconds = measured.seconds
+        self._print_length(console, None if seconds is None else self.setup.ranks * shape.tokens / seconds)
+
+    def _print_speed(self, console: Console, seconds: float | None) -> None:
+        if seconds is None:
+            why = "layers carry different adapters; --measure tells" if self.on_gpu == torch.cuda.is_available() else ""
+            console.print(f"speed: unknown: {why or 'there is no GPU here'}")
+            return
+        tokens = self.rows.shape.tokens
+        line = f"speed: {tokens / seconds:,.0f} tokens/s a device, {1e3 * seconds / tokens:.3f} ms a token"
+        if self.peak is not None:
+            share = least_seconds(self.setup.hollow.module, self.rows.shape, self.peak) / seconds
+            line += f"; its products with weights alone take {share:.0%} of it, at {self.peak / 1e12:.3g} TFLOP/s"
+        console.print(line, soft_wrap=True)
+
+    def _print_length(self, console: Console, tokens_per_second: float | None) -> None:
+        if self.rows.batches is None:
+            console.print("whole run: unknown, since the data were not read")
+            return
+        trainer = self.config.trainer
+        length = run_length(
+            self.rows.batches,
+            self.rows.tokens,
+            self.setup.ranks,
+            accumulate=trainer.accumulate_grad_batches,
+            max_epochs=trainer.max_epochs,
+            max_steps=trainer.max_steps,
+            limit=trainer.limit_train_batches,
+        )
+        console.print(run_line(length, tokens_per_second), soft_wrap=True)
+
+
+def _on_gpu(accelerator: str) -> bool:
+    check_accelerator(accelerator)
+    return accelerator != "cpu" and (accelerator != "auto" or torch.cuda.is_available())
+
+
+def _ranks(trainer: Namespace, on_gpu: bool) -> int:
+    devices = trainer.devices
+    if isinstance(devices, list):
+        here = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        here = max(torch.cuda.device_count(), 1) if on_gpu else 1
+    else:
+        here = int(devices)
+    return here * int(trainer.num_nodes)
+
+
+def _is_fsdp2(strategy: str | Namespace) -> bool:
+    return not isinstance(strategy, str) and str(strategy.class_path).endswith("FSDP2Strategy")
+
+
+def _quieten() -> None:
+    """Leave out what Lightning says about data and Trainers; what counts is in the tables."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval", UserWarning)
+    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no", UserWarning)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows what is being done; without a terminal, one line for each."""
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        yield lambda name: print(f"planning: {name}", file=sys.stderr, flush=True)
+        return
+    with console.status("planning") as status:
+        yield lambda name: status.update(f"planning: {name}")

@@ -1,0 +1,152 @@
+"""A training step without numbers: the very code of a step, on tensors that have shapes and no values.
+
+``FakeTensorMode`` runs each operation on shapes alone, and a dispatch mode adds up the storages that are alive. Nothing
+is allocated and nothing is computed, and no weight is read. Layers that are alike need and keep the same each, so that
+what a deep model needs follows from two shallow runs of it.
+"""
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import Phi3ForCausalLM
+
+from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.planning.step import Shape, take_step, without_values
+
+SHALLOW = (2, 3)
+"""Layers of the two runs that deep models are extrapolated from; the first layer differs, as no gradient passes it."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Bytes of what a micro-batch needs beside weights, gradients and optimiser state."""
+
+    kept: float
+    """From the forward pass to the backward pass."""
+    head: float
+    """Logits and their gradients, at the most, beside what is kept."""
+    layer: float
+    """A layer's pass, forward or backward, at the most, beside what is kept."""
+
+
+class Hollow:
+    """A module with its adapter, of which every tensor has a shape, a type and no values.
+
+    Args:
+        configured: The module as it is configured, not loaded.
+
+    Raises:
+        ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
+    """
+
+    def __init__(self, configured: Phi3LoRAModule) -> None:
+        self.module = without_values(configured)
+        """The module; its ``forward`` works on fake batches alone."""
+        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what is on the meta device becomes fake
+        with self._mode:
+            self.model.to_empty(device="cpu")
+            self.model.tie_weights()
+
+    @property
+    def model(self) -> Phi3ForCausalLM:
+        """The model with its adapter."""
+        return self.module.loaded_model
+
+    @property
+    def alike(self) -> bool:
+        """Whether all layers carry the same adapter."""
+        trained = [
+            {name: parameter.shape for name, parameter in layer.named_parameters() if parameter.requires_grad}
+            for layer in self.model.model.layers
+        ]
+        return all(found == trained[0] for found in trained)
+
+    def activations(self, shape: Shape, *, mixed: bool) -> Activations:
+        """Return what a micro-batch needs in training.
+
+        Args:
+            shape: Its size.
+            mixed: Whether the Trainer's precision is a mixed one, in 16 bits.
+        """
+        config, depth = self.model.config, len(self.model.model.layers)
+        if depth <= max(SHALLOW) or not self.alike:
+            return self._run(shape, mixed)
+        found = []
+        try:
+            for config.num_hidden_layers in SHALLOW:
+                found.append(self._run(shape, mixed))
+        finally:
+            config.num_hidden_layers = depth
+        return _extrapolated(found[0], found[1], depth)
+
+    def _run(self, shape: Shape, mixed: bool) -> Activations:
+        phases: list[tuple[int, int]] = []
+        with self._mode:
+            for parameter in self.module.trained_parameters():
+                parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
+        gradients = [parameter.grad for parameter in self.module.trained_parameters()]
+        with self._mode, _Storages([*self.model.parameters(), *self.model.buffers(), *gradients]) as storages:
+            take_step(
+                self.module, shape, mixed=mixed, on_phase=lambda: phases.append((storages.restart(), storages.live))
+            )
+        (forward, _), (head, kept), (backward, _) = phases
+        return Activations(kept, max(head - kept, 0), max(forward - kept, backward - kept, 0))
+
+
+class _Storages(TorchDispatchMode):
+    """Adds up the bytes of all storages that are alive, but for those of tensors that were there before."""
+
+    def __init__(self, before: list[Tensor | None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self._peak = 0
+        self._known: dict[int, int] = {}
+        self._before = {tensor.untyped_storage()._cdata for tensor in before if tensor is not None}
+
+    def restart(self) -> int:
+        """Return the most bytes that were alive since the last call."""
+        peak, self._peak = self._peak, self.live
+        return peak
+
+    def _watch(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._known or key in self._before:
+            return
+        self._known[key] = storage.nbytes()
+        self.live += self._known[key]
+        self._peak = max(self._peak, self.live)
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._known.pop(key)
+
+    def __torch_dispatch__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._watch(leaf)
+        return result
+
+
+def _extrapolated(shallow: Activations, deeper: Activations, depth: int) -> Activations:
+    """Peaks, and not what they exceed the rest by, grow by the same with each layer."""
+    start, end = SHALLOW
+
+    def at(first: float, second: float) -> float:
+        return first + (second - first) / (end - start) * (depth - start)
+
+    kept = at(shallow.kept, deeper.kept)
+    head, layer = (
+        at(shallow.kept + getattr(shallow, name), deeper.kept + getattr(deeper, name)) for name in ("head", "layer")
+    )
+    return Activations(kept, max(head - kept, 0), max(layer - kept, 0))

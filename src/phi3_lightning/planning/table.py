@@ -1,0 +1,98 @@
+"""What a plan looks like in the terminal."""
+
+import math
+
+from rich.table import Table
+
+from phi3_lightning.planning.length import Length
+from phi3_lightning.planning.levers import Lever
+from phi3_lightning.planning.memory import Memory
+from phi3_lightning.planning.step import Shape
+from phi3_lightning.planning.trial import Measured
+
+
+def memory_table(memory: Memory, where: str) -> Table:
+    """Return the predicted peak by part.
+
+    Args:
+        memory: The prediction.
+        where: Which device, in words.
+    """
+    table = Table(title=f"peak memory of {where}, predicted", show_footer=True)
+    table.add_column("part", footer="at the peak")
+    table.add_column("GB", justify="right", footer=f"{memory.total / 1e9:.2f}")
+    rows = {
+        "base weights": memory.base,
+        "adapter, its gradients": memory.adapter,
+        "optimiser state": memory.optimizer,
+        "activations kept for the backward pass": memory.kept,
+        "head: logits and their gradients": memory.head,
+        "a layer's pass": memory.layer,
+        "process and libraries": memory.process,
+    }
+    not_then = "a layer's pass" if memory.head > memory.layer else "head: logits and their gradients"
+    for name, size in rows.items():
+        shown = f"{size / 1e9:.2f}"
+        table.add_row(name, f"({shown})" if name == not_then else shown)
+    table.caption = "in parentheses: needed at another moment, and less of it"
+    return table
+
+
+def lever_table(levers: list[Lever], memory: Memory) -> Table:
+    """Return the changes, each with the peak it would come to.
+
+    Args:
+        levers: The changes, the most helpful first.
+        memory: The prediction without them.
+    """
+    table = Table(title="what would help, each by itself")
+    table.add_column("change")
+    table.add_column("GB", justify="right")
+    table.add_column("less", justify="right")
+    for lever in levers:
+        total = lever.memory.total
+        table.add_row(lever.change, f"{total / 1e9:.2f}", f"{1 - total / memory.total:.0%}")
+    return table
+
+
+def measured_table(memory: Memory, measured: Measured, shape: Shape, seconds: float | None, *, on_gpu: bool) -> Table:
+    """Return the prediction beside three real steps.
+
+    Args:
+        memory: The prediction.
+        measured: What the steps took.
+        shape: The size of their micro-batch.
+        seconds: The predicted time of the micro-batch; None: unknown.
+        on_gpu: Whether torch counted the memory, which does not see the driver.
+    """
+    table = Table(title="predicted and measured")
+    for column in ("", "predicted", "measured", "off by"):
+        table.add_column(column, justify="right" if column else "left")
+    predicted = memory.total - (memory.process if on_gpu else 0)
+    off = f"{predicted / measured.peak - 1:+.1%}"
+    table.add_row("peak memory, GB", f"{predicted / 1e9:.2f}", f"{measured.peak / 1e9:.2f}", off)
+    if seconds is not None:
+        off = f"{measured.seconds / seconds - 1:+.1%}"
+        table.add_row("tokens/s", *(f"{shape.tokens / took:,.0f}" for took in (seconds, measured.seconds)), off)
+    return table
+
+
+def run_line(length: Length, tokens_per_second: float | None) -> str:
+    """Return one line about the whole run.
+
+    Args:
+        length: How long it is.
+        tokens_per_second: Of all devices; None: unknown.
+    """
+    if math.isinf(length.steps):
+        return "whole run: without an end; set trainer.max_epochs or trainer.max_steps"
+    line = f"whole run: {length.steps:,.0f} optimiser steps over {length.tokens:,.0f} tokens"
+    if tokens_per_second is None:
+        return line
+    return f"{line}, {_time(length.tokens / tokens_per_second)} without validation and saving"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 100:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

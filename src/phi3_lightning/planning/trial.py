@@ -1,0 +1,68 @@
+"""Three real optimiser steps, to set beside what was predicted."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from phi3_lightning.batch import Batch
+from phi3_lightning.callbacks.throughput import peak_memory
+from phi3_lightning.config import Schedule
+from phi3_lightning.module import Phi3LoRAModule
+
+STEPS = 3
+"""Optimiser steps; the first warms up and is not timed."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the steps took."""
+
+    seconds: float
+    """Of an optimiser step over one micro-batch, in the median."""
+    peak: int
+    """Bytes: the most that the process, or torch on a GPU, has held."""
+
+
+def measure(configured: Phi3LoRAModule, batch: Batch, make_trainer: Callable[..., pl.Trainer]) -> Measured:
+    """Train on one micro-batch again and again, with the real weights; nothing is written.
+
+    Args:
+        configured: The module as it is configured, not loaded.
+        batch: The micro-batch.
+        make_trainer: Makes a Trainer on the user's device and precision, with further options.
+
+    Raises:
+        ModelError: If the base cannot be loaded.
+    """
+    constant = Schedule("constant", 0)  # a warm-up may be longer than this
+    module = Phi3LoRAModule(**{**configured.hparams, "lora": configured.lora, "schedule": constant})
+    clock = _Clock()
+    trainer = make_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[clock])
+    trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))  # type: ignore[arg-type]  # a list is a data set
+    return Measured(median(clock.seconds[1:]), peak_memory(trainer.strategy.root_device))
+
+
+class _Clock(pl.Callback):
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
+        self._start = _now(trainer)
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
+        self.seconds.append(_now(trainer) - self._start)
+
+
+def _now(trainer: pl.Trainer) -> float:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()

@@ -1,0 +1,129 @@
+"""``plan``: a prediction from configurations alone, and three real steps beside it."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+
+from cli.conftest import REPOSITORY, TINY
+from recipes.published import PUBLISHED
+
+QUICKSTART = (
+    f"--config={REPOSITORY}/configs/quickstart.yaml", f"--model.base={TINY}",
+    f"--data.train={TINY}/chats_train.jsonl", f"--data.val={TINY}/chats_val.jsonl", "--data.predict=null",
+)  # fmt: skip
+PARTS = (
+    "base weights", "adapter, its gradients", "optimiser state", "activations kept", "head", "a layer's pass",
+    "process and libraries",
+)  # fmt: skip
+
+
+def gigabytes(text: str, row: str) -> float:
+    """What a row of the tables says."""
+    return float(re.search(rf"{re.escape(row)}[^│┃]*[│┃] *\(?([\d.]+)", text).group(1))
+
+
+@pytest.fixture
+def hub(tmp_path):
+    """Make a folder with nothing but the configuration that the hub has of a model."""
+
+    def hub(name: str) -> str:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps(PUBLISHED[name]))
+        return name
+
+    return hub
+
+
+def test_real_lengths_make_a_whole_plan(cli, tmp_path):
+    text = cli("plan", *QUICKSTART, f"--data.cache_dir={tmp_path}/cache").text
+    assert "in data.train)" in text
+    assert "whole run: 150 optimiser steps" in text
+    assert re.search(r"speed: [\d,]+ tokens/s a device", text)
+    assert all(part in text for part in PARTS)
+    assert "model.gradient_checkpointing: full" in text
+    assert "Warning" not in text
+    assert "\x1b" not in text
+    assert not (tmp_path / "runs").exists()
+
+
+def test_without_data_the_largest_rows_are_planned(cli):
+    text = cli("plan", *QUICKSTART, "--data.train=nowhere.jsonl").text
+    assert "1,024 tokens, 2 documents, 2 rows" in text
+    assert "nowhere.jsonl: no such file" in text
+    assert "whole run: unknown" in text
+
+
+def test_measured_steps_stand_beside_the_prediction(cli, tmp_path):
+    text = cli("plan", *QUICKSTART, "--measure", f"--data.cache_dir={tmp_path}/cache").text
+    assert re.search(r"peak memory, GB *│ *[\d.]+ │ *[\d.]+ │ *[+-][\d.]+%", text)
+    assert re.search(r"tokens/s *│ *[\d,]+ │ *[\d,]+ │", text)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".txt") == ["cache"]
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_family_is_planned_from_config_json_alone(cli, hub, name):
+    folder = hub(name)
+    text = cli(
+        "plan", f"--config={REPOSITORY}/configs/{name}.yaml", f"--model.base={folder}", "--trainer.accelerator=gpu"
+    ).text
+    weights = {"phi3_medium_4k_lora": 27.92, "phi4_mini_lora": 7.67}.get(name, 7.64)  # two bytes a parameter
+    assert gigabytes(text, "base weights") == pytest.approx(weights, abs=0.01)
+    assert "a calculation: GPUs" in text
+    assert "there is no GPU here" in text
+
+
+OVERLAYS = sorted(path.stem for path in (REPOSITORY / "configs/overlays").glob("*.yaml"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name != "tiny"])
+def test_overlays_are_planned(cli, hub, overlay):
+    base = hub("phi3_mini_4k_lora")
+    names = ("phi3_mini_4k_lora", f"overlays/{overlay}")
+    configs = [f"--config={REPOSITORY}/configs/{name}.yaml" for name in names]
+    text = cli("plan", *configs, f"--model.base={base}", "--trainer.accelerator=gpu").text
+    sharded = "FSDP2" in (REPOSITORY / f"configs/overlays/{overlay}.yaml").read_text()
+    assert ("FSDP2 over" in text) != (
+        sharded or "nf4" in str(yaml.safe_load((REPOSITORY / f"configs/overlays/{overlay}.yaml").read_text()))
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", sorted((REPOSITORY / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_configuration_is_planned(cli, hub, path):
+    base = hub("phi3_mini_4k_lora")
+    text = cli(
+        "plan", f"--config={path}", f"--model.base={base}", "--data.train=nowhere.jsonl", "--trainer.accelerator=gpu"
+    ).text
+    assert "at the peak" in text
+
+
+def test_it_is_quick_for_a_full_size_model(shared):
+    begun = time.monotonic()
+    subprocess.run(
+        [sys.executable, "cli.py", "plan", "--config=configs/phi3_mini_4k_lora.yaml",
+         f"--model.base={shared}/phi3-mini-4k-instruct", "--data.train=nowhere.jsonl", "--trainer.accelerator=gpu"],
+        cwd=REPOSITORY, check=True, capture_output=True,
+    )  # fmt: skip
+    assert time.monotonic() - begun < 60  # seven seconds of imports among them
+
+
+def test_what_cannot_be_planned_is_named(cli, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    offline = cli(
+        "plan", f"--config={REPOSITORY}/configs/phi3_mini_4k_lora.yaml", "--model.base=nobody/nothing", code=1
+    ).text
+    assert "model.base: no configuration for 'nobody/nothing'" in offline
+    assert "--model.base FOLDER" in offline
+    assert "max_length" in cli("plan", *QUICKSTART, "--data.max_length=100000", code=1).text
+    assert (
+        "query_proj matches no layer"
+        in cli("plan", *QUICKSTART, "--model.lora.target_modules=[query_proj]", code=1).text
+    )
+    assert "model.optimizer.lr" in cli("plan", *QUICKSTART, "--model.optimizer.ir=1", code=2).text
+    assert "--measure" in cli("plan", "--help").text

@@ -1,0 +1,113 @@
+"""A step without numbers needs what a real one does, counted in storages that are alive."""
+
+import weakref
+from dataclasses import astuple
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.planning import dry_run
+from phi3_lightning.planning.dry_run import Hollow
+from phi3_lightning.planning.step import Shape
+
+WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "vocab_size": 500}
+ROWS = [[synthetic.document(70, 40, 0), synthetic.document(30, 20, 1)], [synthetic.document(60, 50, 2)]]
+SHAPE = Shape([[70, 30], [60]], 40 + 20 + 50)
+
+
+class Alive(TorchDispatchMode):
+    """The most bytes of real storages that operations have made and that were alive at one time."""
+
+    def __init__(self, before: list[torch.Tensor]) -> None:
+        super().__init__()
+        self.before = {tensor.untyped_storage()._cdata for tensor in before}
+        self.storages: dict[int, weakref.ref] = {}
+        self.peak = 0
+
+    def now(self) -> int:
+        self.storages = {key: reference for key, reference in self.storages.items() if reference() is not None}
+        return sum(reference().nbytes() for reference in self.storages.values())
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **kwargs or {})
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and (storage := leaf.untyped_storage())._cdata not in self.before:
+                self.storages[storage._cdata] = weakref.ref(storage)
+        self.peak = max(self.peak, self.now())
+        return result
+
+
+def really(module: Phi3LoRAModule) -> tuple[int, int]:
+    """Bytes that are kept for the backward pass, and the most of all, by a real step on real tensors."""
+    module.configure_model()
+    module.model.train()
+    batch = synthetic.batch_of(ROWS)
+    for parameter in module.trained_parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    gradients = [parameter.grad for parameter in module.trained_parameters()]
+    with Alive([*module.parameters(), *module.buffers(), *gradients]) as alive:
+        with module.autocast():
+            loss, _ = module.compute_loss(module(batch), module.head, batch)
+        kept = alive.now()
+        loss.backward()
+    return kept, alive.peak
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> str:
+    return synthetic.save_tiny(tmp_path_factory.mktemp("wide") / "base", torch.bfloat16, **WIDE)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"lora": {"backend": "loralib", "r": 4}}, {"lora": {"use_dora": True}}, {"dtype": "float32"},
+     {"lora": {"modules_to_save": ["embed_tokens"]}}],
+    ids=["peft", "loralib", "dora", "float32", "whole"],
+)  # fmt: skip
+def test_it_needs_what_a_real_step_does(base, options, checkpointing):
+    configured = {"gradient_checkpointing": checkpointing, **options}
+    found = Hollow(Phi3LoRAModule(base, **configured)).activations(SHAPE, mixed=False)
+    kept, peak = really(Phi3LoRAModule(base, **configured))
+    # the mask of supervised places and their indices: some bytes a place, and nothing else differs
+    places = 200 * 32
+    assert found.kept == pytest.approx(kept, abs=places)
+    assert found.kept + max(found.head, found.layer) == pytest.approx(peak, abs=places)
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_deep_models_follow_from_shallow_ones(base, checkpointing, monkeypatch):
+    module = Phi3LoRAModule(base, gradient_checkpointing=checkpointing)
+    hollow = Hollow(module)
+    extrapolated = hollow.activations(SHAPE, mixed=True)
+    assert len(hollow.model.model.layers) == hollow.model.config.num_hidden_layers == WIDE["num_hidden_layers"]
+    monkeypatch.setattr(dry_run, "SHALLOW", (8, 9))  # more than there are: all of them run
+    assert astuple(extrapolated) == pytest.approx(astuple(hollow.activations(SHAPE, mixed=True)), rel=1e-6, abs=64)
+
+
+def test_layers_that_differ_all_run(base):
+    some = Hollow(Phi3LoRAModule(base, gradient_checkpointing="none", lora={"layers_to_transform": [5]}))
+    every = Hollow(Phi3LoRAModule(base, gradient_checkpointing="none"))
+    assert every.alike
+    assert not some.alike
+    # no gradient passes the five layers below, which keep nothing
+    assert some.activations(SHAPE, mixed=True).kept < 0.3 * every.activations(SHAPE, mixed=True).kept
+
+
+def test_no_value_is_made(base):
+    """The negative control: shapes alone decide, and nothing of the model's size is allocated."""
+    module = Hollow(Phi3LoRAModule(base)).module
+    assert {type(parameter.data).__name__ for parameter in module.parameters()} == {"FakeTensor"}
+    doubled = Hollow(Phi3LoRAModule(base)).activations(Shape([[140, 60], [120]], 220), mixed=True)
+    single = Hollow(Phi3LoRAModule(base)).activations(SHAPE, mixed=True)
+    assert 1.8 < doubled.kept / single.kept < 2.3  # attention within short documents grows faster
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_kernels_with_a_mask_are_planned_too(base, attention):
+    module = Phi3LoRAModule(base, attn_implementation=attention, gradient_checkpointing="none")
+    assert Hollow(module).activations(SHAPE, mixed=True).kept > 0

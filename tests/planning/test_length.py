@@ -1,0 +1,44 @@
+"""The length of a run is the Trainer's own count."""
+
+import math
+
+import pytest
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.planning.length import run_length
+
+BATCHES = [synthetic.batch_of([[synthetic.document(6 + index, 3, index)]]) for index in range(7)]
+TOKENS = sum(sum(map(sum, batch["lengths"])) for batch in BATCHES)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_epochs": 2, "max_steps": -1},
+        {"max_epochs": 2, "max_steps": -1, "accumulate_grad_batches": 3},
+        {"max_epochs": 5, "max_steps": 4, "accumulate_grad_batches": 2},
+        {"max_epochs": -1, "max_steps": 9},
+        {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3},
+        {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 0.5, "accumulate_grad_batches": 2},
+    ],
+)
+def test_steps_are_those_of_the_trainer(tmp_path, tiny_base, options):
+    trainer = synthetic.trainer(tmp_path, **options)
+    trainer.fit(Phi3LoRAModule(tiny_base, dtype="float32"), synthetic.loader(BATCHES))
+    told = run_length(
+        len(BATCHES), TOKENS, 1, accumulate=options.get("accumulate_grad_batches", 1),
+        max_epochs=options["max_epochs"], max_steps=options["max_steps"], limit=options.get("limit_train_batches"),
+    )  # fmt: skip
+    assert told.steps == trainer.global_step
+
+
+def test_ranks_share_the_batches_of_an_epoch():
+    told = run_length(10, 1000, 4, accumulate=1, max_epochs=3, max_steps=-1)
+    assert (told.steps, told.tokens) == (9, 3000)
+
+
+def test_a_run_without_end_is_infinite_and_one_without_epochs_has_the_trainer_s_thousand():
+    assert run_length(7, 70, 1, accumulate=1, max_epochs=-1, max_steps=-1).steps == math.inf
+    assert run_length(7, 70, 1, accumulate=1, max_epochs=None, max_steps=-1).steps == 7000
+    assert run_length(7, 70, 1, accumulate=1, max_epochs=None, max_steps=5).tokens == pytest.approx(50)

@@ -1,0 +1,114 @@
+"""The parts of the peak, and what would make it smaller."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.model.base import load
+from phi3_lightning.planning.levers import levers
+from phi3_lightning.planning.memory import Setup, resident
+from phi3_lightning.planning.speed import timed_seconds
+from phi3_lightning.planning.step import Shape, take_step
+
+SHAPE = Shape([[70, 30], [60]], 110)
+
+
+def setup(base: str, ranks: int = 1, sharded: bool = False, **options) -> Setup:
+    module = Phi3LoRAModule(base, **{"gradient_checkpointing": "none", **options})
+    return Setup(module, mixed=True, ranks=ranks, sharded=sharded, process=0.0)
+
+
+def size(tensors) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_weights_gradients_and_moments_are_those_of_a_real_run(tmp_path, tied):
+    base = synthetic.save_tiny(tmp_path / "base", torch.bfloat16, tie_word_embeddings=tied)
+    memory = setup(base).memory(SHAPE)
+    module = Phi3LoRAModule(base, gradient_checkpointing="none")
+    synthetic.trainer(tmp_path, max_steps=1).fit(
+        module, synthetic.loader([synthetic.batch_of([[synthetic.document(9, 5, 0)]])])
+    )
+    trained = list(module.trained_parameters())
+    assert memory.base == size(p for p in module.parameters() if not p.requires_grad) + size(module.model.buffers())
+    assert memory.adapter == 2 * size(trained)
+    state = module.trainer.optimizers[0].state
+    assert memory.optimizer == size(state[p][name] for p in trained for name in ("exp_avg", "exp_avg_sq"))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+def test_a_quantised_base_has_the_bytes_of_bitsandbytes(tmp_path, kind):
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 256, "intermediate_size": 512}
+    base = synthetic.save_tiny(tmp_path / "base", torch.bfloat16, **wide)
+    model = load(base, quantization=kind)
+    kept = size(model.parameters()) + size(model.buffers())
+    for layer in model.modules():
+        if hasattr(getattr(layer, "weight", None), "quant_state"):
+            state = layer.weight.quant_state
+            kept += size([state.absmax, state.state2.absmax])
+        elif getattr(getattr(layer, "weight", None), "SCB", None) is not None:
+            kept += size([layer.weight.SCB])
+    assert setup(base, quantization=kind).memory(SHAPE).base == pytest.approx(kept, rel=0.01)
+
+
+def test_levers_are_sorted_and_each_helps(tiny_base):
+    run = setup(tiny_base)
+    memory = run.memory(SHAPE)
+    told = []
+    found = levers(run, SHAPE, memory, told.append)
+    totals = [lever.memory.total for lever in found]
+    assert totals == sorted(totals)
+    assert all(total < memory.total for total in totals)
+    assert {lever.change for lever in found} <= set(told)
+    assert "model.gradient_checkpointing: full" in told
+    assert "data.batch_size: 1" in told
+    assert "data.max_length: 50" in told
+    assert "model.lora.r: 8" in told
+
+
+def test_a_lever_s_figure_is_the_plan_of_the_run_with_it(tiny_base):
+    run = setup(tiny_base)
+    found = {lever.change: lever.memory for lever in levers(run, SHAPE, run.memory(SHAPE), lambda change: None)}
+    assert found["model.gradient_checkpointing: full"] == setup(tiny_base, gradient_checkpointing="full").memory(SHAPE)
+    assert found["model.lora.r: 8"] == setup(tiny_base, lora={"r": 8}).memory(SHAPE)
+    assert found["model.quantization: nf4"] == setup(tiny_base, quantization="nf4").memory(SHAPE)
+    assert found["FSDP2 over 8 devices"] == setup(tiny_base, ranks=8, sharded=True).memory(SHAPE)
+    # rows are cut in the middle, and the longest of them holds 100 of 160 tokens
+    assert found["data.max_length: 50"] == run.memory(Shape([[50], [30]], 55))
+    assert found["data.batch_size: 1"] == run.memory(Shape([[70, 30]], 68))
+
+
+def test_what_fsdp2_refuses_is_no_lever(tiny_base):
+    run = setup(tiny_base, lora={"use_dora": True})
+    assert not any("FSDP2" in lever.change for lever in levers(run, SHAPE, run.memory(SHAPE), lambda change: None))
+
+
+def test_several_devices_without_shards_have_buckets(tiny_base):
+    one, two = setup(tiny_base).memory(SHAPE), setup(tiny_base, ranks=2).memory(SHAPE)
+    assert two.adapter == 1.5 * one.adapter
+    assert replace(two, adapter=one.adapter) == one
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_a_step_takes_what_shallow_ones_tell(tmp_path, checkpointing, monkeypatch):
+    base = synthetic.save_tiny(tmp_path / "base", num_hidden_layers=12, hidden_size=128, intermediate_size=512)
+    module = Phi3LoRAModule(base, gradient_checkpointing=checkpointing)
+    told = timed_seconds(module, 12, SHAPE, mixed=True, device="cpu", peak=None)
+    half = timed_seconds(module, 6, SHAPE, mixed=True, device="cpu", peak=None)
+    assert 1.3 < told / half < 2.5  # twice the layers, and one head
+    assert take_step(_real(base, checkpointing), SHAPE, mixed=True) is None
+
+
+def _real(base: str, checkpointing: str) -> Phi3LoRAModule:
+    module = Phi3LoRAModule(base, gradient_checkpointing=checkpointing)
+    module.configure_model()
+    return module
+
+
+def test_the_process_has_a_size():
+    assert 1e8 < resident() < 1e11
