@@ -346,9 +346,7 @@ def test_the_run_seed_and_position_decide_the_dropout(tmp_path, tiny_base, monke
     assert len({loss_at(3), loss_at(4), loss_at(3, seed=2)}) == 3
 
 
-def test_attention_is_said_when_the_model_is_loaded(tiny_base, caplog, monkeypatch):
-    # Lightning keeps its messages from the root logger, and so from pytest, if that had no handler at its import
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+def test_attention_is_said_when_the_model_is_loaded(tiny_base, caplog):
     with caplog.at_level(logging.INFO, logger="phi3_lightning"):
         small(tiny_base).configure_model()
     assert sum("attention: documents" in message for message in caplog.messages) == 1

@@ -206,9 +206,7 @@ def test_sliding_window_is_the_same_under_every_kernel(tmp_path, length):
     assert torch.allclose(whole, sdpa, atol=1e-4) == (length <= 8)  # the window bites where it should
 
 
-def test_the_automatic_kernel_is_said_in_one_line(caplog, monkeypatch):
-    # Lightning keeps its messages from the root logger, and so from pytest, if that had no handler at its import
-    monkeypatch.setattr(logging.getLogger("lightning.pytorch"), "propagate", True)
+def test_the_automatic_kernel_is_said_in_one_line(caplog):
     with caplog.at_level(logging.INFO, logger="phi3_lightning"):
         assert base.choose_attention("auto", torch.device("cpu")) == "documents"
     assert len(caplog.messages) == 1
