@@ -16,6 +16,7 @@ PUBLIC = {
         "Forgetting",
         "LineProgress",
         "Monitor",
+        "OutOfMemory",
         "PredictionWriter",
         "RankFailure",
         "RunCheckpoint",

@@ -21,6 +21,7 @@ from phi3_lightning.callbacks import (
     EvaluationReport,
     LineProgress,
     Monitor,
+    OutOfMemory,
     PredictionWriter,
     RankFailure,
     RunCheckpoint,
@@ -182,7 +183,7 @@ class Phi3CLI(LightningCLI):
         callbacks += [*self._monitor(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
-        callbacks += [AgreedStop(), RankFailure()]
+        callbacks += [AgreedStop(), OutOfMemory(), RankFailure()]
         plugins = config.plugins or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, plugins=plugins, **kwargs)

@@ -8,6 +8,7 @@ import time
 
 import pytest
 import yaml
+from transformers import PreTrainedConfig
 
 from cli.conftest import REPOSITORY, TINY
 from recipes.published import PUBLISHED
@@ -127,3 +128,20 @@ def test_what_cannot_be_planned_is_named(cli, monkeypatch):
     )
     assert "model.optimizer.lr" in cli("plan", *QUICKSTART, "--model.optimizer.ir=1", code=2).text
     assert "--measure" in cli("plan", "--help").text
+
+
+def test_a_published_base_needs_no_network(cli, monkeypatch):
+    real = PreTrainedConfig.get_config_dict
+
+    def folders_alone(name, **options):
+        if str(name).startswith("microsoft/"):
+            raise OSError("no network")
+        return real(name, **options)
+
+    monkeypatch.setattr(PreTrainedConfig, "get_config_dict", folders_alone)
+    text = cli("plan", f"--config={REPOSITORY}/configs/phi4_mini_lora.yaml", "--trainer.accelerator=gpu").text
+    assert "microsoft/Phi-4-mini-instruct cannot be reached; the shapes that it was published with" in text
+    assert gigabytes(text, "base weights") == pytest.approx(7.67, abs=0.01)
+    unknown = cli("plan", *QUICKSTART, "--model.base=microsoft/Phi-9", code=1).text
+    assert "no configuration for 'microsoft/Phi-9'" in unknown
+    assert "needs no network" in unknown

@@ -7,6 +7,7 @@ from phi3_lightning.callbacks.evaluation import EvaluationReport
 from phi3_lightning.callbacks.failure import RankFailure
 from phi3_lightning.callbacks.forgetting import Forgetting
 from phi3_lightning.callbacks.monitor import Monitor
+from phi3_lightning.callbacks.out_of_memory import OutOfMemory
 from phi3_lightning.callbacks.predictions import PredictionWriter
 from phi3_lightning.callbacks.progress import LineProgress
 from phi3_lightning.callbacks.report import RunReport
@@ -23,6 +24,7 @@ __all__ = [
     "Forgetting",
     "LineProgress",
     "Monitor",
+    "OutOfMemory",
     "PredictionWriter",
     "RankFailure",
     "RunCheckpoint",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -22,6 +23,7 @@ from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import ModelError
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.planning.family import PUBLISHED, write_config
 from phi3_lightning.planning.length import run_length
 from phi3_lightning.planning.levers import levers
 from phi3_lightning.planning.memory import DRIVER, Setup, resident
@@ -84,8 +86,7 @@ class Plan:
         self.config = config
         self.on_begin = on_begin
         self.on_gpu = _on_gpu(str(config.trainer.accelerator))
-        self.module = Phi3LoRAModule(**config.model.as_dict())
-        self._check_base()
+        self.module = self._module(config.model.as_dict())
         on_begin("reading the data")
         self.rows: PlannedRows = planned_rows(ChatDataModule(**config.data.as_dict()))
         on_begin("measuring the device")
@@ -98,13 +99,20 @@ class Plan:
             process=DRIVER if self.on_gpu else resident(),
         )
 
-    def _check_base(self) -> None:
+    def _module(self, options: dict[str, Any]) -> Phi3LoRAModule:
+        module = Phi3LoRAModule(**options)
         try:
-            self.module.check_base()
+            module.check_base()
         except ModelError as error:
-            if not Path(self.module.base).is_dir():
+            if module.base in PUBLISHED and isinstance(error.__cause__, OSError):
+                self.on_begin(f"{module.base} cannot be reached; the shapes that it was published with are taken")
+                self._shapes = tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-")
+                write_config(module.base, Path(self._shapes.name))
+                return Phi3LoRAModule(**options | {"base": self._shapes.name, "base_id": module.base})
+            if not Path(module.base).is_dir():
                 error.add_note("plan reads config.json alone: --model.base FOLDER with that file needs no network")
             raise
+        return module
 
     def _peak(self) -> float | None:
         """Operations a second of the device; None where the GPU is not here, or not in the table."""

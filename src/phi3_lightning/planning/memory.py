@@ -3,8 +3,11 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Self
 
+import lightning.pytorch as pl
 import torch
+from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
 from phi3_lightning.callbacks.throughput import peak_memory
@@ -12,6 +15,7 @@ from phi3_lightning.model.base import Quantization
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.dry_run import Hollow
 from phi3_lightning.planning.step import Shape
+from phi3_lightning.strategy import FSDP2Strategy
 
 NF4 = 0.5 + 1 / 64 + 4 / (64 * 256)
 """Bytes of a weight in 4 bits with double quantisation: an 8-bit scale for 64, a float32 for 256 of those."""
@@ -65,6 +69,23 @@ class Setup:
     """Whether FSDP2 shards weights over them; otherwise each has all."""
     process: float
     """Bytes of the process before it has a model."""
+
+    @classmethod
+    def of(cls, trainer: pl.Trainer, module: Phi3LoRAModule) -> Self:
+        """Return what a run has; a CPU's process is left out, since it holds the model by now.
+
+        Args:
+            trainer: The run's.
+            module: The module that it trains.
+        """
+        strategy = trainer.strategy
+        return cls(
+            Phi3LoRAModule(**{**module.hparams, "lora": module.lora}),
+            mixed=isinstance(trainer.precision_plugin, MixedPrecision),
+            ranks=trainer.world_size,
+            sharded=isinstance(strategy, FSDP2Strategy),
+            process=DRIVER if strategy.root_device.type == "cuda" else 0.0,
+        )
 
     @cached_property
     def hollow(self) -> Hollow:

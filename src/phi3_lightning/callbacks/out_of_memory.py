@@ -1,0 +1,89 @@
+"""Of which batch memory ran out, and what would make the run fit."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from typing_extensions import override
+
+from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
+from phi3_lightning.module import Phi3LoRAModule
+
+HELPFUL = 3
+"""Changes that are named."""
+
+
+class OutOfMemory(pl.Callback):
+    """Adds to an error for lack of memory which batch it was, and what `plan` predicts for it with other settings.
+
+    A GPU without memory raises an error. On a CPU the system often ends the process without a word instead.
+    """
+
+    def __init__(self) -> None:
+        self._batch: Batch | None = None
+        self._place = ""
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:
+        self._batch, self._place = batch, f"training batch {batch_idx}, epoch {trainer.current_epoch}"
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._batch, self._place = batch, f"validation batch {batch_idx}"
+
+    @override
+    def on_test_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self._batch, self._place = batch, f"test batch {batch_idx}"
+
+    @override
+    def on_predict_batch_start(
+        self, trainer: pl.Trainer, pl_module: Any, batch: PromptBatch, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        prompts, length = batch["input_ids"].shape
+        self._batch, self._place = None, f"batch {batch_idx} of {prompts} prompts of {length} tokens at most"
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if not is_out_of_memory(exception) or not self._place:
+            return
+        if self._batch is None:
+            exception.add_note(
+                f"memory ran out in {self._place}: lower data.predict_batch_size or model.generation.max_new_tokens"
+            )
+            return
+        lengths = self._batch["lengths"]
+        said = "; ".join(" + ".join(map(str, row)) for row in lengths)
+        exception.add_note(f"memory ran out in {self._place}: {len(lengths)} rows with documents of {said} tokens")
+        if isinstance(pl_module, Phi3LoRAModule):
+            for line in _advice(trainer, pl_module, self._batch):
+                exception.add_note(line)
+
+
+def is_out_of_memory(exception: BaseException) -> bool:
+    """Return whether an exception says that there is no memory left, on a GPU or in the host.
+
+    Args:
+        exception: Any.
+    """
+    if isinstance(exception, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(exception, RuntimeError) and "can't allocate memory" in str(exception)
+
+
+def _advice(trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> list[str]:
+    from phi3_lightning.planning.levers import levers
+    from phi3_lightning.planning.memory import Setup
+    from phi3_lightning.planning.step import Shape
+
+    setup = Setup.of(trainer, module)
+    shape = Shape(batch["lengths"], int((batch["labels"] != IGNORE_INDEX).sum()))
+    memory = setup.memory(shape)
+    found = levers(setup, shape, memory, lambda _: None)[:HELPFUL]
+    return [
+        f"training on such a batch takes {memory.total / 1e9:.1f} GB by calculation (phi3-lightning plan says more)",
+        *(f"  with {lever.change}: {lever.memory.total / 1e9:.1f} GB" for lever in found),
+    ]

@@ -1,0 +1,76 @@
+"""An error for lack of memory names the batch, its lengths and what would help."""
+
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.callbacks import OutOfMemory
+from phi3_lightning.planning.memory import Setup
+from phi3_lightning.planning.step import Shape
+
+LENGTHS = [[60, 30], [40]]
+
+
+def batch():
+    documents = iter(synthetic.document(length, length // 2, length) for row in LENGTHS for length in row)
+    return synthetic.batch_of([[next(documents) for _ in row] for row in LENGTHS])
+
+
+class Greedy(Phi3LoRAModule):
+    """Asks for more memory than there is, in one of its steps."""
+
+    where = "training_step"
+
+    def _fail(self, where):
+        if where == self.where:
+            torch.empty(2**60, dtype=torch.uint8)
+
+    def training_step(self, batch, batch_idx):
+        self._fail("training_step")
+        return super().training_step(batch, batch_idx)
+
+    def validation_step(self, batch, batch_idx):
+        self._fail("validation_step")
+        super().validation_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("where", ["training_step", "validation_step"])
+def test_the_batch_and_what_helps_are_named(tiny_base, tmp_path, where):
+    module = Greedy(tiny_base, gradient_checkpointing="none")
+    module.where = where
+    trainer = synthetic.trainer(tmp_path, callbacks=[OutOfMemory()], max_steps=1, num_sanity_val_steps=0)
+    loader = torch.utils.data.DataLoader([batch()], batch_size=None)
+    with pytest.raises(RuntimeError, match="allocate memory") as error:
+        trainer.fit(module, loader, loader)
+    named, predicted, *changes = error.value.__notes__
+    assert named.startswith(f"memory ran out in {where.removesuffix('_step')} batch 0")
+    assert named.endswith("2 rows with documents of 60 + 30; 40 tokens")
+    memory = Setup.of(trainer, module).memory(Shape(LENGTHS, 65))
+    assert f"takes {memory.total / 1e9:.1f} GB" in predicted
+    assert len(changes) == 3
+    assert any("model.gradient_checkpointing: full" in change for change in changes)
+
+
+def test_a_prompt_batch_is_named(tiny_base, tmp_path):
+    class Wordy(Phi3LoRAModule):
+        def predict_step(self, batch, batch_idx):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    prompts = {"input_ids": torch.ones(3, 7, dtype=torch.int64)}
+    trainer = synthetic.trainer(tmp_path, callbacks=[OutOfMemory()])
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trainer.predict(Wordy(tiny_base), torch.utils.data.DataLoader([prompts], batch_size=None))
+    assert "3 prompts of 7 tokens" in error.value.__notes__[0]
+    assert "data.predict_batch_size" in error.value.__notes__[0]
+
+
+def test_other_errors_are_left_alone(tiny_base, tmp_path):
+    class Wrong(Phi3LoRAModule):
+        def training_step(self, batch, batch_idx):
+            raise RuntimeError("shapes do not fit")
+
+    trainer = synthetic.trainer(tmp_path, callbacks=[OutOfMemory()], max_steps=1)
+    with pytest.raises(RuntimeError, match="shapes") as error:
+        trainer.fit(Wrong(tiny_base), torch.utils.data.DataLoader([batch()], batch_size=None))
+    assert not hasattr(error.value, "__notes__")
