@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: setup quickstart test test-fast test-slow kill-test test-distributed bench lint docs clean
+.PHONY: setup quickstart test test-fast test-slow test-part lowest newest kill-test test-distributed bench docs dist lint \
+	clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +27,28 @@ test-fast: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m slow
 
+# what leans most on other packages and on the interpreter, a few minutes on one core
+PART := tests/adapters tests/data tests/export tests/invariants tests/metrics tests/model \
+  tests/test_module.py tests/test_module_training.py tests/test_module_checkpoints.py tests/test_window.py \
+  tests/test_public_names.py tests/cli/test_quickstart.py tests/cli/test_run.py
+
+test-part: setup
+	$(BIN)/python -m pytest -m 'not slow' $(PART)
+
+# the oldest release of every direct dependency that pyproject.toml admits
+lowest:
+	test -x .venv-lowest/bin/uv || { $(PYTHON) -m venv .venv-lowest && .venv-lowest/bin/python -m pip install --quiet uv; }
+	.venv-lowest/bin/uv pip install --python .venv-lowest/bin/python --resolution lowest-direct --editable '.[dev,qlora]'
+	.venv-lowest/bin/python -m pytest -m 'not slow' $(PART)
+
+# the newest release of everything, also of what pyproject.toml has an upper bound for
+newest:
+	test -x .venv-newest/bin/uv || { $(PYTHON) -m venv .venv-newest && .venv-newest/bin/python -m pip install --quiet uv; }
+	sed -n 's/^  "\([^"]*\),<[^"]*".*/\1/p' pyproject.toml > .venv-newest/unbounded.txt
+	.venv-newest/bin/uv pip install --python .venv-newest/bin/python --upgrade --override .venv-newest/unbounded.txt \
+		--editable '.[dev,qlora]'
+	.venv-newest/bin/python -m pytest -m 'not slow' $(PART)
+
 # a run that saves every step, killed at random moments: each time it goes on to the same final weights
 kill-test: setup
 	KILLS=200 $(BIN)/python -m pytest -s tests/test_kills.py
@@ -38,6 +61,13 @@ test-distributed: setup
 bench: setup
 	$(BIN)/python benchmarks/run_all.py
 
+# wheel and sdist in dist/, as the package index takes them, each installed where nothing else is and used there
+dist: setup
+	rm -rf dist
+	$(BIN)/pyproject-build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/python scripts/check_dist.py dist
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +78,4 @@ docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # what is switched off speaks of another generator
 
 clean:
-	rm -rf .venv build dist runs site
+	rm -rf .venv .venv-lowest .venv-newest build dist runs site

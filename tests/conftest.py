@@ -1,5 +1,6 @@
 """Fixtures that every part of the suite shares."""
 
+import json
 import os
 from pathlib import Path
 
@@ -28,6 +29,24 @@ def shared() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is missing (set PHI3_LIGHTNING_SHARED)")
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_chats(shared: Path) -> Path:
+    """Chat files of third parties; no hub has them, and scripts/fetch_models.py does not bring them."""
+    return fetched(shared / "data")
+
+
+@pytest.fixture(scope="session")
+def real_vectors(shared: Path) -> list[dict]:
+    """Texts with the ids that Phi-3's tokenizer has to give them; no hub has them either."""
+    return json.loads(fetched(shared / "phi3-mini-4k-instruct/vectors.json").read_text(encoding="utf-8"))
+
+
+def fetched(path: Path) -> Path:
+    if not path.exists():
+        pytest.skip(f"{path} was not fetched")
+    return path
 
 
 @pytest.fixture(scope="session")

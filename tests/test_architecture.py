@@ -117,32 +117,3 @@ def test_importing_the_package_loads_neither_the_command_line_nor_an_extra(tmp_p
 
 def test_an_import_of_an_extra_would_be_seen(tmp_path):
     assert loaded_after("import loralib", tmp_path)["loralib"] == "__main__"
-
-
-PUBLIC = {
-    "phi3_lightning": {"ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"},
-    "phi3_lightning.callbacks": {
-        "AdapterStatistics",
-        "AgreedStop",
-        "EvaluationReport",
-        "BadRows",
-        "Forgetting",
-        "LineProgress",
-        "Monitor",
-        "OutOfMemory",
-        "PredictionWriter",
-        "RankFailure",
-        "RunCheckpoint",
-        "RunPage",
-        "RunReport",
-        "Samples",
-        "Throughput",
-    },
-}
-
-
-@pytest.mark.parametrize("name", PUBLIC)
-def test_public_names_are_pinned(name):
-    module = __import__(name, fromlist=["*"])
-    assert set(module.__all__) == PUBLIC[name]
-    assert all(hasattr(module, public) for public in PUBLIC[name])

@@ -4,6 +4,8 @@ from typing import Final, TypedDict
 
 from torch import Tensor
 
+__all__ = ["IGNORE_INDEX", "Batch", "PromptBatch"]
+
 IGNORE_INDEX: Final = -100
 """The label of a token that is not trained (the value that ``torch.nn.functional.cross_entropy`` ignores)."""
 

@@ -15,6 +15,8 @@ from typing_extensions import override
 from phi3_lightning.errors import CheckpointError
 from phi3_lightning.sharded_checkpoint import is_sharded, read_sharded
 
+__all__ = ["AsyncSafeCheckpointIO", "SafeCheckpointIO", "read_checkpoint"]
+
 
 class SafeCheckpointIO(TorchCheckpointIO):
     """Writes to a temporary name, flushes to the disk and renames; reads tensors and plain types alone.

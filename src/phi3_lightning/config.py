@@ -11,6 +11,8 @@ from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_h
 
 from phi3_lightning.errors import ConfigError
 
+__all__ = ["Generation", "LoRA", "Optimizer", "Schedule"]
+
 PHI3_LINEAR_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """The linear layers of a Phi-3 decoder block; q, k, v and gate, up are fused."""
 

@@ -3,6 +3,8 @@
 Each message says what was given, where (file and line, or key path), and what to do.
 """
 
+__all__ = ["CheckpointError", "ConfigError", "DataError", "DivergenceError", "ModelError", "Phi3LightningError"]
+
 
 class Phi3LightningError(Exception):
     """Base of every error that this package raises on purpose."""

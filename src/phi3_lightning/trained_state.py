@@ -21,6 +21,8 @@ from phi3_lightning.checkpoint import (
 from phi3_lightning.errors import CheckpointError, ModelError
 from phi3_lightning.model.base import fingerprint
 
+__all__ = ["TrainedStateModule"]
+
 
 class TrainedStateModule(pl.LightningModule):
     """A LightningModule whose checkpoints leave out its frozen parameters, and restart exactly.

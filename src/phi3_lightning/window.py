@@ -19,6 +19,8 @@ from torch.distributed.tensor import DTensor
 
 from phi3_lightning.errors import DivergenceError
 
+__all__ = ["TokenWeightedModule"]
+
 
 @dataclass
 class MicroBatch:

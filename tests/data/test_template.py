@@ -246,10 +246,9 @@ def real(shared: Path) -> Any:
 class TestRealTokenizer:
     """The real Phi-3-mini tokenizer and real chats."""
 
-    def test_vectors(self, real: Any, shared: Path) -> None:
-        vectors = json.loads((shared / "phi3-mini-4k-instruct" / "vectors.json").read_text(encoding="utf-8"))
-        assert len(vectors) == 51
-        for vector in vectors:
+    def test_vectors(self, real: Any, real_vectors: list[dict]) -> None:
+        assert len(real_vectors) == 51
+        for vector in real_vectors:
             assert real(vector["text"], add_special_tokens=False)["input_ids"] == vector["ids"]
 
     def test_upstream_files_without_config_load_with_the_right_ids(
@@ -274,8 +273,8 @@ class TestRealTokenizer:
             "prompt_completion.jsonl",
         ],
     )
-    def test_every_row_equals_apply_chat_template(self, real: Any, shared: Path, name: str) -> None:
-        rows = (decode_line(row) if isinstance(row, bytes) else row for _, row in read_rows(shared / "data" / name))
+    def test_every_row_equals_apply_chat_template(self, real: Any, real_chats: Path, name: str) -> None:
+        rows = (decode_line(row) if isinstance(row, bytes) else row for _, row in read_rows(real_chats / name))
         talks = [chat_of(row) for row in rows]
         for talk, encoded in zip(talks, ChatTemplate(real).encode(talks), strict=True):
             assert isinstance(encoded, Encoded)

@@ -33,12 +33,12 @@ def test_tokens_of_words_are_the_text_s(text):
     assert WORDS.encode(Rendered(text, [])).ids == whole(TOKENIZER, text)
 
 
-def test_real_texts(shared):
+def test_real_texts(shared, real_vectors, real_chats):
     tokenizer = load_tokenizer(str(shared / "phi3-mini-4k-instruct"))
     assert words_are_independent(tokenizer)
     words = Words(tokenizer)
-    texts = [case["text"] for case in json.loads((shared / "phi3-mini-4k-instruct/vectors.json").read_text())]
-    texts += [line for file in sorted(shared.glob("data/*.jsonl")) for line in file.read_text().splitlines()[:200]]
+    texts = [case["text"] for case in real_vectors]
+    texts += [line for file in sorted(real_chats.glob("*.jsonl")) for line in file.read_text().splitlines()[:200]]
     for text in texts:
         assert words.encode(Rendered(text, [])).ids == whole(tokenizer, text)
 

@@ -155,10 +155,11 @@ def test_answers_are_those_of_plain_transformers(pair, lengths):
     prompts = [document(length, 50 + length) for length in lengths]
     answers = module.predict_step(synthetic.prompt_batch(prompts, [2]), 0)
     for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.no_grad():
+        with torch.no_grad():  # with a cache, some releases forget the text at the switch (transformers 5.17)
             expected = plain.generate(
-                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0
-            )
+                torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0,
+                use_cache=False,
+            )  # fmt: skip
         assert answer == expected[0, len(prompt) :].tolist()
     assert len({token for answer in answers for token in answer}) > 2  # no constant, which would agree by itself
 

@@ -12,6 +12,8 @@ from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import LoRA
 from phi3_lightning.errors import ModelError
 
+__all__ = ["attach", "check"]
+
 
 def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> Adapter:
     """Attach an adapter to a frozen model.
