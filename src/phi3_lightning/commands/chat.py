@@ -11,7 +11,7 @@ from jsonargparse.typing import NotEmptyStr
 
 from phi3_lightning.commands.dialogue import Dialogue
 from phi3_lightning.commands.opened import DATA_KEYS, Opened, open_module
-from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.parser import Parser, RunConfig
 from phi3_lightning.errors import DataError
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.stream import Text, stream
@@ -34,7 +34,7 @@ def parser() -> Parser:
         description=DESCRIPTION,
         epilog="In a chat: " + "; ".join(" ".join(line.split()) for line in HELP.splitlines()),
     )
-    result.add_argument("-c", "--config", action="config", help="Configuration of a run.")
+    result.add_argument("-c", "--config", action=RunConfig, help="Configuration of a run.")
     result.add_argument(
         "--ckpt_path", type=str | None, default=None,
         help="A checkpoint (.ckpt), a folder with an adapter in PEFT's format, or a file of loralib's (.pt). null: the "

@@ -22,7 +22,7 @@ from phi3_lightning.checks.lessons import GOOD_GOOD, GOOD_MINE, MINE_GOOD, MINE_
 from phi3_lightning.checks.result import Outcome, Result
 from phi3_lightning.checks.suite import Suite
 from phi3_lightning.commands.one_device import one_device_trainer
-from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.parser import Parser, RunConfig
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -34,7 +34,7 @@ STYLES: dict[Outcome, str] = {"ok": "green", "FAIL": "bold red", "skipped": "dim
 def parser() -> Parser:
     """Return the parser of ``check``, which takes the configuration of ``fit`` as it is."""
     result = Parser(prog="cli.py check", description=DESCRIPTION)
-    result.add_argument("-c", "--config", action="config", help="Configuration of a run.")
+    result.add_argument("-c", "--config", action=RunConfig, help="Configuration of a run.")
     result.add_lightning_class_args(Phi3LoRAModule, "model")
     result.add_lightning_class_args(ChatDataModule, "data")
     result.add_argument(

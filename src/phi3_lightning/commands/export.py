@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from phi3_lightning.checkpoint_io import read_checkpoint
-from phi3_lightning.commands.parser import Parser, model_defaults
+from phi3_lightning.commands.parser import Parser, RunConfig, model_defaults
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError, ConfigError
@@ -34,7 +34,9 @@ QUESTIONS = (
 def parser() -> Parser:
     """Return the parser of ``export``, which takes the configuration of a run as it is."""
     result = Parser(prog="cli.py export", description=DESCRIPTION)
-    result.add_argument("-c", "--config", action="config", help="Configuration of a run; a checkpoint alone is enough.")
+    result.add_argument(
+        "-c", "--config", action=RunConfig, help="Configuration of a run; a checkpoint alone is enough."
+    )
     result.add_argument("--ckpt_path", type=str | None, default=None, help="null: the best of --run, or its newest.")
     result.add_argument("--output_dir", type=str, required=True, help="The folder to make.")
     result.add_argument("--format", type=Format, default="peft", help="Adapter for PEFT, whole model, or loralib file.")

@@ -5,7 +5,7 @@ import re
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
@@ -22,6 +22,21 @@ RUN_OPTIONS = (
     "weights_only", "return_predictions", "verbose",
 )  # fmt: skip
 """What the configuration of a run may hold."""
+
+
+class RunConfig(ActionConfigFile):
+    """Takes one configuration over another, key by key, also in sections of which a command knows few keys.
+
+    Such a section is a dictionary to the parser, and jsonargparse puts a later dictionary in the place of the former.
+    """
+
+    @staticmethod
+    @override
+    def apply_config(parser: ArgumentParser, cfg: Namespace, dest: str, value: Any) -> None:
+        before = {name: cfg.get(name) for name in RUN_OPTIONS if isinstance(cfg.get(name), dict)}
+        ActionConfigFile.apply_config(parser, cfg, dest, value)
+        for name, section in before.items():
+            cfg[name] = {**section, **cfg[name]}
 
 
 class Parser(LightningArgumentParser):
