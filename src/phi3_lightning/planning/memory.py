@@ -26,7 +26,7 @@ DRIVER = 1.0e9
 
 HOLES = 0.33e9
 """Bytes at the most between allocations that a CPU's allocator cannot use, and what libraries load in the first step.
-Calibrated, not derived: 0.44, 0.25 and 0.52 GB were measured on three runs (docs/plan.md)."""
+Calibrated on three runs, not derived; others had up to 0.75 GB (docs/plan.md)."""
 
 
 @dataclass(frozen=True)
