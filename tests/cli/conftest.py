@@ -72,6 +72,8 @@ def start(folder: Path, *args: str) -> Run:
             sys.path.insert(0, str(folder))
             warnings.resetwarnings()  # as in a process of a user's
             logging.getLogger("lightning.pytorch").handlers = [logging.StreamHandler(sys.stderr)]
+            for logger in ("lightning.pytorch", "lightning.fabric"):
+                logging.getLogger(logger).setLevel(logging.INFO)  # commands that run in the tests' own process lower it
             main()
             code = 0
         except SystemExit as end:

@@ -125,7 +125,7 @@ def test_a_moved_run_folder_goes_on_and_keeps_its_best(cli, tmp_path):
     assert scores[1] <= scores[0]
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGINT])
 def test_a_killed_run_goes_on_to_the_same_weights(cli, tmp_path, sent):
     short = ("--trainer.max_steps=40", "--trainer.val_check_interval=20", "--trainer.limit_val_batches=2")
     options = (*QUICK, *short, "--checkpoint.every_n_steps=1")

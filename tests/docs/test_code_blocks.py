@@ -110,10 +110,10 @@ def run_python(block: Block, names: dict[str, Any], base: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:.*tensorboardX.*", "ignore:.*`max_epochs` was not set.*")
 @pytest.mark.parametrize("block", all_blocks("python"), ids=str)
-def test_python_runs(block, base, here, request):
+def test_python_runs(block, base, here, request, caplog):
     if "my-bot" in block.text:
         (here / "my-bot").symlink_to(request.getfixturevalue("exported") / "my-bot")
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    caplog.set_level(logging.ERROR, logger="lightning.pytorch")
     names = known(block.page, base)
     run_python(block, names, base)
     if "model" in names and "my-bot" in block.text:  # the adapter is in it
