@@ -1,9 +1,7 @@
 """``check``: proofs on the user's own model, data, settings and device, before hours are spent on them."""
 
-import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +19,7 @@ from phi3_lightning.checks.learning import STEPS
 from phi3_lightning.checks.lessons import GOOD_GOOD, GOOD_MINE, MINE_GOOD, MINE_MINE
 from phi3_lightning.checks.result import Outcome, Result
 from phi3_lightning.checks.suite import Suite
-from phi3_lightning.commands.one_device import one_device_trainer
+from phi3_lightning.commands.one_device import one_device_trainer, quieten
 from phi3_lightning.commands.parser import Parser, RunConfig
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
@@ -62,7 +60,7 @@ def main(args: list[str]) -> None:
     if config.data.tokenizer is None:
         config.data.tokenizer, config.data.revision = config.model.base, config.model.revision
     seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
-    _quieten()
+    quieten()
     made = options.instantiate_classes(config)
     clip = config.trainer.get("gradient_clip_val")
     with tempfile.TemporaryDirectory(prefix="phi3-lightning-check-") as folder, _progress() as (on_begin, on_step):
@@ -73,15 +71,6 @@ def main(args: list[str]) -> None:
         results = list(suite.run())
     _report(results)
     sys.exit(any(result.outcome == "FAIL" for result in results))
-
-
-def _quieten() -> None:
-    """Leave out what Lightning says about Trainers, of which there are many here."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval", UserWarning)
-    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no", UserWarning)
 
 
 @contextmanager

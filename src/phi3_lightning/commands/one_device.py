@@ -1,5 +1,7 @@
 """A Trainer on one device, for commands that are no run: it writes nothing, and computes as a run would."""
 
+import logging
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,3 +36,12 @@ def one_device_trainer(section: Mapping[str, Any], folder: str, **options: Any) 
         plugins=[SafeCheckpointIO()],
         **options,
     )
+
+
+def quieten() -> None:
+    """Leave out what Lightning says about data and Trainers; what counts is in the command's own tables."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval", UserWarning)
+    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no", UserWarning)

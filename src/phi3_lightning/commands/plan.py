@@ -1,9 +1,7 @@
 """``plan``: memory, time and what would help, from a configuration alone."""
 
-import logging
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,7 +15,7 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 
 from phi3_lightning.callbacks.flops import peak_flops
-from phi3_lightning.commands.one_device import one_device_trainer
+from phi3_lightning.commands.one_device import one_device_trainer, quieten
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
 from phi3_lightning.data.datamodule import ChatDataModule
@@ -65,7 +63,7 @@ def main(args: list[str]) -> None:
     if config.data.tokenizer is None:
         config.data.tokenizer, config.data.revision = config.model.base, config.model.revision
     seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
-    _quieten()
+    quieten()
     with _progress() as on_begin:
         Plan(config, on_begin).print(Console(highlight=False))
 
@@ -220,15 +218,6 @@ def _ranks(trainer: Namespace, on_gpu: bool) -> int:
 
 def _is_fsdp2(strategy: str | Namespace) -> bool:
     return not isinstance(strategy, str) and str(strategy.class_path).endswith("FSDP2Strategy")
-
-
-def _quieten() -> None:
-    """Leave out what Lightning says about data and Trainers; what counts is in the tables."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval", UserWarning)
-    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no", UserWarning)
 
 
 @contextmanager
