@@ -2,7 +2,7 @@
 
 import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -297,8 +297,12 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
     def _start_from_data(self) -> None:
         model, adapter = self._ready()
         strategy, loader = self.trainer.strategy, cast("DataLoader[Batch]", self.trainer.train_dataloader)
+
+        def batches() -> Iterator[Batch]:
+            return (documents.in_one_row(strategy.batch_to_device(batch)) for batch in loader)
+
         with self.autocast():
-            found = eva.directions(model, adapter, lambda: map(strategy.batch_to_device, loader), len(loader), self)
+            found = eva.directions(model, adapter, batches, len(loader), self)
         adapter.start_from(strategy.broadcast(found))  # all ranks alike, whatever rows each has seen
 
     def forward(self, batch: Batch) -> Tensor:

@@ -65,6 +65,13 @@ def test_the_directions_are_peft_s_own(tiny_base, tmp_path, expected):
     assert all((usual[name] - tensor).abs().max() > 0.1 for name, tensor in expected.items())
 
 
+def test_rows_beside_each_other_are_those_of_one_row(tiny_base, tmp_path):
+    pairs = [[synthetic.document(12, 8, seed), synthetic.document(9, 5, seed + 9)] for seed in range(3)]
+    packed = fit(tmp_path, module(tiny_base), [synthetic.batch_of([pair]) for pair in pairs])
+    padded = fit(tmp_path, module(tiny_base), [synthetic.batch_of([[document] for document in pair]) for pair in pairs])
+    assert all(torch.equal(packed[name], padded[name]) for name in packed)
+
+
 def test_each_slice_of_loralib_starts_from_the_directions_of_its_layer(tiny_base, tmp_path, expected):
     pytest.importorskip("loralib")
     targets = ["q_proj", "v_proj", "o_proj"]

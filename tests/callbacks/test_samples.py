@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import phi3_lightning
@@ -66,6 +67,20 @@ def test_base_and_tuned_answers_stand_side_by_side(tmp_path, capsys):
     assert " ".join(tuned.split()) in said
     assert prompt.split()[0] in said.split("tuned")[-1]
     assert module.model.training
+
+
+class Leaving(SingleDeviceStrategy):
+    """Ends as on a GPU: when fit ends, the model cannot read batches any more, which go to the device."""
+
+    def teardown(self) -> None:
+        super().teardown()
+        self.lightning_module.model = None
+
+
+def test_the_last_answers_are_asked_for_while_the_model_is_on_its_device(tmp_path, capsys):
+    data = chats(tmp_path, predict=str(TINY / "prompts.jsonl"))
+    fit(tmp_path, tiny(), data, Samples(from_predict=True), strategy=Leaving(device="cpu"))
+    assert "prompt base tuned" in printed(capsys)
 
 
 def test_prompts_come_from_the_validation_data_where_there_are_no_others(tmp_path, capsys):

@@ -60,7 +60,7 @@ def directions(
     Args:
         model: The model that carries the adapter.
         adapter: A fresh adapter, which changes no answer.
-        batches: Returns an iteration over the training batches, on the model's device.
+        batches: Returns an iteration over the training batches, each in one row, on the model's device.
         count: How many batches there are.
         run: Runs the model on a batch.
 

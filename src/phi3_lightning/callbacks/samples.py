@@ -76,9 +76,12 @@ class Samples(pl.Callback):
                 writer.add_text("samples", _as_markdown(self._told), step_of(trainer))
 
     @override
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
-        if self._told_step != trainer.global_step:
+    def on_train_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
+        if self._told_step != trainer.global_step:  # here and not when fit ends: the model has left its device by then
             self._told = self._answer(trainer, pl_module)
+
+    @override
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
         self._print_table()
 
     @torch.no_grad()

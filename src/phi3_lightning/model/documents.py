@@ -9,6 +9,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface, AttentionMaskInterface, Phi3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -34,6 +35,8 @@ def attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     documents: list[int] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each document; an attention function of transformers.
@@ -43,16 +46,20 @@ def attend(
         query: Shape (1, heads, tokens, head size).
         key: Shape (1, key-value heads, tokens, head size).
         value: As ``key``.
-        attention_mask: Used where ``documents`` is not given, as in generation.
+        attention_mask: Used where no documents are given, as in generation.
         scaling: Factor of the scores.
         dropout: Probability with which a weight is dropped.
         sliding_window: How many tokens back a token sees, itself included; None: all.
-        documents: Tokens of each document, which make up the row.
+        documents: Tokens of each document, which make up the row; attended one after the other.
+        cu_seq_lens_q: Where documents begin and end, int32, shape (documents + 1,); attended by one kernel.
+        max_length_q: Tokens of the longest of these.
         kwargs: What transformers passes on to every attention function.
 
     Returns:
         Shape (1, tokens, heads, head size), and no weights.
     """
+    if cu_seq_lens_q is not None:
+        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
     if documents is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
@@ -62,6 +69,17 @@ def attend(
         for q, k, v in zip(*(states.split(documents, dim=2) for states in (query, key, value)), strict=True)
     ]
     return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _varlen(
+    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scaling: float, window: int | None
+) -> Tensor:
+    if q.shape[1] != k.shape[1]:
+        k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
+    q, k, v = (states[0].transpose(0, 1) for states in (q, k, v))
+    seen = (-1, 0) if window is None or longest <= window else (window - 1, 0)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=seen)
+    return cast("Tensor", out)[None]
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None) -> Tensor:
@@ -116,6 +134,31 @@ def one_row(batch: Batch) -> tuple[Tensor, list[int]]:
     return torch.cat(rows), documents
 
 
+def in_one_row(batch: Batch) -> Batch:
+    """Return the same documents one after the other in one row, as most kernels read them.
+
+    Args:
+        batch: The batch.
+    """
+    places, documents = one_row(batch)
+    input_ids, labels, position_ids = (
+        batch[name].flatten()[places][None] for name in ("input_ids", "labels", "position_ids")
+    )
+    row_ids = [[row_id for row in batch["row_ids"] for row_id in row]]
+    return Batch(input_ids=input_ids, labels=labels, position_ids=position_ids, lengths=[documents], row_ids=row_ids)
+
+
+def _takes_varlen(model: Phi3ForCausalLM, device: torch.device) -> bool:
+    """Whether torch's flash attention runs: on GPUs since Ampere, in 16 bits, without dropout."""
+    dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
+    return (
+        device.type == "cuda"
+        and torch.cuda.get_device_capability(device) >= (8, 0)
+        and dtype in (torch.bfloat16, torch.float16)
+        and not (model.training and model.config.attention_dropout)
+    )
+
+
 def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:
     """Run a model up to its head on a batch whose documents do not see each other.
 
@@ -135,7 +178,12 @@ def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:
     places, documents = one_row(batch)
     options: dict[str, Any] = {}
     if kernel == DOCUMENTS:  # a mask of four dimensions is taken as it is: none is built
-        options = {"documents": documents, "attention_mask": torch.empty(1, 1, 0, 0, device=places.device)}
+        options["attention_mask"] = torch.empty(1, 1, 0, 0, device=places.device)
+        if _takes_varlen(model, places.device):
+            bounds = F.pad(torch.tensor(documents).cumsum(0, dtype=torch.int32), (1, 0))
+            options |= {"cu_seq_lens_q": bounds.to(places.device), "max_length_q": max(documents)}
+        else:
+            options["documents"] = documents
     input_ids, position_ids = (batch[name].flatten()[places][None] for name in ("input_ids", "position_ids"))
     hidden = _run(model, input_ids, position_ids, **options)[0]
     everywhere = hidden.new_zeros(batch["input_ids"].numel(), hidden.shape[1])
