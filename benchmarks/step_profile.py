@@ -23,6 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from contenders import ceiling, chats, models
 from phi3_lightning import ChatDataModule, Phi3LoRAModule, optim
 from phi3_lightning.batch import IGNORE_INDEX, Batch
+from phi3_lightning.model import compiled
 
 NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
@@ -102,6 +103,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=3)
     parser.add_argument("--row_tokens", type=int, default=1024)
     parser.add_argument("--gradient_checkpointing", default="none", choices=("none", "full"))
+    parser.add_argument("--compile", default="none", choices=("none", "layers"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--operators", type=int, default=20, help="how many are shown")
     args = parser.parse_args()
@@ -119,6 +121,8 @@ def main() -> None:
         supervised = int((batch["labels"] != IGNORE_INDEX).sum())
         needed = ceiling.needed_flops(base, tokens, supervised)
     module.to(device).train()
+    with module.autocast():
+        compiled.prepare(module.loaded_model, args.compile, args.repeats)
     on_device: Any = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     work = {
         "the step": step_of(module, on_device), "its frozen products alone": frozen_products(module, tokens, supervised)
@@ -142,6 +146,8 @@ def main() -> None:
     console.print(budget)
     console.print(f"the step takes {step / statistics.median(taken['its frozen products alone']):.2f} times its frozen "
                   f"products; {tokens / step:,.0f} tokens/s")  # fmt: skip
+    if device.type == "cuda":
+        console.print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     console.print(operators(work["the step"], device, args.operators))
 
 

@@ -25,17 +25,19 @@ class Contender:
     gpu_only: bool = False
 
 
-OURS: dict[str, dict[str, dict[str, Any]]] = {
-    "phi3_lightning": {"model": {"gradient_checkpointing": "none"}},
-    "phi3_lightning, checkpointing": {"model": {"gradient_checkpointing": "full"}},
+OURS: dict[str, dict[str, str]] = {
+    "phi3_lightning": {"gradient_checkpointing": "none"},
+    "phi3_lightning, checkpointing": {"gradient_checkpointing": "full"},
 }
-"""Settings of this package beside its defaults: arguments of the module, the data module and the Trainer."""
+OURS_ON_A_GPU = {f"{name}, compiled": {**options, "compile": "layers"} for name, options in OURS.items()}
+"""Settings of this package beside its defaults: arguments of the module. By itself, so short a run is not compiled."""
 
 TRL_BEST = {"packing": True, "gradient_checkpointing": False, "assistant_only": True}
 PACKED = {"packing": True, "disable_gradient_checkpointing": True}
 
 CONTENDERS = [
-    *(Contender(name, "ours", None, options) for name, options in OURS.items()),
+    *(Contender(name, "ours", None, {"model": options}) for name, options in OURS.items()),
+    *(Contender(name, "ours", None, {"model": options}, gpu_only=True) for name, options in OURS_ON_A_GPU.items()),
     Contender("TRL, defaults", "trl_sft", "trl", {"assistant_only": False}, trains="all"),
     Contender("TRL, packed, no checkpointing", "trl_sft", "trl", TRL_BEST),
     Contender("TRL, packed, Liger", "trl_sft", "trl", {**TRL_BEST, "use_liger_kernel": True}, gpu_only=True),

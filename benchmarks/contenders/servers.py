@@ -62,6 +62,7 @@ class Servers:
         if runner not in self._running:
             log = self._logs / f"{runner}.imports.log"
             quiet = {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "PYTHONPATH": python_path()}
+            quiet["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not keep forks from using it
             with log.open("w") as errors:
                 server = subprocess.Popen(
                     [self.pythons[environment], "-m", "contenders.worker", runner], env=os.environ | quiet, text=True,

@@ -29,7 +29,7 @@ from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import documents, loss, parallel
+from phi3_lightning.model import compiled, documents, loss, parallel
 from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.platform import check_accelerator
 from phi3_lightning.strategy import FSDP2Strategy, check_shardable, check_strategy
@@ -49,11 +49,13 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         revision: Branch, tag or commit of the base on the hub.
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
-        attn_implementation: Attention kernel; 'auto' takes flash attention where a GPU has it, else 'documents',
-            which is sdpa within one document at a time and needs no mask. A loaded model keeps its own.
+        attn_implementation: Attention kernel; 'auto' is 'documents', attention within documents that needs no mask:
+            torch's flash attention for all of them on a GPU, else sdpa for one at a time. A loaded model keeps its own.
         quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'); needs the extra qlora. null: in dtype.
         neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
         gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
+        compile: 'layers' trains with compiled decoder layers, a third faster on a GPU after half a minute; 'none' with
+            plain ones; 'auto' compiles on a GPU where the run is long enough to win that back.
         lora: The adapter.
         optimizer: How the adapter is updated.
         schedule: How the learning rate moves.
@@ -71,6 +73,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         quantization: base_model.Quantization | None = None,
         neftune_noise_alpha: float | None = None,
         gradient_checkpointing: base_model.Checkpointing = "full",
+        compile: compiled.Compilation = "auto",
         lora: LoRA = LoRA(),
         optimizer: Optimizer = Optimizer(),
         schedule: Schedule = Schedule(),
@@ -83,6 +86,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         if quantization is not None:
             require_choice("model.quantization", quantization, base_model.Quantization)
         require_choice("model.gradient_checkpointing", gradient_checkpointing, base_model.Checkpointing)
+        require_choice("model.compile", compile, compiled.Compilation)
         self.base = base if isinstance(base, str) else str(base.name_or_path)
         self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
         self.revision = revision
@@ -96,6 +100,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             )
         self.neftune_noise_alpha = neftune_noise_alpha
         self.gradient_checkpointing = gradient_checkpointing
+        self.compilation = compile
         self.lora = section(LoRA, lora)
         self.optimizer_config = section(Optimizer, optimizer)
         self.schedule = section(Schedule, schedule)
@@ -120,6 +125,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             "quantization": self.quantization,
             "neftune_noise_alpha": self.neftune_noise_alpha,
             "gradient_checkpointing": self.gradient_checkpointing,
+            "compile": self.compilation,
             "lora": {**asdict(self.lora), "adapter": None},  # a checkpoint holds what it started from already
             "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
             "schedule": asdict(self.schedule),
@@ -199,6 +205,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         if any(isinstance(parameter, DTensor) for parameter in adapter.parameters()):
             raise ModelError("detach_adapter: FSDP2 has sharded the base; load the checkpoint on one process for it")
         base_model.checkpoint_activations(model, "none")
+        compiled.uncompile_layers(model)
         self.model = self.adapter = None
         return adapter.detach()
 
@@ -281,9 +288,14 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         )
 
     def on_fit_start(self) -> None:
-        """Put the model into training mode: loading and predicting leave it in evaluation mode."""
+        """Put the model into training mode, in which loading and predicting do not leave it, and compile its layers."""
         super().on_fit_start()
-        self._ready()[0].train()
+        model, _ = self._ready()
+        model.train()
+        with self.trainer.precision_plugin.train_step_context(), self.autocast():
+            compiled.prepare(
+                model, self.compilation, self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
+            )
 
     def on_train_start(self) -> None:
         """Let the configuration decide over what a checkpoint has restored: learning rate, decay, betas."""

@@ -1,14 +1,19 @@
 """An error for lack of memory names the batch, its lengths and what would help."""
 
+from pathlib import Path
+
+import lightning.pytorch as pl
 import pytest
 import torch
 
+import phi3_lightning
 import synthetic
-from phi3_lightning import Phi3LoRAModule
+from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import OutOfMemory
 from phi3_lightning.planning.memory import Setup
 from phi3_lightning.planning.step import Shape
 
+TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 LENGTHS = [[60, 30], [40]]
 
 
@@ -50,6 +55,52 @@ def test_the_batch_and_what_helps_are_named(tiny_base, tmp_path, where):
     assert f"takes {memory.total / 1e9:.1f} GB" in predicted
     assert len(changes) == 3
     assert any("model.gradient_checkpointing: full" in change for change in changes)
+
+
+class Limited(Phi3LoRAModule):
+    """Has memory for so many tokens."""
+
+    limit = 10**9
+
+    def compute_loss(self, hidden, head, batch):
+        if hidden.shape[:2].numel() > self.limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().compute_loss(hidden, head, batch)
+
+
+def chats(tmp_path) -> ChatDataModule:
+    options = {"max_length": 256, "packing": False, "batch_size": 1, "num_workers": 0, "val_fraction": 0.0}
+    return ChatDataModule(
+        str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(tmp_path / "cache"), **options
+    )
+
+
+def test_the_largest_batch_is_tried_before_the_first_step(tmp_path):
+    data = chats(tmp_path)
+    data.prepare_data()
+    data.setup("fit")
+    sizes = sorted(batch["input_ids"].numel() for batch in data.train_dataloader())
+    assert data.largest_train_batch()["input_ids"].numel() == sizes[-1]
+    module = Limited(str(TINY))
+    module.limit = sizes[-1] - 1
+    trainer = synthetic.trainer(tmp_path, callbacks=[OutOfMemory()], max_steps=1)
+    with pytest.raises(torch.OutOfMemoryError) as error:
+        trainer.fit(module, chats(tmp_path))
+    assert trainer.global_step == 0
+    assert error.value.__notes__[0].startswith("memory ran out in a trial of the largest training batch: 1 rows")
+    without = synthetic.trainer(tmp_path, max_steps=1)
+    without.fit(module, chats(tmp_path))  # whose first batch is another: hours might pass
+    assert without.global_step == 1
+
+
+def test_training_is_the_same_with_and_without_the_trial(tmp_path):
+    found = []
+    for callbacks in ([OutOfMemory()], []):
+        pl.seed_everything(0)
+        module = Phi3LoRAModule(str(TINY), lora={"lora_dropout": 0.1})
+        synthetic.trainer(tmp_path, callbacks=callbacks, max_steps=3).fit(module, chats(tmp_path))
+        found.append(torch.cat([parameter.detach().flatten() for parameter in module.trained_parameters()]))
+    assert torch.equal(*found)
 
 
 def test_a_prompt_batch_is_named(tiny_base, tmp_path):

@@ -1,7 +1,6 @@
 """Which base models are taken, and that they are made as transformers makes them."""
 
 import json
-import logging
 from pathlib import Path
 
 import pytest
@@ -206,18 +205,9 @@ def test_sliding_window_is_the_same_under_every_kernel(tmp_path, length):
     assert torch.allclose(whole, sdpa, atol=1e-4) == (length <= 8)  # the window bites where it should
 
 
-def test_the_automatic_kernel_is_said_in_one_line(caplog):
-    with caplog.at_level(logging.INFO, logger="phi3_lightning"):
-        assert base.choose_attention("auto", torch.device("cpu")) == "documents"
-    assert len(caplog.messages) == 1
-    assert "documents" in caplog.messages[0]
-
-
-@pytest.mark.parametrize(("installed", "chosen"), [(True, "flash_attention_2"), (False, "documents")])
-def test_a_gpu_takes_flash_attention_where_it_is_installed(monkeypatch, installed, chosen):
-    monkeypatch.setattr(base, "is_flash_attn_2_available", lambda: installed)
-    assert base.choose_attention("auto", torch.device("cuda")) == chosen
-    assert base.choose_attention("auto", torch.device("cpu")) == "documents"
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_automatic_kernel_attends_within_documents(device):
+    assert base.choose_attention("auto", torch.device(device)) == "documents"
 
 
 def test_flash_attention_that_cannot_run_is_refused(monkeypatch):

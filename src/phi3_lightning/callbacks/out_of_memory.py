@@ -7,6 +7,7 @@ import torch
 from typing_extensions import override
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
+from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
 
 HELPFUL = 3
@@ -16,12 +17,31 @@ HELPFUL = 3
 class OutOfMemory(pl.Callback):
     """Adds to an error for lack of memory which batch it was, and what `plan` predicts for it with other settings.
 
+    It does not let that come hours later: before the first step, the training batch with the most tokens is tried, and
+    the gradient thrown away. The validation data begin with their largest batch. A stream's batches are not known.
+
     A GPU without memory raises an error. On a CPU the system often ends the process without a word instead.
     """
 
     def __init__(self) -> None:
         self._batch: Batch | None = None
         self._place = ""
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        if isinstance(pl_module, Phi3LoRAModule) and isinstance(data, ChatDataModule) and not data.options.streaming:
+            self._batch, self._place = data.largest_train_batch(), "a trial of the largest training batch"
+            self._try(trainer, pl_module, trainer.strategy.batch_to_device(self._batch))
+
+    def _try(self, trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> None:
+        devices = [module.device] if module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            with trainer.precision_plugin.train_step_context(), module.autocast():
+                loss_sum, _ = module.compute_loss(module(batch), module.head, batch)
+            loss_sum.backward()  # not by DDP, whose reducer takes no notice
+        for parameter in module.trained_parameters():
+            parameter.grad = None
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: Any, batch: Batch, batch_idx: int) -> None:

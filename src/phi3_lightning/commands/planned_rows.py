@@ -46,13 +46,9 @@ def planned_rows(data: ChatDataModule) -> PlannedRows:
         data.setup("fit")
     except (ConfigError, DataError) as error:  # said in the table; fit says it too
         return _made_up(data.options, str(error))
-    plan, prepared = data.plans["train"], data.prepared["train"]
-    lengths = prepared.lengths()[plan.documents]
-    tokens = np.add.reduceat(lengths, plan.rows[plan.batches[:-1]])
-    rows = plan[int(tokens.argmax())]
-    documents = iter(prepared.documents([document for row in rows for document in row]))
-    largest = collate([[next(documents) for _ in row] for row in rows], pad_token_id=0)
-    return PlannedRows(largest, len(plan), int(tokens.sum()), f"the largest of {len(plan):,} in data.train")
+    plan = data.plans["train"]
+    tokens = int(plan.tokens(data.prepared["train"].lengths()).sum())
+    return PlannedRows(data.largest_train_batch(), len(plan), tokens, f"the largest of {len(plan):,} in data.train")
 
 
 def _made_up(options: Options, reason: str) -> PlannedRows:

@@ -5,12 +5,12 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from phi3_lightning.batch import PromptBatch
+from phi3_lightning.batch import Batch, PromptBatch
 from phi3_lightning.data.collate import Document, collate, collate_prompts
 from phi3_lightning.data.loaders import batch_loader, stream_loader
 from phi3_lightning.data.options import Files, Format, Options, Split
@@ -229,6 +229,11 @@ class ChatDataModule(LightningDataModule):
             return self._stream()
         return self._loader("train", shuffle=True)
 
+    def largest_train_batch(self) -> Batch:
+        """Return the training batch with the most tokens, in any epoch."""
+        tokens = self.plans["train"].tokens(self.prepared["train"].lengths())
+        return cast("Batch", self._batches("train")[int(tokens.argmax())])
+
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """Batches of the validation data, longest first.
 
@@ -380,12 +385,15 @@ class ChatDataModule(LightningDataModule):
         full = f", {tokens / (self.train_rows * self.options.max_length):.1%} full" if self.options.packing else ""
         rank_zero_info(f"train: {self.train_documents} documents in {self.train_rows} rows{full}, {len(plan)} batches")
 
-    def _loader(self, split: Split, *, shuffle: bool = False) -> BatchLoader:
+    def _batches(self, split: Split) -> PlannedBatches:
         make: Any = partial(collate, pad_token_id=self._pad())
         if split == "predict":
             make = partial(_collate_prompt_rows, pad_token_id=self._pad(), stop_ids=self.template.stop_ids)
+        return PlannedBatches(self.prepared[split], self.plans[split], make)
+
+    def _loader(self, split: Split, *, shuffle: bool = False) -> BatchLoader:
         return batch_loader(
-            PlannedBatches(self.prepared[split], self.plans[split], make),
+            self._batches(split),
             seed=self._seed(),
             shuffle=shuffle,
             position=self._start if split == "train" else lambda: 0,

@@ -32,6 +32,14 @@ class Plan:
         ends = self.rows[self.batches[batch] : self.batches[batch + 1] + 1]
         return [self.documents[start:end].tolist() for start, end in pairwise(ends)]
 
+    def tokens(self, lengths: Ints) -> Ints:
+        """Return the tokens of each batch, shape (batches,).
+
+        Args:
+            lengths: Tokens of each document that the indices point into.
+        """
+        return np.add.reduceat(lengths[self.documents], self.rows[self.batches[:-1]])
+
     def fingerprint(self) -> str:
         """A name for exactly this plan.
 

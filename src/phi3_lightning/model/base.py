@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM, PreTrainedConfig
@@ -106,7 +105,7 @@ def load(
         revision: Branch, tag or commit of the hub repository.
         init: ``pretrained`` reads the safetensors; ``random`` needs config.json alone.
         dtype: Type of the weights.
-        attn_implementation: The attention kernel; ``auto`` takes flash attention where it is installed on a GPU.
+        attn_implementation: The attention kernel; ``auto`` is ``documents``.
         quantization: Keep the linear layers' weights in 4 bits (``nf4`` with double quantisation, Dettmers et al. 2023,
             https://arxiv.org/abs/2305.14314) or 8 bits (``int8``) and compute in ``dtype``.
         device: Where the weights are made.
@@ -198,17 +197,12 @@ def choose_attention(wanted: Attention, device: torch.device) -> str:
     Raises:
         ModelError: If flash attention is asked for and cannot run.
     """
-    flash = device.type == "cuda" and is_flash_attn_2_available()
-    if wanted == "flash_attention_2" and not flash:
+    if wanted == "flash_attention_2" and not (device.type == "cuda" and is_flash_attn_2_available()):
         raise ModelError(
             f"model.attn_implementation: flash_attention_2 needs a CUDA device and the package flash-attn, "
             f"and this run uses {device.type}; use documents"
         )
-    if wanted != "auto":
-        return wanted
-    chosen = "flash_attention_2" if flash else DOCUMENTS
-    rank_zero_info(f"attention: {chosen} ({'flash-attn is installed' if flash else 'no flash-attn on a GPU'})")
-    return chosen
+    return DOCUMENTS if wanted == "auto" else wanted
 
 
 def checkpoint_activations(model: Phi3ForCausalLM, how: Checkpointing) -> None:

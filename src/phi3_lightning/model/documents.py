@@ -148,8 +148,13 @@ def in_one_row(batch: Batch) -> Batch:
     return Batch(input_ids=input_ids, labels=labels, position_ids=position_ids, lengths=[documents], row_ids=row_ids)
 
 
-def _takes_varlen(model: Phi3ForCausalLM, device: torch.device) -> bool:
-    """Whether torch's flash attention runs: on GPUs since Ampere, in 16 bits, without dropout."""
+def takes_varlen(model: Phi3ForCausalLM, device: torch.device) -> bool:
+    """Return whether torch's flash attention can run: on GPUs since Ampere, in 16 bits, without dropout.
+
+    Args:
+        model: The model; under autocast, that type counts.
+        device: Where it runs.
+    """
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
     return (
         device.type == "cuda"
@@ -179,7 +184,7 @@ def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:
     options: dict[str, Any] = {}
     if kernel == DOCUMENTS:  # a mask of four dimensions is taken as it is: none is built
         options["attention_mask"] = torch.empty(1, 1, 0, 0, device=places.device)
-        if _takes_varlen(model, places.device):
+        if takes_varlen(model, places.device):
             bounds = F.pad(torch.tensor(documents).cumsum(0, dtype=torch.int32), (1, 0))
             options |= {"cu_seq_lens_q": bounds.to(places.device), "max_length_q": max(documents)}
         else:

@@ -1,0 +1,80 @@
+"""The kernels of a GPU are as exact as those they replace."""
+
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.model import compiled, documents, loss
+
+SHAPES = {
+    "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1000,
+    "max_position_embeddings": 1024, "original_max_position_embeddings": 1024,
+}  # fmt: skip
+BASES = {
+    "heads of 96": {"num_attention_heads": 4, "num_key_value_heads": 4},
+    "grouped queries": {"num_attention_heads": 6, "num_key_value_heads": 2},
+    "a window": {"num_attention_heads": 4, "num_key_value_heads": 4, "sliding_window": 100},
+}
+LENGTHS = [[300, 5, 64], [1, 200]]
+
+
+@pytest.fixture(params=BASES)
+def base(request, tmp_path) -> str:
+    return synthetic.save_tiny(tmp_path / "base", **SHAPES, **BASES[request.param])
+
+
+def batch() -> dict:
+    rows = [[synthetic.document(length, max(1, length // 2), length) for length in row] for row in LENGTHS]
+    found = synthetic.batch_of(rows)
+    return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+
+
+def gradient(base: str, dtype: str, compile_layers: bool = False, **options) -> torch.Tensor:
+    lora = {"r": 8, "lora_dropout": 0.0, **options.pop("lora", {})}
+    module = synthetic.randomised(Phi3LoRAModule(base, dtype=dtype, lora=lora, **options).cuda()).cuda()
+    module.model.train()
+    with module.autocast():
+        if compile_layers:
+            compiled.prepare(module.model, "layers", 1)
+        found = batch()
+        summed, count = module.compute_loss(module(found), module.head, found)
+    (summed / count).backward()
+    return torch.cat([parameter.grad.flatten() for parameter in module.trained_parameters()])
+
+
+def error(found: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((found - truth).norm() / truth.norm())
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_flash_attention_and_compiled_layers_round_no_more_than_sdpa(base, monkeypatch, backend, checkpointing):
+    options = {"lora": {"backend": backend}, "gradient_checkpointing": checkpointing}
+    truth = gradient(base, "float32", **options)  # by sdpa, one document after the other
+    flash = error(gradient(base, "bfloat16", **options), truth)
+    fused = error(gradient(base, "bfloat16", compile_layers=True, **options), truth)
+    with monkeypatch.context() as without:
+        without.setattr(documents, "takes_varlen", lambda model, device: False)
+        plain = error(gradient(base, "bfloat16", **options), truth)
+    # bfloat16 has 8 bits: a wrong mask or a wrong scale is off by far more than a half of what rounding gives
+    assert plain < 0.1
+    assert flash < 1.5 * plain
+    assert fused < 1.5 * plain
+
+
+def test_a_document_s_neighbours_do_not_matter(base):
+    module = synthetic.randomised(Phi3LoRAModule(base, dtype="bfloat16", lora={"r": 8}).cuda()).cuda().eval()
+    found = batch()
+    with torch.no_grad(), module.autocast():
+        before = module(found)[0, 305:369]
+        found["input_ids"][0, :305] = 7
+        after = module(found)[0, 305:369]
+    assert torch.equal(before, after)
+
+
+def test_larger_chunks_of_the_head_change_nothing(base, monkeypatch):
+    one = gradient(base, "float32")
+    monkeypatch.setattr(loss, "GPU_CHUNK", 16)
+    # float32 sums of at most 1,000 terms in another order
+    assert error(gradient(base, "float32"), one) < 1000 * torch.finfo(torch.float32).eps

@@ -1,0 +1,116 @@
+"""Whole runs on a GPU: every precision, strategy and backend teaches the tiny model, as a CPU does."""
+
+import re
+import subprocess
+import sys
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import synthetic
+from cli.conftest import REPOSITORY, TINY
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.callbacks import OutOfMemory
+
+STEPS = 60
+FIT = (
+    "fit", f"--config={REPOSITORY}/configs/quickstart.yaml", "--trainer.accelerator=cuda", f"--model.base={TINY}",
+    f"--data.train={TINY}/chats_train.jsonl", f"--data.val={TINY}/chats_val.jsonl",
+    f"--data.predict={TINY}/prompts.jsonl", f"--trainer.max_steps={STEPS}",
+)  # fmt: skip
+WAYS = {
+    "bf16-mixed": (),
+    "bf16-true": ("--trainer.precision=bf16-true",),
+    "16-mixed": ("--trainer.precision=16-mixed", "--model.dtype=float16"),
+    "32-true": ("--trainer.precision=32-true", "--model.dtype=float32"),
+    "compiled": ("--model.compile=layers",),
+    "compiled, checkpointing": ("--model.compile=layers", "--model.gradient_checkpointing=full"),
+    "loralib": ("--model.lora.backend=loralib", "--model.compile=layers"),
+    "dora from the data": ("--model.lora.use_dora=true", "--model.lora.init_lora_weights=eva"),
+    "NEFTune": ("--model.neftune_noise_alpha=5",),
+    "ddp by NCCL": ("--trainer.strategy=ddp",),
+    "FSDP2 by NCCL": (f"--config={REPOSITORY}/configs/overlays/fsdp2.yaml", "--trainer.devices=1"),
+    "FSDP2, compiled": (
+        f"--config={REPOSITORY}/configs/overlays/fsdp2.yaml", "--trainer.devices=1", "--model.compile=layers",
+    ),
+    "FSDP2 by NCCL, bf16-true": (
+        f"--config={REPOSITORY}/configs/overlays/fsdp2.yaml", "--trainer.devices=1", "--trainer.precision=bf16-true",
+    ),
+}  # fmt: skip
+QUANTISED = {
+    "nf4": ("--model.quantization=nf4", "--model.optimizer.name=paged_adamw_8bit"),
+    "nf4, loralib": ("--model.quantization=nf4", "--model.lora.backend=loralib"),
+    "nf4, compiled": ("--model.quantization=nf4", "--model.compile=layers"),
+    "int8": ("--model.quantization=int8",),
+}
+
+
+@pytest.fixture
+def cli(tmp_path):
+    """A process of its own for each command: one that is forked from this one could not use the GPU."""
+
+    def run(*args: str) -> str:
+        command = [sys.executable, REPOSITORY / "cli.py", *args]
+        finished = subprocess.run(
+            command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        assert finished.returncode == 0, finished.stdout
+        return finished.stdout
+
+    return run
+
+
+def held_out(text: str) -> tuple[float, float]:
+    """The loss at the start of a run and at its end."""
+    first, last = re.search(r"val/loss *│ *([\d.]+) │ *([\d.]+)", text).groups()
+    return float(first), float(last)
+
+
+def learns(text: str) -> None:
+    first, last = held_out(text)
+    assert last < first / 2, text
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_the_tiny_model_learns(cli, way):
+    learns(cli(*FIT, *WAYS[way]))
+
+
+@pytest.mark.parametrize("way", QUANTISED)
+def test_a_quantised_base_learns(cli, way):
+    pytest.importorskip("bitsandbytes")
+    learns(cli(*FIT, *QUANTISED[way]))
+
+
+def test_a_run_goes_on_and_its_checkpoint_serves_on_a_cpu(cli):
+    first, middle = held_out(cli(*FIT, "--trainer.max_steps=20"))
+    resumed, last = held_out(cli(*FIT))
+    assert resumed == middle
+    assert last < first / 2
+    quick = f"--config={REPOSITORY}/configs/quickstart.yaml"
+    answers = [
+        cli("chat", quick, f"--model.base={TINY}", "--prompt=Hello", f"--trainer.accelerator={device}")
+        for device in ("cuda", "cpu")
+    ]
+    assert all(answer.strip() for answer in answers)
+
+
+def test_memory_that_runs_out_names_the_batch(tmp_path):
+    base = synthetic.save_tiny(tmp_path / "base", hidden_size=256, intermediate_size=1024, max_position_embeddings=2048)
+    rows = [[synthetic.document(2000, 1000, seed)] for seed in range(16)]
+    loader = synthetic.loader([synthetic.batch_of(rows)])
+    trainer = pl.Trainer(
+        accelerator="cuda", devices=1, max_steps=1, logger=False, callbacks=[OutOfMemory()], default_root_dir=tmp_path,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    share = 2e8 / torch.cuda.get_device_properties(0).total_memory  # gate and up projection of a layer alone are 262 MB
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(share)
+    try:
+        with pytest.raises(torch.OutOfMemoryError) as error:
+            trainer.fit(Phi3LoRAModule(base, dtype="float32", gradient_checkpointing="none"), loader)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert error.value.__notes__[0].startswith("memory ran out in training batch 0")
+    assert any("model.gradient_checkpointing: full" in note for note in error.value.__notes__)

@@ -1,0 +1,122 @@
+"""Compiled decoder layers give the gradient of plain ones, and are used where that is worth while."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.model import compiled, documents
+
+# torch looks for a gradient of whatever it traces
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+
+EPSILON = torch.finfo(torch.float32).eps
+LENGTHS = [[5, 30], [9]], [[3, 3], [20]], [[17], [17, 1]]
+
+
+def batch(lengths):
+    seeds = iter(range(9))
+    return synthetic.batch_of(
+        [[synthetic.document(length, length - 1, next(seeds)) for length in row] for row in lengths]
+    )
+
+
+def by_mask(q, k, v, bounds, _bounds, longest, _longest, *, scale, window_size):
+    """What torch's flash attention computes on a GPU, by a mask over the row."""
+    place = torch.arange(len(q))
+    document = (place[:, None] >= bounds[None, 1:]).sum(1)
+    behind = place[:, None] - place[None]
+    seen = (document[:, None] == document[None]) & (behind >= 0)
+    left, right = window_size
+    assert right == 0
+    if left >= 0:
+        seen = seen & (behind <= left)
+    q, k, v = (states.transpose(0, 1) for states in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(documents, "takes_varlen", lambda model, device: True)
+    monkeypatch.setattr(documents, "varlen_attn", by_mask)
+    one_graph = torch.compile(Phi3DecoderLayer.forward, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(compiled, "_compiled", lambda: one_graph)
+    yield
+    torch._dynamo.reset()
+
+
+def module_of(base: str, **options) -> Phi3LoRAModule:
+    lora = {"lora_dropout": 0.0, **options.pop("lora", {})}
+    return synthetic.randomised(Phi3LoRAModule(base, dtype="float32", lora=lora, **options))
+
+
+def gradient(module, lengths) -> torch.Tensor:
+    found = batch(lengths)
+    loss, count = module.compute_loss(module(found), module.head, found)
+    return torch.cat([g.flatten() for g in torch.autograd.grad(loss / count, list(module.trained_parameters()))])
+
+
+@pytest.mark.parametrize("window", [None, 8])
+def test_one_kernel_for_all_documents_gives_what_one_after_the_other_does(tmp_path, monkeypatch, window):
+    module = module_of(synthetic.save_tiny(tmp_path / "base", sliding_window=window))
+    expected = [gradient(module, lengths) for lengths in LENGTHS]
+    monkeypatch.setattr(documents, "takes_varlen", lambda model, device: True)
+    monkeypatch.setattr(documents, "varlen_attn", by_mask)
+    for lengths, wanted in zip(LENGTHS, expected, strict=True):
+        # float32 products of at most 64 terms in another order, through two layers and back
+        assert (gradient(module, lengths) - wanted).abs().max() <= 4 * 64 * EPSILON * wanted.abs().max()
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+def test_all_layers_share_their_graph_and_give_the_plain_gradient(tmp_path, as_on_a_gpu, backend, checkpointing):
+    base = synthetic.save_tiny(tmp_path / "base", num_hidden_layers=4)
+    module = module_of(base, gradient_checkpointing=checkpointing, lora={"backend": backend})
+    expected = [gradient(module, lengths) for lengths in LENGTHS]
+    compiled.prepare(module.model, "layers", 1)
+    torch._dynamo.utils.counters.clear()
+    for lengths, wanted in zip(LENGTHS, expected, strict=True):
+        # through four layers and back
+        assert (gradient(module, lengths) - wanted).abs().max() <= 8 * 64 * EPSILON * wanted.abs().max()
+    # one for all lengths and layers; the input of the first layer has a gradient only for the sake of checkpointing
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == (1 if checkpointing == "full" else 2)
+
+
+def test_evaluation_is_not_compiled(tiny_base, as_on_a_gpu):
+    module = module_of(tiny_base)
+    compiled.prepare(module.model, "layers", 1)
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        module(batch(LENGTHS[0]))
+    module.eval()(batch(LENGTHS[0]))
+    assert not torch._dynamo.utils.counters["stats"]
+
+
+def test_auto_compiles_what_is_long_enough_to_win_it_back(tiny_base, as_on_a_gpu):
+    module = module_of(tiny_base)
+
+    def is_compiled() -> bool:
+        return all(type(layer).__name__.startswith("Compiled") for layer in module.model.model.layers)
+
+    for wanted, micro_batches, expected in (
+        ("auto", compiled.PAYS_FROM - 1, False), ("auto", compiled.PAYS_FROM, True), ("auto", float("inf"), True),
+        ("none", float("inf"), False), ("layers", 1, True),
+    ):  # fmt: skip
+        compiled.prepare(module.model, wanted, micro_batches)
+        assert is_compiled() == expected
+    base = module.detach_adapter()
+    assert all(type(layer) is Phi3DecoderLayer for layer in base.model.layers)
+
+
+def test_a_cpu_does_not_compile_and_refuses_to(tiny_base, tmp_path):
+    module = Phi3LoRAModule(tiny_base)
+    module.configure_model()
+    compiled.prepare(module.model, "auto", float("inf"))
+    assert all(type(layer) is Phi3DecoderLayer for layer in module.model.model.layers)
+    with pytest.raises(ConfigError, match=r"model\.compile: layers needs .* on cpu; leave it out"):
+        synthetic.trainer(tmp_path, max_steps=1).fit(
+            Phi3LoRAModule(tiny_base, compile="layers"), synthetic.loader([batch(LENGTHS[0])])
+        )
