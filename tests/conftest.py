@@ -2,12 +2,15 @@
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 import synthetic
+from phi3_lightning.model import compiled, documents
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -53,3 +56,14 @@ def fetched(path: Path) -> Path:
 def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a tiny random Phi-3 in float32."""
     return synthetic.save_tiny(tmp_path_factory.mktemp("tiny") / "base")
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """All documents attend in one call, and layers can be compiled; one that is not a single graph is an error."""
+    monkeypatch.setattr(documents, "takes_varlen", lambda model, device: True)
+    monkeypatch.setattr(documents, "varlen_attn", synthetic.attention_by_mask)
+    one_graph = torch.compile(Phi3DecoderLayer.forward, dynamic=True, fullgraph=True, backend="aot_eager")
+    monkeypatch.setattr(compiled, "_compiled", lambda: one_graph)
+    yield
+    torch._dynamo.reset()

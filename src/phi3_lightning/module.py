@@ -293,9 +293,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         model, _ = self._ready()
         model.train()
         with self.trainer.precision_plugin.train_step_context(), self.autocast():
-            compiled.prepare(
-                model, self.compilation, self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
-            )
+            micro_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
+            broken_up = self.compilation == "auto" and self.lora.use_dora  # into many graphs, by PEFT's code for it
+            compiled.prepare(model, "none" if broken_up else self.compilation, micro_batches)
 
     def on_train_start(self) -> None:
         """Let the configuration decide over what a checkpoint has restored: learning rate, decay, betas."""

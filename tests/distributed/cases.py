@@ -61,6 +61,9 @@ class Randomised:
         class WithValues(kind):
             def on_fit_start(self):
                 super().on_fit_start()
+                self.give_values()
+
+            def give_values(self):
                 generator = torch.Generator().manual_seed(11)
                 with torch.no_grad():
                     for parameter in self.trained_parameters():

@@ -49,10 +49,15 @@ def test_forms_of_the_base(base, tmp_path, form, monkeypatch):
     compare(base, tmp_path, **FORMS[form])
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+def test_compiled_layers(base, tmp_path, as_on_a_gpu):
+    compare(base, tmp_path, compile="layers")
+
+
 def test_an_adapter_to_start_from(base, tmp_path):
     trained = cases.module(base)
     trained.configure_model()
-    trained.on_fit_start()  # gives it values
+    trained.give_values()
     form = trained.adapter.to_peft()
     form.config.save_pretrained(tmp_path / "adapter")
     save_file(form.tensors, tmp_path / "adapter" / "adapter_model.safetensors")

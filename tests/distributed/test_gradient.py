@@ -26,7 +26,7 @@ def reference(base, tmp_path_factory) -> tuple[torch.Tensor, float]:
     """The gradient of (sum of losses) / (number of tokens), by transformers and autograd alone."""
     module = cases.module(base, gradient_checkpointing="none")
     module.configure_model()
-    module.on_fit_start()
+    module.give_values()
     total = sum(
         module.model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels]), use_cache=False).loss * count
         for (ids, labels), count in zip(DOCUMENTS, SUPERVISED, strict=True)
@@ -109,7 +109,7 @@ def test_clipping_takes_the_norm_over_all_ranks(base, tmp_path, reference, strat
     clipped = ranks.run(tmp_path, 2, run, CLIP)[0]
     start = cases.module(base)
     start.configure_model()
-    start.on_fit_start()
+    start.give_values()
     before = nn.utils.parameters_to_vector(start.trained_parameters()).detach()
     step = before - 0.1 * reference[0] * (CLIP / (expected + 1e-6))  # as clip_grad_norm_ has it
     assert (clipped - step).abs().max() <= 0.1 * CLIP * TOLERANCE + EPSILON * before.abs().max()

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from torch.nn import functional as F
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 import synthetic
@@ -24,30 +23,6 @@ def batch(lengths):
     )
 
 
-def by_mask(q, k, v, bounds, _bounds, longest, _longest, *, scale, window_size):
-    """What torch's flash attention computes on a GPU, by a mask over the row."""
-    place = torch.arange(len(q))
-    document = (place[:, None] >= bounds[None, 1:]).sum(1)
-    behind = place[:, None] - place[None]
-    seen = (document[:, None] == document[None]) & (behind >= 0)
-    left, right = window_size
-    assert right == 0
-    if left >= 0:
-        seen = seen & (behind <= left)
-    q, k, v = (states.transpose(0, 1) for states in (q, k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale).transpose(0, 1)
-
-
-@pytest.fixture
-def as_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(documents, "takes_varlen", lambda model, device: True)
-    monkeypatch.setattr(documents, "varlen_attn", by_mask)
-    one_graph = torch.compile(Phi3DecoderLayer.forward, dynamic=True, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(compiled, "_compiled", lambda: one_graph)
-    yield
-    torch._dynamo.reset()
-
-
 def module_of(base: str, **options) -> Phi3LoRAModule:
     lora = {"lora_dropout": 0.0, **options.pop("lora", {})}
     return synthetic.randomised(Phi3LoRAModule(base, dtype="float32", lora=lora, **options))
@@ -64,7 +39,7 @@ def test_one_kernel_for_all_documents_gives_what_one_after_the_other_does(tmp_pa
     module = module_of(synthetic.save_tiny(tmp_path / "base", sliding_window=window))
     expected = [gradient(module, lengths) for lengths in LENGTHS]
     monkeypatch.setattr(documents, "takes_varlen", lambda model, device: True)
-    monkeypatch.setattr(documents, "varlen_attn", by_mask)
+    monkeypatch.setattr(documents, "varlen_attn", synthetic.attention_by_mask)
     for lengths, wanted in zip(LENGTHS, expected, strict=True):
         # float32 products of at most 64 terms in another order, through two layers and back
         assert (gradient(module, lengths) - wanted).abs().max() <= 4 * 64 * EPSILON * wanted.abs().max()
