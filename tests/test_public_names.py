@@ -23,6 +23,7 @@ PUBLIC = {
         "RunPage",
         "RunReport",
         "Samples",
+        "StartUp",
         "Throughput",
     },
     "phi3_lightning.checkpoint_io": {"AsyncSafeCheckpointIO", "SafeCheckpointIO", "read_checkpoint"},

@@ -26,6 +26,7 @@ from phi3_lightning.callbacks import (
     RankFailure,
     RunCheckpoint,
     RunReport,
+    StartUp,
 )
 from phi3_lightning.callbacks.board import boards, step_of
 from phi3_lightning.callbacks.failure import is_communication
@@ -183,7 +184,7 @@ class Phi3CLI(LightningCLI):
         callbacks += [*self._monitor(), RunReport(self.run_folder.path), PredictionWriter(self.run_folder.predictions)]
         if config.enable_progress_bar is not False and not any(isinstance(c, ProgressBar) for c in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
-        callbacks += [AgreedStop(), OutOfMemory(), RankFailure()]
+        callbacks += [AgreedStop(), OutOfMemory(), RankFailure(), StartUp()]
         plugins = config.plugins or []
         plugins = [*(plugins if isinstance(plugins, list) else [plugins]), SafeCheckpointIO()]
         return super().instantiate_trainer(logger=logger, callbacks=callbacks, plugins=plugins, **kwargs)

@@ -13,6 +13,7 @@ from phi3_lightning.callbacks.progress import LineProgress
 from phi3_lightning.callbacks.report import RunReport
 from phi3_lightning.callbacks.run_page import RunPage
 from phi3_lightning.callbacks.samples import Samples
+from phi3_lightning.callbacks.start_up import StartUp
 from phi3_lightning.callbacks.stop import AgreedStop
 from phi3_lightning.callbacks.throughput import Throughput
 
@@ -31,5 +32,6 @@ __all__ = [
     "RunPage",
     "RunReport",
     "Samples",
+    "StartUp",
     "Throughput",
 ]

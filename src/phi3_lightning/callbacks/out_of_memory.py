@@ -1,17 +1,24 @@
 """Of which batch memory ran out, and what would make the run fit."""
 
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
-from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
 
 HELPFUL = 3
 """Changes that are named."""
+
+
+@runtime_checkable
+class Planned(Protocol):
+    """A data module that knows its batches."""
+
+    def largest_train_batch(self) -> Batch | None:
+        """Return the training batch with the most tokens; None where that is not known."""
 
 
 class OutOfMemory(pl.Callback):
@@ -30,9 +37,10 @@ class OutOfMemory(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        if isinstance(pl_module, Phi3LoRAModule) and isinstance(data, ChatDataModule) and not data.options.streaming:
-            self._batch, self._place = data.largest_train_batch(), "a trial of the largest training batch"
-            self._try(trainer, pl_module, trainer.strategy.batch_to_device(self._batch))
+        largest = data.largest_train_batch() if isinstance(data, Planned) else None
+        if isinstance(pl_module, Phi3LoRAModule) and largest is not None:
+            self._batch, self._place = largest, "a trial of the largest training batch"
+            self._try(trainer, pl_module, trainer.strategy.batch_to_device(largest))
 
     def _try(self, trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> None:
         devices = [module.device] if module.device.type == "cuda" else []

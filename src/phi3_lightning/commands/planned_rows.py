@@ -1,6 +1,7 @@
 """The rows that a plan is made for: the user's, or made-up ones of the largest size that the options allow."""
 
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -48,7 +49,8 @@ def planned_rows(data: ChatDataModule) -> PlannedRows:
         return _made_up(data.options, str(error))
     plan = data.plans["train"]
     tokens = int(plan.tokens(data.prepared["train"].lengths()).sum())
-    return PlannedRows(data.largest_train_batch(), len(plan), tokens, f"the largest of {len(plan):,} in data.train")
+    largest = cast("Batch", data.largest_train_batch())  # of no stream
+    return PlannedRows(largest, len(plan), tokens, f"the largest of {len(plan):,} in data.train")
 
 
 def _made_up(options: Options, reason: str) -> PlannedRows:

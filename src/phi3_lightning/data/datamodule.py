@@ -229,8 +229,10 @@ class ChatDataModule(LightningDataModule):
             return self._stream()
         return self._loader("train", shuffle=True)
 
-    def largest_train_batch(self) -> Batch:
-        """Return the training batch with the most tokens, in any epoch."""
+    def largest_train_batch(self) -> Batch | None:
+        """Return the training batch with the most tokens, in any epoch; None of a stream, where nobody knows."""
+        if self.options.streaming:
+            return None
         tokens = self.plans["train"].tokens(self.prepared["train"].lengths())
         return cast("Batch", self._batches("train")[int(tokens.argmax())])
 
