@@ -1,6 +1,5 @@
 """Phi3LoRAModule: the model it makes, what it measures and what it answers."""
 
-import logging
 import math
 import os
 
@@ -344,9 +343,3 @@ def test_the_run_seed_and_position_decide_the_dropout(tmp_path, tiny_base, monke
     module.trainer = synthetic.trainer(tmp_path)
     assert loss_at(3) == loss_at(3)
     assert len({loss_at(3), loss_at(4), loss_at(3, seed=2)}) == 3
-
-
-def test_attention_is_said_when_the_model_is_loaded(tiny_base, caplog):
-    with caplog.at_level(logging.INFO, logger="phi3_lightning"):
-        small(tiny_base).configure_model()
-    assert sum("attention: documents" in message for message in caplog.messages) == 1
