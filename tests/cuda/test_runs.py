@@ -84,9 +84,9 @@ def test_a_quantised_base_learns(cli, way):
 
 
 def test_a_run_goes_on_and_its_checkpoint_serves_on_a_cpu(cli):
-    first, middle = held_out(cli(*FIT, "--trainer.max_steps=20"))
-    resumed, last = held_out(cli(*FIT))
-    assert resumed == middle
+    first, middle = held_out(cli(*FIT, "--trainer.max_steps=27"))  # an epoch
+    _, last = held_out(cli(*FIT))
+    assert last < middle < first
     assert last < first / 2
     quick = f"--config={REPOSITORY}/configs/quickstart.yaml"
     answers = [
