@@ -48,8 +48,8 @@ class StartUp(pl.Callback):
         times = [moment for _, moment in self._marks]
         parts = [
             f"{end - start:.1f} s {what}"
-            for (what, end), start in zip(self._marks[1:], times, strict=False)
-            if end - start >= 0.05
+            for start, (what, end) in zip(times, self._marks[1:], strict=False)
+            if end - start >= 0.05  # which is rounded to nothing below
         ]
         rank_zero_info(f"trained the first batch {times[-1] - times[0]:.1f} s after the start: {', '.join(parts)}")
 
@@ -59,7 +59,5 @@ def process_age() -> float:
     stat = Path("/proc/self/stat")
     if not stat.exists():
         return 0.0
-    began = float(stat.read_text().rpartition(")")[2].split()[19]) / os.sysconf(
-        "SC_CLK_TCK"
-    )  # since the system's start
-    return time.clock_gettime(time.CLOCK_BOOTTIME) - began
+    ticks = float(stat.read_text().rpartition(")")[2].split()[19])  # from the system's start to that of the process
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
