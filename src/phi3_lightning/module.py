@@ -55,7 +55,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
         gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
         compile: 'layers' trains with compiled decoder layers, a third faster on a GPU after half a minute; 'none' with
-            plain ones; 'auto' compiles on a GPU where the run is long enough to win that back.
+            plain ones; 'auto' compiles on a GPU where the run is long enough, without DoRA and quantisation.
         lora: The adapter.
         optimizer: How the adapter is updated.
         schedule: How the learning rate moves.

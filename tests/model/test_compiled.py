@@ -82,6 +82,11 @@ def test_auto_compiles_what_is_long_enough_to_win_it_back(tiny_base, as_on_a_gpu
     ):  # fmt: skip
         compiled.prepare(module.model, wanted, micro_batches)
         assert is_compiled() == expected
+    weight = module.model.model.layers[1].mlp.down_proj.base_layer
+    weight.weight = torch.nn.Parameter(weight.weight.data.to(torch.uint8), requires_grad=False)  # as in 4 bits
+    compiled.prepare(module.model, "auto", float("inf"))
+    assert not is_compiled()
+    compiled.prepare(module.model, "layers", 1)
     base = module.detach_adapter()
     assert all(type(layer) is Phi3DecoderLayer for layer in base.model.layers)
 

@@ -44,7 +44,8 @@ def prepare(model: Phi3ForCausalLM, wanted: Compilation, micro_batches: float) -
             "model.compile: layers needs model.attn_implementation: documents in 16 bits on a GPU since Ampere, and "
             f"this run has {kernel} in {model.dtype} on {model.device.type}; leave it out, or set it to none"
         )
-    if able and (wanted == "layers" or micro_batches >= PAYS_FROM):
+    in_full = all(parameter.is_floating_point() for parameter in model.parameters())  # else the gain is not known
+    if able and (wanted == "layers" or (in_full and micro_batches >= PAYS_FROM)):
         rank_zero_info("the decoder layers are compiled for training: the first step takes half a minute longer")
         compile_layers(model)
 

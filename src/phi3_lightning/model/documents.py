@@ -74,7 +74,7 @@ def attend(
 def _varlen(
     q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scaling: float, window: int | None
 ) -> Tensor:
-    if q.shape[1] != k.shape[1]:
+    if q.shape[1] != k.shape[1]:  # torch 2.11 takes no groups here
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     q, k, v = (states[0].transpose(0, 1) for states in (q, k, v))
     seen = (-1, 0) if window is None or longest <= window else (window - 1, 0)
