@@ -224,6 +224,8 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path, tiny_base):
 # ---------------------------------------------------------------- compilation
 
 
+# torch looks for a gradient of whatever it traces
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.parametrize("place", ["model", "layers", "wrapper"])
 def test_compilation_leaves_no_trace_in_a_checkpoint(tmp_path, tiny_base, place):
     module = small(tiny_base)

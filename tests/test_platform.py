@@ -2,11 +2,13 @@
 
 import sys
 
+import psutil
 import pytest
 import torch
 
+from phi3_lightning import platform
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.platform import check_accelerator, check_platform
+from phi3_lightning.platform import check_accelerator, check_platform, device_memory
 
 
 @pytest.fixture
@@ -38,3 +40,29 @@ def test_linux_is_taken(monkeypatch, accelerator):
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     check_platform()
     check_accelerator(accelerator)
+
+
+CPU = torch.device("cpu")
+
+
+def test_the_memory_of_a_host_is_what_the_system_says(monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "_CGROUP", tmp_path)
+    for limit in (None, "max\n"):
+        if limit:
+            (tmp_path / "memory.max").write_text(limit)
+        free, total = device_memory(CPU)
+        assert total == psutil.virtual_memory().total
+        assert 0 < free <= total
+
+
+def test_a_container_has_what_it_is_allowed(monkeypatch, tmp_path):
+    monkeypatch.setattr(platform, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("500000000\n")
+    (tmp_path / "memory.stat").write_text("anon 120000000\nfile 300000000\nkernel 1\n")
+    assert device_memory(CPU) == (380_000_000, 500_000_000)  # pages of files are given up when memory is asked for
+
+
+def test_what_torch_has_reserved_on_a_gpu_and_does_not_use_is_free(monkeypatch):
+    for name, value in (("mem_get_info", (10, 80)), ("memory_reserved", 7), ("memory_allocated", 4)):
+        monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
+    assert device_memory(torch.device("cuda")) == (13, 80)

@@ -7,7 +7,7 @@ import pytest
 PUBLIC = {
     "phi3_lightning": {"ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"},
     "phi3_lightning.adapters": {"attach", "check"},
-    "phi3_lightning.batch": {"IGNORE_INDEX", "Batch", "PromptBatch"},
+    "phi3_lightning.batch": {"IGNORE_INDEX", "Batch", "PlannedData", "PromptBatch", "SizedModule"},
     "phi3_lightning.callbacks": {
         "AdapterStatistics",
         "AgreedStop",

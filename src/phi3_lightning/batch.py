@@ -1,10 +1,10 @@
-"""What data and model share: the two kinds of batch, and nothing else."""
+"""What data and model share: the two kinds of batch, what each asks the other about them, and nothing else."""
 
-from typing import Final, TypedDict
+from typing import Final, Protocol, TypedDict, runtime_checkable
 
 from torch import Tensor
 
-__all__ = ["IGNORE_INDEX", "Batch", "PromptBatch"]
+__all__ = ["IGNORE_INDEX", "Batch", "PlannedData", "PromptBatch", "SizedModule"]
 
 IGNORE_INDEX: Final = -100
 """The label of a token that is not trained (the value that ``torch.nn.functional.cross_entropy`` ignores)."""
@@ -45,3 +45,19 @@ class PromptBatch(TypedDict):
     attention_mask: Tensor
     row_ids: list[int]
     stop_ids: list[int]
+
+
+@runtime_checkable
+class PlannedData(Protocol):
+    """A data module that knows its batches before they are read."""
+
+    def largest_train_batch(self) -> Batch | None:
+        """Return the training batch with the most tokens; None where that is not known."""
+
+
+@runtime_checkable
+class SizedModule(Protocol):
+    """A module that knows what fits into its device's memory."""
+
+    def rows_that_fit(self, row: Batch) -> int:
+        """Return how many rows like the given one make the largest micro-batch, the same on all ranks."""

@@ -1,22 +1,24 @@
 """``Phi3LoRAModule``: a frozen Phi-3 with a LoRA adapter, as a LightningModule."""
 
+import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import numpy as np
 import torch
 from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
-from transformers import Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi3_lightning import adapters, generate, optim
 from phi3_lightning.adapters import eva, targets
@@ -29,7 +31,7 @@ from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import compiled, documents, loss, parallel
+from phi3_lightning.model import checkpointing, compiled, documents, loss, parallel
 from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.platform import check_accelerator
 from phi3_lightning.strategy import FSDP2Strategy, check_shardable, check_strategy
@@ -53,7 +55,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             torch's flash attention for all of them on a GPU, else sdpa for one at a time. A loaded model keeps its own.
         quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'); needs the extra qlora. null: in dtype.
         neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
-        gradient_checkpointing: 'full' recomputes each layer in the backward pass (least memory), 'none' keeps all.
+        gradient_checkpointing: What the backward pass computes again: 'none', nothing (fastest); a number n, every n-th
+            layer; 'selective', all but products and attention; 'full', each layer; 'offload', the same with what is
+            kept in the host's memory (least of a GPU's). 'auto' takes the fastest of which the largest batch fits.
         compile: 'layers' trains with compiled decoder layers, a third faster on a GPU after half a minute; 'none' with
             plain ones; 'auto' compiles on a GPU where the run is long enough, without DoRA and quantisation.
         lora: The adapter.
@@ -72,7 +76,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         attn_implementation: base_model.Attention = "auto",
         quantization: base_model.Quantization | None = None,
         neftune_noise_alpha: float | None = None,
-        gradient_checkpointing: base_model.Checkpointing = "full",
+        gradient_checkpointing: checkpointing.Checkpointing = "auto",
         compile: compiled.Compilation = "auto",
         lora: LoRA = LoRA(),
         optimizer: Optimizer = Optimizer(),
@@ -85,7 +89,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         require_choice("model.attn_implementation", attn_implementation, base_model.Attention)
         if quantization is not None:
             require_choice("model.quantization", quantization, base_model.Quantization)
-        require_choice("model.gradient_checkpointing", gradient_checkpointing, base_model.Checkpointing)
+        checkpointing.check(gradient_checkpointing)
         require_choice("model.compile", compile, compiled.Compilation)
         self.base = base if isinstance(base, str) else str(base.name_or_path)
         self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
@@ -141,8 +145,30 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
         """
         if self._loaded_base is None:
-            model = base_model.skeleton(base_model.read_config(self.base, self.revision))
-            adapters.check(model, self.lora)
+            adapters.check(base_model.skeleton(self.base_config()), self.lora)
+
+    def base_config(self) -> Phi3Config:
+        """Return a configuration of the base that is the caller's own.
+
+        Raises:
+            ModelError: If the base is no ``Phi3ForCausalLM``.
+        """
+        if self._loaded_base is None:
+            return base_model.read_config(self.base, self.revision)
+        return copy.deepcopy(self._loaded_base[0].config)
+
+    def unloaded(self, **changes: Any) -> "Phi3LoRAModule":
+        """Return a module of the same configuration that has loaded nothing.
+
+        Args:
+            **changes: Other values of some arguments.
+        """
+        arguments = {**self.hparams, "lora": self.lora}
+        if self._loaded_base is not None:
+            (arguments["base"],) = self._loaded_base
+            kernel = self._loaded_base[0].config._attn_implementation
+            arguments["attn_implementation"] = kernel if kernel in get_args(base_model.Attention) else "auto"
+        return Phi3LoRAModule(**{**arguments, **changes})
 
     def configure_model(self) -> None:
         """Load the frozen base and attach the adapter; does nothing the second time.
@@ -158,8 +184,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         if any(hasattr(module, "lora_A") for module in model.modules()):
             raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
         base_model.keep_as_quantized(model)
-        base_model.checkpoint_activations(model, self.gradient_checkpointing)
         adapter = adapters.attach(model, self.lora, base=self.base_id)
+        way = self.gradient_checkpointing  # 'auto' is decided when the batches are known
+        checkpointing.checkpoint_activations(model, "full" if way == "auto" else way)
         if sharding is not None:
             parallel.shard(model, sharding)
             parallel.fill(model, sharding, self.init, self.base, self.revision)
@@ -204,7 +231,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         model, adapter = self._ready()
         if any(isinstance(parameter, DTensor) for parameter in adapter.parameters()):
             raise ModelError("detach_adapter: FSDP2 has sharded the base; load the checkpoint on one process for it")
-        base_model.checkpoint_activations(model, "none")
+        checkpointing.checkpoint_activations(model, "none")
         compiled.uncompile_layers(model)
         self.model = self.adapter = None
         return adapter.detach()
@@ -273,6 +300,12 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """
         check_accelerator(self.trainer.strategy.root_device.type)
         check_strategy(self.trainer.strategy)
+        require(
+            self.gradient_checkpointing != "offload" or self.trainer.strategy.root_device.type == "cuda",
+            "model.gradient_checkpointing",
+            self.gradient_checkpointing,
+            "a CPU keeps everything in the host's memory anyway; use full",
+        )
         precision = self.trainer.precision
         require(
             precision not in ("16-true", "transformer-engine-float16"),
@@ -288,14 +321,22 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         )
 
     def on_fit_start(self) -> None:
-        """Put the model into training mode, in which loading and predicting do not leave it, and compile its layers."""
+        """Put the model into training mode, in which loading and predicting do not leave it, and settle `auto`."""
         super().on_fit_start()
         model, _ = self._ready()
         model.train()
+        way = str(self.gradient_checkpointing)
+        if self.gradient_checkpointing == "auto":
+            from phi3_lightning.planning import fitting  # plans with this class
+
+            chosen, why = fitting.choose_checkpointing(self.trainer, self)
+            checkpointing.checkpoint_activations(model, chosen)
+            way = f"{chosen}, since {why}"
         with self.trainer.precision_plugin.train_step_context(), self.autocast():
             micro_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
-            broken_up = self.compilation == "auto" and self.lora.use_dora  # into many graphs, by PEFT's code for it
-            compiled.prepare(model, "none" if broken_up else self.compilation, micro_batches)
+            layers = compiled.prepare(model, self.compilation, micro_batches, dora=self.lora.use_dora)
+            attention = documents.describe(model)
+        rank_zero_info(f"attention: {attention}; layers: {layers}; gradient checkpointing: {way}")
 
     def on_train_start(self) -> None:
         """Let the configuration decide over what a checkpoint has restored: learning rate, decay, betas."""
@@ -335,6 +376,19 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             return documents.last_hidden_state(model, batch)
         with noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha):
             return documents.last_hidden_state(model, batch)
+
+    def rows_that_fit(self, row: Batch) -> int:
+        """Return how many rows make the largest micro-batch that fits, for ``data.max_tokens_per_batch: auto``.
+
+        Args:
+            row: One row, the largest of the training data.
+
+        Raises:
+            ConfigError: If not even one fits.
+        """
+        from phi3_lightning.planning import fitting  # plans with this class
+
+        return fitting.rows_that_fit(self.trainer, self, row)
 
     def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the token losses and the number of tokens; override it to train another loss.

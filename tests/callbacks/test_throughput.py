@@ -184,10 +184,10 @@ def test_the_formula_is_what_torch_counts(tiny_base, checkpointing, backend):
     flops = step_flops(module)
     formula = flops.per_token * length + flops.per_supervised_token * int(count)
     blocks, rank = module.model.model.layers, 4
-    if checkpointing == "none":  # nothing before the first layer is trained
-        qkv, updates = blocks[0].self_attn.qkv_proj, 3 if backend == "loralib" else 1
-        formula -= 2 * length * qkv.in_features * (qkv.out_features + updates * rank)
-    else:  # of what is computed again, the last product is needed by none
+    # nothing before the first layer is trained
+    qkv, updates = blocks[0].self_attn.qkv_proj, 3 if backend == "loralib" else 1
+    formula -= 2 * length * qkv.in_features * (qkv.out_features + updates * rank)
+    if checkpointing == "full":  # of what is computed again, the last product is needed by none
         formula -= sum(2 * length * rank * block.mlp.down_proj.out_features for block in blocks)
     if backend == "loralib":  # its B of fused layers is block diagonal, and the zeros are multiplied as well
         fused = [(block.self_attn.qkv_proj, 3) for block in blocks] + [(block.mlp.gate_up_proj, 2) for block in blocks]

@@ -62,7 +62,7 @@ def base(tmp_path_factory) -> str:
     return synthetic.save_tiny(tmp_path_factory.mktemp("wide") / "base", torch.bfloat16, **WIDE)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"lora": {"backend": "loralib", "r": 4}}, {"lora": {"use_dora": True}}, {"dtype": "float32"},
@@ -71,7 +71,7 @@ def base(tmp_path_factory) -> str:
 )  # fmt: skip
 def test_it_needs_what_a_real_step_does(base, options, checkpointing):
     configured = {"gradient_checkpointing": checkpointing, **options}
-    found = Hollow(Phi3LoRAModule(base, **configured)).activations(SHAPE, mixed=False)
+    found = Hollow(Phi3LoRAModule(base, **configured)).activations(SHAPE, checkpointing, mixed=False)
     kept, peak = really(Phi3LoRAModule(base, **configured))
     # the mask of supervised places and their indices: some bytes a place, and nothing else differs
     places = 200 * 32
@@ -79,14 +79,16 @@ def test_it_needs_what_a_real_step_does(base, options, checkpointing):
     assert found.kept + max(found.head, found.layer) == pytest.approx(peak, abs=places)
 
 
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_deep_models_follow_from_shallow_ones(base, checkpointing, monkeypatch):
     module = Phi3LoRAModule(base, gradient_checkpointing=checkpointing)
     hollow = Hollow(module)
-    extrapolated = hollow.activations(SHAPE, mixed=True)
+    extrapolated = hollow.activations(SHAPE, checkpointing, mixed=True)
     assert len(hollow.model.model.layers) == hollow.model.config.num_hidden_layers == WIDE["num_hidden_layers"]
     monkeypatch.setattr(dry_run, "SHALLOW", (8, 9))  # more than there are: all of them run
-    assert astuple(extrapolated) == pytest.approx(astuple(hollow.activations(SHAPE, mixed=True)), rel=1e-6, abs=64)
+    assert astuple(extrapolated) == pytest.approx(
+        astuple(hollow.activations(SHAPE, checkpointing, mixed=True)), rel=1e-6, abs=64
+    )
 
 
 def test_layers_that_differ_all_run(base):
@@ -95,19 +97,38 @@ def test_layers_that_differ_all_run(base):
     assert every.alike
     assert not some.alike
     # no gradient passes the five layers below, which keep nothing
-    assert some.activations(SHAPE, mixed=True).kept < 0.3 * every.activations(SHAPE, mixed=True).kept
+    kept = [hollow.activations(SHAPE, "none", mixed=True).kept for hollow in (some, every)]
+    assert kept[0] < 0.3 * kept[1]
 
 
 def test_no_value_is_made(base):
     """The negative control: shapes alone decide, and nothing of the model's size is allocated."""
     module = Hollow(Phi3LoRAModule(base)).module
     assert {type(parameter.data).__name__ for parameter in module.parameters()} == {"FakeTensor"}
-    doubled = Hollow(Phi3LoRAModule(base)).activations(Shape([[140, 60], [120]], 220), mixed=True)
-    single = Hollow(Phi3LoRAModule(base)).activations(SHAPE, mixed=True)
+    doubled = Hollow(Phi3LoRAModule(base)).activations(Shape([[140, 60], [120]], 220), "full", mixed=True)
+    single = Hollow(Phi3LoRAModule(base)).activations(SHAPE, "full", mixed=True)
     assert 1.8 < doubled.kept / single.kept < 2.3  # attention within short documents grows faster
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_kernels_with_a_mask_are_planned_too(base, attention):
     module = Phi3LoRAModule(base, attn_implementation=attention, gradient_checkpointing="none")
-    assert Hollow(module).activations(SHAPE, mixed=True).kept > 0
+    assert Hollow(module).activations(SHAPE, "none", mixed=True).kept > 0
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_every_so_many_layers_need_a_mixture(base, every):
+    found = Hollow(Phi3LoRAModule(base)).activations(SHAPE, every, mixed=False)
+    kept, peak = really(Phi3LoRAModule(base, gradient_checkpointing=every))
+    layer = Hollow(Phi3LoRAModule(base)).activations(SHAPE, "none", mixed=False).kept / WIDE["num_hidden_layers"]
+    assert found.kept == pytest.approx(kept, abs=200 * 32 + 0.1 * layer)  # the first layer keeps less than others
+    # at the peak the last recomputed layer is made again while some of what the others kept is gone already
+    assert peak - 200 * 32 - 0.1 * layer <= found.kept + max(found.head, found.layer) <= peak + every * layer
+
+
+def test_hidden_states_that_are_offloaded_are_not_on_the_device(base):
+    hollow = Hollow(Phi3LoRAModule(base))
+    full, offload = (hollow.activations(SHAPE, way, mixed=True) for way in ("full", "offload"))
+    assert full.kept - offload.kept == WIDE["num_hidden_layers"] * SHAPE.tokens * WIDE["hidden_size"] * 2
+    assert (offload.head, offload.layer) == (full.head, full.layer)
+    assert 0 < offload.kept < 0.5 * full.kept

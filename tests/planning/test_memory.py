@@ -106,9 +106,9 @@ def test_the_time_of_a_step_follows_from_shallow_ones(tiny_base, monkeypatch):
     monkeypatch.setattr(speed.time, "perf_counter", lambda: now[0])
     module = Phi3LoRAModule(tiny_base)
     options = {"mixed": True, "device": "cpu"}
-    assert timed_seconds(module, 12, SHAPE, peak=None, **options) == pytest.approx(7)
+    assert timed_seconds(module, "none", 12, SHAPE, peak=None, **options) == pytest.approx(7)
     # a slow device is timed on the fewest tokens, and the others take as long each
-    slow = timed_seconds(module, 12, SHAPE, peak=1.0, **options)
+    slow = timed_seconds(module, "none", 12, SHAPE, peak=1.0, **options)
     assert slow == pytest.approx(7 * SHAPE.tokens / speed.FEWEST)
 
 

@@ -8,6 +8,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from phi3_lightning.model.checkpointing import recomputed_share, way_of
 from phi3_lightning.module import Phi3LoRAModule
 
 _PROBE = 1024
@@ -36,11 +37,12 @@ def step_flops(module: Phi3LoRAModule) -> StepFlops:
     Args:
         module: After ``configure_model``.
     """
-    recomputed = 2 if module.gradient_checkpointing == "full" else 0
     layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear) and not layer.weight.requires_grad]
     frozen = sum(layer.in_features * layer.out_features for layer in layers)  # bitsandbytes packs what numel counts
     trained = sum(parameter.numel() for parameter in module.trained_parameters())
-    config = module.loaded_model.config
+    model = module.loaded_model
+    config = model.config
+    recomputed = 2 * recomputed_share(way_of(model), len(model.model.layers))
     head = config.hidden_size * config.vocab_size
     once = not any(p.requires_grad or isinstance(p, DTensor) for p in module.head.parameters())
     per_token = (frozen - head) * (4 + recomputed) + trained * (6 + recomputed)

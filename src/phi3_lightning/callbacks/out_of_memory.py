@@ -1,24 +1,16 @@
 """Of which batch memory ran out, and what would make the run fit."""
 
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
-from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
+from phi3_lightning.batch import Batch, PlannedData, PromptBatch
 from phi3_lightning.module import Phi3LoRAModule
 
 HELPFUL = 3
 """Changes that are named."""
-
-
-@runtime_checkable
-class Planned(Protocol):
-    """A data module that knows its batches."""
-
-    def largest_train_batch(self) -> Batch | None:
-        """Return the training batch with the most tokens; None where that is not known."""
 
 
 class OutOfMemory(pl.Callback):
@@ -37,7 +29,7 @@ class OutOfMemory(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        largest = data.largest_train_batch() if isinstance(data, Planned) else None
+        largest = data.largest_train_batch() if isinstance(data, PlannedData) else None
         if isinstance(pl_module, Phi3LoRAModule) and largest is not None:
             self._batch, self._place = largest, "a trial of the largest training batch"
             self._try(trainer, pl_module, trainer.strategy.batch_to_device(largest))
@@ -108,7 +100,7 @@ def _advice(trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> list[s
     from phi3_lightning.planning.step import Shape
 
     setup = Setup.of(trainer, module)
-    shape = Shape(batch["lengths"], int((batch["labels"] != IGNORE_INDEX).sum()))
+    shape = Shape.of(batch)
     memory = setup.memory(shape)
     found = levers(setup, shape, memory, lambda _: None)[:HELPFUL]
     return [

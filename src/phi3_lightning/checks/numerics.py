@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.config import PHI3_LINEAR_LAYERS
-from phi3_lightning.model.base import checkpoint_activations
+from phi3_lightning.model.checkpointing import checkpoint_activations, way_of
 from phi3_lightning.model.loss import supervised_positions
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -163,12 +163,13 @@ def checkpointed_against_kept(module: Phi3LoRAModule, batch: Batch, context: Con
     module.train()
     model = module.model
     assert model is not None  # configured by whoever made it
-    checkpoint_activations(model, "full")
+    own = way_of(model)
+    checkpoint_activations(model, "full" if own == "none" else own)
     again = compute(module, batch, context)
     checkpoint_activations(model, "none")
     kept = compute(module, batch, context)
     distances = in_roundings(module, kept, again, batch, context)
-    checkpoint_activations(model, module.gradient_checkpointing)
+    checkpoint_activations(model, own)
     return distances
 
 

@@ -19,9 +19,12 @@ from phi3_lightning.commands.one_device import one_device_trainer, quieten
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.errors import ModelError
+from phi3_lightning.data.packing import share_step
+from phi3_lightning.errors import ConfigError, ModelError
+from phi3_lightning.model.checkpointing import Way
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.family import PUBLISHED, write_config
+from phi3_lightning.planning.fitting import USED, fastest, most_rows
 from phi3_lightning.planning.length import run_length
 from phi3_lightning.planning.levers import levers
 from phi3_lightning.planning.memory import Setup, resident
@@ -29,7 +32,7 @@ from phi3_lightning.planning.speed import least_seconds, timed_seconds
 from phi3_lightning.planning.step import Shape
 from phi3_lightning.planning.table import lever_table, measured_table, memory_table, run_line
 from phi3_lightning.planning.trial import Measured, measure
-from phi3_lightning.platform import check_accelerator
+from phi3_lightning.platform import check_accelerator, device_memory
 
 DESCRIPTION = "Predict memory, speed and hours of a run from its configuration, and what would help most."
 
@@ -85,17 +88,21 @@ class Plan:
         self.on_begin = on_begin
         self.on_gpu = _on_gpu(str(config.trainer.accelerator))
         self.module = self._module(config.model.as_dict())
-        on_begin("reading the data")
-        self.rows: PlannedRows = planned_rows(ChatDataModule(**config.data.as_dict()))
         on_begin("measuring the device")
         self.peak = self._peak()
-        self.setup = Setup(
+        setup = Setup(
             self.module,
             mixed=str(config.trainer.precision) in ("16-mixed", "bf16-mixed", "16", "bf16"),
             ranks=_ranks(config.trainer, self.on_gpu),
             sharded=_is_fsdp2(config.trainer.strategy),
             process=None if self.on_gpu else resident(),
         )
+        on_begin("reading the data")
+        options = config.data.as_dict()
+        if config.data.max_tokens_per_batch == "auto":
+            options["max_tokens_per_batch"] = self._budget(setup, options) * config.data.max_length
+        self.rows: PlannedRows = planned_rows(ChatDataModule(**options))
+        self.setup, self.chosen = self._settled(setup)
 
     def _module(self, options: dict[str, Any]) -> Phi3LoRAModule:
         module = Phi3LoRAModule(**options)
@@ -112,6 +119,37 @@ class Plan:
             raise
         return module
 
+    @property
+    def _device(self) -> torch.device | None:
+        """What the run would use; None: a GPU that is not here."""
+        if not self.on_gpu:
+            return torch.device("cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else None
+
+    def _budget(self, setup: Setup, options: dict[str, Any]) -> int:
+        if self._device is None:
+            raise ConfigError("data.max_tokens_per_batch: auto asks the GPU, and there is none here; give a number")
+        row = planned_rows(ChatDataModule(**options | {"max_tokens_per_batch": None, "batch_size": 1})).shape
+        rows, _ = most_rows(setup.usual(), row, USED * device_memory(self._device)[1])
+        trainer = self.config.trainer
+        trainer.accumulate_grad_batches, rows = share_step(
+            options["batch_size"] * trainer.accumulate_grad_batches, rows
+        )
+        return rows
+
+    def _settled(self, setup: Setup) -> tuple[Setup, str | None]:
+        """The run with a way to keep activations, and why where that was ``auto``."""
+        if self.module.gradient_checkpointing != "auto":
+            return setup, None
+        way: Way | int = "full"
+        why = "there is no GPU here to ask; where more fits, fit recomputes less"
+        if self._device is not None:
+            self.on_begin("choosing what is recomputed")
+            free, _ = device_memory(self._device)
+            room = USED * (free - setup.memory(self.rows.shape).base)
+            way, why = fastest(setup, self.rows.shape, room)
+        return setup.changed(gradient_checkpointing=way), f"model.gradient_checkpointing: auto is {way} here: {why}"
+
     def _peak(self) -> float | None:
         """Operations a second of the device; None where the GPU is not here, or not in the table."""
         if self.on_gpu and not torch.cuda.is_available():
@@ -126,6 +164,7 @@ class Plan:
         self.on_begin("timing some layers")
         return timed_seconds(
             self.module,
+            self.setup.way,
             len(self.setup.hollow.model.model.layers),
             shape,
             mixed=self.setup.mixed,
@@ -140,7 +179,7 @@ class Plan:
         section = self.config.trainer.as_dict()
         with tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-") as folder:
             make_trainer = partial(one_device_trainer, section, folder, gradient_clip_val=section["gradient_clip_val"])
-            return measure(self.module, self.rows.largest, make_trainer)
+            return measure(self.setup.module, self.rows.largest, make_trainer)
 
     def print(self, console: Console) -> None:
         """Print it.
@@ -157,13 +196,15 @@ class Plan:
         documents = sum(map(len, shape.lengths))
         console.print(
             f"micro-batch: {shape.tokens:,} tokens, {documents:,} documents, {len(shape.lengths):,} rows "
-            f"({self.rows.source})",
+            f"({self.rows.source}), {self.config.trainer.accumulate_grad_batches} to an optimiser step",
             soft_wrap=True,
             markup=False,
         )
+        if self.chosen is not None:
+            console.print(self.chosen, soft_wrap=True, markup=False)
         console.print(memory_table(memory, "a GPU" if self.on_gpu else "this process"))
         if self.on_gpu or self.setup.sharded or self.module.quantization is not None:
-            console.print("a calculation: GPUs, FSDP2 and quantised bases were not measured (docs/plan.md)")
+            console.print("a calculation: few GPUs, no FSDP2 and no quantised base were measured (docs/plan.md)")
         console.print(lever_table(helpful, memory))
         self._print_speed(console, seconds)
         if measured is not None:

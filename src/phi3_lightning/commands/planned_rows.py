@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import cast
 
-import numpy as np
-
-from phi3_lightning.batch import IGNORE_INDEX, Batch
-from phi3_lightning.data.collate import Document, collate
+from phi3_lightning.batch import Batch
+from phi3_lightning.data.collate import collate, full_row
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.data.options import Options
 from phi3_lightning.errors import ConfigError, DataError
@@ -29,7 +27,7 @@ class PlannedRows:
     @property
     def shape(self) -> Shape:
         """The size of the largest micro-batch."""
-        return Shape(self.largest["lengths"], int((self.largest["labels"] != IGNORE_INDEX).sum()))
+        return Shape.of(self.largest)
 
 
 def planned_rows(data: ChatDataModule) -> PlannedRows:
@@ -56,7 +54,11 @@ def planned_rows(data: ChatDataModule) -> PlannedRows:
 def _made_up(options: Options, reason: str) -> PlannedRows:
     """Rows of one document of ``max_length`` tokens, all of them trained."""
     length = options.max_length
-    size = options.batch_size if options.max_tokens_per_batch is None else options.max_tokens_per_batch // length
-    ids, spans = np.ones(length, np.int32), np.array([0, length], np.int32)
-    rows = [[Document(row, ids, spans)] for row in range(size)]
-    return PlannedRows(collate(rows, pad_token_id=0), None, 0, f"full rows, since the data were not read: {reason}")
+    tokens = options.max_tokens_per_batch
+    size = tokens // length if isinstance(tokens, int) else options.batch_size
+    return PlannedRows(
+        collate([full_row(length)] * size, pad_token_id=0),
+        None,
+        0,
+        f"full rows, since the data were not read: {reason}",
+    )

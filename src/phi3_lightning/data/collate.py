@@ -23,6 +23,15 @@ class Document(NamedTuple):
     spans: NDArray[np.int32]
 
 
+def full_row(length: int) -> list[Document]:
+    """Return a row of one made-up document, all of it supervised but for the first token.
+
+    Args:
+        length: Its tokens.
+    """
+    return [Document(0, np.ones(length, np.int32), np.array([0, length], np.int32))]
+
+
 def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
     """Lay documents side by side and rows one above the other.
 

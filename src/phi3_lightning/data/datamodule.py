@@ -3,18 +3,18 @@
 import os
 import warnings
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, cast
 
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from phi3_lightning.batch import Batch, PromptBatch
-from phi3_lightning.data.collate import Document, collate, collate_prompts
+from phi3_lightning.batch import Batch, PromptBatch, SizedModule
+from phi3_lightning.data.collate import Document, collate, collate_prompts, full_row
 from phi3_lightning.data.loaders import batch_loader, stream_loader
 from phi3_lightning.data.options import Files, Format, Options, Split
-from phi3_lightning.data.packing import Plan
+from phi3_lightning.data.packing import Ints, Plan, share_step
 from phi3_lightning.data.prepare import Prepared, Statistics
 from phi3_lightning.data.sampler import BatchLoader, PlannedBatches, Resumed, Shares, compare_orders
 from phi3_lightning.data.sources import find_sources
@@ -66,7 +66,9 @@ class ChatDataModule(LightningDataModule):
         packing: Whether several chats share a row, without seeing each other.
         batch_size: Rows of a micro-batch.
         predict_batch_size: Prompts that are answered together by ``predict``: more are faster, and take more memory.
-        max_tokens_per_batch: Tokens of a micro-batch, padding included; in place of ``batch_size``.
+        max_tokens_per_batch: Tokens of a micro-batch, padding included; in place of ``batch_size``. auto: in ``fit`` as
+            many full rows as the device's memory holds, by calculation, and ``trainer.accumulate_grad_batches`` changes
+            so that an optimiser step keeps its rows.
         streaming: Whether training data are tokenised while training goes on, for sets larger than the disk. Needs
             ``trainer.max_steps``; packs and mixes less well, and reads again from the beginning to go on.
         num_workers: Processes that collate batches ahead.
@@ -114,7 +116,7 @@ class ChatDataModule(LightningDataModule):
         packing: bool = True,
         batch_size: int = 4,
         predict_batch_size: int = 16,
-        max_tokens_per_batch: int | None = None,
+        max_tokens_per_batch: int | Literal["auto"] | None = None,
         streaming: bool = False,
         num_workers: int = 2,
         num_proc: int = 1,
@@ -165,6 +167,7 @@ class ChatDataModule(LightningDataModule):
         self.plans: dict[Split, Plan] = {}
         self._saved_order: dict[str, Any] | None = None
         self._resumed: Resumed | None = None
+        self._budget: int | None = None  # what max_tokens_per_batch: auto has come to
         self._regrouped = False  # by a module that restarts exactly; under any other, ranks must stay
 
     def validate_sources(self) -> None:
@@ -200,6 +203,9 @@ class ChatDataModule(LightningDataModule):
         self._window = model_window(self.options)
         self.template = load_template(self.options)
         self.tokenizer = self.template.tokenizer
+        self._finds_budget = self.options.max_tokens_per_batch == "auto" and stage == "fit" and self.trainer is not None
+        if self._finds_budget and self.options.streaming:
+            self._find_budget(collate([full_row(self.options.max_length)], self._pad()))
         for split in self.options.prepared(stage):
             if split not in self.prepared:
                 self._set_up(split)
@@ -349,7 +355,7 @@ class ChatDataModule(LightningDataModule):
             Batches of each rank that are over, as they are counted now.
         """
         order = self._order()
-        if any(state[key] != order[key] for key in order):
+        if any(state.get(key) != order[key] for key in order):
             return position  # another order, which is looked at when the epoch begins to be read
         self._regrouped = True
         before = None if state.get("resumed") is None else Resumed(**state["resumed"])
@@ -368,7 +374,8 @@ class ChatDataModule(LightningDataModule):
 
     def _order(self) -> dict[str, Any]:
         plan = self.plans["train"].fingerprint()
-        return {"seed": self._seed(), "plan": plan}
+        found = {} if self._budget is None else {"max_tokens_per_batch": self._budget}
+        return {"seed": self._seed(), **found, "plan": plan}
 
     def _set_up(self, split: Split) -> None:
         encoder = make_encoder(split, self.options, self.template, self._window)
@@ -377,9 +384,38 @@ class ChatDataModule(LightningDataModule):
         rank_zero_info(f"{split}: {prepared.statistics}")
         lengths = prepared.lengths()
         for share, documents in share_out(split, prepared, self.options, self._seed()).items():
-            plan = plan_split(share, lengths[documents], self.options, self._window, self._seed())
+            if share == "train" and self._finds_budget:
+                self._find_budget(self._largest_row(prepared, documents, lengths))
+            plan = plan_split(share, lengths[documents], self._batching(), self._window, self._seed())
             self.prepared[share] = prepared
             self.plans[share] = Plan(documents[plan.documents], plan.rows, plan.batches)
+
+    def _batching(self) -> Options:
+        """The options with the budget that was found."""
+        return self.options if self._budget is None else replace(self.options, max_tokens_per_batch=self._budget)
+
+    def _largest_row(self, prepared: Prepared, documents: Ints, lengths: Ints) -> Batch:
+        single = replace(self.options, batch_size=1, max_tokens_per_batch=None)
+        plan = plan_split("train", lengths[documents], single, self._window, self._seed())
+        plan = Plan(documents[plan.documents], plan.rows, plan.batches)
+        rows = PlannedBatches(prepared, plan, partial(collate, pad_token_id=self._pad()))
+        return cast("Batch", rows[int(plan.tokens(lengths).argmax())])
+
+    def _find_budget(self, row: Batch) -> None:
+        module = None if self.trainer is None else self.trainer.lightning_module
+        if not isinstance(module, SizedModule):
+            raise ConfigError(
+                f"data.max_tokens_per_batch: auto asks the module what fits, and {type(module).__name__} has no "
+                "rows_that_fit; give a number."
+            )
+        assert self.trainer is not None
+        step = self.options.batch_size * self.trainer.accumulate_grad_batches
+        self.trainer.accumulate_grad_batches, rows = share_step(step, module.rows_that_fit(row))
+        self._budget = rows * self.options.max_length
+        rank_zero_info(
+            f"data.max_tokens_per_batch: auto is {self._budget}: {rows} rows, and "
+            f"{self.trainer.accumulate_grad_batches} such micro-batches to an optimiser step of {step} rows"
+        )
 
     def _report_plan(self) -> None:
         plan = self.plans["train"]
@@ -412,7 +448,7 @@ class ChatDataModule(LightningDataModule):
         self._streamed = StreamedBatches(
             find_sources(self.options.files("train") or [], streaming=True),
             make_encoder("train", self.options, self.template, self._window),
-            partial(plan_split, "train", options=self.options, window=self._window),
+            partial(plan_split, "train", options=self._batching(), window=self._window),
             partial(collate, pad_token_id=self._pad()),
             seed=self._seed(),
             skip_bad_rows=self.options.on_bad_row == "skip",

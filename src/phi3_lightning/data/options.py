@@ -90,7 +90,7 @@ class Options(RowOptions):
     packing: bool
     batch_size: int
     predict_batch_size: int
-    max_tokens_per_batch: int | None
+    max_tokens_per_batch: int | Literal["auto"] | None
     streaming: bool
     num_workers: int
     num_proc: int
@@ -102,13 +102,16 @@ class Options(RowOptions):
         super().__post_init__()
         for name, least in _LEAST.items():
             value = getattr(self, name)
-            if value is not None and value < least:
+            if isinstance(value, int) and value < least:
                 raise ConfigError(f"data.{name}: {value} is too small; give {least} or more.")
+        tokens = self.max_tokens_per_batch
+        if isinstance(tokens, str) and tokens != "auto":
+            raise ConfigError(f"data.max_tokens_per_batch: {tokens!r} is no number; give one, or auto.")
         if not 0 <= self.val_fraction < 1:
             raise ConfigError(f"data.val_fraction: {self.val_fraction} is not in [0, 1); 0.05 is usual.")
-        if self.max_tokens_per_batch is not None and self.max_tokens_per_batch < self.max_length:
+        if isinstance(tokens, int) and tokens < self.max_length:
             raise ConfigError(
-                f"data.max_tokens_per_batch: {self.max_tokens_per_batch} holds no row of data.max_length "
+                f"data.max_tokens_per_batch: {tokens} holds no row of data.max_length "
                 f"{self.max_length}; give {self.max_length} or more."
             )
         if self.weights is not None:

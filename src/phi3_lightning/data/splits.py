@@ -132,11 +132,11 @@ def plan_split(split: Split, lengths: Ints, options: Options, window: Window | N
     Returns:
         The plan.
     """
-    prompts = split == "predict"
+    prompts, tokens = split == "predict", options.max_tokens_per_batch
     return plan_batches(
         lengths,
         batch_size=options.predict_batch_size if prompts else options.batch_size,
-        max_tokens=None if prompts else options.max_tokens_per_batch,
+        max_tokens=tokens if isinstance(tokens, int) and not prompts else None,
         capacity=options.max_length if options.packing and not prompts else None,
         seed=seed if split == "train" else None,
         apart=window.short if window is not None and not prompts else None,

@@ -17,7 +17,6 @@ from phi3_lightning.model.documents import DOCUMENTS
 
 DType = Literal["bfloat16", "float16", "float32"]
 Initialisation = Literal["pretrained", "random"]
-Checkpointing = Literal["none", "full"]
 Quantization = Literal["nf4", "int8"]
 Attention = Literal["auto", "documents", "sdpa", "eager", "flash_attention_2"]
 
@@ -203,29 +202,6 @@ def choose_attention(wanted: Attention, device: torch.device) -> str:
             f"and this run uses {device.type}; use documents"
         )
     return DOCUMENTS if wanted == "auto" else wanted
-
-
-def checkpoint_activations(model: Phi3ForCausalLM, how: Checkpointing) -> None:
-    """Recompute activations in the backward pass, or keep them.
-
-    Args:
-        model: The model, in any mode: recomputation happens in training mode alone.
-        how: ``full`` keeps one hidden state a layer; ``none`` keeps everything, also where it was ``full`` before.
-    """
-    present = hasattr(model, "activation_checkpointing_enable")  # since transformers 5.20
-    if how == "none":
-        if present:
-            model.activation_checkpointing_disable()
-        else:
-            model.gradient_checkpointing_disable()
-        if getattr(model, "_require_grads_hooks", None):  # left behind by the enabling
-            model.disable_input_require_grads()
-        return
-    kwargs = {"use_reentrant": False}  # the reentrant variant gives no gradient where the input needs none
-    if present:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=kwargs)
 
 
 @torch.no_grad()

@@ -9,13 +9,13 @@ from functools import cache
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_info
 from torch import nn
 from transformers import Phi3ForCausalLM
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.model import documents
+from phi3_lightning.model.checkpointing import way_of
 
 Compilation = Literal["auto", "layers", "none"]
 
@@ -23,31 +23,56 @@ PAYS_FROM = 500
 """Micro-batches that win compiling back: half a minute, for a third of each (Phi-3-mini on an H200, 4,096 tokens)."""
 
 
-def prepare(model: Phi3ForCausalLM, wanted: Compilation, micro_batches: float) -> None:
+def prepare(model: Phi3ForCausalLM, wanted: Compilation, micro_batches: float, *, dora: bool = False) -> str:
     """Compile the layers of a model, or not, for a run in the present autocast context.
 
     Args:
         model: The model, where it will be trained.
         wanted: What the user wrote.
         micro_batches: How many the run has.
+        dora: Whether the adapter is DoRA's, by PEFT's code, which breaks a layer into many graphs.
+
+    Returns:
+        What was done, and why, in words.
 
     Raises:
-        ConfigError: If compiled layers are asked for where each batch would be compiled anew.
+        ConfigError: If compiled layers are asked for and cannot be had.
     """
     uncompile_layers(model)
     if wanted == "none":
-        return
+        return "not compiled"
     kernel = model.config._attn_implementation
     able = kernel == documents.DOCUMENTS and documents.takes_varlen(model, model.device)
-    if wanted == "layers" and not able:
-        raise ConfigError(
-            "model.compile: layers needs model.attn_implementation: documents in 16 bits on a GPU since Ampere, and "
-            f"this run has {kernel} in {model.dtype} on {model.device.type}; leave it out, or set it to none"
-        )
-    in_full = all(parameter.is_floating_point() for parameter in model.parameters())  # else the gain is not known
-    if able and (wanted == "layers" or (in_full and micro_batches >= PAYS_FROM)):
-        rank_zero_info("the decoder layers are compiled for training: the first step takes half a minute longer")
-        compile_layers(model)
+    by_operator = way_of(model) == "selective"
+    if wanted == "layers":
+        if not able:
+            raise ConfigError(
+                "model.compile: layers needs model.attn_implementation: documents in 16 bits on a GPU since Ampere, "
+                f"and this run has {kernel} in {model.dtype} on {model.device.type}; leave it out, or set it to none"
+            )
+        if by_operator:
+            raise ConfigError(
+                "model.compile: layers hides the operators that model.gradient_checkpointing: selective looks at, and "
+                "keeps less by itself; set gradient_checkpointing to none, a number or full"
+            )
+        reasons = []
+    else:
+        in_full = all(parameter.is_floating_point() for parameter in model.parameters())
+        reasons = [
+            reason
+            for reason, holds in (
+                ("each length would be compiled anew", not able),
+                ("recomputation looks at operators", by_operator),
+                ("DoRA's layers break into many graphs", dora),
+                ("what it gains over a quantised base is not known", not in_full),
+                (f"fewer than {PAYS_FROM} micro-batches do not win it back", micro_batches < PAYS_FROM),
+            )
+            if holds
+        ]
+    if reasons:
+        return f"not compiled: {reasons[0]}"
+    compile_layers(model)
+    return "compiled, for which the first step takes half a minute longer"
 
 
 def compile_layers(model: Phi3ForCausalLM) -> None:

@@ -164,6 +164,19 @@ def takes_varlen(model: Phi3ForCausalLM, device: torch.device) -> bool:
     )
 
 
+def describe(model: Phi3ForCausalLM) -> str:
+    """Say how a model attends in training, in the present autocast context.
+
+    Args:
+        model: The model, where it will be trained.
+    """
+    kernel = str(model.config._attn_implementation)
+    if kernel != DOCUMENTS:
+        return kernel
+    together = takes_varlen(model, model.device)
+    return f"{kernel}, {'all of a batch in one kernel' if together else 'one after the other'}"
+
+
 def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:
     """Run a model up to its head on a batch whose documents do not see each other.
 

@@ -7,7 +7,7 @@ what a deep model needs follows from two shallow runs of it.
 
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Phi3ForCausalLM
 
+from phi3_lightning.model.checkpointing import Way, checkpoint_activations, recomputed_share
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.step import Shape, take_step, without_values
 
@@ -68,13 +69,28 @@ class Hollow:
         ]
         return all(found == trained[0] for found in trained)
 
-    def activations(self, shape: Shape, *, mixed: bool) -> Activations:
+    def activations(self, shape: Shape, way: Way | int, *, mixed: bool) -> Activations:
         """Return what a micro-batch needs in training.
 
         Args:
             shape: Its size.
+            way: What is computed again in the backward pass.
             mixed: Whether the Trainer's precision is a mixed one, in 16 bits.
         """
+        depth = len(self.model.model.layers)
+        if isinstance(way, int):  # some layers keep all, and the others one hidden state
+            share = recomputed_share(way, depth)
+            kept, again = (self.activations(shape, each, mixed=mixed) for each in ("none", "full"))
+            mixture = (1 - share) * kept.kept + share * again.kept
+            return Activations(mixture, max(kept.head, again.head), max(kept.layer, again.layer))
+        if way == "offload":
+            states = shape.tokens * self.model.config.hidden_size * self.model.dtype.itemsize
+            found = self.activations(shape, "full", mixed=mixed)
+            return replace(found, kept=max(found.kept - depth * states, 0))
+        checkpoint_activations(self.model, way)
+        return self._extrapolated(shape, mixed)
+
+    def _extrapolated(self, shape: Shape, mixed: bool) -> Activations:
         config, depth = self.model.config, len(self.model.model.layers)
         if depth <= max(SHALLOW) or not self.alike:
             return self._run(shape, mixed)

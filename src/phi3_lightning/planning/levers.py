@@ -1,10 +1,11 @@
 """What would make a run smaller, one change at a time."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass
+from functools import partial
 
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.model.checkpointing import Way
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.memory import Memory, Setup, quantized, sharded
 from phi3_lightning.planning.step import Shape
@@ -40,8 +41,8 @@ def levers(setup: Setup, shape: Shape, memory: Memory, on_try: Callable[[str], N
 
 def _changes(setup: Setup, shape: Shape, memory: Memory) -> Iterator[tuple[str, Callable[[], Memory]]]:
     module = setup.module
-    if module.gradient_checkpointing == "none":
-        yield "model.gradient_checkpointing: full", lambda: _changed(setup, gradient_checkpointing="full").memory(shape)
+    for way in _leaner(setup):
+        yield f"model.gradient_checkpointing: {way}", partial(setup.memory, shape, way)
     if len(shape.lengths) > 1:
         yield "data.batch_size: 1", lambda: setup.memory(_longest_row(shape))
     longest = max(map(sum, shape.lengths))
@@ -51,15 +52,20 @@ def _changes(setup: Setup, shape: Shape, memory: Memory) -> Iterator[tuple[str, 
         yield "model.quantization: nf4", lambda: quantized(memory, setup.hollow.model, "nf4")
     if module.lora.r > 1:
         half = module.lora.r // 2
-        yield f"model.lora.r: {half}", lambda: _changed(setup, lora={**asdict(module.lora), "r": half}).memory(shape)
+        yield f"model.lora.r: {half}", lambda: setup.changed(lora={**asdict(module.lora), "r": half}).memory(shape)
     if not setup.sharded and _shardable(module):
         ranks = setup.ranks if setup.ranks > 1 else SHARDS
         yield f"FSDP2 over {ranks} devices", lambda: sharded(memory, setup.hollow.model, ranks)
 
 
-def _changed(setup: Setup, **changes: Any) -> Setup:
-    module = setup.module
-    return replace(setup, module=Phi3LoRAModule(**{**module.hparams, "lora": module.lora, **changes}))
+def _leaner(setup: Setup) -> list[Way | int]:
+    """Ways to recompute more; of the numbers 2 stands for all."""
+    if setup.way == "offload":
+        return []
+    ways: list[Way | int] = ["none", 2, "selective", "full"]
+    if setup.process is None:  # on a GPU
+        ways.append("offload")
+    return ways[1 + (ways.index(setup.way) if setup.way in ways else 0) :]
 
 
 def _longest_row(shape: Shape) -> Shape:

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import lightning.pytorch as pl
-import torch
+import psutil
 from lightning.pytorch.plugins import MixedPrecision
 from torch import Tensor, nn
 
-from phi3_lightning.callbacks.throughput import peak_memory
 from phi3_lightning.model.base import Quantization
+from phi3_lightning.model.checkpointing import Way, way_of
+from phi3_lightning.model.loss import CHUNK, GPU_CHUNK
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.dry_run import Hollow
 from phi3_lightning.planning.step import Shape
@@ -24,9 +24,11 @@ INT8 = 1.0
 DRIVER = 1.0e9
 """Bytes of CUDA's context, its libraries' workspaces and what the allocator cannot use on a GPU. Not measured."""
 
-HOLES = 0.33e9
-"""Bytes at the most between allocations that a CPU's allocator cannot use, and what libraries load in the first step.
-Calibrated on three runs, not derived; others had up to 0.75 GB (docs/plan.md)."""
+PROCESS = 1.0e9
+"""Bytes of Python and its libraries on a CPU before there is a model, at the most."""
+HOLES = 0.2e9, 0.27
+"""Of a CPU: bytes that libraries load in the first step, and the share of activations that comes on top because glibc's
+heap keeps holes between tensors. Calibrated, not derived (docs/plan.md)."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,7 @@ class Setup:
 
     @classmethod
     def of(cls, trainer: pl.Trainer, module: Phi3LoRAModule) -> Self:
-        """Return what a run has; a CPU's process is left out, since it holds the model by now.
+        """Return what a run has; a CPU's process is left out, since it may hold the model by now.
 
         Args:
             trainer: The run's.
@@ -86,7 +88,7 @@ class Setup:
         """
         strategy = trainer.strategy
         return cls(
-            Phi3LoRAModule(**{**module.hparams, "lora": module.lora}),
+            module.unloaded() if module.model is None else module.unloaded(gradient_checkpointing=way_of(module.model)),
             mixed=isinstance(trainer.precision_plugin, MixedPrecision),
             ranks=trainer.world_size,
             sharded=isinstance(strategy, FSDP2Strategy),
@@ -98,16 +100,36 @@ class Setup:
         """The module without values; a ModelError where the base is none, or cannot carry the adapter."""
         return Hollow(self.module)
 
-    def memory(self, shape: Shape) -> Memory:
+    @property
+    def way(self) -> Way | int:
+        """What is computed again in the backward pass; all of it where that is still to be decided."""
+        wanted = self.module.gradient_checkpointing
+        return "full" if wanted == "auto" else wanted
+
+    def usual(self) -> Self:
+        """Return the run with a round figure for a CPU's process, the same each time."""
+        return self if self.process is None else replace(self, process=PROCESS)
+
+    def changed(self, **changes: Any) -> Self:
+        """Return the run with other arguments of its module.
+
+        Args:
+            **changes: The arguments.
+        """
+        return replace(self, module=self.module.unloaded(**changes))
+
+    def memory(self, shape: Shape, way: Way | int | None = None) -> Memory:
         """Predict the peak of a run whose largest micro-batch is given.
 
         Args:
             shape: Its size.
+            way: What is computed again in the backward pass; None: as the module is configured.
         """
+        on_gpu = self.process is None
         model, config = self.hollow.model, self.module.optimizer_config
         frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
         trained = sum(parameter.numel() for parameter in self.hollow.module.trained_parameters())
-        made = self.hollow.activations(shape, mixed=self.mixed)
+        made = self.hollow.activations(shape, way or self.way, mixed=self.mixed)
         moments = 2 if config.name == "paged_adamw_8bit" else 8  # two, in 8 bits or float32
         buckets = 4 if self.ranks > 1 and not self.sharded else 0  # of DistributedDataParallel
         memory = Memory(
@@ -115,14 +137,29 @@ class Setup:
             adapter=(8 + buckets) * trained,
             optimizer=moments * trained,
             kept=made.kept,
-            head=made.head,
+            head=made.head * (_chunks_of_a_gpu(shape.supervised) if on_gpu else 1),
             layer=made.layer,
             process=DRIVER if self.process is None else self.process,
-            holes=0 if self.process is None else min(HOLES, made.kept + max(made.head, made.layer)),
+            holes=0 if on_gpu else holes(made.kept + max(made.head, made.layer)),
         )
         if self.module.quantization is not None:
             memory = quantized(memory, model, self.module.quantization)
         return sharded(memory, model, self.ranks) if self.sharded else memory
+
+
+def holes(activations: float) -> float:
+    """Return the bytes that a CPU's allocator cannot use, no more than the activations themselves.
+
+    Args:
+        activations: Bytes of them at the peak.
+    """
+    loaded, share = HOLES
+    return min(loaded + share * activations, activations)
+
+
+def _chunks_of_a_gpu(supervised: int) -> float:
+    """How many times more positions a GPU's head takes at once than the dry run's, which is a CPU's."""
+    return min(GPU_CHUNK, supervised) / min(CHUNK, supervised) if supervised else 1.0
 
 
 def quantized(memory: Memory, model: nn.Module, kind: Quantization) -> Memory:
@@ -160,12 +197,8 @@ def sharded(memory: Memory, model: nn.Module, ranks: int) -> Memory:
 
 
 def resident() -> float:
-    """Return the bytes of memory that this process has now, where the system tells (Linux), or has had at the most."""
-    status = Path("/proc/self/status")
-    if not status.exists():
-        return peak_memory(torch.device("cpu"))
-    (line,) = [line for line in status.read_text().splitlines() if line.startswith("VmRSS:")]
-    return int(line.split()[1]) * 1024
+    """Return the bytes of memory that this process has now."""
+    return float(psutil.Process().memory_info().rss)
 
 
 def _bytes(tensor: Tensor) -> int:

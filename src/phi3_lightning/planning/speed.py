@@ -7,6 +7,7 @@ from statistics import median
 import torch
 
 from phi3_lightning.callbacks.flops import step_flops
+from phi3_lightning.model.checkpointing import Way, checkpoint_activations, recomputed_share
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.step import Shape, take_step, without_values
 
@@ -35,20 +36,27 @@ def least_seconds(module: Phi3LoRAModule, shape: Shape, peak: float) -> float:
 
 
 def timed_seconds(
-    configured: Phi3LoRAModule, depth: int, shape: Shape, *, mixed: bool, device: str, peak: float | None
+    configured: Phi3LoRAModule,
+    way: Way | int,
+    depth: int,
+    shape: Shape,
+    *,
+    mixed: bool,
+    device: str,
+    peak: float | None,
 ) -> float:
     """Return the time of a micro-batch on one device, from that of shallow models without weights of the base.
 
     Args:
         configured: The module as it is configured, not loaded.
+        way: What is computed again in the backward pass; what ``offload`` copies takes no time here.
         depth: Decoder layers of its base, which carry the same adapter each.
         shape: The size of the micro-batch.
         mixed: Whether the Trainer's precision is a mixed one, in 16 bits.
         device: Type of the device.
         peak: Operations a second of the device; None: unknown.
     """
-    few, more = LAYERS
-    module = without_values(configured, layers=more)
+    module = without_values(configured, layers=max(LAYERS))
     model = module.loaded_model
     model.to_empty(device=device)
     model.tie_weights()
@@ -58,12 +66,23 @@ def timed_seconds(
             tensor.fill_(0.01)  # not zero, nor what memory held: some values are slow
     tokens = ENOUGH if peak is None else int(BUDGET * peak / step_flops(module).per_token)
     part = _part(shape, min(max(tokens, FEWEST), ENOUGH))
+    share = recomputed_share(way, depth)
+    ways: dict[Way, float] = {"none": 1 - share, "full": share} if isinstance(way, int) else {way: 1.0}
+    seconds = sum(part_of * _extrapolated(module, one, depth, part, mixed, device) for one, part_of in ways.items())
+    return seconds * shape.tokens / part.tokens
+
+
+def _extrapolated(module: Phi3LoRAModule, way: Way, depth: int, part: Shape, mixed: bool, device: str) -> float:
+    """Seconds of ``depth`` layers, of which a few are run."""
+    few, more = LAYERS
+    model = module.loaded_model
+    checkpoint_activations(model, "full" if way == "offload" else way)
     seconds = {}
     take_step(module, part, mixed=mixed, device=device)  # warms up
     for model.config.num_hidden_layers in (more, few):
         seconds[model.config.num_hidden_layers] = _timed(module, part, mixed, device)
     layer = max(seconds[more] - seconds[few], 0) / (more - few)
-    return (seconds[few] + (depth - few) * layer) * shape.tokens / part.tokens
+    return seconds[few] + (depth - few) * layer
 
 
 def _part(shape: Shape, tokens: int) -> Shape:

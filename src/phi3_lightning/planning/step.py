@@ -3,11 +3,12 @@
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 
 from phi3_lightning import adapters
-from phi3_lightning.batch import Batch
+from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.model import base as base_model
 from phi3_lightning.model import loss
 from phi3_lightning.model.documents import DOCUMENTS
@@ -23,6 +24,15 @@ class Shape:
     supervised: int
     """Tokens that have a label."""
 
+    @classmethod
+    def of(cls, batch: Batch) -> Self:
+        """Return the size of a batch.
+
+        Args:
+            batch: The batch.
+        """
+        return cls(batch["lengths"], int((batch["labels"] != IGNORE_INDEX).sum()))
+
     @property
     def tokens(self) -> int:
         """Tokens of all documents."""
@@ -30,7 +40,7 @@ class Shape:
 
 
 def without_values(configured: Phi3LoRAModule, layers: int | None = None) -> Phi3LoRAModule:
-    """Return a module with its adapter, all of it on the meta device, in training mode.
+    """Return a module with its adapter, all of it on the meta device, in training mode, that recomputes nothing.
 
     Args:
         configured: The module as it is configured, not loaded.
@@ -39,16 +49,15 @@ def without_values(configured: Phi3LoRAModule, layers: int | None = None) -> Phi
     Raises:
         ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
     """
-    config = base_model.read_config(configured.base, configured.revision)
+    config = configured.base_config()
     config.num_hidden_layers = layers or config.num_hidden_layers
     wanted = configured.attn_implementation
     attention = DOCUMENTS if wanted in ("auto", "flash_attention_2") else wanted
     model = base_model.skeleton(config, getattr(torch, configured.dtype_name), attention)
-    base_model.checkpoint_activations(model, configured.gradient_checkpointing)
     lora = replace(configured.lora, adapter=None, init_lora_weights=True)  # about values, of which there are none
     adapter = adapters.attach(model, lora)
     model.model.rotary_emb.rope_type = "default"  # longrope looks at positions; its angles have the same shape
-    module = Phi3LoRAModule(**{**configured.hparams, "lora": lora, "neftune_noise_alpha": None})
+    module = configured.unloaded(lora=lora, neftune_noise_alpha=None)
     module.model, module.adapter = model.train(), adapter
     return module
 

@@ -42,7 +42,7 @@ def measure(configured: Phi3LoRAModule, batch: Batch, make_trainer: Callable[...
         ModelError: If the base cannot be loaded.
     """
     constant = Schedule("constant", 0)  # a warm-up may be longer than this
-    module = Phi3LoRAModule(**{**configured.hparams, "lora": configured.lora, "schedule": constant})
+    module = configured.unloaded(schedule=constant)
     clock = _Clock()
     trainer = make_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[clock])
     trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))  # type: ignore[arg-type]  # a list is a data set

@@ -181,7 +181,7 @@ RULES: Final[dict[str, Rule]] = {
     "adam_beta2": Rule("model.optimizer.betas", _betas),
     "adam_epsilon": alone("model.optimizer.eps", float),
     "assistant_only_loss": alone("data.train_on", _answers_alone),
-    "auto_find_batch_size": unless(False, "data.batch_size counts: configs/overlays has some for GPUs of a size"),
+    "auto_find_batch_size": alone("data.max_tokens_per_batch", lambda value: "auto" if value else SAME),
     "bf16": Rule("trainer.precision", _bf16),
     "chat_template_path": alone("data.chat_template", as_it_is),
     "completion_only_loss": alone("data.train_on", _answers_alone),

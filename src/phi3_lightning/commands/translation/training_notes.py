@@ -10,11 +10,11 @@ _KEPT = "last.ckpt and best.ckpt are kept, whole and adapter-sized; checkpoint: 
 _EVALUATED = "metrics are counted batch by batch, and nothing is gathered; `test` has more of them"
 _SHARDED = "for a base that does not fit on one GPU: --config configs/overlays/fsdp2.yaml"
 _TRACKIO = "other loggers go under trainer.logger, by class_path"
-_COMPILED = "models are not compiled: packed rows have many shapes"
+_COMPILED = "model.compile: auto compiles the decoder layers on a GPU where the run is long enough"
 
 NOTES: Final = {
     "accelerator_config": "Lightning starts the processes: trainer.devices, trainer.num_nodes, trainer.strategy",
-    "activation_offloading": "not offered; model.gradient_checkpointing: full, or FSDP2's cpu_offload",
+    "activation_offloading": "model.gradient_checkpointing: offload, which recomputes layers, and keeps their inputs in the host's memory",
     "average_tokens_across_devices": "always: a step is the sum of token losses over the number of tokens of all ranks",
     "batch_eval_metrics": _EVALUATED,
     "bf16_full_eval": "validation has the precision of training: trainer.precision",
