@@ -36,6 +36,11 @@ class Activations:
     layer: float
     """A layer's pass, forward or backward, at the most, beside what is kept."""
 
+    @property
+    def peak(self) -> float:
+        """All at the peak."""
+        return self.kept + max(self.head, self.layer)
+
 
 class Hollow:
     """A module with its adapter, of which every tensor has a shape, a type and no values.
@@ -48,6 +53,7 @@ class Hollow:
     """
 
     def __init__(self, configured: Phi3LoRAModule) -> None:
+        self._known: dict[str, Activations] = {}
         self.module = without_values(configured)
         """The module; its ``forward`` works on fake batches alone."""
         self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what is on the meta device becomes fake
@@ -77,6 +83,12 @@ class Hollow:
             way: What is computed again in the backward pass.
             mixed: Whether the Trainer's precision is a mixed one, in 16 bits.
         """
+        key = str((shape, way, mixed))
+        if key not in self._known:
+            self._known[key] = self._activations(shape, way, mixed)
+        return self._known[key]
+
+    def _activations(self, shape: Shape, way: Way | int, mixed: bool) -> Activations:
         depth = len(self.model.model.layers)
         if isinstance(way, int):  # some layers keep all, and the others one hidden state
             share = recomputed_share(way, depth)

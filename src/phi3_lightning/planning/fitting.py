@@ -14,7 +14,7 @@ from phi3_lightning.model.checkpointing import Way
 from phi3_lightning.model.documents import SHORT
 from phi3_lightning.model.loss import GPU_CHUNK
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.planning.memory import Memory, Setup, holes
+from phi3_lightning.planning.memory import Memory, Setup
 from phi3_lightning.planning.step import Shape
 from phi3_lightning.platform import device_memory
 
@@ -28,7 +28,7 @@ the time of 2, and less memory; on a GPU its bookkeeping by operator, which is P
 
 MOST = 4096
 """Rows at the most."""
-PARTS = ("kept", "head", "layer")
+PARTS = ("kept", "head", "layer", "holes")
 """What grows with rows."""
 
 
@@ -144,8 +144,7 @@ def most_rows(setup: Setup, shape: Shape, room: float) -> tuple[int, Way | int]:
 def _with_rows(two: Memory, three: Memory, rows: int) -> Memory:
     """The memory of so many rows: from the second on each part grows by the same."""
     grown = {name: getattr(two, name) + (rows - 2) * (getattr(three, name) - getattr(two, name)) for name in PARTS}
-    memory = replace(two, **grown)
-    return replace(memory, holes=holes(memory.kept + memory.working)) if two.holes else memory
+    return replace(two, **grown)
 
 
 def _memory(trainer: pl.Trainer) -> tuple[float, float]:

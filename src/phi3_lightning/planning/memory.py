@@ -26,9 +26,13 @@ DRIVER = 1.0e9
 
 PROCESS = 1.0e9
 """Bytes of Python and its libraries on a CPU before there is a model, at the most."""
-HOLES = 0.2e9, 0.27
-"""Of a CPU: bytes that libraries load in the first step, and the share of activations that comes on top because glibc's
-heap keeps holes between tensors. Calibrated, not derived (docs/plan.md)."""
+LOADED = 0.1e9
+"""Bytes that libraries load in a CPU's first step."""
+HOLES = 0.2
+"""What a CPU's heap leaves between tensors: this share of what is alive at the peak, and again of what would be if
+nothing were recomputed, since whatever is made once leaves a hole. Calibrated, not derived (docs/plan.md)."""
+MOST_HOLES = 1.0e9
+"""Bytes of the second share at the most."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Memory:
     process: float
     """Python and its libraries on a CPU; the driver on a GPU."""
     holes: float
-    """What the allocator of a CPU cannot use."""
+    """What the allocator of a CPU cannot use, and what libraries load in the first step."""
 
     @property
     def working(self) -> float:
@@ -130,6 +134,7 @@ class Setup:
         frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
         trained = sum(parameter.numel() for parameter in self.hollow.module.trained_parameters())
         made = self.hollow.activations(shape, way or self.way, mixed=self.mixed)
+        everything = 0 if on_gpu else self.hollow.activations(shape, "none", mixed=self.mixed).peak
         moments = 2 if config.name == "paged_adamw_8bit" else 8  # two, in 8 bits or float32
         buckets = 4 if self.ranks > 1 and not self.sharded else 0  # of DistributedDataParallel
         memory = Memory(
@@ -140,21 +145,11 @@ class Setup:
             head=made.head * (_chunks_of_a_gpu(shape.supervised) if on_gpu else 1),
             layer=made.layer,
             process=DRIVER if self.process is None else self.process,
-            holes=0 if on_gpu else holes(made.kept + max(made.head, made.layer)),
+            holes=0 if on_gpu else LOADED + HOLES * made.peak + min(HOLES * everything, MOST_HOLES),
         )
         if self.module.quantization is not None:
             memory = quantized(memory, model, self.module.quantization)
         return sharded(memory, model, self.ranks) if self.sharded else memory
-
-
-def holes(activations: float) -> float:
-    """Return the bytes that a CPU's allocator cannot use, no more than the activations themselves.
-
-    Args:
-        activations: Bytes of them at the peak.
-    """
-    loaded, share = HOLES
-    return min(loaded + share * activations, activations)
 
 
 def _chunks_of_a_gpu(supervised: int) -> float:

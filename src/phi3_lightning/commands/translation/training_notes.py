@@ -14,7 +14,7 @@ _COMPILED = "model.compile: auto compiles the decoder layers on a GPU where the 
 
 NOTES: Final = {
     "accelerator_config": "Lightning starts the processes: trainer.devices, trainer.num_nodes, trainer.strategy",
-    "activation_offloading": "model.gradient_checkpointing: offload, which recomputes layers, and keeps their inputs in the host's memory",
+    "activation_offloading": "model.gradient_checkpointing: offload keeps the layers' inputs in the host's memory",
     "average_tokens_across_devices": "always: a step is the sum of token losses over the number of tokens of all ranks",
     "batch_eval_metrics": _EVALUATED,
     "bf16_full_eval": "validation has the precision of training: trainer.precision",
