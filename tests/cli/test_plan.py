@@ -55,6 +55,22 @@ def test_without_data_the_largest_rows_are_planned(cli):
     assert "whole run: unknown" in text
 
 
+def test_what_is_auto_is_settled_as_fit_would(cli, tmp_path):
+    options = ("--model.gradient_checkpointing=auto", "--data.max_tokens_per_batch=auto", "--data.batch_size=3")
+    options += (f"--data.cache_dir={tmp_path}/cache", "--trainer.accumulate_grad_batches=4")
+    text = cli("plan", *QUICKSTART, *options).text
+    assert "12 rows (the largest of 5 in data.train), 1 to an optimiser step" in text
+    assert "model.gradient_checkpointing: auto is none here: the largest batch takes less than" in text
+
+
+def test_a_gpu_that_is_not_here_is_not_asked(cli):
+    options = (*QUICKSTART, "--data.train=null", "--trainer.accelerator=gpu", "--model.gradient_checkpointing=auto")
+    text = cli("plan", *options).text
+    assert "auto is full here: there is no GPU here to ask" in text
+    refused = cli("plan", *options, "--data.max_tokens_per_batch=auto", code=1).text
+    assert "auto asks the GPU, and there is none here; give a number" in refused
+
+
 @pytest.mark.slow
 def test_measured_steps_stand_beside_the_prediction(cli, tmp_path):
     text = cli("plan", *QUICKSTART, "--measure", f"--data.cache_dir={tmp_path}/cache").text

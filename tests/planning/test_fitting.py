@@ -176,6 +176,16 @@ def test_an_optimiser_step_keeps_its_rows(tmp_path, monkeypatch, rows, micro, ba
     assert torch.equal(found, expected)
 
 
+def test_another_trainer_keeps_the_rows_of_a_step_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(Phi3LoRAModule, "rows_that_fit", lambda self, row: 3)
+    data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2)
+    for _ in range(2):
+        trainer = synthetic.trainer(tmp_path, accumulate_grad_batches=3, limit_val_batches=0, max_steps=1)
+        trainer.fit(Phi3LoRAModule(str(TINY), gradient_checkpointing="none"), data)
+        assert trainer.accumulate_grad_batches == 2
+        assert len(data.largest_train_batch()["lengths"]) == 3
+
+
 def test_the_budget_follows_memory(tmp_path, memory, caplog):
     batches = []
     for total in (10 * GB, 1.4 * GB):

@@ -10,7 +10,7 @@ from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.model.base import load
 from phi3_lightning.planning import speed
 from phi3_lightning.planning.levers import levers
-from phi3_lightning.planning.memory import Setup, resident
+from phi3_lightning.planning.memory import HOLES, LOADED, Setup, resident
 from phi3_lightning.planning.speed import timed_seconds
 from phi3_lightning.planning.step import Shape
 
@@ -84,6 +84,17 @@ def test_a_lever_s_figure_is_the_plan_of_the_run_with_it(tiny_base):
     assert found["data.batch_size: 1"] == run.memory(Shape([[70, 30]], 68))
 
 
+def test_a_rank_of_fsdp2_holds_its_share_and_gathers_the_rest_for_a_time(tiny_base):
+    one, four = setup(tiny_base).memory(SHAPE), setup(tiny_base, ranks=4, sharded=True).memory(SHAPE)
+    assert (four.base, four.adapter, four.optimizer) == (one.base / 4, one.adapter / 4, one.optimizer / 4)
+    model = Phi3LoRAModule(tiny_base)
+    model.configure_model()
+    layer, head = (size(p for p in part.parameters() if not p.requires_grad) for part in (
+        model.model.model.layers[0], model.model.lm_head
+    ))  # fmt: skip
+    assert four.working == one.working + 3 * layer + head
+
+
 def test_what_fsdp2_refuses_is_no_lever(tiny_base):
     run = setup(tiny_base, lora={"use_dora": True})
     assert not any("FSDP2" in lever.change for lever in levers(run, SHAPE, run.memory(SHAPE), lambda change: None))
@@ -114,3 +125,34 @@ def test_the_time_of_a_step_follows_from_shallow_ones(tiny_base, monkeypatch):
 
 def test_the_process_has_a_size():
     assert 1e8 < resident() < 1e11
+
+
+def test_a_gpu_s_head_takes_larger_chunks_and_its_allocator_keeps_no_holes(tiny_base):
+    run = setup(tiny_base)
+    for supervised, times in ((100, 1), (512, 2), (5000, 4)):
+        size = Shape([[250] * 20], supervised)
+        on_cpu, on_gpu = run.memory(size), replace(run, process=None).memory(size)
+        assert on_gpu.head == pytest.approx(times * on_cpu.head)
+        assert (on_gpu.kept, on_gpu.layer, on_gpu.holes) == (on_cpu.kept, on_cpu.layer, 0)
+
+
+def test_holes_grow_with_what_is_alive_and_with_what_is_recomputed(tiny_base):
+    run = setup(tiny_base)
+    none, full = (run.memory(SHAPE, way) for way in ("none", "full"))
+    alive = none.kept + none.working
+    assert none.holes == pytest.approx(LOADED + 2 * HOLES * alive)
+    assert full.holes == pytest.approx(LOADED + HOLES * (full.kept + full.working) + HOLES * alive)
+
+
+def test_a_lever_s_way_is_that_of_a_run_with_it(tiny_base):
+    run = setup(tiny_base)
+    found = {lever.change: lever.memory for lever in levers(run, SHAPE, run.memory(SHAPE), lambda change: None)}
+    for way in (2, "selective", "full"):
+        assert found[f"model.gradient_checkpointing: {way}"] == setup(tiny_base, gradient_checkpointing=way).memory(
+            SHAPE
+        )
+    for way in ("full", "offload"):
+        told = []
+        leaner = setup(tiny_base, gradient_checkpointing=way)
+        levers(leaner, SHAPE, leaner.memory(SHAPE), told.append)
+        assert not any("gradient_checkpointing" in change for change in told)

@@ -7,7 +7,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from phi3_lightning.batch import Batch, PromptBatch, SizedModule
@@ -167,7 +167,8 @@ class ChatDataModule(LightningDataModule):
         self.plans: dict[Split, Plan] = {}
         self._saved_order: dict[str, Any] | None = None
         self._resumed: Resumed | None = None
-        self._budget: int | None = None  # what max_tokens_per_batch: auto has come to
+        self._budget: int | None = None  # what max_tokens_per_batch: auto has come to, and micro-batches to a step
+        self._accumulate: int | None = None
         self._regrouped = False  # by a module that restarts exactly; under any other, ranks must stay
 
     def validate_sources(self) -> None:
@@ -204,7 +205,9 @@ class ChatDataModule(LightningDataModule):
         self.template = load_template(self.options)
         self.tokenizer = self.template.tokenizer
         self._finds_budget = self.options.max_tokens_per_batch == "auto" and stage == "fit" and self.trainer is not None
-        if self._finds_budget and self.options.streaming:
+        if self._finds_budget and self._accumulate is not None:  # for another Trainer
+            cast("Trainer", self.trainer).accumulate_grad_batches = self._accumulate
+        elif self._finds_budget and self.options.streaming:
             self._find_budget(collate([full_row(self.options.max_length)], self._pad()))
         for split in self.options.prepared(stage):
             if split not in self.prepared:
@@ -402,19 +405,19 @@ class ChatDataModule(LightningDataModule):
         return cast("Batch", rows[int(plan.tokens(lengths).argmax())])
 
     def _find_budget(self, row: Batch) -> None:
-        module = None if self.trainer is None else self.trainer.lightning_module
+        trainer = cast("Trainer", self.trainer)
+        module = trainer.lightning_module
         if not isinstance(module, SizedModule):
             raise ConfigError(
                 f"data.max_tokens_per_batch: auto asks the module what fits, and {type(module).__name__} has no "
                 "rows_that_fit; give a number."
             )
-        assert self.trainer is not None
-        step = self.options.batch_size * self.trainer.accumulate_grad_batches
-        self.trainer.accumulate_grad_batches, rows = share_step(step, module.rows_that_fit(row))
-        self._budget = rows * self.options.max_length
+        step = self.options.batch_size * trainer.accumulate_grad_batches
+        self._accumulate, rows = share_step(step, module.rows_that_fit(row))
+        trainer.accumulate_grad_batches, self._budget = self._accumulate, rows * self.options.max_length
         rank_zero_info(
-            f"data.max_tokens_per_batch: auto is {self._budget}: {rows} rows, and "
-            f"{self.trainer.accumulate_grad_batches} such micro-batches to an optimiser step of {step} rows"
+            f"data.max_tokens_per_batch: auto is {self._budget}: {rows} rows, {self._accumulate} such micro-batches "
+            f"to an optimiser step of {step} rows"
         )
 
     def _report_plan(self) -> None:

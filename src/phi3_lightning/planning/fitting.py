@@ -14,7 +14,7 @@ from phi3_lightning.model.checkpointing import Way
 from phi3_lightning.model.documents import SHORT
 from phi3_lightning.model.loss import GPU_CHUNK
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.planning.memory import Memory, Setup
+from phi3_lightning.planning.memory import LOADED, Memory, Setup
 from phi3_lightning.planning.step import Shape
 from phi3_lightning.platform import device_memory
 
@@ -24,7 +24,6 @@ USED = 0.85
 WAYS: dict[str, list[Way | int]] = {"cpu": ["none", 4, "selective", "full"], "cuda": ["none", 4, 2, "full"]}
 """Ways to keep activations by type of device, the fastest first. On Phi-3-mini's shapes ``selective`` costs a CPU half
 the time of 2, and less memory; on a GPU its bookkeeping by operator, which is Python, was not measured."""
-
 
 MOST = 4096
 """Rows at the most."""
@@ -91,7 +90,7 @@ def upper_bound(module: Phi3LoRAModule, shape: Shape) -> float:
     head = 4 * GPU_CHUNK * config.vocab_size + 4 * shape.tokens * config.hidden_size
     adapter = 4 * config.num_hidden_layers * 8 * rank * width
     whole = 4 * len(module.lora.modules_to_save or []) * config.vocab_size * config.hidden_size
-    return 1.5 * 4 * (shape.tokens * config.num_hidden_layers * layer + head + adapter + whole)
+    return LOADED + 1.5 * 4 * (shape.tokens * config.num_hidden_layers * layer + head + adapter + whole)
 
 
 def rows_that_fit(trainer: pl.Trainer, module: Phi3LoRAModule, row: Batch) -> int:

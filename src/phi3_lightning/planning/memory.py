@@ -188,7 +188,7 @@ def sharded(memory: Memory, model: nn.Module, ranks: int) -> Memory:
     # whole at one time: the head, a layer, and the next one's buffer and copy
     units = (head + 3 * layer) if ranks > 1 else 0
     shares = {name: getattr(memory, name) / ranks for name in ("adapter", "optimizer")}
-    return replace(memory, base=memory.base / ranks + units, **shares)
+    return replace(memory, base=memory.base / ranks, head=memory.head + units, layer=memory.layer + units, **shares)
 
 
 def resident() -> float:
