@@ -96,6 +96,7 @@ def test_a_gpu_recomputes_by_layers(wide, remembered):
         assert fastest(run, SHAPE, needed(run, way) - 1)[0] == leaner
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["none", "full"])
 def test_one_more_row_would_not_fit(wide, remembered, way):
     run, row = setup(wide, gradient_checkpointing=way), Shape([[200, 60]], 256)
@@ -186,6 +187,7 @@ def test_another_trainer_keeps_the_rows_of_a_step_too(tmp_path, monkeypatch):
         assert len(data.largest_train_batch()["lengths"]) == 3
 
 
+@pytest.mark.slow
 def test_the_budget_follows_memory(tmp_path, memory, caplog):
     batches = []
     for total in (10 * GB, 1.4 * GB):
