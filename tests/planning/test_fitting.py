@@ -12,7 +12,7 @@ from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.model.checkpointing import way_of
 from phi3_lightning.planning import fitting
-from phi3_lightning.planning.fitting import USED, fastest, most_rows, upper_bound
+from phi3_lightning.planning.fitting import fastest, most_rows, upper_bound
 from phi3_lightning.planning.memory import Setup
 from phi3_lightning.planning.step import Shape
 
@@ -247,7 +247,3 @@ def test_elsewhere_the_batch_size_counts(tmp_path):
     assert {len(batch["lengths"]) for batch in data.val_dataloader()} == {2}
     with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch: 'most' is no number"):
         chats(tmp_path, max_tokens_per_batch="most")
-
-
-def test_most_of_the_memory_is_planned_for():
-    assert 0.5 < USED < 1

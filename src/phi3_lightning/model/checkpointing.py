@@ -15,7 +15,8 @@ from transformers import Phi3ForCausalLM
 from phi3_lightning.config import require, require_choice
 
 Way = Literal["none", "selective", "full", "offload"]
-Checkpointing = Literal["auto", "none", "selective", "full", "offload"] | int
+Named = Literal["auto", "none", "selective", "full", "offload"]
+Checkpointing = Named | int
 
 KEPT: Final = [
     torch.ops.aten.mm.default,
@@ -42,7 +43,7 @@ def check(wanted: object) -> None:
         remedy = "a number says that every so many layers one is recomputed; give 2 or more, or full for each of them"
         require(wanted >= 2, "model.gradient_checkpointing", wanted, remedy)
     else:
-        require_choice("model.gradient_checkpointing", wanted, Literal["auto", "none", "selective", "full", "offload"])
+        require_choice("model.gradient_checkpointing", wanted, Named)
 
 
 def _full(function: Any, *args: Any) -> Any:
