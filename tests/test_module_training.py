@@ -226,6 +226,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path, tiny_base):
 
 # torch looks for a gradient of whatever it traces
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo, of an autograd function
 @pytest.mark.parametrize("place", ["model", "layers", "wrapper"])
 def test_compilation_leaves_no_trace_in_a_checkpoint(tmp_path, tiny_base, place):
     module = small(tiny_base)

@@ -94,15 +94,30 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float,
     )
 
 
+class _Scores(torch.autograd.Function):
+    """Products of queries and keys in float32, and their gradients in the type of these, as flash kernels have them."""
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, future: Tensor, scaling: float) -> Tensor:
+        ctx.save_for_backward(q, k)
+        ctx.scaling = scaling
+        return torch.baddbmm(future, q.float(), k.float().transpose(1, 2), alpha=scaling)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q, k = ctx.saved_tensors
+        grad = (grad * ctx.scaling).to(q.dtype)
+        return grad @ k, grad.transpose(1, 2) @ q, None, None
+
+
 def _products(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     """Causal attention by two products a head; scores and their softmax in float32, as flash kernels have them."""
     heads, length, size = q.shape
-    grouped = len(k), heads // len(k) * length
+    grouped = q.reshape(len(k), heads // len(k) * length, size)
+    future = torch.full((length, length), float("-inf"), dtype=torch.float32, device=q.device).triu_(1)
     with torch.autocast(q.device.type, enabled=False):
-        scores = (q.float() * scaling).reshape(*grouped, size) @ k.float().transpose(1, 2)
-        future = torch.ones(length, length, dtype=torch.bool, device=q.device).triu(1)
-        weights = scores.view(heads, length, length).masked_fill_(future, float("-inf")).softmax(-1).to(v.dtype)
-        return (weights.view(*grouped, length) @ v).view(heads, length, size)
+        scores: Tensor = _Scores.apply(grouped, k, future.repeat(heads // len(k), 1), scaling)  # type: ignore[no-untyped-call]
+        return (scores.softmax(-1).to(v.dtype) @ v).view(heads, length, size)
 
 
 def _band(length: int, window: int, device: torch.device) -> Tensor:
