@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from contenders import ceiling, chats, models
+from contenders import ceiling, chats, environments, models
 from phi3_lightning import ChatDataModule, Phi3LoRAModule, optim
 from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.model import compiled
@@ -97,29 +97,19 @@ def operators(step: Callable[[], None], device: torch.device, limit: int) -> Tab
     return table
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="folder of a model; else Phi-3-mini's shapes with --layers, random")
-    parser.add_argument("--layers", type=int, default=3)
-    parser.add_argument("--row_tokens", type=int, default=1024)
-    parser.add_argument("--gradient_checkpointing", default="none", choices=("none", "full"))
-    parser.add_argument("--compile", default="none", choices=("none", "layers"))
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--operators", type=int, default=20, help="how many are shown")
-    args = parser.parse_args()
+def budget(title: str, base: str, args: argparse.Namespace) -> None:
+    """Print where the time of a step of one model goes."""
     console = Console()
+    console.print(f"\n{title}", style="bold")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        base = args.base or str(models.write_random(folder / "base", args.layers))
         module = Phi3LoRAModule(
             base, gradient_checkpointing=args.gradient_checkpointing, lora={"r": 16, "lora_alpha": 32}
         )
         module.configure_model()
-        batch = packed_row(base, args.row_tokens, folder)
-        tokens = sum(length for row in batch["lengths"] for length in row)
-        supervised = int((batch["labels"] != IGNORE_INDEX).sum())
-        needed = ceiling.needed_flops(base, tokens, supervised)
+        batch = packed_row(base, args.row_tokens, Path(name))
+    tokens = sum(length for row in batch["lengths"] for length in row)
+    supervised = int((batch["labels"] != IGNORE_INDEX).sum())
     module.to(device).train()
     with module.autocast():
         compiled.prepare(module.loaded_model, args.compile, args.repeats)
@@ -132,23 +122,43 @@ def main() -> None:
         for name, function in work.items():
             if (found := seconds(function, device)) and turn > 0:  # the first one warms up
                 taken[name].append(found)
-    peak = ceiling.matmul_flops(device.type)
-    budget = Table("", "ms", "x", title=f"{tokens:,} tokens in one row, {supervised:,} of them supervised, {device}")
+    needed, peak = ceiling.needed_flops(base, tokens, supervised), ceiling.matmul_flops(device.type)
+    table = Table("", "ms", "x", title=f"{tokens:,} tokens in one row, {supervised:,} of them supervised, {device}")
     step = statistics.median(taken["the step"])
     for name, values in taken.items():
         middle = statistics.median(values)
-        budget.add_row(name, f"{middle * 1e3:,.1f}", f"{middle / step:.2f}")
+        table.add_row(name, f"{middle * 1e3:,.1f}", f"{middle / step:.2f}")
     arithmetic = needed / peak
-    budget.add_row(
+    table.add_row(
         f"arithmetic: {needed / 1e12:.2f} TFLOP at {peak / 1e12:.2f} TFLOP/s", f"{arithmetic * 1e3:,.1f}",
         f"{arithmetic / step:.2f}",
     )  # fmt: skip
-    console.print(budget)
+    console.print(table)
     console.print(f"the step takes {step / statistics.median(taken['its frozen products alone']):.2f} times its frozen "
                   f"products; {tokens / step:,.0f} tokens/s")  # fmt: skip
     if device.type == "cuda":
         console.print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     console.print(operators(work["the step"], device, args.operators))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--base", help="folder of a model; else Phi-3-mini's shapes, random, and a small real model")
+    parser.add_argument("--layers", type=int, default=3, help="of the random one")
+    parser.add_argument("--row_tokens", type=int, default=1024)
+    parser.add_argument("--gradient_checkpointing", default="none", choices=("none", "full"))
+    parser.add_argument("--compile", default="none", choices=("none", "layers"))
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--operators", type=int, default=20, help="how many are shown")
+    args = parser.parse_args()
+    if args.base:
+        budget(args.base, args.base, args)
+        return
+    with tempfile.TemporaryDirectory() as name:
+        title = f"Phi-3-mini's shapes, {args.layers} of 32 layers"
+        budget(title, str(models.write_random(Path(name) / "base", args.layers)), args)
+    real = models.convert_real(environments.CACHE / "models" / "real")
+    budget("a real model of 134 million parameters", str(real), args)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.model.base import load
 from phi3_lightning.planning import speed
 from phi3_lightning.planning.levers import levers
-from phi3_lightning.planning.memory import HOLES, LOADED, Setup, resident
+from phi3_lightning.planning.memory import HOLES, HOLES_OF_ALL, LOADED, Setup, resident
 from phi3_lightning.planning.speed import timed_seconds
 from phi3_lightning.planning.step import Shape
 
@@ -140,8 +140,8 @@ def test_holes_grow_with_what_is_alive_and_with_what_is_recomputed(tiny_base):
     run = setup(tiny_base)
     none, full = (run.memory(SHAPE, way) for way in ("none", "full"))
     alive = none.kept + none.working
-    assert none.holes == pytest.approx(LOADED + 2 * HOLES * alive)
-    assert full.holes == pytest.approx(LOADED + HOLES * (full.kept + full.working) + HOLES * alive)
+    assert none.holes == pytest.approx(LOADED + (HOLES + HOLES_OF_ALL) * alive)
+    assert full.holes == pytest.approx(LOADED + HOLES * (full.kept + full.working) + HOLES_OF_ALL * alive)
 
 
 def test_a_lever_s_way_is_that_of_a_run_with_it(tiny_base):

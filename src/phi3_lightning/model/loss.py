@@ -95,13 +95,8 @@ class _FrozenHead(torch.autograd.Function):
             if gradient is None:
                 loss_sum += _chunk_loss(head, chunk, labels)
                 continue
-            with torch.enable_grad():
-                logits = head(chunk.requires_grad_())
-            log_probs = logits.detach().float().log_softmax(-1)
-            loss_sum += F.nll_loss(log_probs, labels, reduction="sum")
-            residuals = log_probs.exp_()  # less one at the targets: by hand in half of the passes over the vocabulary
-            residuals[torch.arange(len(labels), device=labels.device), labels] -= 1
-            (gradient[start : start + size],) = torch.autograd.grad(logits, chunk, residuals.to(logits.dtype))
+            loss, gradient[start : start + size] = _loss_and_gradient(head, chunk, labels)
+            loss_sum += loss
         ctx.save_for_backward(gradient)
         return loss_sum
 
@@ -109,6 +104,16 @@ class _FrozenHead(torch.autograd.Function):
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return gradient * factor.to(gradient.dtype), None, None
+
+
+def _loss_and_gradient(head: nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.enable_grad():
+        logits = head(states.requires_grad_())
+    log_probs = logits.detach().float().log_softmax(-1)
+    loss = F.nll_loss(log_probs, labels, reduction="sum")
+    residuals = log_probs.exp_()  # less one at the targets: by hand in half of the passes over the vocabulary
+    residuals[torch.arange(len(labels), device=labels.device), labels] -= 1
+    return loss, torch.autograd.grad(logits, states, residuals.to(logits.dtype))[0]
 
 
 def _chunk_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:

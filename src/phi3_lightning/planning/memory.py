@@ -29,9 +29,10 @@ PROCESS = 1.0e9
 LOADED = 0.1e9
 """Bytes that libraries load in a CPU's first step."""
 HOLES = 0.2
-"""What a CPU's heap leaves between tensors: this share of what is alive at the peak, and again of what would be if
-nothing were recomputed, since whatever is made once leaves a hole. Calibrated, not derived (docs/plan.md)."""
-MOST_HOLES = 1.0e9
+"""What a CPU's heap leaves between tensors: this share of what is alive at the peak. Calibrated (docs/plan.md)."""
+HOLES_OF_ALL = 0.15
+"""As much again of what would be alive if nothing were recomputed, since whatever is made once leaves a hole."""
+MOST_HOLES = 0.6e9
 """Bytes of the second share at the most."""
 
 
@@ -145,7 +146,7 @@ class Setup:
             head=made.head * (_chunks_of_a_gpu(shape.supervised) if on_gpu else 1),
             layer=made.layer,
             process=DRIVER if self.process is None else self.process,
-            holes=0 if on_gpu else LOADED + HOLES * made.peak + min(HOLES * everything, MOST_HOLES),
+            holes=0 if on_gpu else LOADED + HOLES * made.peak + min(HOLES_OF_ALL * everything, MOST_HOLES),
         )
         if self.module.quantization is not None:
             memory = quantized(memory, model, self.module.quantization)
