@@ -84,7 +84,7 @@ def trained(tmp_path_factory) -> Path:
     return folder
 
 
-TOKENS = "--model.generation.max_new_tokens=40"
+TOKENS = "--model.generation.max_new_tokens=60"
 
 
 def test_one_answer_is_all_on_stdout(trained):
