@@ -110,6 +110,8 @@ def budget(title: str, base: str, args: argparse.Namespace) -> None:
         batch = packed_row(base, args.row_tokens, Path(name))
     tokens = sum(length for row in batch["lengths"] for length in row)
     supervised = int((batch["labels"] != IGNORE_INDEX).sum())
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the model before
     module.to(device).train()
     with module.autocast():
         compiled.prepare(module.loaded_model, args.compile, args.repeats)
