@@ -90,7 +90,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(SETTINGS, max_examples=300)
 @given(JSON)
 def test_any_json_is_read_or_named(row: Any) -> None:
     with contextlib.suppress(BadRowError):
