@@ -1,7 +1,7 @@
-"""``init``: configurations for an installed package, and dictionaries of a script as one of them."""
+"""``init``: configurations for an installed package, and a training script as one of them."""
 
 import dataclasses
-import json
+import inspect
 import os
 import re
 import subprocess
@@ -16,70 +16,85 @@ import yaml
 
 from cli.conftest import QUICK, REPOSITORY
 from phi3_lightning.commands.init import render
-from phi3_lightning.commands.translation import lora, training, training_notes
-from phi3_lightning.commands.translation.dictionaries import Dictionaries, read_dictionaries
-from phi3_lightning.commands.translation.translate import Translation, translate
+from phi3_lightning.commands.translation.script import read_script
+from phi3_lightning.commands.translation.translate import KNOWN, Translation, translate
+from phi3_lightning.config import LoRA
 from phi3_lightning.errors import ConfigError
 
-TRAINING_CONFIG = {
-    "bf16": True,
-    "do_eval": False,
-    "learning_rate": 5.0e-06,
-    "log_level": "info",
-    "logging_steps": 20,
-    "logging_strategy": "steps",
-    "lr_scheduler_type": "cosine",
-    "num_train_epochs": 1,
-    "max_steps": -1,
-    "output_dir": "./checkpoint_dir",
-    "overwrite_output_dir": True,
-    "per_device_eval_batch_size": 4,
-    "per_device_train_batch_size": 4,
-    "remove_unused_columns": True,
-    "save_steps": 100,
-    "save_total_limit": 1,
-    "seed": 0,
-    "gradient_checkpointing": True,
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},
-    "gradient_accumulation_steps": 1,
-    "warmup_ratio": 0.2,
+SETUP = """\
+import torch
+import trl
+from datasets import load_dataset
+from peft import LoraConfig, TaskType
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from trl import SFTConfig, SFTTrainer
+
+open("ran", "w").close()
+checkpoint_path = "microsoft/Phi-3-mini-4k-instruct"
+model_kwargs = dict(use_cache=False, torch_dtype=torch.bfloat16, device_map=None)
+model = AutoModelForCausalLM.from_pretrained(checkpoint_path, **model_kwargs)
+tokenizer = AutoTokenizer.from_pretrained(checkpoint_path)
+raw_dataset = load_dataset("HuggingFaceH4/ultrachat_200k")
+train_dataset = raw_dataset["train_sft"]
+test_dataset = raw_dataset["test_sft"]
+"""
+DICTIONARIES = """
+training_config = {
+    "bf16": True, "do_eval": False, "learning_rate": 5.0e-06, "log_level": "info", "logging_steps": 20,
+    "logging_strategy": "steps", "lr_scheduler_type": "cosine", "num_train_epochs": 1, "max_steps": -1,
+    "output_dir": "./checkpoint_dir", "per_device_eval_batch_size": 4, "per_device_train_batch_size": 4,
+    "save_steps": 100, "seed": 0, "gradient_checkpointing": True, "gradient_accumulation_steps": 1, "warmup_ratio": 0.2,
 }
-PEFT_CONFIG = {
-    "r": 16,
-    "lora_alpha": 32,
-    "lora_dropout": 0.05,
-    "bias": "none",
-    "task_type": "CAUSAL_LM",
-    "target_modules": "all-linear",
-    "modules_to_save": None,
+peft_config = {
+    "r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "bias": "none", "task_type": "CAUSAL_LM",
+    "target_modules": "all-linear", "modules_to_save": None,
 }
-COOKBOOK = {"training_config": TRAINING_CONFIG, "peft_config": PEFT_CONFIG}
-"""The dictionaries of the cookbook's sample_finetune.py."""
+train_conf = TrainingArguments(**training_config)
+peft_conf = LoraConfig(**peft_config)
+trainer = SFTTrainer(
+    model=model, args=train_conf, peft_config=peft_conf, train_dataset=train_dataset, eval_dataset=test_dataset,
+    max_seq_length=2048, dataset_text_field="text", tokenizer=tokenizer, packing=True,
+)
+"""
+KEYWORDS = """
+LEARNING_RATE = 5.0e-06
+rank: int = 16
+length = 2048
 
-SFT_CONFIG = [
-    "model_init_kwargs", "trust_remote_code", "router_aux_loss_coef", "chat_template_path", "dataset_text_field",
-    "dataset_kwargs", "dataset_num_proc", "eos_token", "max_length", "truncation_mode", "shuffle_dataset",
-    "packing", "packing_strategy", "padding_free", "pad_to_multiple_of", "eval_packing", "completion_only_loss",
-    "assistant_only_loss", "loss_type", "activation_offloading", "pad_token",
-]  # fmt: skip
-"""What trl 1.16 adds to TrainingArguments."""
-FORMER = [
-    "evaluation_strategy", "no_cuda", "group_by_length", "warmup_ratio", "max_seq_length", "overwrite_output_dir",
-    "save_safetensors", "logging_dir", "include_tokens_per_second",
-]  # fmt: skip
-"""Names of earlier versions, which scripts still have."""
+def main():
+    epochs = 1
+    arguments = SFTConfig(
+        bf16=True, do_eval=False, learning_rate=LEARNING_RATE, log_level="info", logging_steps=20,
+        lr_scheduler_type="cosine", num_train_epochs=epochs, output_dir="checkpoint_dir", per_device_eval_batch_size=4,
+        per_device_train_batch_size=4, save_steps=100, seed=0, gradient_checkpointing=True,
+        gradient_accumulation_steps=1, warmup_ratio=0.2, max_length=length, dataset_text_field="text", packing=True,
+    )
+    lora = LoraConfig(
+        r=rank, lora_alpha=32, lora_dropout=0.05, bias="none", task_type=TaskType.CAUSAL_LM, target_modules="all-linear"
+    )
+    SFTTrainer(model, arguments, train_dataset=train_dataset, eval_dataset=test_dataset, peft_config=lora).train()
+"""
+MERGED = """
+shared = {"learning_rate": 5.0e-06, "lr_scheduler_type": "cosine", "warmup_ratio": 0.2, "seed": 0}
+steps = dict(save_steps=100, logging_steps=20, **shared)
+trainer = trl.SFTTrainer(
+    model=model,
+    args=trl.SFTConfig("checkpoint_dir", **{
+        "seed": 7, "do_eval": False, "bf16": True, "log_level": "info", "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4, "num_train_epochs": 1.0, **steps,
+    }, max_length=2048, packing=True, gradient_accumulation_steps=1,
+    gradient_checkpointing=True, dataset_text_field="text"),
+    train_dataset=load_dataset("HuggingFaceH4/ultrachat_200k", split="train_sft"), eval_dataset=test_dataset,
+    peft_config=LoraConfig(r=16, lora_alpha=32, lora_dropout=5e-2, target_modules="all-linear", bias="none"),
+)
+"""
+SPELLINGS = {"dictionaries": DICTIONARIES, "keywords": KEYWORDS, "merged": MERGED}
+"""The cookbook's sample_finetune.py, as scripts spell such things."""
 
 
-def script(dictionaries: dict[str, dict]) -> str:
-    assigned = "".join(f"{name} = {values!r}\n" for name, values in dictionaries.items())
-    return f"import torch\n{assigned}open('ran', 'w').close()\n"
-
-
-WRITTEN = {".py": script, ".json": json.dumps, ".yaml": yaml.safe_dump}
-
-
-def translated(training_config: dict | None = None, peft_config: dict | None = None) -> Translation:
-    return translate(Dictionaries(training_config or {}, peft_config or {}, {}))
+def translated(tmp_path, source: str) -> Translation:
+    (tmp_path / "script.py").write_text(source)
+    return translate(read_script(tmp_path / "script.py", KNOWN))
 
 
 # ---------------------------------------------------------------- the folder
@@ -121,12 +136,13 @@ def test_a_folder_in_use_is_left_alone_unless_told(cli, tmp_path):
         (["my conf"], "give one without blanks and signs"),
         (["conf;ls"], "give one without blanks and signs"),
         (["conf", "--from=missing.py"], "--from: missing.py cannot be read"),
+        (["conf", "--from=a.ipynb"], "`jupyter nbconvert --to script` makes one of a notebook"),
         (["conf", "--from=quickstart.py"], "quickstart.yaml is a configuration of the package; give"),
     ],
 )
 def test_what_cannot_be_is_one_clear_error_and_writes_nothing(cli, tmp_path, args, told):
     for name in ("a.py", "quickstart.py"):
-        (tmp_path / name).write_text(script(COOKBOOK))
+        (tmp_path / name).write_text(DICTIONARIES)
     refused = cli("init", *args, code=1)
     assert told in refused.text
     assert "Traceback" not in refused.text
@@ -148,236 +164,225 @@ def test_a_wheel_brings_the_configurations_along(tmp_path):
     assert f"base: {tmp_path}/site/phi3_lightning/assets/tiny_phi3" in (tmp_path / "conf/quickstart.yaml").read_text()
 
 
-# ---------------------------------------------------------------- dictionaries
+# ---------------------------------------------------------------- a script
 
 
-@pytest.mark.parametrize("suffix", WRITTEN)
-def test_dictionaries_become_a_configuration_that_trains(cli, tmp_path, suffix):
-    (tmp_path / f"my_config{suffix}").write_text(WRITTEN[suffix](COOKBOOK))
-    ran = cli("init", "conf", f"--from=my_config{suffix}")
+@pytest.mark.parametrize("spelling", SPELLINGS)
+def test_a_script_becomes_a_configuration_that_trains(cli, tmp_path, spelling):
+    (tmp_path / "script.py").write_text(SETUP + SPELLINGS[spelling])
+    report = cli("init", "conf", "--from=script.py").text
     assert not (tmp_path / "ran").exists()  # a script is never run
-    told = set(re.findall(r"^  training_config\.(\w+): ", ran.text, re.MULTILINE))
-    assert told == {
-        "do_eval", "log_level", "output_dir", "overwrite_output_dir", "remove_unused_columns", "save_total_limit",
-    }  # fmt: skip
-    text = (tmp_path / "conf/my_config.yaml").read_text()
-    assert all(f"#   training_config.{key}: " in text for key in told)
-    cookbook = yaml.safe_load((REPOSITORY / "configs/cookbook_sample_finetune.yaml").read_text())
-    ours = yaml.safe_load(text)
-    assert ours["seed_everything"] == cookbook["seed_everything"]
-    assert {key: ours["trainer"][key] for key in cookbook["trainer"]} == cookbook["trainer"]
-    assert {key: ours["model"]["lora"][key] for key in cookbook["model"]["lora"]} == cookbook["model"]["lora"]
-    assert ours["model"]["schedule"] == cookbook["model"]["schedule"]
-    assert ours["model"]["optimizer"]["lr"] == cookbook["model"]["optimizer"]["lr"]
-    assert ours["checkpoint"]["every_n_steps"] == cookbook["checkpoint"]["every_n_steps"]
+    text = (tmp_path / "conf/script.yaml").read_text()
+    named = re.findall(r"^  (line (\d+), .*: (\w+) = .*)$", report, re.MULTILINE)
+    keys = {"do_eval", "log_level", "per_device_eval_batch_size", "use_cache", "torch_dtype", "dataset_text_field"}
+    assert {key for _, _, key in named} >= keys - {"use_cache"}
+    lines = (SETUP + SPELLINGS[spelling]).splitlines()
+    for note, line, key in named:
+        assert key in lines[int(line) - 1]
+        assert f"#   {note}\n" in text
 
-    given = ("--config=conf/my_config.yaml", *QUICK)
-    printed = yaml.safe_load(cli("fit", *given, "--print_config").text)
+    ours, cookbook = (
+        yaml.safe_load(path.read_text())
+        for path in (tmp_path / "conf/script.yaml", REPOSITORY / "configs/cookbook_sample_finetune.yaml")
+    )
+    cookbook["run"] = "checkpoint_dir"
+    for section, values in cookbook.items():
+        for key, value in values.items() if isinstance(values, dict) else ():
+            assert (ours[section][key] | value if isinstance(value, dict) else value) == ours[section][key], key
+    assert (ours["run"], ours["seed_everything"]) == (cookbook["run"], cookbook["seed_everything"])
+
+    options = ("--config=conf/script.yaml", *QUICK)
+    printed = yaml.safe_load(cli("fit", *options, "--print_config").text)
     assert printed["model"]["lora"]["target_modules"] == "all-linear"
-    if suffix == ".py":
-        cli("fit", *given, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
+    if spelling == "keywords":
+        cli("fit", *options, "--trainer.max_steps=2", "--trainer.limit_val_batches=1")
         assert (tmp_path / "runs/checkpoint_dir/checkpoints/last.ckpt").is_file()
 
 
-def known(rules: dict, notes: dict) -> set[str]:
-    assert not rules.keys() & notes.keys()
-    return rules.keys() | notes.keys()
+ARGUMENTS = {
+    "SFTConfig": {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
+    | {"packing", "max_length", "eos_token", "padding_free", "model_init_kwargs", "warmup_ratio", "no_such_key"},
+    "SFTTrainer": {"model", "max_seq_length", "data_collator", "callbacks", "peft_config", "train_dataset"},
+    "LoraConfig": {field.name for field in dataclasses.fields(peft.LoraConfig)},
+    "BitsAndBytesConfig": set(inspect.signature(transformers.BitsAndBytesConfig.__init__).parameters)
+    - {"self", "kwargs"},
+    "AutoModelForCausalLM.from_pretrained": {"subfolder", "quantization_config", "torch_dtype", "low_cpu_mem_usage"},
+    "load_dataset": {"name", "data_dir", "split", "streaming", "token"},
+}
 
 
-def test_every_key_of_training_arguments_and_sft_config_is_known():
-    fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
-    private = {name for name in fields if name.startswith("_")} | {"deepspeed_plugin", "distributed_state"}
-    assert fields - private | set(SFT_CONFIG) | set(FORMER) <= known(training.RULES, training_notes.NOTES)
-
-
-def test_every_key_of_lora_config_is_known():
-    fields = {field.name for field in dataclasses.fields(peft.LoraConfig)}
-    assert fields <= known(lora.RULES, lora.NOTES)
-
-
-SAMPLES = {
-    "activation_checkpointing_kwargs": {}, "chat_template_path": "a.jinja", "eval_steps": 50, "eval_strategy": "steps",
-    "evaluation_strategy": "steps", "gradient_checkpointing_kwargs": {}, "loss_type": "nll", "max_steps": 100,
-    "lr_scheduler_type": "linear", "metric_for_best_model": "eval_loss", "optim": "adamw_torch", "output_dir": "out/a",
-    "packing_strategy": "bfd_split", "report_to": "none", "run_name": "a", "save_strategy": "steps",
-    "warmup_ratio": 0.1,
-    "adam_beta1": 0.8, "adam_beta2": 0.9, "adam_epsilon": 1e-7, "logging_strategy": "steps", "fp16": False,
-    "train_sampling_strategy": "random", "logging_steps": 5, "save_steps": 10, "max_length": 128, "max_seq_length": 128,
-}  # fmt: skip
-"""A value for each key that 1 is none for."""
-
-
-def test_every_setting_that_a_key_comes_to_is_an_option(cli, tmp_path):
-    given = {key: SAMPLES.get(key, 1) for key in training.RULES}
-    adapter = PEFT_CONFIG | {"use_rslora": True, "rank_pattern": {"o_proj": 4}, "init_lora_weights": "gaussian"}
-    adapter |= {
-        "base_model_name_or_path": "a/b",
-        "revision": "main",
-        "peft_type": "LORA",
-        "layers_to_transform": [0, 1],
-    }
-    found = translated(given, adapter)
-    assert len(found.settings) > 35
-    (tmp_path / "all.yaml").write_text(render(found, "all.py"))
-    printed = yaml.safe_load(cli("fit", "--config=all.yaml", "--print_config").text)
-    for path, value in found.settings.items():
-        part = printed
-        for key in path.split("."):
-            part = part[key]
-        assert part == value, path
+@pytest.mark.parametrize("call", ARGUMENTS)
+@pytest.mark.parametrize("value", ["object()", "'odd'", "-7", "True"])
+def test_no_argument_passes_in_silence(tmp_path, call, value):
+    """Whatever a call is given is a setting, a note, or (switches alone) how things are here anyway."""
+    silent = set()
+    for key in ARGUMENTS[call]:
+        settings, notes = translated(tmp_path, f"x = 1\n{call}({key}={value})\n")
+        assert all(note.startswith(f"line 2, {call}: {key} = {value}: ") for note in notes)
+        assert not (settings and value == "object()")
+        silent |= set() if settings or notes else {key}
+    assert silent <= ({"group_by_length", "do_eval", "bnb_4bit_use_double_quant"} if value == "True" else set())
 
 
 @pytest.mark.parametrize(
-    ("given", "settings"),
+    ("arguments", "settings"),
     [
-        ({"bf16": True}, {"trainer.precision": "bf16-mixed", "model.dtype": "bfloat16"}),
-        ({"bf16": False, "fp16": True}, {"trainer.precision": "16-mixed", "model.dtype": "float16"}),
-        ({"bf16": False, "fp16": False}, {"trainer.precision": "32-true", "model.dtype": "float32"}),
-        ({"learning_rate": "5e-6"}, {"model.optimizer.lr": 5e-6}),
-        ({"warmup_steps": 10, "warmup_ratio": 0.1}, {"model.schedule.warmup": 10}),
-        ({"warmup_steps": 0, "warmup_ratio": 0.1}, {"model.schedule.warmup": 0.1}),
-        ({"warmup_steps": 0.1}, {"model.schedule.warmup": 0.1}),
-        ({"num_train_epochs": 3.0, "max_steps": -1}, {"trainer.max_epochs": 3}),
-        ({"num_train_epochs": 3, "max_steps": 60}, {"trainer.max_steps": 60, "trainer.max_epochs": -1}),
-        ({"gradient_checkpointing": False}, {"model.gradient_checkpointing": "none"}),
-        ({"max_grad_norm": 0.0}, {"trainer.gradient_clip_val": None}),
-        ({"adam_beta2": 0.95}, {"model.optimizer.betas": [0.9, 0.95]}),
-        ({"optim": "adamw_bnb_8bit"}, {"model.optimizer.name": "paged_adamw_8bit"}),
-        ({"lr_scheduler_type": "constant_with_warmup"}, {"model.schedule.name": "constant"}),
+        ("bf16=True, fp16=False", {"trainer.precision": "bf16-mixed", "model.dtype": "bfloat16"}),
+        ("fp16=True", {"trainer.precision": "16-mixed", "model.dtype": "float16"}),
+        ("warmup_steps=10", {"model.schedule.warmup": 10}),
+        ("num_train_epochs=3.0, max_steps=-1", {"trainer.max_epochs": 3, "trainer.max_steps": -1}),
+        ("num_train_epochs=3, max_steps=60", {"trainer.max_steps": 60, "trainer.max_epochs": -1}),
+        ("gradient_checkpointing=False", {"model.gradient_checkpointing": "none"}),
+        ("optim='paged_adamw_32bit'", {"model.optimizer.name": "adamw"}),
+        ("lr_scheduler_type='constant_with_warmup'", {"model.schedule.name": "constant"}),
         (
-            {"eval_strategy": "steps", "eval_steps": 100, "gradient_accumulation_steps": 4},
+            "eval_strategy='steps', eval_steps=100, gradient_accumulation_steps=8",
             {
-                "trainer.val_check_interval": 400,
+                "trainer.val_check_interval": 100,
                 "trainer.check_val_every_n_epoch": None,
-                "trainer.accumulate_grad_batches": 4,
+                "trainer.accumulate_grad_batches": 8,
             },
         ),
-        ({"evaluation_strategy": "epoch"}, {}),
-        ({"eval_strategy": "no"}, {"data.val_fraction": 0.0, "checkpoint.monitor": None}),
-        ({"save_strategy": "epoch", "save_steps": 500}, {}),
-        ({"output_dir": "out/phi3"}, {"run": "phi3", "trainer.default_root_dir": "out"}),
-        ({"report_to": ["tensorboard"]}, {}),
-        ({"max_seq_length": 512, "packing": True}, {"data.max_length": 512, "data.packing": True}),
-        ({"assistant_only_loss": True}, {"data.train_on": "assistant"}),
-        ({"neftune_noise_alpha": 5}, {"model.neftune_noise_alpha": 5.0}),
+        ("evaluation_strategy='epoch', save_strategy='epoch'", {}),
+        ("eval_strategy='no'", {"data.val_fraction": 0.0, "checkpoint.monitor": None}),
+        ("output_dir='out/phi3'", {"run": "phi3", "trainer.default_root_dir": "out"}),
+        ("report_to=['tensorboard']", {}),
+        ("report_to='none'", {"trainer.logger": False}),
+        ("packing=False, max_seq_length=512", {"data.packing": False, "data.max_length": 512}),
+        (
+            "neftune_noise_alpha=5, assistant_only_loss=True",
+            {"model.neftune_noise_alpha": 5, "data.train_on": "assistant"},
+        ),
     ],
 )
-def test_keys_come_to_their_equals(given, settings):
-    assert translated(given).settings == settings
+def test_arguments_become_options(tmp_path, arguments, settings):
+    assert translated(tmp_path, f"SFTConfig({arguments})") == (settings, [])
 
 
-COOKBOOK_TARGETS = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+def test_validation_by_steps_counts_batches(tmp_path):
+    found = translated(tmp_path, "SFTConfig(eval_strategy='steps', logging_steps=50, gradient_accumulation_steps=4)")
+    assert yaml.safe_load(render(found, "a.py"))["trainer"]["val_check_interval"] == 200
 
 
 @pytest.mark.parametrize(
-    ("given", "settings"),
+    ("source", "note"),
     [
-        ({"target_modules": COOKBOOK_TARGETS}, {"model.lora.target_modules": COOKBOOK_TARGETS}),
+        ("SFTConfig(optim='lion_32bit')", "not taken; see model.optimizer.name"),
+        ("SFTConfig(num_train_epochs=0.5)", "it is no whole number; see trainer.max_epochs"),
+        ("SFTConfig(learning_rate='fast')", "it is no number; see model.optimizer.lr"),
+        ("SFTConfig(seed=1e999)", "it is no number; see seed_everything"),
+        ("SFTConfig(weight_decay=-1)", "model.optimizer.weight_decay: -1 cannot be used"),
+        ("SFTConfig(deepspeed='ds.json')", "--config configs/overlays/fsdp2.yaml"),
+        ("SFTConfig(bf16=torch.cuda.is_bf16_supported())", "no literal; set trainer.precision by hand"),
+        ("SFTConfig(**vars(options), **{seed: 1})", "not translated"),
+        ("SFTConfig(eval_steps=5)", "eval_strategy: steps and eval_steps count together"),
+        ("LoraConfig(r=0)", "model.lora.r: 0 cannot be used"),
+        ("LoraConfig(rank_pattern=[8])", "see model.lora.rank_pattern"),
+        ("LoraConfig(layers_to_transform=...)", "no literal; set model.lora.layers_to_transform by hand"),
+        ("LoraConfig(init_lora_weights='pissa')", "it rewrites the base weights"),
+        ("LoraConfig(bias='all')", "no layer of a Phi3ForCausalLM has a bias"),
+        ("BitsAndBytesConfig(bnb_4bit_quant_type='fp4')", "not taken; see model.quantization"),
+        ("load_dataset('iamtarun/python_code', 'small', split='train')", "set data.train by hand"),
+        ("load_dataset('iamtarun/python_code')", "set data.train by hand"),
+        ("load_dataset('a/b', split='extra')", "set data.train, data.val or data.test to a/b:extra by hand"),
+        ("trainer = SFTTrainer(args=parse())", "not translated"),
+        # more than one value, or another by the time of the call
+        ("lr = 1e-4\nif big: lr = 2e-4\nSFTConfig(learning_rate=lr)", "no literal"),
+        ("def f(lr=1e-4):\n  SFTConfig(learning_rate=lr)", "no literal"),
+        ("c = {'seed': 1}\nc['seed'] = 2\nSFTConfig(**c)", "not translated"),
+        ("t = ['o_proj']\nt.append('lm_head')\nLoraConfig(target_modules=t)", "no literal"),
+        ("a = SFTConfig(seed=1)\na.seed = 2", "no literal; set seed_everything by hand"),
+        ("training_config = {'seed': 1}\ntraining_config.update(seed=2)", "not translated"),
+        ("SFTConfig(max_steps=20)\nSFTConfig()", "not alike in all such calls"),
+        ("SFTConfig(max_length=512)\nSFTTrainer(max_seq_length=256)", "several values for data.max_length"),
         (
-            {"target_modules": ["q_proj", "v_proj"]},
+            "load_dataset('a/b', split='train[:9%]')\nload_dataset('a/b', split='train[9%:]')",
+            "several values for data.train",
+        ),
+    ],
+)
+def test_what_cannot_be_taken_is_named_and_sets_nothing(tmp_path, source, note):
+    settings, notes = translated(tmp_path, source)
+    assert settings == {}
+    assert notes
+    assert all(note in text for text in notes)
+
+
+@pytest.mark.parametrize(
+    ("source", "settings"),
+    [
+        (
+            "d = load_dataset('a/b')\nt, v = d['train'], d['validation']",
+            {"data.train": "a/b:train", "data.val": "a/b:validation"},
+        ),
+        ("load_dataset('a/b', split='train[:95%]')", {"data.train": "a/b:train[:95%]"}),
+        ("F = 'a.jsonl'\nload_dataset('json', data_files=F, split='train')", {"data.train": "a.jsonl"}),
+        (
+            "V = 'b.csv'\nload_dataset('csv', data_files={'train': ['a.csv'], 'val': V, 'test': 'c.csv'})",
+            {"data.train": ["a.csv"], "data.val": "b.csv", "data.test": "c.csv"},
+        ),
+        ("AutoTokenizer.from_pretrained('c/d')", {"data.tokenizer": "c/d"}),
+        ("M = 'a/b'\nPhi3ForCausalLM.from_pretrained(M)\nAutoTokenizer.from_pretrained(M)", {"model.base": "a/b"}),
+        (
+            "m, t = FastLanguageModel.from_pretrained(model_name='a/b', max_seq_length=512, load_in_4bit=True)",
+            {"model.base": "a/b", "data.max_length": 512, "model.quantization": "nf4"},
+        ),
+        (
+            "BitsAndBytesConfig(load_in_8bit=True)\nSFTTrainer('a/b', eval_dataset=load_dataset('c/d', split='dev'))",
+            {"model.base": "a/b", "model.quantization": "int8", "data.val": "c/d:dev"},
+        ),
+        (
+            "training_config = {'seed': 1, 'seed': 3}\nSFTConfig(**training_config, packing=True)\nset_seed(3)",
+            {"seed_everything": 3, "data.packing": True},
+        ),
+        (
+            "LoraConfig(r=8, target_modules={'o_proj'}, use_dora=True)",
+            {"model.lora.r": 8, "model.lora.target_modules": ["o_proj"], "model.lora.use_dora": True},
+        ),
+    ],
+)
+def test_data_base_and_adapter_are_read_from_their_calls(tmp_path, source, settings):
+    assert translated(tmp_path, source) == (settings, [])
+
+
+SLICES = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj"]
+
+
+@pytest.mark.parametrize(
+    ("targets", "other", "settings"),
+    [
+        (SLICES, "gaussian", {"model.lora.target_modules": SLICES}),
+        (
+            ["q_proj", "v_proj"],
+            True,
             {"model.lora.target_modules": ["q_proj", "v_proj"], "model.lora.backend": "loralib"},
         ),
-        ({"base_model_name_or_path": "a/b", "revision": "c"}, {"model.base": "a/b", "model.revision": "c"}),
-        ({"use_dora": True, "r": 8}, {"model.lora.use_dora": True, "model.lora.r": 8}),
-        ({"init_lora_weights": "pissa"}, {}),
-        ({"bias": "all"}, {}),
+        (["q_proj", "v_proj"], "gaussian", {}),
     ],
 )
-def test_adapters_come_to_their_equals(given, settings):
-    found = translated(None, given)
-    assert found.settings == settings
-    assert len(found.notes) == (settings == {} or "model.lora.backend" in settings)
+def test_parts_of_fused_layers_bring_their_backend_where_it_can_be(tmp_path, targets, other, settings):
+    found = translated(tmp_path, f"LoraConfig(target_modules={targets}, init_lora_weights={other!r})")
+    assert found.settings == settings | {"model.lora.init_lora_weights": other}
+    assert len(found.notes) == (targets != SLICES)
+    LoRA(**{path.removeprefix("model.lora."): value for path, value in found.settings.items()})
 
 
 @pytest.mark.parametrize(
-    ("given", "told"),
+    ("text", "error"),
     [
-        ({"learning_rat": 1}, "not known; did you mean learning_rate?"),
-        ({"optim": "lion_32bit"}, "lion_32bit is not offered, and adamw is taken"),
-        ({"lr_scheduler_type": "polynomial"}, "polynomial is not offered, cosine is taken"),
-        ({"num_train_epochs": 0.5}, "for 0.5 give trainer.max_steps"),
-        ({"report_to": "wandb"}, "wandb: another logger goes under trainer.logger"),
-        ({"gradient_checkpointing_kwargs": {"use_reentrant": True}}, "the variant that is not reentrant is used"),
-        ({"deepspeed": "ds.json"}, "configs/overlays/fsdp2.yaml"),
-        ({"label_smoothing_factor": 0.1}, "override Phi3LoRAModule.compute_loss"),
-        ({"save_strategy": "no"}, "last.ckpt is always written"),
-        ({"metric_for_best_model": "rouge"}, "'rouge' is no metric here"),
-        ({"seed": None}, "not set there"),
+        ("x = 1", "has none of AutoModelForCausalLM.from_pretrained"),
+        ("training_config = {", "cannot be parsed"),
+        ("training_config = {}\0", "cannot be parsed"),
+        ("a = {**a}\nSFTConfig(**a)", "cannot be parsed"),
     ],
 )
-def test_keys_without_an_equal_are_named_with_what_to_do(given, told):
-    [(key, note)] = translated(given).notes.items()
-    assert key == f"training_config.{next(iter(given))}"
-    assert told in note
+def test_files_that_are_no_training_script_are_refused(tmp_path, text, error):
+    with pytest.raises(ConfigError, match=error):
+        translated(tmp_path, text)
 
 
-def test_values_that_only_running_would_give_are_named(tmp_path):
-    (tmp_path / "a.py").write_text(
-        "from torch import cuda\n"
-        "rank: int = 8\n"
-        "common = {'seed': 7}\n"
-        "env = cuda.environ()\nenv['A'], rank_list = '1', [1]\nenv['B'] = '2'\n"
-        "training_config = dict(bf16=cuda.is_bf16_supported(), learning_rate=1e-4, **common,\n"
-        "    use_liger_kernel=fast())\n"
-        "training_config['max_steps'] = 5\n"
-        "peft_config = {'r': rank, 'target_modules': find_all(), key: 1, **more}\n"
-        "if True:\n    training_config['seed'] = 9\n"
-        "training_config.update(packing=True)\n"
-    )
-    found = translate(read_dictionaries(tmp_path / "a.py"))
-    assert found.settings == {
-        "model.optimizer.lr": 1e-4, "seed_everything": 7, "trainer.max_steps": 5, "trainer.max_epochs": -1,
-        "model.lora.r": 8,
-    }  # fmt: skip
-    assert found.notes["training_config.bf16"] == (
-        "cuda.is_bf16_supported() would have to be run; set trainer.precision by hand"
-    )
-    assert found.notes["training_config.use_liger_kernel"] == ("fast() would have to be run; nothing here is set by it")
-    assert "find_all()" in found.notes["peft_config.target_modules"]
-    assert {"peft_config.key", "peft_config.more"} <= found.notes.keys()
-    assert {"training_config, line 12", "training_config, line 13"} <= found.notes.keys()
-
-
-@pytest.mark.parametrize(
-    ("name", "text", "told"),
-    [
-        ("a.py", "x = 1", "no dictionary called training_config or peft_config"),
-        ("a.py", "training_config = {", "cannot be parsed"),
-        ("a.py", "training_config = {}\0", "cannot be parsed"),
-        ("a.json", "[1]", "no dictionary called"),
-        ("a.json", "{", "cannot be parsed"),
-        ("a.yaml", "a: [", "cannot be parsed"),
-        ("a.txt", "", "is no .py, .json, .yaml or .yml file"),
-    ],
-)
-def test_files_without_dictionaries_are_refused(tmp_path, name, text, told):
-    (tmp_path / name).write_text(text)
-    with pytest.raises(ConfigError, match=told):
-        read_dictionaries(tmp_path / name)
-
-
-def test_what_else_a_file_holds_is_named(tmp_path):
-    (tmp_path / "a.yaml").write_text(yaml.safe_dump(COOKBOOK | {"model_kwargs": {"use_cache": False}}))
-    assert read_dictionaries(tmp_path / "a.yaml").unread == {"model_kwargs": "no dictionary of that name is read"}
-
-
-@pytest.mark.parametrize(
-    ("given", "told"),
-    [
-        (({"learning_rate": "fast"}, {}), r"training_config\.learning_rate: 'fast' cannot be used"),
-        (({"seed": float("inf")}, {}), r"training_config\.seed: inf cannot be used"),
-        (({"seed": 1.5}, {}), r"training_config\.seed: 1\.5 cannot be used \(it is a whole number"),
-        (({"weight_decay": -1}, {}), r"model\.optimizer\.weight_decay: -1"),
-        (({}, {"r": 0}), r"model\.lora\.r: 0"),
-        (({}, {"lora_dropout": 1.5}), r"model\.lora\.lora_dropout: 1\.5"),
-    ],
-)
-def test_values_out_of_range_are_named(given, told):
-    with pytest.raises(ConfigError, match=told):
-        translated(*given)
-
-
-def test_a_line_break_in_a_key_stays_a_comment():
-    text = render(translated({"a\nmodel: {base: evil}\u2028b": 1}), "a\nb.json")
+def test_a_line_break_in_a_key_stays_a_comment(tmp_path):
+    found = translated(tmp_path, r"""peft_config = {"a\nmodel: {base: evil}\u2028b": 1}""")
+    text = render(found, "a\nb.py")
     assert yaml.safe_load(text)["model"]["base"] == "microsoft/Phi-3-mini-4k-instruct"
     assert all(line.startswith("#") for line in text[: text.index("seed_everything")].splitlines())

@@ -1,4 +1,4 @@
-"""``init``: the shipped configurations into a folder, and a script's dictionaries as one more."""
+"""``init``: the shipped configurations into a folder, and the literals of a training script as one more."""
 
 import shlex
 from pathlib import Path
@@ -10,18 +10,19 @@ from rich.console import Console
 
 from phi3_lightning import config as sections
 from phi3_lightning.commands.parser import Parser
-from phi3_lightning.commands.translation.dictionaries import read_dictionaries
-from phi3_lightning.commands.translation.translate import Translation, translate
+from phi3_lightning.commands.translation.script import read_script
+from phi3_lightning.commands.translation.translate import KNOWN, Translation, translate
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.files import local_path, writing
 
-DESCRIPTION = "Write the configurations that the package brings along, and translate a script's dictionaries into one."
+DESCRIPTION = "Write the configurations that the package brings along, and translate a training script into one."
 
 PACKAGE = Path(sections.__file__).parent
 RECIPE = "phi3_mini_4k_lora.yaml"
-"""What a translation starts from: whatever the dictionaries leave open is as it is there."""
+"""What a translation starts from: whatever the script leaves open is as it is there."""
 
 _ONE_LINE = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
-"""A key may hold a line break, and the rest of it is no comment then."""
+"""A script may hold a line break in a key, and the rest of it would be no comment."""
 
 
 def parser() -> LightningArgumentParser:
@@ -30,8 +31,8 @@ def parser() -> LightningArgumentParser:
     result.add_argument("folder", type=str, help="The folder to make.")
     result.add_argument(
         "--from", type=str | None, default=None,
-        help="A .py, .json or .yaml file with training_config (TrainingArguments' keys) and peft_config "
-        "(LoraConfig's); a .py file is read and never run.",
+        help="A Python script that trains with TRL. What it passes in literals to TrainingArguments, SFTConfig, "
+        "SFTTrainer, LoraConfig and the like becomes a configuration; it is read and never run.",
     )  # fmt: skip
     result.add_argument(
         "--overwrite", action="store_true", help="Write into a folder in use; files of the same names are replaced."
@@ -46,15 +47,15 @@ def main(args: list[str]) -> None:
         args: The arguments after ``init``.
 
     Raises:
-        ConfigError: If the folder is in use, or the dictionaries cannot be used.
+        ConfigError: If the folder is in use, or the script cannot be read.
     """
     options = parser().parse_args(args)
-    folder, source = Path(options.folder), options["from"]
+    folder, source = local_path("folder", options.folder), options["from"]
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; give a folder")
     if folder.is_dir() and any(folder.iterdir()) and not options.overwrite:
         raise ConfigError(f"{folder} is not empty; give another folder, or --overwrite to write into it")
-    if shlex.quote(options.folder) != options.folder:
+    if shlex.quote(str(folder)) != str(folder):
         raise ConfigError(f"{folder}: commands in the files name the folder; give one without blanks and signs")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     files = {name: _installed(text, folder) for name, text in shipped().items()}
@@ -63,11 +64,12 @@ def main(args: list[str]) -> None:
         name = f"{Path(source).stem}.yaml"
         if name in files:
             raise ConfigError(f"--from: {name} is a configuration of the package; give {source} another name")
-        translated = translate(read_dictionaries(Path(source)))
+        translated = translate(read_script(local_path("--from", source), KNOWN))
         files[name] = render(translated, Path(source).name)
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text, encoding="utf-8")
+    with writing(folder):
+        for name, text in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_text(text, encoding="utf-8")
     console.print(f"{len(files)} files in {folder}")
     if translated is not None:
         _report(translated, folder / f"{Path(source).stem}.yaml", console)
@@ -102,34 +104,38 @@ def render(translated: Translation, source: str) -> str:
         source: The name of the file that they come from.
 
     Returns:
-        YAML; keys that have no equal are comments at its head.
+        YAML; what was not taken stands in comments at its head.
     """
     config: dict[str, Any] = yaml.safe_load(shipped()[RECIPE])
-    config["trainer"].pop("callbacks", None)  # TrainingArguments stop nothing early
+    trainer = config["trainer"]
+    trainer.pop("callbacks", None)  # TrainingArguments stop nothing early
     for path, value in translated.settings.items():
         *parents, leaf = path.split(".")
         part = config
         for parent in parents:
             part = part[parent]
         part[leaf] = value
-    head = [f"From {source}, by `phi3-lightning init`. Still to be set here: {', '.join(_open(translated))}."]
+    if "val_check_interval" in trainer:  # Lightning counts batches
+        trainer["val_check_interval"] *= trainer["accumulate_grad_batches"]
+    missing = "".join(f" {path} is to be set here." for path in _missing(translated))
+    head = [f"From {source}, by `phi3-lightning init`.{missing}"]
     if translated.notes:
-        head += [
-            "These have no equal, or another one:",
-            *(f"  {key}: {note}" for key, note in translated.notes.items()),
-        ]
+        head += ["Not taken, or not as it stands there:", *(f"  {note}" for note in translated.notes)]
     comments = (f"# {line.translate(_ONE_LINE)}\n" for line in head)
     body: str = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110)
     return "".join(comments) + body
 
 
-def _open(translated: Translation) -> list[str]:
-    """What every run needs and no dictionary says."""
+def _missing(translated: Translation) -> list[str]:
+    """What every run needs and the script does not say in literals."""
     return [path for path in ("model.base", "data.train") if path not in translated.settings]
 
 
 def _report(translated: Translation, path: Path, console: Console) -> None:
-    console.print(f"{path}: {len(translated.settings)} settings translated")
-    for key, note in translated.notes.items():
-        console.print(f"  {key}: {note}")
-    console.print(f"set {' and '.join(_open(translated))}, then: phi3-lightning fit --config {path}")
+    console.print(
+        f"{path}: {len(translated.settings)} settings translated, {len(translated.notes)} arguments not taken"
+    )
+    for note in translated.notes:
+        console.print(f"  {note}")
+    first = "".join(f"set {path} and " for path in _missing(translated))
+    console.print(f"{first}run: phi3-lightning fit --config {path}")

@@ -1,1 +1,1 @@
-"""From the dictionaries of a script to settings of this package."""
+"""From the literals of a training script to settings of this package."""
