@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from phi3_lightning.adapters.convert import block_diagonal
 from phi3_lightning.adapters.dropout import Dropout
 from phi3_lightning.adapters.targets import Target
-from phi3_lightning.adapters.update import add_update
+from phi3_lightning.adapters.update import add_block_updates, add_update
 
 
 class Linear(loralib.Linear):  # type: ignore[misc]  # loralib has no types
     """``loralib.Linear`` over any linear layer, also outside autocast and over quantised weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's answer with the update added.
+        """Return the layer's output with the update added.
 
         Args:
             x: Input, shape (..., in).
@@ -36,7 +36,7 @@ class Linear(loralib.Linear):  # type: ignore[misc]  # loralib has no types
 
 
 class FusedLinear(loralib.MergedLinear):  # type: ignore[misc]
-    """``loralib.MergedLinear`` with slices of any size, and no dense (out x in) update at each forward.
+    """``loralib.MergedLinear`` with slices of any size, of which each forward computes the blocks alone.
 
     ``lora_A`` is (enabled slices x rank, in) and ``lora_B`` (rows of the enabled slices, rank): where slices are equal,
     as in ``loralib.MergedLinear``. ``slices`` holds the rows of each slice.
@@ -49,7 +49,7 @@ class FusedLinear(loralib.MergedLinear):  # type: ignore[misc]
         return cast("Tensor", block_diagonal(self.lora_B, self.slices, self.enable_lora) @ self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's answer with each enabled slice's update added to its rows.
+        """Return the layer's output with each enabled slice's update added to its rows.
 
         Args:
             x: Input, shape (..., in).
@@ -57,8 +57,11 @@ class FusedLinear(loralib.MergedLinear):  # type: ignore[misc]
         result = cast("Tensor", super(loralib.MergedLinear, self).forward(x))
         if self.merged:
             return result
-        up = block_diagonal(self.lora_B, self.slices, self.enable_lora)
-        return add_update(result, self.lora_dropout(x), self.lora_A, up, self.scaling)
+        x = self.lora_dropout(x)
+        if torch.compiler.is_compiling():  # dynamo cannot trace an autograd function that writes into views
+            up = block_diagonal(self.lora_B, self.slices, self.enable_lora)
+            return add_update(result, x, self.lora_A, up, self.scaling)
+        return add_block_updates(result, x, self.lora_A, self.lora_B, self.slices, self.enable_lora, self.scaling)
 
 
 @cache
