@@ -25,7 +25,7 @@ from contenders import environments, models
 from contenders.task import IGNORE_INDEX
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.batch import Batch
-from phi3_lightning.callbacks.throughput import peak_memory
+from phi3_lightning.hardware import peak_memory
 
 CASES: dict[str, list[dict[str, int]]] = {
     "length of a packed row, documents of 110 tokens": [

@@ -24,7 +24,7 @@ from transformers import GenerationConfig
 import phi3_lightning
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.batch import PromptBatch
-from phi3_lightning.callbacks.throughput import peak_memory
+from phi3_lightning.hardware import peak_memory
 
 CHATS = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3" / "chats_train.jsonl"
 Answers = dict[int, list[int]]

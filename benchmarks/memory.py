@@ -4,6 +4,7 @@ What `plan` says of full rows on a GPU, in decimal GB; what the driver takes, ab
 """
 
 import tempfile
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,9 @@ from typing import Any
 import yaml
 
 from phi3_lightning import Phi3LoRAModule
-from phi3_lightning.planning.family import write_config
-from phi3_lightning.planning.memory import Setup
-from phi3_lightning.planning.step import Shape
+from phi3_lightning.planning.memory import MemoryPredictor
+from phi3_lightning.planning.published_configs import write_config
+from phi3_lightning.planning.step import BatchShape
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 MODELS = {
@@ -39,22 +40,22 @@ def settings(*names: str) -> dict[str, Any]:
 
 
 @cache
-def setup(base: str, quantization: str | None, checkpointing: str, ranks: int) -> Setup:
-    """The run of a base, of which its shapes alone are needed."""
+def predictor(base: str, quantization: str | None, checkpointing: str, ranks: int) -> MemoryPredictor:
+    """Predicts the run of a base, of which its shapes alone are needed."""
     folder = Path(tempfile.mkdtemp(prefix="phi3-lightning-memory-"))
     write_config(base, folder)
     module = Phi3LoRAModule(str(folder), quantization=quantization, gradient_checkpointing=checkpointing)
-    return Setup(module, mixed=True, ranks=ranks, sharded=False, process=None)
+    return MemoryPredictor(replace(module.spec(), mixed=True, ranks=ranks, process=None))
 
 
 def peak(config: dict[str, Any]) -> float:
     """GB of a device, all of its rows full, everything recomputed where that is left to the device."""
     model, data = config["model"], config["data"]
-    way = model["gradient_checkpointing"]
+    mode = model["gradient_checkpointing"]
     ranks = 2 if config["trainer"].get("strategy") == "ddp" else 1
-    run = setup(model["base"], model["quantization"], "full" if way == "auto" else way, ranks)
+    run = predictor(model["base"], model["quantization"], "full" if mode == "auto" else mode, ranks)
     tokens = data["batch_size"] * data["max_length"]
-    memory = run.memory(Shape([[data["max_length"]]] * data["batch_size"], tokens))
+    memory = run.memory(BatchShape([[data["max_length"]]] * data["batch_size"], tokens))
     return (memory.total - memory.process) / 1e9
 
 

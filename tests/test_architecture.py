@@ -2,8 +2,12 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Collection
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -20,19 +24,150 @@ def module_name(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imports_of(source: str) -> set[str]:
-    """The package's own modules that a file imports, anywhere in it."""
-    found = set()
+def imported(source: str) -> set[str]:
+    """The whole names of what a file imports, anywhere in it and for whatever purpose."""
+    names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports hide what is imported"
-            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
-    return {name for name in found if name == NAME or name.startswith(f"{NAME}.")}
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
 
 
-IMPORTS = {module_name(path): imports_of(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))}
+def imports_of(source: str) -> set[str]:
+    """The package's own modules that a file imports, and the names in them."""
+    names = imported(source)
+    names |= {name.rpartition(".")[0] for name in names}
+    return {name for name in names if name == NAME or name.startswith(f"{NAME}.")}
+
+
+SOURCES = {module_name(path): path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
+IMPORTS = {name: imports_of(source) for name, source in SOURCES.items()}
+PROJECT = tomllib.loads((PACKAGE.parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = {
+    re.match(r"[\w-]+", requirement)[0].replace("-", "_")
+    for requirements in PROJECT["optional-dependencies"].values()
+    for requirement in requirements
+}
+
+
+def files_of(source: str, files: Collection[str]) -> set[str]:
+    """The files that a file imports; ``from x import y`` imports ``x.y`` where that is a file, else ``x``."""
+    return {name if name in files else name.rpartition(".")[0] for name in imported(source)} & set(files)
+
+
+def graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """The files that each file imports."""
+    return {name: files_of(source, sources) - {name} for name, source in sources.items()}
+
+
+def cycle(edges: dict[str, set[str]]) -> list[str]:
+    """Files that import each other in a circle; an empty list where there is none."""
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_no_files_import_each_other_in_a_circle():
+    assert cycle(graph(SOURCES)) == []
+
+
+def rooms(edges: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The rooms that each room imports; a file at the top is a room of its own."""
+    room = {name: ".".join(name.split(".")[:2]) for name in edges}
+    result: dict[str, set[str]] = {}
+    for name, imported_files in edges.items():
+        result.setdefault(room[name], set()).update({room[file] for file in imported_files} - {room[name]})
+    return result
+
+
+def test_no_rooms_import_each_other_in_a_circle():
+    assert cycle(rooms(graph(SOURCES))) == []
+
+
+def test_a_circle_of_rooms_is_found_where_files_have_none():
+    sources = {
+        "phi3_lightning.a.one": "from phi3_lightning.b import one",
+        "phi3_lightning.b.one": "import torch",
+        "phi3_lightning.b.two": "from phi3_lightning.a.two import X",
+        "phi3_lightning.a.two": "",
+    }
+    assert cycle(graph(sources)) == []
+    assert set(cycle(rooms(graph(sources)))) == {"phi3_lightning.a", "phi3_lightning.b"}
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        "import phi3_lightning.a",
+        "from phi3_lightning.a import X",
+        "from phi3_lightning import a",
+        "def late():\n    from phi3_lightning.a import X",
+        "if TYPE_CHECKING:\n    from phi3_lightning.a import X",
+    ],
+)
+def test_a_circle_is_found_whatever_closes_it(last):
+    sources = {
+        "phi3_lightning": "from phi3_lightning.a import X",
+        "phi3_lightning.a": "from phi3_lightning.room import b",
+        "phi3_lightning.room": "",
+        "phi3_lightning.room.b": "import torch",
+    }
+    assert cycle(graph(sources)) == []
+    found = cycle(graph(sources | {"phi3_lightning.room.b": last}))
+    assert set(found) == {"phi3_lightning.a", "phi3_lightning.room.b"}
+
+
+def top_level(source: str) -> str:
+    """A file without the bodies of its functions."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            node.body = [ast.Pass()]
+    return ast.unparse(tree)
+
+
+def need_an_extra(sources: dict[str, str], extras: set[str]) -> set[str]:
+    """Files that cannot be imported without a package that is installed with an extra alone."""
+    tops = {name: top_level(source) for name, source in sources.items()}
+    edges = graph(tops)
+    found: set[str] = set()
+    for name in TopologicalSorter(edges).static_order():
+        packages = {whole.split(".")[0] for whole in imported(tops[name])}
+        if packages & extras or edges[name] & found:
+            found.add(name)
+    return found
+
+
+def late_imports(sources: dict[str, str], extras: set[str]) -> set[tuple[str, str]]:
+    """Files that import one of the package's own within a function, and which, but for files that need an extra."""
+    exempt = need_an_extra(sources, extras)
+    return {
+        (name, file)
+        for name, source in sources.items()
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        for file in files_of(ast.unparse(node), sources) - exempt
+    }
+
+
+def test_no_function_imports_a_file_of_the_package():
+    assert late_imports(SOURCES, EXTRAS) == set()
+
+
+def test_an_import_within_a_function_is_found_unless_its_file_needs_an_extra():
+    sources = {
+        "phi3_lightning.a": "class A:\n    async def f(self):\n        from phi3_lightning import b, c, d",
+        "phi3_lightning.b": "import torch\ndef f():\n    import loralib",
+        "phi3_lightning.c": "from phi3_lightning.d import layer",
+        "phi3_lightning.d": "import loralib",
+    }
+    assert late_imports(sources, {"loralib"}) == {("phi3_lightning.a", "phi3_lightning.b")}
+    assert late_imports(sources, set()) == {("phi3_lightning.a", f"phi3_lightning.{file}") for file in "bcd"}
 
 
 def within(name: str, room: str) -> bool:

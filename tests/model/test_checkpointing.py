@@ -90,14 +90,14 @@ def test_the_last_call_counts(deep, asked):
     model = base.load(deep)
     for way in asked:
         checkpointing.checkpoint_activations(model, way)
-    assert checkpointing.way_of(model) == asked[-1]
+    assert checkpointing.mode_of(model) == asked[-1]
 
 
 @pytest.mark.parametrize("way", [*WAYS, 4, 7])
 def test_a_model_tells_what_it_does(deep, way):
     model = base.load(deep)
     checkpointing.checkpoint_activations(model, way)
-    assert checkpointing.way_of(model) == (min(way, LAYERS) if isinstance(way, int) else way)
+    assert checkpointing.mode_of(model) == (min(way, LAYERS) if isinstance(way, int) else way)
     again = {"none": 0, 2: 2 / 4, 3: 2 / 4, 4: 1 / 4, 7: 1 / 4, "selective": 0}.get(way, 1)
     assert checkpointing.recomputed_share(way, LAYERS) == again
 

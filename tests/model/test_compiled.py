@@ -76,8 +76,9 @@ def test_auto_compiles_what_is_long_enough_to_win_it_back(tiny_base, as_on_a_gpu
     def is_compiled() -> bool:
         return all(type(layer).__name__.startswith("Compiled") for layer in module.model.model.layers)
 
+    enough = compiled.MIN_COMPILED_MICRO_BATCHES
     for wanted, micro_batches, expected in (
-        ("auto", compiled.PAYS_FROM - 1, False), ("auto", compiled.PAYS_FROM, True), ("auto", float("inf"), True),
+        ("auto", enough - 1, False), ("auto", enough, True), ("auto", float("inf"), True),
         ("none", float("inf"), False), ("layers", 1, True),
     ):  # fmt: skip
         compiled.prepare(module.model, wanted, micro_batches)

@@ -1,7 +1,7 @@
 """A step without numbers needs what a real one does, counted in storages that are alive."""
 
 import weakref
-from dataclasses import astuple
+from dataclasses import astuple, replace
 
 import pytest
 import torch
@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.planning import dry_run
-from phi3_lightning.planning.dry_run import Hollow
-from phi3_lightning.planning.step import Shape
+from phi3_lightning.planning.dry_run import FakeModule
+from phi3_lightning.planning.step import BatchShape
 
 WIDE = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 6, "vocab_size": 500}
 ROWS = [[synthetic.document(70, 40, 0), synthetic.document(30, 20, 1)], [synthetic.document(60, 50, 2)]]
-SHAPE = Shape([[70, 30], [60]], 40 + 20 + 50)
+SHAPE = BatchShape([[70, 30], [60]], 40 + 20 + 50)
 
 
 class Alive(TorchDispatchMode):
@@ -57,6 +57,10 @@ def really(module: Phi3LoRAModule) -> tuple[int, int]:
     return kept, alive.peak
 
 
+def fake(base: str, mixed: bool = True, **options) -> FakeModule:
+    return FakeModule(replace(Phi3LoRAModule(base, **options).spec(), mixed=mixed))
+
+
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> str:
     return synthetic.save_tiny(tmp_path_factory.mktemp("wide") / "base", torch.bfloat16, **WIDE)
@@ -70,9 +74,8 @@ def base(tmp_path_factory) -> str:
     ids=["peft", "loralib", "dora", "float32", "whole"],
 )  # fmt: skip
 def test_it_needs_what_a_real_step_does(base, options, checkpointing):
-    configured = {"gradient_checkpointing": checkpointing, **options}
-    found = Hollow(Phi3LoRAModule(base, **configured)).activations(SHAPE, checkpointing, mixed=False)
-    kept, peak = really(Phi3LoRAModule(base, **configured))
+    found = fake(base, mixed=False, **options).activations(SHAPE, checkpointing)
+    kept, peak = really(Phi3LoRAModule(base, gradient_checkpointing=checkpointing, **options))
     # the mask of supervised places and their indices: some bytes a place, and nothing else differs
     places = 200 * 32
     assert found.kept == pytest.approx(kept, abs=places)
@@ -81,54 +84,51 @@ def test_it_needs_what_a_real_step_does(base, options, checkpointing):
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_deep_models_follow_from_shallow_ones(base, checkpointing, monkeypatch):
-    module = Phi3LoRAModule(base, gradient_checkpointing=checkpointing)
-    hollow = Hollow(module)
-    extrapolated = hollow.activations(SHAPE, checkpointing, mixed=True)
-    assert len(hollow.model.model.layers) == hollow.model.config.num_hidden_layers == WIDE["num_hidden_layers"]
-    monkeypatch.setattr(dry_run, "SHALLOW", (8, 9))  # more than there are: all of them run
-    assert astuple(extrapolated) == pytest.approx(
-        astuple(hollow.activations(SHAPE, checkpointing, mixed=True)), rel=1e-6, abs=64
-    )
+    module = fake(base)
+    extrapolated = module.activations(SHAPE, checkpointing)
+    assert len(module.model.model.layers) == module.model.config.num_hidden_layers == WIDE["num_hidden_layers"]
+    monkeypatch.setattr(dry_run, "EXTRAPOLATED_DEPTHS", (8, 9))  # more than there are: all of them run
+    whole = fake(base).activations(SHAPE, checkpointing)
+    assert astuple(extrapolated) == pytest.approx(astuple(whole), rel=1e-6, abs=64)
 
 
 def test_layers_that_differ_all_run(base):
-    some = Hollow(Phi3LoRAModule(base, gradient_checkpointing="none", lora={"layers_to_transform": [5]}))
-    every = Hollow(Phi3LoRAModule(base, gradient_checkpointing="none"))
+    some, every = fake(base, lora={"layers_to_transform": [5]}), fake(base)
     assert every.alike
     assert not some.alike
     # no gradient passes the five layers below, which keep nothing
-    kept = [hollow.activations(SHAPE, "none", mixed=True).kept for hollow in (some, every)]
+    kept = [module.activations(SHAPE, "none").kept for module in (some, every)]
     assert kept[0] < 0.3 * kept[1]
 
 
 def test_no_value_is_made(base):
     """The negative control: shapes alone decide, and nothing of the model's size is allocated."""
-    module = Hollow(Phi3LoRAModule(base)).module
-    assert {type(parameter.data).__name__ for parameter in module.parameters()} == {"FakeTensor"}
-    doubled = Hollow(Phi3LoRAModule(base)).activations(Shape([[140, 60], [120]], 220), "full", mixed=True)
-    single = Hollow(Phi3LoRAModule(base)).activations(SHAPE, "full", mixed=True)
+    module = fake(base)
+    assert {type(parameter.data).__name__ for parameter in module.model.parameters()} == {"FakeTensor"}
+    doubled = module.activations(BatchShape([[140, 60], [120]], 220), "full")
+    single = module.activations(SHAPE, "full")
     assert 1.8 < doubled.kept / single.kept < 2.3  # attention within short documents grows faster
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_kernels_with_a_mask_are_planned_too(base, attention):
-    module = Phi3LoRAModule(base, attn_implementation=attention, gradient_checkpointing="none")
-    assert Hollow(module).activations(SHAPE, "none", mixed=True).kept > 0
+    assert fake(base, attn_implementation=attention).activations(SHAPE, "none").kept > 0
 
 
 @pytest.mark.parametrize("every", [2, 3])
 def test_every_so_many_layers_need_a_mixture(base, every):
-    found = Hollow(Phi3LoRAModule(base)).activations(SHAPE, every, mixed=False)
+    module = fake(base, mixed=False)
+    found = module.activations(SHAPE, every)
     kept, peak = really(Phi3LoRAModule(base, gradient_checkpointing=every))
-    layer = Hollow(Phi3LoRAModule(base)).activations(SHAPE, "none", mixed=False).kept / WIDE["num_hidden_layers"]
+    layer = module.activations(SHAPE, "none").kept / WIDE["num_hidden_layers"]
     assert found.kept == pytest.approx(kept, abs=200 * 32 + 0.1 * layer)  # the first layer keeps less than others
     # at the peak the last recomputed layer is made again while some of what the others kept is gone already
     assert peak - 200 * 32 - 0.1 * layer <= found.kept + max(found.head, found.layer) <= peak + every * layer
 
 
 def test_hidden_states_that_are_offloaded_are_not_on_the_device(base):
-    hollow = Hollow(Phi3LoRAModule(base))
-    full, offload = (hollow.activations(SHAPE, way, mixed=True) for way in ("full", "offload"))
+    module = fake(base)
+    full, offload = (module.activations(SHAPE, mode) for mode in ("full", "offload"))
     assert full.kept - offload.kept == WIDE["num_hidden_layers"] * SHAPE.tokens * WIDE["hidden_size"] * 2
     assert (offload.head, offload.layer) == (full.head, full.layer)
     assert 0 < offload.kept < 0.5 * full.kept

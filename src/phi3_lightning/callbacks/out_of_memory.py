@@ -1,5 +1,6 @@
 """Of which batch memory ran out, and what would make the run fit."""
 
+from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -7,10 +8,14 @@ import torch
 from typing_extensions import override
 
 from phi3_lightning.batch import Batch, PlannedData, PromptBatch
+from phi3_lightning.model.checkpointing import mode_of
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.planning.memory import MemoryPredictor
+from phi3_lightning.planning.step import BatchShape
+from phi3_lightning.planning.suggestions import suggestions
 
-HELPFUL = 3
-"""Changes that are named."""
+MAX_SUGGESTIONS = 3
+"""Changes that an error names."""
 
 
 class OutOfMemory(pl.Callback):
@@ -79,7 +84,7 @@ class OutOfMemory(pl.Callback):
         said = "; ".join(" + ".join(map(str, row)) for row in lengths)
         exception.add_note(f"memory ran out in {self._place}: {len(lengths)} rows with documents of {said} tokens")
         if isinstance(pl_module, Phi3LoRAModule):
-            for line in _advice(trainer, pl_module, self._batch):
+            for line in _advice(pl_module, self._batch):
                 exception.add_note(line)
 
 
@@ -94,16 +99,12 @@ def is_out_of_memory(exception: BaseException) -> bool:
     return isinstance(exception, RuntimeError) and "can't allocate memory" in str(exception)
 
 
-def _advice(trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> list[str]:
-    from phi3_lightning.planning.levers import levers
-    from phi3_lightning.planning.memory import Setup
-    from phi3_lightning.planning.step import Shape
-
-    setup = Setup.of(trainer, module)
-    shape = Shape.of(batch)
-    memory = setup.memory(shape)
-    found = levers(setup, shape, memory, lambda _: None)[:HELPFUL]
+def _advice(module: Phi3LoRAModule, batch: Batch) -> list[str]:
+    predictor = MemoryPredictor(replace(module.spec(), gradient_checkpointing=mode_of(module.loaded_model)))
+    shape = BatchShape.of(batch)
+    memory = predictor.memory(shape)
+    helpful = suggestions(predictor, shape, memory)[:MAX_SUGGESTIONS]
     return [
         f"training on such a batch takes {memory.total / 1e9:.1f} GB by calculation (phi3-lightning plan says more)",
-        *(f"  with {lever.change}: {lever.memory.total / 1e9:.1f} GB" for lever in found),
+        *(f"  with {suggestion.change}: {suggestion.memory.total / 1e9:.1f} GB" for suggestion in helpful),
     ]

@@ -1,8 +1,6 @@
 """Tokens a second, what is padding, share of the device's peak, and peak memory."""
 
-import resource
 import time
-from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -12,7 +10,8 @@ from torch import Tensor
 from typing_extensions import override
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch
-from phi3_lightning.callbacks.flops import StepFlops, peak_flops, step_flops
+from phi3_lightning.hardware import peak_flops, peak_memory
+from phi3_lightning.model.flops import StepFlops, step_flops
 from phi3_lightning.module import Phi3LoRAModule
 
 
@@ -22,8 +21,8 @@ class Throughput(pl.Callback):
     ``speed/tokens_per_second`` counts the tokens of documents and no padding, ``speed/supervised_tokens_per_second``
     those with a label, both over all ranks. ``speed/padding_share`` is the part of the batches' places that holds no
     token, and ``speed/row_fill`` the part of ``row_length`` that the average row uses. ``speed/peak_share`` is how much
-    of what the devices can do the step needed, by :func:`~.flops.step_flops`. ``memory/peak_gb`` is the most that this
-    process has held, on the GPU where there is one.
+    of what the devices can do the step needed, by :func:`~phi3_lightning.model.flops.step_flops`. ``memory/peak_gb`` is
+    the most that this process has held, on the GPU where there is one.
 
     Args:
         row_length: Tokens that a packed row may hold; None: rows are not packed, and nothing is said of them.
@@ -49,7 +48,7 @@ class Throughput(pl.Callback):
                 device = pl_module.device.type
                 mixed = torch.is_autocast_enabled(device)
                 dtype = torch.get_autocast_dtype(device) if mixed else pl_module.loaded_model.dtype
-            self._flops, self._peak = step_flops(pl_module), peak_flops(pl_module.device, dtype)
+            self._flops, self._peak = step_flops(pl_module.loaded_model), peak_flops(pl_module.device, dtype)
             if self._peak is not None:
                 rank_zero_info(f"{device}: {self._peak / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}")
         self._restart()  # a run that goes on within an epoch does not start it
@@ -99,14 +98,3 @@ class Throughput(pl.Callback):
             needed = self._flops.per_token * speed + self._flops.per_supervised_token * supervised_speed
             measured["speed/peak_share"] = needed / (self._peak * trainer.world_size)
         return measured
-
-
-def peak_memory(device: torch.device) -> int:
-    """Return the most memory that this process has held so far, in bytes: on the GPU for a CUDA device."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    status = Path("/proc/self/status")
-    if status.exists():  # getrusage says no less than what the parent held when it started this process
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return 1024 * int(fields["VmHWM"].removesuffix("kB"))
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

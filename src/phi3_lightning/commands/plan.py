@@ -4,6 +4,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,25 +15,25 @@ from jsonargparse import Namespace
 from lightning.pytorch import seed_everything
 from rich.console import Console
 
-from phi3_lightning.callbacks.flops import peak_flops
+from phi3_lightning.commands.measure import Measured, measure
 from phi3_lightning.commands.one_device import one_device_trainer, quieten
 from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.plan_tables import measured_table, memory_table, run_line, suggestion_table
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
+from phi3_lightning.config import Schedule
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.packing import share_step
 from phi3_lightning.errors import ConfigError, ModelError
-from phi3_lightning.model.checkpointing import Way
+from phi3_lightning.hardware import check_accelerator, device_memory, peak_flops, resident_memory
+from phi3_lightning.model.checkpointing import CheckpointingMode
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.planning.family import PUBLISHED, write_config
-from phi3_lightning.planning.fitting import USED, fastest, most_rows
+from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step
 from phi3_lightning.planning.length import run_length
-from phi3_lightning.planning.levers import levers
-from phi3_lightning.planning.memory import Setup, resident
+from phi3_lightning.planning.memory import MemoryPredictor
+from phi3_lightning.planning.published_configs import PUBLISHED, write_config
+from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.speed import least_seconds, timed_seconds
-from phi3_lightning.planning.step import Shape
-from phi3_lightning.planning.table import lever_table, measured_table, memory_table, run_line
-from phi3_lightning.planning.trial import Measured, measure
-from phi3_lightning.platform import check_accelerator, device_memory
+from phi3_lightning.planning.step import BatchShape
+from phi3_lightning.planning.suggestions import suggestions
 
 DESCRIPTION = "Predict memory, speed and hours of a run from its configuration, and what would help most."
 
@@ -87,24 +88,26 @@ class Plan:
         self.config = config
         self.on_begin = on_begin
         self.on_gpu = _on_gpu(str(config.trainer.accelerator))
-        self.module = self._module(config.model.as_dict())
-        on_begin("measuring the device")
-        self.peak = self._peak()
-        setup = Setup(
-            self.module,
+        self.model_options = self._readable_base(config.model.as_dict())
+        spec = replace(
+            Phi3LoRAModule(**self.model_options).spec(),
             mixed=str(config.trainer.precision) in ("16-mixed", "bf16-mixed", "16", "bf16"),
             ranks=_ranks(config.trainer, self.on_gpu),
             sharded=_is_fsdp2(config.trainer.strategy),
-            process=None if self.on_gpu else resident(),
+            process=None if self.on_gpu else resident_memory(),
         )
+        on_begin("measuring the device")
+        self.peak = self._peak(spec)
         on_begin("reading the data")
         options = config.data.as_dict()
         if config.data.max_tokens_per_batch == "auto":
-            options["max_tokens_per_batch"] = self._budget(setup, options) * config.data.max_length
+            options["max_tokens_per_batch"] = self._rows_that_fit(spec, options) * config.data.max_length
         self.rows: PlannedRows = planned_rows(ChatDataModule(**options))
-        self.setup, self.chosen = self._settled(setup)
+        self.predictor, self.chosen = self._decided(MemoryPredictor(spec))
+        self.spec = self.predictor.spec
 
-    def _module(self, options: dict[str, Any]) -> Phi3LoRAModule:
+    def _readable_base(self, options: dict[str, Any]) -> dict[str, Any]:
+        """The options of the module, with the shapes of a published base where that cannot be reached."""
         module = Phi3LoRAModule(**options)
         try:
             module.check_base()
@@ -113,11 +116,11 @@ class Plan:
                 self.on_begin(f"{module.base} cannot be reached; the shapes that it was published with are taken")
                 self._shapes = tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-")
                 write_config(module.base, Path(self._shapes.name))
-                return Phi3LoRAModule(**options | {"base": self._shapes.name, "base_id": module.base})
+                return options | {"base": self._shapes.name, "base_id": module.base}
             if not Path(module.base).is_dir():
                 error.add_note("plan reads config.json alone: --model.base FOLDER with that file needs no network")
             raise
-        return module
+        return options
 
     @property
     def _device(self) -> torch.device | None:
@@ -126,51 +129,43 @@ class Plan:
             return torch.device("cpu")
         return torch.device("cuda", 0) if torch.cuda.is_available() else None
 
-    def _budget(self, setup: Setup, options: dict[str, Any]) -> int:
+    def _rows_that_fit(self, spec: RunSpec, options: dict[str, Any]) -> int:
         if self._device is None:
             raise ConfigError("data.max_tokens_per_batch: auto asks the GPU, and there is none here; give a number")
         row = planned_rows(ChatDataModule(**options | {"max_tokens_per_batch": None, "batch_size": 1})).shape
-        rows, _ = most_rows(setup.usual(), row, USED * device_memory(self._device)[1])
+        rows, _ = rows_that_fit(spec, row, PLANNED_SHARE_OF_MEMORY * device_memory(self._device)[1])
         trainer = self.config.trainer
         trainer.accumulate_grad_batches, rows = share_step(
             options["batch_size"] * trainer.accumulate_grad_batches, rows
         )
         return rows
 
-    def _settled(self, setup: Setup) -> tuple[Setup, str | None]:
-        """The run with a way to keep activations, and why where that was ``auto``."""
-        if self.module.gradient_checkpointing != "auto":
-            return setup, None
-        way: Way | int = "full"
+    def _decided(self, predictor: MemoryPredictor) -> tuple[MemoryPredictor, str | None]:
+        """The run with a checkpointing mode, and why where that was ``auto``."""
+        if predictor.spec.gradient_checkpointing != "auto":
+            return predictor, None
+        mode: CheckpointingMode | int = "full"
         why = "there is no GPU here to ask; where more fits, fit recomputes less"
         if self._device is not None:
             self.on_begin("choosing what is recomputed")
             free, _ = device_memory(self._device)
-            room = USED * (free - setup.memory(self.rows.shape).base)
-            way, why = fastest(setup, self.rows.shape, room)
-        return setup.changed(gradient_checkpointing=way), f"model.gradient_checkpointing: auto is {way} here: {why}"
+            room = PLANNED_SHARE_OF_MEMORY * (free - predictor.memory(self.rows.shape).base)
+            mode, why = fastest_mode(predictor, self.rows.shape, room)
+        return predictor.with_mode(mode), f"model.gradient_checkpointing: auto is {mode} here: {why}"
 
-    def _peak(self) -> float | None:
+    def _peak(self, spec: RunSpec) -> float | None:
         """Operations a second of the device; None where the GPU is not here, or not in the table."""
         if self.on_gpu and not torch.cuda.is_available():
             return None
-        dtype = torch.float32 if self.module.dtype_name == "float32" else torch.bfloat16
+        dtype = torch.float32 if spec.dtype == "float32" else torch.bfloat16
         return peak_flops(torch.device("cuda" if self.on_gpu else "cpu"), dtype)
 
-    def _seconds(self, shape: Shape) -> float | None:
+    def _seconds(self, shape: BatchShape) -> float | None:
         """Of a micro-batch on this machine's device; None where that cannot be told from a few layers."""
-        if (self.on_gpu and not torch.cuda.is_available()) or not self.setup.hollow.alike:
+        if (self.on_gpu and not torch.cuda.is_available()) or not self.predictor.fake.alike:
             return None
         self.on_begin("timing some layers")
-        return timed_seconds(
-            self.module,
-            self.setup.way,
-            len(self.setup.hollow.model.model.layers),
-            shape,
-            mixed=self.setup.mixed,
-            device="cuda" if self.on_gpu else "cpu",
-            peak=self.peak,
-        )
+        return timed_seconds(self.spec, shape, device="cuda" if self.on_gpu else "cpu", peak=self.peak)
 
     def _measured(self) -> Measured | None:
         if not self.config.measure:
@@ -179,7 +174,8 @@ class Plan:
         section = self.config.trainer.as_dict()
         with tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-") as folder:
             make_trainer = partial(one_device_trainer, section, folder, gradient_clip_val=section["gradient_clip_val"])
-            return measure(self.setup.module, self.rows.largest, make_trainer)
+            changes = {"gradient_checkpointing": self.spec.mode, "schedule": Schedule("constant", 0)}
+            return measure(Phi3LoRAModule(**self.model_options | changes), self.rows.largest, make_trainer)
 
     def print(self, console: Console) -> None:
         """Print it.
@@ -190,8 +186,8 @@ class Plan:
         shape = self.rows.shape
         measured = self._measured()  # first: what follows takes memory too
         self.on_begin("a step without numbers")
-        memory = self.setup.memory(shape)
-        helpful = levers(self.setup, shape, memory, lambda change: self.on_begin(f"with {change}"))
+        memory = self.predictor.memory(shape)
+        helpful = suggestions(self.predictor, shape, memory, lambda change: self.on_begin(f"with {change}"))
         seconds = self._seconds(shape)
         documents = sum(map(len, shape.lengths))
         console.print(
@@ -203,14 +199,14 @@ class Plan:
         if self.chosen is not None:
             console.print(self.chosen, soft_wrap=True, markup=False)
         console.print(memory_table(memory, "a GPU" if self.on_gpu else "this process"))
-        if self.on_gpu or self.setup.sharded or self.module.quantization is not None:
+        if self.on_gpu or self.spec.sharded or self.spec.quantization is not None:
             console.print("a calculation: few GPUs, no FSDP2 and no quantised base were measured (docs/plan.md)")
-        console.print(lever_table(helpful, memory))
+        console.print(suggestion_table(helpful, memory))
         self._print_speed(console, seconds)
         if measured is not None:
             console.print(measured_table(memory, measured, shape, seconds, on_gpu=self.on_gpu))
             seconds = measured.seconds
-        self._print_length(console, None if seconds is None else self.setup.ranks * shape.tokens / seconds)
+        self._print_length(console, None if seconds is None else self.spec.ranks * shape.tokens / seconds)
 
     def _print_speed(self, console: Console, seconds: float | None) -> None:
         if seconds is None:
@@ -220,7 +216,7 @@ class Plan:
         tokens = self.rows.shape.tokens
         line = f"speed: {tokens / seconds:,.0f} tokens/s a device, {1e3 * seconds / tokens:.3f} ms a token"
         if self.peak is not None:
-            share = least_seconds(self.setup.hollow.module, self.rows.shape, self.peak) / seconds
+            share = least_seconds(self.predictor.fake.model, self.rows.shape, self.peak) / seconds
             line += f"; its products with weights alone take {share:.0%} of it, at {self.peak / 1e12:.3g} TFLOP/s"
         console.print(line, soft_wrap=True)
 
@@ -232,7 +228,7 @@ class Plan:
         length = run_length(
             self.rows.batches,
             self.rows.tokens,
-            self.setup.ranks,
+            self.spec.ranks,
             accumulate=trainer.accumulate_grad_batches,
             max_epochs=trainer.max_epochs,
             max_steps=trainer.max_steps,

@@ -8,7 +8,7 @@ from phi3_lightning.data.collate import collate, full_row
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.data.options import Options
 from phi3_lightning.errors import ConfigError, DataError
-from phi3_lightning.planning.step import Shape
+from phi3_lightning.planning.step import BatchShape
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class PlannedRows:
     """Where they are from, in words."""
 
     @property
-    def shape(self) -> Shape:
+    def shape(self) -> BatchShape:
         """The size of the largest micro-batch."""
-        return Shape.of(self.largest)
+        return BatchShape.of(self.largest)
 
 
 def planned_rows(data: ChatDataModule) -> PlannedRows:

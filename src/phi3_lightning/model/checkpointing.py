@@ -14,11 +14,11 @@ from transformers import Phi3ForCausalLM
 
 from phi3_lightning.config import require, require_choice
 
-Way = Literal["none", "selective", "full", "offload"]
+CheckpointingMode = Literal["none", "selective", "full", "offload"]
 Named = Literal["auto", "none", "selective", "full", "offload"]
 Checkpointing = Named | int
 
-KEPT: Final = [
+SAVED_OPERATORS: Final = [
     torch.ops.aten.mm.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
@@ -31,7 +31,7 @@ result as large as that of the layer for next to no work, which is not kept."""
 
 
 def check(wanted: object) -> None:
-    """Refuse what is no way to keep activations.
+    """Refuse a value that is no checkpointing mode.
 
     Args:
         wanted: What the user wrote as ``model.gradient_checkpointing``.
@@ -52,7 +52,7 @@ def _full(function: Any, *args: Any) -> Any:
 
 
 def _selective(function: Any, *args: Any) -> Any:
-    context = partial(create_selective_checkpoint_contexts, KEPT)
+    context = partial(create_selective_checkpoint_contexts, SAVED_OPERATORS)
     return checkpoint(function, *args, use_reentrant=False, context_fn=context)
 
 
@@ -61,22 +61,22 @@ def _offloaded(function: Any, *args: Any) -> Any:
         return checkpoint(function, *args, use_reentrant=False)
 
 
-def checkpoint_activations(model: Phi3ForCausalLM, how: Way | int) -> None:
+def checkpoint_activations(model: Phi3ForCausalLM, mode: CheckpointingMode | int) -> None:
     """Decide what the layers keep in training mode; the last call counts.
 
     Args:
-        model: The model, in any mode.
-        how: ``none`` keeps everything; ``selective`` what :data:`KEPT` computes; ``full`` one hidden state a layer, and
-            ``offload`` the same in the host's memory; a number n recomputes every n-th layer and keeps the others.
+        model: The model, in training or evaluation.
+        mode: ``none`` keeps everything; ``selective`` what :data:`SAVED_OPERATORS` computes; ``full`` one hidden state
+            a layer, and ``offload`` the same in the host's memory; a number n recomputes every n-th layer.
     """
-    every = how if isinstance(how, int) else 1
+    every = mode if isinstance(mode, int) else 1
     for index, layer in enumerate(model.model.layers):
         # as transformers' own activation_checkpointing_enable does it, which no release before 5.20 has
-        layer.gradient_checkpointing = how != "none" and index % every == 0
-        layer._gradient_checkpointing_func = {"selective": _selective, "offload": _offloaded}.get(str(how), _full)
+        layer.gradient_checkpointing = mode != "none" and index % every == 0
+        layer._gradient_checkpointing_func = {"selective": _selective, "offload": _offloaded}.get(str(mode), _full)
 
 
-def way_of(model: Phi3ForCausalLM) -> Way | int:
+def mode_of(model: Phi3ForCausalLM) -> CheckpointingMode | int:
     """Return what :func:`checkpoint_activations` was told.
 
     Args:
@@ -93,13 +93,13 @@ def way_of(model: Phi3ForCausalLM) -> Way | int:
     return again[1] if len(again) > 1 else len(model.model.layers)
 
 
-def recomputed_share(how: Way | int, depth: int) -> float:
+def recomputed_share(mode: CheckpointingMode | int, depth: int) -> float:
     """Return the share of the layers whose products are computed once more in the backward pass.
 
     Args:
-        how: As for :func:`checkpoint_activations`.
+        mode: As for :func:`checkpoint_activations`.
         depth: Layers of the model.
     """
-    if isinstance(how, int):
-        return len(range(0, depth, how)) / depth
-    return 0.0 if how in ("none", "selective") else 1.0
+    if isinstance(mode, int):
+        return len(range(0, depth, mode)) / depth
+    return 0.0 if mode in ("none", "selective") else 1.0

@@ -15,11 +15,11 @@ from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.model import documents
-from phi3_lightning.model.checkpointing import way_of
+from phi3_lightning.model.checkpointing import mode_of
 
 Compilation = Literal["auto", "layers", "none"]
 
-PAYS_FROM = 500
+MIN_COMPILED_MICRO_BATCHES = 500
 """Micro-batches that win compiling back: half a minute, for a third of each (Phi-3-mini on an H200, 4,096 tokens)."""
 
 
@@ -43,7 +43,7 @@ def prepare(model: Phi3ForCausalLM, wanted: Compilation, micro_batches: float, *
         return "not compiled"
     kernel = model.config._attn_implementation
     able = kernel == documents.DOCUMENTS and documents.takes_varlen(model, model.device)
-    by_operator = way_of(model) == "selective"
+    by_operator = mode_of(model) == "selective"
     if wanted == "layers":
         if not able:
             raise ConfigError(
@@ -65,7 +65,10 @@ def prepare(model: Phi3ForCausalLM, wanted: Compilation, micro_batches: float, *
                 ("recomputation looks at operators", by_operator),
                 ("DoRA's layers break into many graphs", dora),
                 ("what it gains over a quantised base is not known", not in_full),
-                (f"fewer than {PAYS_FROM} micro-batches do not win it back", micro_batches < PAYS_FROM),
+                (
+                    f"fewer than {MIN_COMPILED_MICRO_BATCHES} micro-batches do not win it back",
+                    micro_batches < MIN_COMPILED_MICRO_BATCHES,
+                ),
             )
             if holds
         ]

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 from torch.nn.attention.varlen import varlen_attn
-from transformers import AttentionInterface, AttentionMaskInterface, Phi3ForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, Phi3Config, Phi3ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from phi3_lightning.batch import Batch
+from phi3_lightning.errors import ConfigError
 
 DOCUMENTS = "documents"
 """The name of the kernel, as ``config._attn_implementation`` has it."""
 
-SHORT = 256
+SHORT_DOCUMENT_TOKENS = 256
 """Longest document, in tokens, for which a CPU is faster by plain products: the backward pass of its flash kernel takes
 three times as long on documents of 128 tokens."""
 
@@ -85,7 +86,7 @@ def _varlen(
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None) -> Tensor:
     length = q.shape[2]
     all_seen = window is None or length <= window
-    if q.device.type == "cpu" and length <= SHORT and all_seen and dropout == 0:
+    if q.device.type == "cpu" and length <= SHORT_DOCUMENT_TOKENS and all_seen and dropout == 0:
         return _products(q[0], k[0], v[0], scaling)[None]
     mask = None if all_seen else _band(length, cast("int", window), q.device)
     grouped = q.shape[1] != k.shape[1]
@@ -190,6 +191,24 @@ def describe(model: Phi3ForCausalLM) -> str:
         return kernel
     together = takes_varlen(model, model.device)
     return f"{kernel}, {'all of a batch in one kernel' if together else 'one after the other'}"
+
+
+def check_lengths(lengths: list[list[int]], config: Phi3Config, base: str) -> None:
+    """Refuse documents that are longer than what a model reads.
+
+    Args:
+        lengths: Tokens of each document, row by row.
+        config: The model's.
+        base: Name of the model, for the error.
+
+    Raises:
+        ConfigError: If a document is too long.
+    """
+    longest = max((length for row in lengths for length in row), default=0)
+    if longest > config.max_position_embeddings:
+        raise ConfigError(
+            f"data.max_length: a document has {longest} tokens and {base} reads {config.max_position_embeddings}"
+        )
 
 
 def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:

@@ -11,17 +11,17 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.model.checkpointing import Way, checkpoint_activations, recomputed_share
-from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.planning.step import Shape, take_step, without_values
+from phi3_lightning.model.checkpointing import CheckpointingMode, checkpoint_activations, recomputed_share
+from phi3_lightning.planning.spec import RunSpec
+from phi3_lightning.planning.step import BatchShape, build_meta_model, take_step
 
-SHALLOW = (2, 3)
+EXTRAPOLATED_DEPTHS = (2, 3)
 """Layers of the two runs that deep models are extrapolated from; the first layer differs, as no gradient passes it."""
 
 
@@ -42,88 +42,86 @@ class Activations:
         return self.kept + max(self.head, self.layer)
 
 
-class Hollow:
-    """A module with its adapter, of which every tensor has a shape, a type and no values.
+class FakeModule:
+    """A run's model with its adapter, of which every tensor has a shape, a type and no values.
 
     Args:
-        configured: The module as it is configured, not loaded.
+        spec: The run.
 
     Raises:
-        ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
+        ModelError: If a target names no layer of the base.
     """
 
-    def __init__(self, configured: Phi3LoRAModule) -> None:
+    def __init__(self, spec: RunSpec) -> None:
+        self.spec = spec
         self._known: dict[str, Activations] = {}
-        self.module = without_values(configured)
-        """The module; its ``forward`` works on fake batches alone."""
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True)  # what is on the meta device becomes fake
-        with self._mode:
+        self.model: Phi3ForCausalLM = build_meta_model(spec)
+        """The model; it runs on fake batches alone."""
+        self._fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)  # what is on the meta device becomes fake
+        with self._fake_tensors:
             self.model.to_empty(device="cpu")
             self.model.tie_weights()
 
     @property
-    def model(self) -> Phi3ForCausalLM:
-        """The model with its adapter."""
-        return self.module.loaded_model
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that training changes."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     @property
     def alike(self) -> bool:
         """Whether all layers carry the same adapter."""
-        trained = [
+        shapes = [
             {name: parameter.shape for name, parameter in layer.named_parameters() if parameter.requires_grad}
             for layer in self.model.model.layers
         ]
-        return all(found == trained[0] for found in trained)
+        return all(shape == shapes[0] for shape in shapes)
 
-    def activations(self, shape: Shape, way: Way | int, *, mixed: bool) -> Activations:
+    def activations(self, shape: BatchShape, mode: CheckpointingMode | int) -> Activations:
         """Return what a micro-batch needs in training.
 
         Args:
             shape: Its size.
-            way: What is computed again in the backward pass.
-            mixed: Whether the Trainer's precision is a mixed one, in 16 bits.
+            mode: What is computed again in the backward pass.
         """
-        key = str((shape, way, mixed))
+        key = str((shape, mode))
         if key not in self._known:
-            self._known[key] = self._activations(shape, way, mixed)
+            self._known[key] = self._activations(shape, mode)
         return self._known[key]
 
-    def _activations(self, shape: Shape, way: Way | int, mixed: bool) -> Activations:
+    def _activations(self, shape: BatchShape, mode: CheckpointingMode | int) -> Activations:
         depth = len(self.model.model.layers)
-        if isinstance(way, int):  # some layers keep all, and the others one hidden state
-            share = recomputed_share(way, depth)
-            kept, again = (self.activations(shape, each, mixed=mixed) for each in ("none", "full"))
-            mixture = (1 - share) * kept.kept + share * again.kept
-            return Activations(mixture, max(kept.head, again.head), max(kept.layer, again.layer))
-        if way == "offload":
+        if isinstance(mode, int):  # some layers keep all, and the others one hidden state
+            share = recomputed_share(mode, depth)
+            none, full = (self.activations(shape, each) for each in ("none", "full"))
+            mixture = (1 - share) * none.kept + share * full.kept
+            return Activations(mixture, max(none.head, full.head), max(none.layer, full.layer))
+        if mode == "offload":
             states = shape.tokens * self.model.config.hidden_size * self.model.dtype.itemsize
-            found = self.activations(shape, "full", mixed=mixed)
-            return replace(found, kept=max(found.kept - depth * states, 0))
-        checkpoint_activations(self.model, way)
-        return self._extrapolated(shape, mixed)
+            full = self.activations(shape, "full")
+            return replace(full, kept=max(full.kept - depth * states, 0))
+        checkpoint_activations(self.model, mode)
+        return self._at_full_depth(shape)
 
-    def _extrapolated(self, shape: Shape, mixed: bool) -> Activations:
+    def _at_full_depth(self, shape: BatchShape) -> Activations:
         config, depth = self.model.config, len(self.model.model.layers)
-        if depth <= max(SHALLOW) or not self.alike:
-            return self._run(shape, mixed)
-        found = []
+        if depth <= max(EXTRAPOLATED_DEPTHS) or not self.alike:
+            return self._run(shape)
+        runs = []
         try:
-            for config.num_hidden_layers in SHALLOW:
-                found.append(self._run(shape, mixed))
+            for config.num_hidden_layers in EXTRAPOLATED_DEPTHS:
+                runs.append(self._run(shape))
         finally:
             config.num_hidden_layers = depth
-        return _extrapolated(found[0], found[1], depth)
+        return _extrapolated(runs[0], runs[1], depth)
 
-    def _run(self, shape: Shape, mixed: bool) -> Activations:
+    def _run(self, shape: BatchShape) -> Activations:
         phases: list[tuple[int, int]] = []
-        with self._mode:
-            for parameter in self.module.trained_parameters():
+        with self._fake_tensors:
+            for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
-        gradients = [parameter.grad for parameter in self.module.trained_parameters()]
-        with self._mode, _Storages([*self.model.parameters(), *self.model.buffers(), *gradients]) as storages:
-            take_step(
-                self.module, shape, mixed=mixed, on_phase=lambda: phases.append((storages.restart(), storages.live))
-            )
+        gradients = [parameter.grad for parameter in self.trained]
+        with self._fake_tensors, _Storages([*self.model.parameters(), *self.model.buffers(), *gradients]) as storages:
+            take_step(self.model, self.spec, shape, on_phase=lambda: phases.append((storages.restart(), storages.live)))
         (forward, _), (head, kept), (backward, _) = phases
         return Activations(kept, max(head - kept, 0), max(forward - kept, backward - kept, 0))
 
@@ -168,7 +166,7 @@ class _Storages(TorchDispatchMode):
 
 def _extrapolated(shallow: Activations, deeper: Activations, depth: int) -> Activations:
     """Peaks, and not what they exceed the rest by, grow by the same with each layer."""
-    start, end = SHALLOW
+    start, end = EXTRAPOLATED_DEPTHS
 
     def at(first: float, second: float) -> float:
         return first + (second - first) / (end - start) * (depth - start)

@@ -1,22 +1,23 @@
-"""A training step by the module's own code, on a batch of which the size alone matters."""
+"""A training step by the code of a real one, on a batch of which the size alone matters."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Self, cast
 
 import torch
+from transformers import Phi3ForCausalLM
 
 from phi3_lightning import adapters
 from phi3_lightning.batch import IGNORE_INDEX, Batch
-from phi3_lightning.model import base as base_model
-from phi3_lightning.model import loss
-from phi3_lightning.model.documents import DOCUMENTS
-from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.model import documents, loss, precision
+from phi3_lightning.model.base import skeleton
+from phi3_lightning.planning.spec import RunSpec
 
 
 @dataclass(frozen=True)
-class Shape:
+class BatchShape:
     """The size of a micro-batch."""
 
     lengths: list[list[int]]
@@ -39,55 +40,57 @@ class Shape:
         return sum(map(sum, self.lengths))
 
 
-def without_values(configured: Phi3LoRAModule, layers: int | None = None) -> Phi3LoRAModule:
-    """Return a module with its adapter, all of it on the meta device, in training mode, that recomputes nothing.
+def build_meta_model(spec: RunSpec, layers: int | None = None) -> Phi3ForCausalLM:
+    """Return a run's model with its adapter on the meta device, in training mode, which recomputes nothing.
 
     Args:
-        configured: The module as it is configured, not loaded.
+        spec: The run.
         layers: Decoder layers; None: as many as the base has.
 
     Raises:
-        ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
+        ModelError: If a target names no layer of the base.
     """
-    config = configured.base_config()
+    config = deepcopy(spec.config)
     config.num_hidden_layers = layers or config.num_hidden_layers
-    wanted = configured.attn_implementation
-    attention = DOCUMENTS if wanted in ("auto", "flash_attention_2") else wanted
-    model = base_model.skeleton(config, getattr(torch, configured.dtype_name), attention)
-    lora = replace(configured.lora, adapter=None, init_lora_weights=True)  # about values, of which there are none
-    adapter = adapters.attach(model, lora)
+    kernel = spec.attn_implementation
+    attention = documents.DOCUMENTS if kernel in ("auto", "flash_attention_2") else kernel
+    model = skeleton(config, getattr(torch, spec.dtype), attention)
+    adapters.attach(model, replace(spec.lora, adapter=None, init_lora_weights=True))  # those are about values
     model.model.rotary_emb.rope_type = "default"  # longrope looks at positions; its angles have the same shape
-    module = configured.unloaded(lora=lora, neftune_noise_alpha=None)
-    module.model, module.adapter = model.train(), adapter
-    return module
+    return cast("Phi3ForCausalLM", model.train())
 
 
 def take_step(
-    module: Phi3LoRAModule,
-    shape: Shape,
+    model: Phi3ForCausalLM,
+    spec: RunSpec,
+    shape: BatchShape,
     *,
-    mixed: bool,
     device: str = "cpu",
     on_phase: Callable[[], None] = lambda: None,
 ) -> None:
     """Run forward pass, loss and backward pass.
 
     Args:
-        module: With a model, on ``device``.
+        model: The run's model, on ``device``.
+        spec: The run.
         shape: The size of the micro-batch.
-        mixed: Whether the Trainer's precision is a mixed one, in 16 bits.
         device: Type of the device.
         on_phase: Called after the layers' forward pass, after the loss, and after the backward pass.
+
+    Raises:
+        ConfigError: If a document is longer than what the base reads.
     """
+    documents.check_lengths(shape.lengths, spec.config, spec.base)
     places = len(shape.lengths), max(map(sum, shape.lengths))
     zeros = torch.zeros(places, dtype=torch.int64, device=device)
     batch = Batch(input_ids=zeros, labels=zeros, position_ids=zeros, lengths=shape.lengths, row_ids=[])
-    with torch.autocast(device, torch.bfloat16) if mixed else nullcontext(), module.autocast():
-        hidden = module(batch)
+    mixed = torch.autocast(device, torch.bfloat16) if spec.mixed else nullcontext()
+    with mixed, precision.autocast(model, device):
+        hidden = documents.last_hidden_state(model, batch)
         on_phase()
         # as many as are supervised; which ones is a question of values
         states = hidden.flatten(0, 1).index_select(0, torch.arange(shape.supervised, device=device))
-        loss_sum = loss.summed_loss(states, zeros.flatten()[: shape.supervised], module.head)
+        loss_sum = loss.summed_loss(states, zeros.flatten()[: shape.supervised], model.lm_head)
     del hidden, states
     on_phase()
     loss_sum.backward()

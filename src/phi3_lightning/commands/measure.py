@@ -12,8 +12,7 @@ from torch.utils.data import DataLoader
 from typing_extensions import override
 
 from phi3_lightning.batch import Batch
-from phi3_lightning.callbacks.throughput import peak_memory
-from phi3_lightning.config import Schedule
+from phi3_lightning.hardware import peak_memory
 from phi3_lightning.module import Phi3LoRAModule
 
 STEPS = 3
@@ -30,19 +29,17 @@ class Measured:
     """Bytes: the most that the process, or torch on a GPU, has held."""
 
 
-def measure(configured: Phi3LoRAModule, batch: Batch, make_trainer: Callable[..., pl.Trainer]) -> Measured:
+def measure(module: Phi3LoRAModule, batch: Batch, make_trainer: Callable[..., pl.Trainer]) -> Measured:
     """Train on one micro-batch again and again, with the real weights; nothing is written.
 
     Args:
-        configured: The module as it is configured, not loaded.
+        module: Not yet loaded; its schedule has no warm-up, which may be longer than the steps.
         batch: The micro-batch.
         make_trainer: Makes a Trainer on the user's device and precision, with further options.
 
     Raises:
         ModelError: If the base cannot be loaded.
     """
-    constant = Schedule("constant", 0)  # a warm-up may be longer than this
-    module = configured.unloaded(schedule=constant)
     clock = _Clock()
     trainer = make_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[clock])
     trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))  # type: ignore[arg-type]  # a list is a data set

@@ -7,7 +7,7 @@ import yaml
 from transformers import Phi3Config
 
 from cli.conftest import REPOSITORY
-from phi3_lightning.planning.family import PUBLISHED, write_config
+from phi3_lightning.planning.published_configs import PUBLISHED, write_config
 from recipes import published
 
 CONFIGS = {name: yaml.safe_load((REPOSITORY / f"configs/{name}.yaml").read_text()) for name in published.PUBLISHED}

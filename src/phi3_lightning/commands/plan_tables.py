@@ -4,11 +4,11 @@ import math
 
 from rich.table import Table
 
+from phi3_lightning.commands.measure import Measured
 from phi3_lightning.planning.length import Length
-from phi3_lightning.planning.levers import Lever
 from phi3_lightning.planning.memory import Memory
-from phi3_lightning.planning.step import Shape
-from phi3_lightning.planning.trial import Measured
+from phi3_lightning.planning.step import BatchShape
+from phi3_lightning.planning.suggestions import Suggestion
 
 
 def memory_table(memory: Memory, where: str) -> Table:
@@ -29,7 +29,7 @@ def memory_table(memory: Memory, where: str) -> Table:
         "head: logits and their gradients": memory.head,
         "a layer's pass": memory.layer,
         "process and libraries": memory.process,
-        "what the allocator cannot use": memory.holes,
+        "what the allocator cannot use": memory.fragmentation,
     }
     not_then = "a layer's pass" if memory.head > memory.layer else "head: logits and their gradients"
     for name, size in rows.items():
@@ -39,24 +39,26 @@ def memory_table(memory: Memory, where: str) -> Table:
     return table
 
 
-def lever_table(levers: list[Lever], memory: Memory) -> Table:
+def suggestion_table(suggestions: list[Suggestion], memory: Memory) -> Table:
     """Return the changes, each with the peak it would come to.
 
     Args:
-        levers: The changes, the most helpful first.
+        suggestions: The changes, the most helpful first.
         memory: The prediction without them.
     """
     table = Table(title="what would help, each by itself")
     table.add_column("change")
     table.add_column("GB", justify="right")
     table.add_column("less", justify="right")
-    for lever in levers:
-        total = lever.memory.total
-        table.add_row(lever.change, f"{total / 1e9:.2f}", f"{1 - total / memory.total:.0%}")
+    for suggestion in suggestions:
+        total = suggestion.memory.total
+        table.add_row(suggestion.change, f"{total / 1e9:.2f}", f"{1 - total / memory.total:.0%}")
     return table
 
 
-def measured_table(memory: Memory, measured: Measured, shape: Shape, seconds: float | None, *, on_gpu: bool) -> Table:
+def measured_table(
+    memory: Memory, measured: Measured, shape: BatchShape, seconds: float | None, *, on_gpu: bool
+) -> Table:
     """Return the prediction beside three real steps.
 
     Args:

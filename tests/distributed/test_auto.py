@@ -7,32 +7,33 @@ import pytest
 
 import phi3_lightning
 from phi3_lightning import ChatDataModule
-from phi3_lightning.model.checkpointing import way_of
-from phi3_lightning.planning import fitting
+from phi3_lightning.callbacks import AutoBatchSize, AutoCheckpointing, auto
+from phi3_lightning.model.checkpointing import mode_of
 
 from . import cases, ranks
 
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 
 
-def settled(folder, world: int, sizes: list[tuple[float, float]]) -> tuple:
-    """Way, rows of the largest micro-batch, micro-batches to a step; each rank has free and whole memory of its own."""
+def decided(folder, world: int, sizes: list[tuple[float, float]]) -> tuple:
+    """Mode, rows of the largest micro-batch, micro-batches to a step; each rank has memory of its own."""
     free, total = sizes[int(os.environ["LOCAL_RANK"])]
-    fitting.device_memory = lambda _: (free, total)  # a process of its own
+    auto.device_memory = lambda _: (free, total)  # a process of its own
     data = ChatDataModule(
         str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(folder / "cache"), max_length=256,
         num_workers=0, val_fraction=0.0, batch_size=64, max_tokens_per_batch="auto",
     )  # fmt: skip
     module = cases.module(str(TINY), gradient_checkpointing="auto")
-    trainer = cases.trainer(folder, "ddp", world, use_distributed_sampler=False, max_steps=1)
+    callbacks = [AutoBatchSize(), AutoCheckpointing()]
+    trainer = cases.trainer(folder, "ddp", world, use_distributed_sampler=False, max_steps=1, callbacks=callbacks)
     trainer.fit(module, data)
-    return way_of(module.model), len(data.largest_train_batch()["lengths"]), trainer.accumulate_grad_batches
+    return mode_of(module.model), len(data.largest_train_batch()["lengths"]), trainer.accumulate_grad_batches
 
 
 @pytest.mark.slow
 def test_the_rank_with_least_decides(tmp_path):
     much, little = (20e9, 20e9), (0.05e9, 3.0e9)
-    mixed = ranks.run(tmp_path / "mixed", 2, settled, tmp_path, 2, [much, little])
+    mixed = ranks.run(tmp_path / "mixed", 2, decided, tmp_path, 2, [much, little])
     assert mixed[0] == mixed[1]
-    (alone,) = ranks.run(tmp_path / "alone", 1, settled, tmp_path, 1, [much])
+    (alone,) = ranks.run(tmp_path / "alone", 1, decided, tmp_path, 1, [much])
     assert alone != mixed[0]

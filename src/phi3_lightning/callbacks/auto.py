@@ -1,0 +1,95 @@
+"""The settings that are ``auto``, decided by what fits into the memory of the device."""
+
+from typing import cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from typing_extensions import override
+
+from phi3_lightning.batch import AutoSizedData, PlannedData
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.hardware import device_memory
+from phi3_lightning.model.checkpointing import CheckpointingMode, checkpoint_activations
+from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step
+from phi3_lightning.planning.memory import MemoryPredictor
+from phi3_lightning.planning.step import BatchShape
+
+
+class AutoCheckpointing(pl.Callback):
+    """Decides ``model.gradient_checkpointing: auto``: the fastest mode with which the largest training batch fits.
+
+    It goes by 85% of the memory that is free when a fit begins, on the rank that has least. Without this callback, and
+    where the batches are not known before training, ``auto`` is ``full``.
+    """
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not isinstance(pl_module, Phi3LoRAModule) or pl_module.gradient_checkpointing != "auto":
+            return
+        mode, why = _fastest_mode(trainer, pl_module)
+        checkpoint_activations(pl_module.loaded_model, mode)
+        rank_zero_info(f"model.gradient_checkpointing: auto is {mode}: {why}")
+
+
+class AutoBatchSize(pl.Callback):
+    """Decides ``data.max_tokens_per_batch: auto``: as many full rows as fit into the device's memory.
+
+    The Trainer's ``accumulate_grad_batches`` changes, so that an optimiser step keeps its ``batch_size`` x
+    ``accumulate_grad_batches`` rows. It goes by 85% of all of the device's memory and not by what is free, on the rank
+    that has least: a run that goes on finds the same batches.
+    """
+
+    def __init__(self) -> None:
+        self._trainer: pl.Trainer | None = None
+        self._configured_accumulation = 1
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        if stage != "fit" or not isinstance(data, AutoSizedData) or not data.awaits_batch_size:
+            return
+        if not isinstance(pl_module, Phi3LoRAModule):
+            raise ConfigError(
+                "data.max_tokens_per_batch: auto calculates what a Phi3LoRAModule takes, and "
+                f"{type(pl_module).__name__} is another module; give a number."
+            )
+        if self._trainer is not trainer:  # a second fit has what the first one set
+            self._trainer, self._configured_accumulation = trainer, trainer.accumulate_grad_batches
+        step = data.hparams["batch_size"] * self._configured_accumulation
+        fitting = _rows_that_fit(trainer, pl_module, BatchShape.of(data.largest_train_row()))
+        trainer.accumulate_grad_batches, rows = share_step(step, fitting)
+        tokens = rows * data.hparams["max_length"]
+        rank_zero_info(
+            f"data.max_tokens_per_batch: auto is {tokens}: {rows} rows, {trainer.accumulate_grad_batches} such "
+            f"micro-batches to an optimiser step of {step} rows"
+        )
+        data.set_tokens_per_batch(tokens)
+
+
+def _fastest_mode(trainer: pl.Trainer, module: Phi3LoRAModule) -> tuple[CheckpointingMode | int, str]:
+    data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+    largest = data.largest_train_batch() if isinstance(data, PlannedData) else None
+    if largest is None:
+        return "full", "the largest batch is not known before training"
+    free, _ = _memory(trainer)
+    return fastest_mode(MemoryPredictor(module.spec()), BatchShape.of(largest), PLANNED_SHARE_OF_MEMORY * free)
+
+
+def _rows_that_fit(trainer: pl.Trainer, module: Phi3LoRAModule, row: BatchShape) -> int:
+    _, total = _memory(trainer)
+    rows, mode = rows_that_fit(module.spec(), row, PLANNED_SHARE_OF_MEMORY * total)
+    rank_zero_info(
+        f"{rows} rows fit into {PLANNED_SHARE_OF_MEMORY:.0%} of {total / 1e9:.1f} GB with gradient_checkpointing {mode}"
+    )
+    return rows
+
+
+def _memory(trainer: pl.Trainer) -> tuple[float, float]:
+    """Bytes that are free, and all, of the rank that has least; ranks on a CPU share them."""
+    device = trainer.strategy.root_device
+    ranks = trainer.num_devices if device.type == "cpu" else 1
+    own = -torch.tensor(device_memory(device), dtype=torch.float64, device=device) / ranks
+    free, total = (-cast("torch.Tensor", trainer.strategy.reduce(own, reduce_op="max"))).tolist()
+    return free, total

@@ -1,0 +1,103 @@
+"""Where the package runs (Linux and macOS on the CPU, and CUDA), and what a device has: memory and speed."""
+
+import resource
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from phi3_lightning.errors import ConfigError
+
+_PROBE = 1024
+"""Side of the square matrices that a CPU is measured on: 2.1 GFLOP, some milliseconds."""
+
+
+def check_platform() -> None:
+    """Refuse an operating system that nothing here was tried on.
+
+    Raises:
+        ConfigError: On Windows.
+    """
+    if sys.platform == "win32":
+        raise ConfigError("Windows is not supported: run phi3_lightning under WSL 2, which is Linux")
+
+
+def check_accelerator(accelerator: str) -> None:
+    """Refuse a device that nothing here was tried on.
+
+    Args:
+        accelerator: The Trainer's accelerator as the user wrote it, or the type of a device.
+
+    Raises:
+        ConfigError: Where the run would use Apple's MPS.
+    """
+    if accelerator == "mps" or (accelerator in ("auto", "gpu") and torch.backends.mps.is_available()):
+        raise ConfigError(
+            f"trainer.accelerator: {accelerator} means Apple's MPS here, which is not supported; set it to cpu"
+        )
+
+
+def device_memory(device: torch.device) -> tuple[int, int]:
+    """Return the memory of a device that is free, and all of it, in bytes; of a container what it may have.
+
+    Args:
+        device: CPU or CUDA device.
+    """
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
+    host = psutil.virtual_memory()
+    limit = _CGROUP / "memory.max"
+    if not limit.exists() or (allowed := limit.read_text().strip()) == "max":
+        return host.available, host.total
+    used = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())["anon"]
+    return min(host.available, int(allowed) - int(used)), min(host.total, int(allowed))
+
+
+_CGROUP = Path("/sys/fs/cgroup")
+"""Where a container on Linux finds its limits (cgroup v2)."""
+
+
+def resident_memory() -> float:
+    """Return the bytes of memory that this process has now."""
+    return float(psutil.Process().memory_info().rss)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Return the most memory that this process has held so far, in bytes: on the GPU for a CUDA device.
+
+    Args:
+        device: CPU or CUDA device.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage says no less than what the parent held when it started this process
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(fields["VmHWM"].removesuffix("kB"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the most operations a second in matrix products of ``dtype``: a GPU's by its data sheet, a CPU's measured.
+
+    Args:
+        device: CPU or CUDA device.
+        dtype: Type of the products.
+
+    Returns:
+        None for a GPU that Lightning's table lacks, which it warns of.
+    """
+    if device.type == "cuda":
+        return get_available_flops(device, dtype)
+    square = torch.ones(_PROBE, _PROBE, dtype=dtype)
+    seconds = []
+    with torch.inference_mode():
+        for _ in range(4):  # the first one warms up
+            start = time.perf_counter()
+            square @ square
+            seconds.append(time.perf_counter() - start)
+    return 2 * _PROBE**3 / min(seconds)

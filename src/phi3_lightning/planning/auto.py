@@ -1,0 +1,127 @@
+"""What fits into the memory that there is: the settings that are ``auto``."""
+
+import math
+from dataclasses import replace
+
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.model.checkpointing import CheckpointingMode
+from phi3_lightning.model.documents import SHORT_DOCUMENT_TOKENS
+from phi3_lightning.model.loss import GPU_CHUNK
+from phi3_lightning.planning.memory import CPU_PROCESS_BYTES, FIRST_STEP_LIBRARY_BYTES, Memory, MemoryPredictor
+from phi3_lightning.planning.spec import RunSpec
+from phi3_lightning.planning.step import BatchShape
+
+PLANNED_SHARE_OF_MEMORY = 0.85
+"""Predictions are within a tenth on a CPU, and others use the machine too."""
+
+MODES_ON_CPU: list[CheckpointingMode | int] = ["none", 4, "selective", "full"]
+"""Checkpointing modes, the fastest first. On Phi-3-mini's shapes ``selective`` costs a CPU half the time of 2, and less
+memory."""
+MODES_ON_GPU: list[CheckpointingMode | int] = ["none", 4, 2, "full"]
+"""As many for a GPU, on which the bookkeeping by operator of ``selective``, which is Python, was not measured."""
+
+MAX_ROWS = 4096
+"""Rows of a micro-batch at the most."""
+PARTS_THAT_GROW_WITH_ROWS = ("kept", "head", "layer", "fragmentation")
+
+
+def fastest_mode(predictor: MemoryPredictor, shape: BatchShape, room: float) -> tuple[CheckpointingMode | int, str]:
+    """Return the fastest checkpointing mode that fits, or the leanest where none does.
+
+    Args:
+        predictor: Predicts the run's memory.
+        shape: Its largest micro-batch.
+        room: Bytes that it may take beside its base and its process.
+
+    Returns:
+        The mode, and why, in words.
+    """
+    where = f"of {room / 1e9:.1f} GB of memory"
+    if (bound := upper_bound(predictor.spec, shape)) <= room:
+        return "none", f"the largest batch takes less than {bound / 1e9:.1f} {where}"
+    modes = _modes(predictor.spec)
+    for mode in modes:
+        memory = predictor.memory(shape, mode)
+        needed = memory.total - memory.base - memory.process
+        if needed <= room:
+            return mode, f"the largest batch takes {needed / 1e9:.1f} {where}"
+    return modes[-1], f"the largest batch takes {needed / 1e9:.1f} {where}; it may not fit, and plan says what helps"
+
+
+def _modes(spec: RunSpec) -> list[CheckpointingMode | int]:
+    return MODES_ON_GPU if spec.on_gpu else MODES_ON_CPU
+
+
+def upper_bound(spec: RunSpec, shape: BatchShape) -> float:
+    """Return more bytes than a micro-batch can need with everything kept, without a dry run, which takes seconds.
+
+    Args:
+        spec: The run.
+        shape: The size of the micro-batch.
+    """
+    if spec.attn_implementation not in ("auto", "documents", "flash_attention_2"):
+        return math.inf  # masks and weights over whole rows
+    config = spec.config
+    rank = max([spec.lora.r, *spec.lora.rank_pattern.values()])
+    width = config.hidden_size + config.intermediate_size
+    weights = SHORT_DOCUMENT_TOKENS * config.num_attention_heads  # of attention, which longer documents do not keep
+    layer = 16 * config.hidden_size + 12 * config.intermediate_size + 4 * weights + 32 * rank
+    head = 4 * GPU_CHUNK * config.vocab_size + 4 * shape.tokens * config.hidden_size
+    adapter = 4 * config.num_hidden_layers * 8 * rank * width
+    whole = 4 * len(spec.lora.modules_to_save or []) * config.vocab_size * config.hidden_size
+    values = shape.tokens * config.num_hidden_layers * layer + head + adapter + whole
+    return FIRST_STEP_LIBRARY_BYTES + 1.5 * 4 * values
+
+
+def rows_that_fit(spec: RunSpec, shape: BatchShape, room: float) -> tuple[int, CheckpointingMode | int]:
+    """Return how many rows of a size make a micro-batch that fits, and the checkpointing mode for which that holds.
+
+    Where the mode is ``auto``, it is the fastest with which one row fits. A CPU's process counts as a round figure, so
+    that a run that goes on finds the same rows.
+
+    Args:
+        spec: The run.
+        shape: The size of a row.
+        room: Bytes that the run may take.
+
+    Raises:
+        ConfigError: If not even one fits.
+    """
+    predictor = MemoryPredictor(spec if spec.on_gpu else replace(spec, process=CPU_PROCESS_BYTES))
+    for mode in _modes(spec) if spec.gradient_checkpointing == "auto" else [spec.mode]:
+        if (needed := predictor.memory(shape, mode).total) > room:
+            continue
+        two, three = (
+            predictor.memory(BatchShape(shape.lengths * rows, shape.supervised * rows), mode) for rows in (2, 3)
+        )
+        rows = 1
+        while rows < MAX_ROWS and _with_rows(two, three, rows + 1).total <= room:
+            rows += 1
+        return rows, mode
+    raise ConfigError(
+        f"data.max_tokens_per_batch: auto finds no size that fits: one row of {shape.tokens} tokens takes "
+        f"{needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; lower data.max_length, or see what plan says would help"
+    )
+
+
+def _with_rows(two: Memory, three: Memory, rows: int) -> Memory:
+    """The memory of so many rows: from the second on each part grows by the same."""
+    grown = {
+        name: getattr(two, name) + (rows - 2) * (getattr(three, name) - getattr(two, name))
+        for name in PARTS_THAT_GROW_WITH_ROWS
+    }
+    return replace(two, **grown)
+
+
+def share_step(rows: int, fitting: int) -> tuple[int, int]:
+    """Divide the rows of an optimiser step into as few micro-batches as can be, of one size.
+
+    Args:
+        rows: Rows of a step.
+        fitting: Rows of a micro-batch at the most.
+
+    Returns:
+        Micro-batches, and rows of each; together at least ``rows``.
+    """
+    parts = -(-rows // fitting)
+    return parts, -(-rows // parts)

@@ -1,0 +1,67 @@
+"""What decides how much memory and time a run takes, beside its rows."""
+
+from dataclasses import dataclass, replace
+from typing import Self
+
+import lightning.pytorch as pl
+from lightning.pytorch.plugins import MixedPrecision
+from transformers import Phi3Config
+
+from phi3_lightning.config import LoRA, Optimizer
+from phi3_lightning.model.base import Attention, DType, Quantization
+from phi3_lightning.model.checkpointing import Checkpointing, CheckpointingMode
+from phi3_lightning.strategy import FSDP2Strategy
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """What decides how much memory and time a run takes, beside its rows."""
+
+    base: str
+    """Name of the base, for errors."""
+    config: Phi3Config
+    """Its configuration; nothing of it is changed."""
+    dtype: DType
+    """Type of the base weights."""
+    attn_implementation: Attention
+    """The attention kernel as it is configured; of a model that was loaded already, the one that it has."""
+    quantization: Quantization | None
+    """How the base is quantised."""
+    lora: LoRA
+    """The LoRA section."""
+    optimizer: Optimizer
+    """The optimiser section."""
+    gradient_checkpointing: Checkpointing
+    """What is computed again in the backward pass; ``auto`` until that is decided."""
+    mixed: bool = False
+    """Whether the Trainer's precision is a mixed one, in 16 bits."""
+    ranks: int = 1
+    """Devices of the run."""
+    sharded: bool = False
+    """Whether FSDP2 shards weights over them; otherwise each has all."""
+    process: float | None = 0.0
+    """Bytes of the process before it has a model; None: on a GPU, where they do not count."""
+
+    @property
+    def mode(self) -> CheckpointingMode | int:
+        """What is computed again in the backward pass; all of it where that is still to be decided."""
+        return "full" if self.gradient_checkpointing == "auto" else self.gradient_checkpointing
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether the run is one on GPUs."""
+        return self.process is None
+
+    def under(self, trainer: pl.Trainer) -> Self:
+        """Return the spec of a run under a Trainer; a CPU's process is left out, since it may hold the model by now.
+
+        Args:
+            trainer: The Trainer.
+        """
+        return replace(
+            self,
+            mixed=isinstance(trainer.precision_plugin, MixedPrecision),
+            ranks=trainer.world_size,
+            sharded=isinstance(trainer.strategy, FSDP2Strategy),
+            process=None if trainer.strategy.root_device.type == "cuda" else 0.0,
+        )

@@ -1,0 +1,108 @@
+"""What would make a run smaller, one change at a time."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+
+from phi3_lightning.config import LoRA
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.model.checkpointing import CheckpointingMode
+from phi3_lightning.planning.memory import Memory, MemoryPredictor, quantized, sharded
+from phi3_lightning.planning.spec import RunSpec
+from phi3_lightning.planning.step import BatchShape
+from phi3_lightning.strategy import check_shardable
+
+FSDP2_DEVICES = 8
+"""Devices over which FSDP2 is tried where the run has one."""
+
+
+@dataclass(frozen=True)
+class Suggestion:
+    """A change, as the user would write it, and the memory with it."""
+
+    change: str
+    memory: Memory
+
+
+def suggestions(
+    predictor: MemoryPredictor, shape: BatchShape, memory: Memory, on_try: Callable[[str], None] = lambda _: None
+) -> list[Suggestion]:
+    """Return the changes that make a run smaller, the most helpful first.
+
+    Args:
+        predictor: Predicts the run's memory.
+        shape: Its largest micro-batch.
+        memory: Its memory.
+        on_try: Told each change before it is tried.
+    """
+    tried = []
+    for change, predict in _changes(predictor, shape, memory):
+        on_try(change)
+        tried.append(Suggestion(change, predict()))
+    smaller = (suggestion for suggestion in tried if suggestion.memory.total < memory.total)
+    return sorted(smaller, key=lambda suggestion: suggestion.memory.total)
+
+
+def _changes(
+    predictor: MemoryPredictor, shape: BatchShape, memory: Memory
+) -> Iterator[tuple[str, Callable[[], Memory]]]:
+    spec = predictor.spec
+    for mode in _leaner_modes(spec):
+        yield f"model.gradient_checkpointing: {mode}", partial(predictor.memory, shape, mode)
+    if len(shape.lengths) > 1:
+        yield "data.batch_size: 1", lambda: predictor.memory(_longest_row(shape))
+    longest = max(map(sum, shape.lengths))
+    if longest > 1:
+        yield f"data.max_length: {longest // 2}", lambda: predictor.memory(_halved(shape))
+    if spec.quantization is None and not spec.sharded:
+        yield "model.quantization: nf4", lambda: quantized(memory, predictor.fake.model, "nf4")
+    half = _half_rank(spec.lora)
+    if half is not None:
+        yield f"model.lora.r: {half.r}", lambda: MemoryPredictor(replace(spec, lora=half)).memory(shape)
+    if not spec.sharded and _shardable(spec):
+        ranks = spec.ranks if spec.ranks > 1 else FSDP2_DEVICES
+        yield f"FSDP2 over {ranks} devices", lambda: sharded(memory, predictor.fake.model, ranks)
+
+
+def _leaner_modes(spec: RunSpec) -> list[CheckpointingMode | int]:
+    """Modes that recompute more; of the numbers 2 stands for all."""
+    if spec.mode == "offload":
+        return []
+    modes: list[CheckpointingMode | int] = ["none", 2, "selective", "full"]
+    if spec.on_gpu:
+        modes.append("offload")
+    return modes[1 + (modes.index(spec.mode) if spec.mode in modes else 0) :]
+
+
+def _half_rank(lora: LoRA) -> LoRA | None:
+    """The section with half the rank; None where that is refused, as 0 is, and an odd one of an orthogonal start."""
+    try:
+        return replace(lora, r=lora.r // 2)
+    except ConfigError:
+        return None
+
+
+def _longest_row(shape: BatchShape) -> BatchShape:
+    longest = max(shape.lengths, key=sum)
+    return BatchShape([longest], shape.supervised * sum(longest) // shape.tokens)
+
+
+def _halved(shape: BatchShape) -> BatchShape:
+    """Each row cut in the middle."""
+    rows = []
+    for row in shape.lengths:
+        left, half = -(-sum(row) // 2), []
+        for length in row:
+            if left > 0:
+                half.append(min(length, left))
+                left -= length
+        rows.append(half)
+    return BatchShape(rows, -(-shape.supervised // 2))
+
+
+def _shardable(spec: RunSpec) -> bool:
+    try:
+        check_shardable(False, spec.quantization, spec.lora, spec.optimizer)
+    except ConfigError:
+        return False
+    return True

@@ -1,0 +1,248 @@
+"""What is ``auto`` is decided when a run begins, by memory, and changes nothing of what is learnt."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import phi3_lightning
+import synthetic
+from phi3_lightning import ChatDataModule, Phi3LoRAModule
+from phi3_lightning.callbacks import AutoBatchSize, AutoCheckpointing, auto
+from phi3_lightning.errors import CheckpointError, ConfigError
+from phi3_lightning.model.checkpointing import mode_of
+
+TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
+GB = 10**9
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    """Pretend that the device has so much memory, free and in all."""
+    return lambda free, total=None: monkeypatch.setattr(auto, "device_memory", lambda _: (free, total or free))
+
+
+@pytest.fixture
+def fitting(monkeypatch):
+    """Pretend that so many rows fit; what is asked is kept."""
+    shapes = []
+
+    def set_rows(rows: int) -> list:
+        monkeypatch.setattr(auto, "rows_that_fit", lambda spec, shape, room: shapes.append(shape) or (rows, "none"))
+        return shapes
+
+    return set_rows
+
+
+def chats(tmp_path, **options) -> ChatDataModule:
+    options = {"max_length": 256, "num_workers": 0, "val_fraction": 0.1, "batch_size": 2, "seed": 1} | options
+    return ChatDataModule(
+        str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(tmp_path / "cache"), **options
+    )
+
+
+def trainer(tmp_path, **options) -> synthetic.pl.Trainer:
+    options = {"callbacks": [AutoBatchSize(), AutoCheckpointing()], "limit_val_batches": 0} | options
+    return synthetic.trainer(tmp_path, **options)
+
+
+# ---------------------------------------------------------------- gradient checkpointing
+
+
+def test_a_run_takes_what_fits_and_says_so(tmp_path, memory, caplog):
+    modes = {}
+    for free in (10 * GB, 30 * 10**6):
+        memory(free)
+        caplog.clear()
+        module = Phi3LoRAModule(str(TINY))
+        with caplog.at_level("INFO"):
+            trainer(tmp_path, max_steps=1).fit(module, chats(tmp_path))
+        modes[free] = mode_of(module.model)
+        decided, logged = (caplog.text.index(text) for text in ("auto is ", "; gradient checkpointing: "))
+        assert f"auto is {modes[free]}: the largest batch takes" in caplog.text[decided:logged]
+        assert caplog.text[logged:].startswith(f"; gradient checkpointing: {modes[free]}")
+    assert modes == {10 * GB: "none", 30 * 10**6: "full"}
+
+
+def test_a_trainer_without_the_callback_recomputes_all(tmp_path, memory):
+    memory(10 * GB)
+    module = Phi3LoRAModule(str(TINY))
+    trainer(tmp_path, max_steps=1, callbacks=[]).fit(module, chats(tmp_path))
+    assert mode_of(module.model) == "full"
+
+
+def test_what_is_configured_stays(tmp_path, memory):
+    memory(10 * GB)
+    module = Phi3LoRAModule(str(TINY), gradient_checkpointing="selective")
+    trainer(tmp_path, max_steps=1).fit(module, chats(tmp_path))
+    assert mode_of(module.model) == "selective"
+
+
+def test_rows_that_nobody_knows_are_recomputed(tmp_path, tiny_base):
+    module = Phi3LoRAModule(tiny_base)
+    batch = synthetic.batch_of([[synthetic.document(9, 5, 0)]])
+    trainer(tmp_path, max_steps=1).fit(module, synthetic.loader([batch]))
+    assert mode_of(module.model) == "full"
+
+
+def test_a_loaded_model_that_is_nowhere_on_the_disk_is_planned_as_well(tmp_path, memory):
+    memory(10 * GB)
+    model = Phi3LoRAModule(str(TINY))
+    model.configure_model()
+    base = model.detach_adapter()
+    base.name_or_path = ""
+    module = Phi3LoRAModule(base)
+    trainer(tmp_path, max_steps=1).fit(module, chats(tmp_path))
+    assert mode_of(module.model) == "none"
+
+
+# ---------------------------------------------------------------- batch size
+
+
+def trained(tmp_path, **options) -> tuple[torch.Tensor, int, int]:
+    """Weights after an epoch, its steps, and its micro-batches."""
+    synthetic.pl.seed_everything(0, verbose=False)
+    module = Phi3LoRAModule(str(TINY), lora={"lora_dropout": 0.0}, gradient_checkpointing="none")
+    run = trainer(tmp_path, accumulate_grad_batches=options.pop("accumulate", 1))
+    run.fit(module, chats(tmp_path, **options))
+    weights = torch.cat([parameter.detach().flatten() for parameter in module.trained_parameters()])
+    return weights, run.global_step, run.num_training_batches
+
+
+@pytest.mark.parametrize(("rows", "each"), [(100, 6), (2, 2), (3, 3), (1, 1)])
+def test_an_optimiser_step_keeps_its_rows(tmp_path, fitting, rows, each):
+    """Six rows to a step, by one after the other, or by as many together as fit."""
+    fitting(rows)
+    weights, steps, count = trained(tmp_path, max_tokens_per_batch="auto", batch_size=2, accumulate=3)
+    expected, *same = trained(tmp_path, max_tokens_per_batch=each * 256, accumulate=6 // each)
+    assert [steps, count] == same
+    assert torch.equal(weights, expected)
+
+
+def test_another_trainer_and_a_second_fit_keep_the_rows_of_a_step_too(tmp_path, fitting):
+    fitting(3)
+    data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2)
+    callbacks = [AutoBatchSize()]
+    for accumulation, micro_batches in ((3, 2), (6, 4)):
+        run = trainer(tmp_path, accumulate_grad_batches=accumulation, max_steps=1, callbacks=callbacks)
+        for _ in range(2):
+            run.fit(Phi3LoRAModule(str(TINY), gradient_checkpointing="none"), data)
+            assert run.accumulate_grad_batches == micro_batches
+            assert len(data.largest_train_batch()["lengths"]) == 3
+
+
+def test_two_such_callbacks_are_as_one(tmp_path, fitting):
+    fitting(3)
+    data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2)
+    run = trainer(tmp_path, accumulate_grad_batches=3, max_steps=1, callbacks=[AutoBatchSize(), AutoBatchSize()])
+    run.fit(Phi3LoRAModule(str(TINY), gradient_checkpointing="none"), data)
+    assert run.accumulate_grad_batches == 2
+
+
+def test_a_row_of_the_largest_size_is_what_must_fit(tmp_path, fitting):
+    shapes = fitting(3)
+    module = Phi3LoRAModule(str(TINY), gradient_checkpointing="none")
+    for options in ({}, {"packing": False}):
+        data = chats(tmp_path, max_tokens_per_batch="auto", **options)
+        trainer(tmp_path, max_steps=1).fit(module, data)
+        row = shapes.pop()
+        alone = chats(tmp_path, batch_size=1, **options)
+        alone.prepare_data()
+        alone.setup("fit")
+        assert row.lengths == alone.largest_train_batch()["lengths"]
+
+
+@pytest.mark.slow
+def test_the_budget_follows_memory(tmp_path, memory, caplog):
+    batches = []
+    for total in (10 * GB, 1.4 * GB):
+        memory(10 * GB, total)
+        caplog.clear()
+        with caplog.at_level("INFO"):
+            *_, count = trained(tmp_path, max_tokens_per_batch="auto", batch_size=64)
+        batches.append(count)
+        assert "rows fit into 85% of" in caplog.text
+        assert "to an optimiser step of 64 rows" in caplog.text
+    assert batches[0] < batches[1]
+
+
+def test_a_stream_s_rows_are_full(tmp_path, fitting):
+    shapes = fitting(3)
+    data = chats(tmp_path, streaming=True, max_tokens_per_batch="auto", batch_size=3, val_fraction=0.0)
+    sizes = []
+
+    class Sized(Phi3LoRAModule):
+        def training_step(self, batch, batch_idx):
+            sizes.append(len(batch["lengths"]))
+            return super().training_step(batch, batch_idx)
+
+    module = Sized(str(TINY), gradient_checkpointing="none")
+    trainer(tmp_path, max_steps=2, max_epochs=-1).fit(module, data)
+    assert [shape.lengths for shape in shapes] == [[[256]]]
+    assert sizes == [3, 3]
+
+
+def test_other_memory_within_an_epoch_is_named(tmp_path, fitting):
+    def fit(steps: int, checkpoint=None):
+        module = Phi3LoRAModule(str(TINY), gradient_checkpointing="none")
+        run = trainer(tmp_path, max_steps=steps)
+        run.fit(module, chats(tmp_path, max_tokens_per_batch="auto", batch_size=4), ckpt_path=checkpoint)
+        run.save_checkpoint(tmp_path / "last.ckpt")
+
+    fitting(2)
+    fit(1)
+    fit(2, tmp_path / "last.ckpt")
+    fitting(4)
+    with pytest.raises(CheckpointError, match="max_tokens_per_batch was 512, now 1024"):
+        fit(3, tmp_path / "last.ckpt")
+
+
+class Plain(synthetic.pl.LightningModule):
+    """A module that nothing here knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def training_step(self, batch, batch_idx):
+        return self.weight.sum()
+
+    validation_step = training_step
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_module_whose_memory_is_not_known_is_named(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"data\.max_tokens_per_batch: auto .* Plain is another module; give a number"
+    ):
+        trainer(tmp_path).fit(Plain(), chats(tmp_path, max_tokens_per_batch="auto"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("module", [Plain, lambda: Phi3LoRAModule(str(TINY))], ids=["foreign", "ours"])
+def test_a_trainer_without_the_callback_is_refused_by_its_name(tmp_path, module, streaming):
+    data = chats(tmp_path, max_tokens_per_batch="auto", val_fraction=0.0, streaming=streaming)
+    with pytest.raises(
+        ConfigError, match=r"data\.max_tokens_per_batch: auto .*callbacks\.AutoBatchSize.*give a number"
+    ):
+        trainer(tmp_path, callbacks=[], max_steps=1).fit(module(), data)
+
+
+def test_a_trainer_without_the_callback_is_refused_after_one_with_it_too(tmp_path, fitting):
+    fitting(3)
+    data = chats(tmp_path, max_tokens_per_batch="auto")
+    module = Phi3LoRAModule(str(TINY), gradient_checkpointing="none")
+    trainer(tmp_path, max_steps=1).fit(module, data)
+    with pytest.raises(ConfigError, match="AutoBatchSize"):
+        trainer(tmp_path, max_steps=1, callbacks=[]).fit(module, data)
+
+
+def test_elsewhere_the_batch_size_counts(tmp_path):
+    data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2)
+    data.prepare_data()
+    data.setup("validate")
+    assert {len(batch["lengths"]) for batch in data.val_dataloader()} == {2}
+    with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch: 'most' is no number"):
+        chats(tmp_path, max_tokens_per_batch="most")

@@ -1,0 +1,51 @@
+"""What a step costs by the formula is what torch counts."""
+
+from collections import Counter
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+import synthetic
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.model.flops import step_flops
+
+
+class Count(TorchDispatchMode):
+    """Counts operations as torch's own FlopCounterMode does, whose hooks on modules do not bear a gradient within."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.products: Counter = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        if (kind := func.overloadpacket) in flop_registry:
+            self.products[kind] += flop_registry[kind](*args, **kwargs or {}, out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+def test_the_formula_is_what_torch_counts(tiny_base, checkpointing, backend):
+    """All products with weights of a forward and backward pass, by torch's own counter, attention's left out."""
+    lora = {"r": 4, "lora_dropout": 0.0, "backend": backend}
+    module = Phi3LoRAModule(tiny_base, dtype="float32", lora=lora, gradient_checkpointing=checkpointing)
+    synthetic.randomised(module)
+    module.model.train()
+    length = 12
+    batch = synthetic.batch_of([[synthetic.document(length, length - 1, 0)]])
+    with Count() as counter:
+        loss, count = module.compute_loss(module(batch), module.head, batch)
+        loss.backward()
+    counted = counter.products[torch.ops.aten.mm] + counter.products[torch.ops.aten.addmm]
+    flops = step_flops(module.loaded_model)
+    formula = flops.per_token * length + flops.per_supervised_token * int(count)
+    blocks, rank = module.model.model.layers, 4
+    # nothing before the first layer is trained
+    qkv, updates = blocks[0].self_attn.qkv_proj, 3 if backend == "loralib" else 1
+    formula -= 2 * length * qkv.in_features * (qkv.out_features + updates * rank)
+    if checkpointing == "full":  # of what is computed again, the last product is needed by none
+        formula -= sum(2 * length * rank * block.mlp.down_proj.out_features for block in blocks)
+    assert counted == formula
