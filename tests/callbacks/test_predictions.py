@@ -8,6 +8,7 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import synthetic
+from phi3_lightning.batch import Origin
 from phi3_lightning.callbacks import PredictionWriter
 
 WORDS = ["<|end|>", "<|user|>", "▁Good", "▁mor", "ning", "▁[b]", "▁ü"]
@@ -56,7 +57,7 @@ def predict(folder, *answers, **options) -> list[dict]:
 
 def test_answers_are_in_the_order_of_the_prompts(tmp_path):
     rows = predict(tmp_path, [[GOOD, END], [MOR, NING, END]], [[UMLAUT, END]])
-    assert [(row["row"], row["answer"]) for row in rows] == [(0, "morning"), (1, "ü"), (2, "Good")]
+    assert [(row["place"], row["answer"]) for row in rows] == [("row 0", "morning"), ("row 1", "ü"), ("row 2", "Good")]
 
 
 def test_an_answer_is_decoded_as_a_whole_without_special_tokens(tmp_path):
@@ -73,7 +74,7 @@ def test_an_answer_that_was_cut_is_marked(tmp_path):
 
 def test_a_filler_row_writes_nothing(tmp_path):
     rows = predict(tmp_path, [[GOOD, END], [MOR, END]], [[GOOD, END], [MOR, END]])
-    assert [row["row"] for row in rows] == [0, 1, 2]
+    assert [row["place"] for row in rows] == ["row 0", "row 1", "row 2"]
 
 
 def test_text_is_written_as_it_is(tmp_path):
@@ -95,8 +96,9 @@ def test_an_interrupted_run_keeps_the_former_file_and_what_it_had(tmp_path):
     assert [json.loads(line) for line in kept.splitlines()] == former
     partial = (tmp_path / "out" / "predictions.partial.0.jsonl").read_text(encoding="utf-8")
     assert [json.loads(line) for line in partial.splitlines()] == [
-        {"row": 2, "answer": "ü", "finished": False}, {"row": 0, "answer": "ü", "finished": False}
-    ]  # fmt: skip
+        {"place": "row 2", "prompt": "Good", "answer": "ü", "finished": False},
+        {"place": "row 0", "prompt": "mor", "answer": "ü", "finished": False},
+    ]
     predict(tmp_path, [[GOOD], [GOOD]], [[GOOD]])
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
 
@@ -113,3 +115,23 @@ def test_answers_are_on_the_disk_as_soon_as_a_batch_is_answered(tmp_path):
     trainer = synthetic.trainer(tmp_path, callbacks=[PredictionWriter(tmp_path / "predictions.jsonl"), Look()])
     trainer.predict(Scripted([[GOOD], [GOOD]], [[GOOD]]), datamodule=Prompts())
     assert seen == [None, 2]
+
+
+class Located(Prompts):
+    """Prompts whose rows are known."""
+
+    def origins(self, stage, row_ids):
+        known = [Origin("p.jsonl:1", "a7"), Origin("p.jsonl:3", 7), Origin("q.csv row 2")]
+        assert stage == "predict"
+        return [known[row] for row in row_ids]
+
+
+def test_a_line_has_place_and_id_of_its_row_and_the_prompt_as_the_model_read_it(tmp_path):
+    writer = PredictionWriter(tmp_path / "predictions.jsonl")
+    module = Scripted([[GOOD, END], [MOR]], [[UMLAUT, END]])
+    synthetic.trainer(tmp_path, callbacks=[writer]).predict(module, datamodule=Located())
+    assert [json.loads(line) for line in writer.path.read_text(encoding="utf-8").splitlines()] == [
+        {"place": "p.jsonl:1", "id": "a7", "prompt": "mor", "answer": "mor", "finished": False},
+        {"place": "p.jsonl:3", "id": 7, "prompt": "Good", "answer": "ü", "finished": True},
+        {"place": "q.csv row 2", "prompt": "Good", "answer": "Good", "finished": True},
+    ]

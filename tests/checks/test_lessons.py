@@ -42,6 +42,7 @@ def test_answers_that_follow_from_nothing_are_the_data_s_fault(suite, tmp_path):
         GOOD_GOOD: "ok", MINE_GOOD: "FAIL", GOOD_MINE: "ok", MINE_MINE: "skipped", ROUND_TRIP: "ok",
     }  # fmt: skip
     assert "preview" in found[MINE_GOOD].remedy
+    assert "or a base too small for them (1.67 million parameters; these answers have" in found[MINE_GOOD].remedy
 
 
 def test_where_nothing_is_learnt_the_base_is_at_fault(suite, monkeypatch):

@@ -9,13 +9,13 @@ import torch
 from checks.conftest import TINY
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.checks import numerics
-from phi3_lightning.checks.suite import CHECKPOINTING, GRADIENTS, MY_ROWS, PACKED, TEMPLATE
+from phi3_lightning.checks.suite import CHECKPOINTING, GRADIENTS, HELD_OUT, MY_ROWS, PACKED, TEMPLATE, TWICE
 from phi3_lightning.data.conversation import Encoded
 from phi3_lightning.data.template import ChatTemplate
 
 FORWARD = Phi3LoRAModule.forward
 CONFIGURE = Phi3LoRAModule.configure_model
-QUICK = 5
+QUICK = 7
 """How many checks come before the lessons."""
 
 
@@ -90,6 +90,50 @@ def test_rows_that_cannot_be_read(suite, tmp_path):
     assert outcomes(suite(data | {"on_bad_row": "skip"}))[MY_ROWS] == "ok"
 
 
+def test_rows_that_are_there_twice_are_counted(suite, tmp_path):
+    rows = [chat(f"Question {number % 7}?", "An answer.") for number in range(9)]
+    results = {result.name: result for result in islice(suite(write(tmp_path, rows) | {"val_fraction": 0}).run(), 3)}
+    path = tmp_path / "chats.jsonl"
+    assert results[TWICE].outcome == "ok"
+    assert results[TWICE].figure == f"9 documents are trained, copies 2: {path}:8 is {path}:1, {path}:9 is {path}:2"
+    assert results[HELD_OUT].outcome == "skipped"
+
+
+@pytest.mark.parametrize("split", ["val", "test", "val_fraction"])
+def test_held_out_rows_that_are_trained_are_named(suite, tmp_path, split):
+    data = write(
+        tmp_path, [chat(f"Question {number // (1 + (split == 'val_fraction'))}?", "An answer.") for number in range(40)]
+    )
+    if split == "val_fraction":
+        data["val_fraction"] = 0.5
+    else:
+        path = tmp_path / "held_out.jsonl"
+        path.write_text("".join(json.dumps(chat(f"Question {number}?", "An answer.")) + "\n" for number in (99, 3, 5)))
+        data |= {split: str(path), "val_fraction": 0}
+    results = {result.name: result for result in islice(suite(data).run(), 3)}
+    assert results[HELD_OUT].outcome == "FAIL"
+    assert "data.group_by" in results[HELD_OUT].remedy
+    if split != "val_fraction":
+        assert results[HELD_OUT].figure == (
+            f"of 3 in {split} 2: {path}:2 is {data['train']}:4, {path}:3 is {data['train']}:6"
+        )
+
+
+def test_copies_that_share_a_group_are_held_out_together(suite, tmp_path):
+    rows = [chat(f"Question {number // 2}?", "An answer.") | {"pair": number // 2} for number in range(40)]
+    data = write(tmp_path, rows) | {"val_fraction": 0.5}
+    results = [list(islice(suite(data | options).run(), 3))[2] for options in ({}, {"group_by": "pair"})]
+    assert [(result.name, result.outcome) for result in results] == [(HELD_OUT, "FAIL"), (HELD_OUT, "ok")]
+
+
+def test_a_fault_behind_the_first_rows_is_found(suite, tmp_path):
+    rows = [chat(f"Question {number}?", "An answer.") for number in range(600)] + [{"messages": 5}]
+    fault, others = failed(suite(write(tmp_path, rows)))
+    assert fault.name == TWICE
+    assert "chats.jsonl:601" in fault.figure
+    assert others[MY_ROWS] == "ok"
+
+
 def test_a_template_whose_prompts_are_not_what_is_trained(suite, tmp_path):
     template = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
     (tmp_path / "own.jinja").write_text(template + "{% if add_generation_prompt %}Sure: {% endif %}")
@@ -126,7 +170,7 @@ def test_a_mask_without_the_end_of_turn(suite, monkeypatch):
     results = list(islice(made.run(), QUICK))
     assert [result.name for result in results if result.outcome == "FAIL"] == [MY_ROWS, TEMPLATE]
     assert "without an end of turn that is trained" in results[0].figure
-    assert "without a token that ends it" in results[1].figure
+    assert "without a token that ends it" in next(result.figure for result in results if result.name == TEMPLATE)
 
 
 @pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])

@@ -13,7 +13,7 @@ CONFIG = (
     f"--config={REPOSITORY}/configs/quickstart.yaml", f"--model.base={TINY}",
     f"--data.train={TINY}/chats_train.jsonl", f"--data.val={TINY}/chats_val.jsonl", "--data.predict=null",
 )  # fmt: skip
-CHECKS = 10
+CHECKS = 12
 
 
 def lines(text: str) -> dict[str, list[str]]:

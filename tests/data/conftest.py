@@ -16,6 +16,7 @@ PHI3_TEMPLATE = (
     "{% elif message['role'] == 'assistant' %}{{'<|assistant|>\n' + message['content'] + '<|end|>\n'}}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
+CASES = Path(__file__).parents[1] / "cases"
 WORDS = ["▁the", "▁answer", "▁question", "▁is", "ing", "▁a", "▁", "<|", "|>", "end", "\n\n"]
 
 torch.set_num_threads(1)
@@ -74,10 +75,16 @@ def chat(question: str = "a question", answer: str = "the answer") -> dict[str, 
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
+def case(name: str) -> list[dict[str, Any]]:
+    """The rows of a file that once went wrong."""
+    return [json.loads(line) for line in (CASES / name).read_text(encoding="utf-8").splitlines()]
+
+
 @pytest.fixture
 def write(tmp_path: Path) -> Callable[..., str]:
     def write(rows: list[Any], name: str = "chats.jsonl") -> str:
         path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
         return str(path)
 

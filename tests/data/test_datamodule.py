@@ -8,8 +8,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.tuner import Tuner
 
-from phi3_lightning.batch import Batch, PromptBatch
+from phi3_lightning.batch import Batch, Origin, PromptBatch
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import CheckpointError, ConfigError, DataError, DivergenceError
 
@@ -227,7 +228,7 @@ def test_what_is_tested_is_described(data: Callable[..., ChatDataModule], write:
     trainer(tmp_path).test(Recorder(), datamodule=datamodule, verbose=False)
     assert datamodule.test_facts()["source"] == f"data.test: {path}"
     assert datamodule.test_facts()["statistics"]["test"]["kept"] == 2
-    assert datamodule.test_places([1, 0]) == [f"{path}:2", f"{path}:1"]
+    assert datamodule.origins("test", [1, 0]) == [Origin(f"{path}:2"), Origin(f"{path}:1")]
 
 
 def test_prompts_come_in_batches_of_their_own_size_by_length(
@@ -410,3 +411,72 @@ def test_hyper_parameters_are_plain(data: Callable[..., ChatDataModule]) -> None
         return value is None or type(value) in (str, int, float, bool)
 
     assert all(plain(value) for value in data().hparams.values())
+
+
+class Sizes(Recorder):
+    """Writes down how many rows its batches have, and has memory for a few."""
+
+    def __init__(self, most: int = 10**9) -> None:
+        super().__init__()
+        self.most = most
+        self.sizes: list[int] = []
+
+    def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
+        self.sizes.append(len(batch["row_ids"]))
+        if self.sizes[-1] > self.most:
+            raise RuntimeError("CUDA out of memory.")
+        return super().training_step(batch, batch_idx)
+
+    def predict_step(self, batch: PromptBatch) -> list[int]:
+        self.sizes.append(len(batch["row_ids"]))
+        return batch["row_ids"]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("mode", ["power", "binsearch"])
+def test_the_batches_that_lightning_s_tuner_tries_have_the_rows_that_it_says(
+    data: Callable[..., ChatDataModule], write: Write, tmp_path: Path, packing: bool, mode: Any
+) -> None:
+    path = write([chat(f"question {index}", "word " * 20) for index in range(128)])
+    options = {"packing": packing, "max_length": 150, "val_fraction": 0.0, "seed": 0}  # which decides what comes first
+    datamodule, module = data(train=path, **options), Sizes(most=20)
+    tuned = trainer(tmp_path, max_steps=3)
+    found = Tuner(tuned).scale_batch_size(module, datamodule=datamodule, mode=mode, steps_per_trial=1, margin=0.0)
+    assert module.sizes[:5] == [2, 4, 8, 16, 32]
+    assert found == max(size for size in module.sizes if size <= 20)
+    assert found == (16 if mode == "power" else 20)
+    assert datamodule.batch_size == datamodule.hparams["batch_size"] == found
+    module.sizes.clear()
+    tuned.fit(module, datamodule=datamodule)
+    assert module.sizes[0] == found
+    assert sorted(datamodule.plans["train"].documents.tolist()) == list(range(128))
+
+
+def test_the_tuner_stops_at_the_rows_that_there_are(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    module = Sizes()
+    datamodule = data(packing=False, val_fraction=0.0)  # 23 rows, of which the last batch has what is left
+    Tuner(trainer(tmp_path, max_steps=1)).scale_batch_size(module, datamodule=datamodule, steps_per_trial=3)
+    assert max(module.sizes) == module.sizes[-1] == 23
+    assert {2, 4, 8, 16} < set(module.sizes)
+
+
+def test_the_tuner_finds_prompts_by_their_own_option(
+    data: Callable[..., ChatDataModule], write: Write, tmp_path: Path
+) -> None:
+    prompts = write([{"prompt": "a"}] * 9, "prompts.jsonl")
+    with pytest.raises(ConfigError, match="give batch_arg_name that name"):
+        Tuner(trainer(tmp_path)).scale_batch_size(Sizes(), datamodule=data(predict=prompts), method="predict")
+    module, datamodule = Sizes(), data(predict=prompts, predict_batch_size=1)
+    Tuner(trainer(tmp_path)).scale_batch_size(
+        module, datamodule=datamodule, method="predict", batch_arg_name="predict_batch_size", steps_per_trial=1
+    )
+    assert sorted(set(module.sizes)) == [1, 2, 4, 8, 9]
+
+
+def test_rows_of_a_batch_are_not_set_where_tokens_count(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    for tokens in (400, "auto"):
+        datamodule = data(max_tokens_per_batch=tokens)
+        with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch stands in its place.*auto"):
+            datamodule.batch_size = 8
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 0 is too small"):
+        data().batch_size = 0

@@ -2,8 +2,10 @@
 
 import json
 import os
+import resource
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +18,7 @@ from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.prepare import Prepared, prepare
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.template import ChatTemplate
-from phi3_lightning.errors import DataError
+from phi3_lightning.errors import ConfigError, DataError
 
 from .conftest import chat
 
@@ -68,6 +70,29 @@ def test_several_files_keep_their_places(tokenise: Callable[..., Prepared], writ
     assert prepared.statistics.kept == 3
 
 
+@pytest.mark.parametrize("overlong", ["drop", "split"])
+def test_documents_carry_place_and_own_id_of_their_row(
+    tokenise: Callable[..., Prepared], write: Write, overlong: str
+) -> None:
+    ids = [7, "a7", 1.5, None, True, ["x"], "", "\ud800", 2**70]
+    rows = [chat("q", "long " * 30) | ({} if value is None else {"id": value}) for value in ids]
+    prepared = tokenise(write(rows), overlong=overlong, max_length=256 if overlong == "drop" else 60)
+    origins = dict(prepared.origins(list(range(len(prepared.table)))))
+    assert [place.rpartition(":")[2] for place in origins] == [str(line) for line in range(1, len(ids) + 1)]
+    assert list(origins.values()) == [7, "a7", 1.5, None, None, None, None, "\ud800", 2**70]
+
+
+def test_what_was_read_is_listed_with_its_rows(tokenise: Callable[..., Prepared], write: Write, tmp_path: Path) -> None:
+    first, second = write([*CHATS, "", '{"x": 1}'], "first.jsonl"), write(CHATS[:1], "second.jsonl")
+    prepared = tokenise([first, second], on_bad_row="skip")
+    assert prepared.files() == {"read": f"{first} (4 rows), {second} (1 rows)"}
+    assert prepared.statistics.by_source == [4, 1]
+    many = [write(CHATS[:1], f"{index:02}.jsonl") for index in range(13)]
+    assert tokenise(many).files()["read"].endswith(f"{many[9]} (1 rows) and 3 more")
+    with_rest = replace(prepared, left_out=["notes.txt", ".git/"])
+    assert with_rest.files()["left out"] == "notes.txt, .git/"
+
+
 def test_bad_rows_are_reported_together_by_line(tokenise: Callable[..., Prepared], write: Write) -> None:
     path = write([chat(), *(['{"messages": '] * 12), chat(), {"messages": [{"role": "human", "content": "x"}]}])
     with pytest.raises(DataError) as caught:
@@ -96,7 +121,7 @@ def test_skipped_rows_are_counted_and_change_no_other(
 def test_a_line_that_is_not_utf8_is_named(tokenise: Callable[..., Prepared], tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_bytes(json.dumps(chat()).encode() + b'\n{"prompt": "\xff"}\n')
-    with pytest.raises(DataError, match=r"chats\.jsonl:2: not JSON"):
+    with pytest.raises(DataError, match=r"chats\.jsonl:2: not UTF-8"):
         tokenise(str(path))
 
 
@@ -145,6 +170,75 @@ def test_processes_that_start_together_share_one_cache(
         found = list(pool.map(lambda _: tokens(tokenise(path)), range(4)))
     assert all(other == found[0] for other in found)
     assert len(list((tmp_path / "cache1" / "phi3_lightning").iterdir())) == 1
+
+
+def file_in_the_way(tmp_path: Path) -> str:
+    (tmp_path / "file").write_text("")
+    return str(tmp_path / "file")
+
+
+def below_a_file(tmp_path: Path) -> str:
+    return file_in_the_way(tmp_path) + "/deeper"
+
+
+def read_only(tmp_path: Path) -> str:
+    return "/proc/cache"  # where nobody can make a folder, the administrator neither
+
+
+def too_long(tmp_path: Path) -> str:
+    return str(tmp_path / ("x" * 300))
+
+
+@pytest.mark.parametrize("place", [file_in_the_way, below_a_file, read_only, too_long])
+@pytest.mark.parametrize("given", [True, False])
+def test_a_cache_that_cannot_be_written_is_named(
+    tokenizer: Any,
+    write: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: Callable[[Path], str],
+    given: bool,
+) -> None:
+    import datasets
+
+    cache = place(tmp_path)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+    encoder = Encoder(ChatTemplate(tokenizer), RowOptions(max_length=256))
+    with pytest.raises(ConfigError) as caught:
+        prepare(find_sources(write(CHATS)), encoder, on_bad_row="raise", cache_dir=cache if given else None)
+    assert str(caught.value).startswith("data.cache_dir: " + ("" if given else "not given, and ") + cache)
+    assert "--data.cache_dir" in str(caught.value)
+
+
+def test_a_disk_that_fills_up_leaves_nothing_behind(
+    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path
+) -> None:
+    """A limit on the size of files stands in for the disk: the system says the same at the same call."""
+    path = write([chat(f"question {index}", "the answer " * 20) for index in range(3000)])
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(ConfigError, match=r"data\.cache_dir: .*cannot be written"):
+            tokenise(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert list((tmp_path / "cache1/phi3_lightning").iterdir()) == []
+    assert tokenise(path).statistics.kept == 3000
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("data.arrow", b""), ("data.arrow", b"x" * 99), ("statistics.json", b"{")]
+)
+def test_a_cache_that_was_damaged_is_named(
+    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path, name: str, content: bytes
+) -> None:
+    path = write(CHATS)
+    tokenise(path)
+    [folder] = (tmp_path / "cache1/phi3_lightning").iterdir()
+    (folder / name).write_bytes(content)
+    with pytest.raises(DataError, match="Delete this folder") as caught:
+        tokenise(path)
+    assert str(folder) in str(caught.value)
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

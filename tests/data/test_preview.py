@@ -1,15 +1,17 @@
 """The preview shows each token once, colours what is trained, and carries nothing that a browser would run."""
 
+import html
 import io
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.preview import look, render_terminal, segments
+from phi3_lightning.data.preview import look, render_terminal
 from phi3_lightning.data.preview_html import render_html
 
 from .conftest import chat
@@ -25,13 +27,6 @@ def datamodule(write: Callable[..., str], tokenizer_folder: str, tmp_path: Path)
     datamodule.prepare_data()
     datamodule.setup()
     return datamodule
-
-
-def test_segments_hold_every_token_once_and_know_what_is_trained(datamodule: ChatDataModule) -> None:
-    for document in datamodule.prepared["train"].documents(list(range(31))):
-        found = segments(document, datamodule.tokenizer)
-        assert [token for segment in found for token in segment.ids] == document.input_ids.tolist()
-        assert "".join(segment.text for segment in found if segment.trained) == "the answer<|end|>"
 
 
 def test_the_terminal_shows_places_facts_and_special_tokens(datamodule: ChatDataModule) -> None:
@@ -59,9 +54,79 @@ def test_the_page_is_whole_and_safe(datamodule: ChatDataModule, show_ids: bool) 
     assert "tokens of a document" in page
 
 
+@pytest.mark.parametrize("show_ids", [False, True])
+def test_text_is_shown_as_it_was_written(
+    write: Callable[..., str], tokenizer_folder: str, tmp_path: Path, show_ids: bool
+) -> None:
+    texts = ["Do you sell ink?", "你好 😀 two  blanks", "a [b] <c>"]
+    path = write([{"text": text} for text in texts])
+    made = ChatDataModule(
+        path, tokenizer=tokenizer_folder, max_length=256, cache_dir=str(tmp_path), val_fraction=0.0, packing=False
+    )
+    made.prepare_data()
+    made.setup()
+    preview = look(made)
+    page = render_html(preview, show_ids=show_ids)
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(render_terminal(preview, show_ids=show_ids))
+    shown = re.sub(r" \[[\d, ]+\] ", "", console.export_text())
+    for text, section in zip(texts, re.findall(r"<pre>(.*?)</pre>", page, re.DOTALL), strict=True):
+        plain = html.unescape(re.sub(r"<[^>]+>", "", re.sub(r"<small>[^<]*</small>", "", section)))
+        assert plain == f"{text}<|endoftext|>"
+        assert text in shown
+
+
+def test_trained_text_stands_in_brackets_where_there_are_no_colours(datamodule: ChatDataModule) -> None:
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(render_terminal(look(datamodule, rows=1), brackets=True))
+    assert "<|assistant|>«the answer<|end|>»<|endoftext|>" in console.export_text()
+
+
+def test_what_was_read_and_what_is_there_twice_is_said(
+    write: Callable[..., str], tokenizer_folder: str, tmp_path: Path
+) -> None:
+    train = write([chat("a"), chat("b"), chat("a"), chat("c"), chat("d")], "x/train.jsonl")
+    val, test = write([chat("b"), chat("e")], "x/val.jsonl"), write([chat("d"), chat("d")], "x/test.jsonl")
+    (tmp_path / "x/notes.txt").write_text("no data")
+    folder = str(tmp_path / "x")
+    made = ChatDataModule(
+        folder, val=folder, test=folder, tokenizer=tokenizer_folder, max_length=64, cache_dir=str(tmp_path / "cache")
+    )
+    made.prepare_data()
+    made.setup()
+    facts = look(made).facts
+    assert facts["read"] == f"{train} (5 rows)"
+    assert facts["left out"] == "test.jsonl, val.jsonl, notes.txt"
+    assert facts["exact duplicates"] == f"1: {train}:3 is {train}:1"
+    assert facts["documents of val that are trained too"] == f"1: {val}:1 is {train}:2"
+    assert facts["documents of test that are trained too"] == f"2: {test}:1 is {train}:5, {test}:2 is {train}:5"
+    assert "exact duplicates" not in look(made, "val").facts
+    assert look(made, "val").facts["documents of val that are trained too"] == f"1: {val}:1 is {train}:2"
+
+
 def test_facts_add_up(datamodule: ChatDataModule) -> None:
     preview = look(datamodule)
     assert preview.facts["rows read"] == "32"
     assert preview.facts["documents in train"] == "31"
     assert preview.facts["trained turns"] == "31"
     assert sum(count for _, count in preview.histogram) == 31
+
+
+def test_fields_that_nothing_reads_are_a_fact(
+    write: Callable[..., str], tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write([chat() | {"lang": "de"}, chat() | {"lang": "de", "note": "x"}, {"messages": 5, "lang": "de"}])
+    options: dict[str, Any] = {"tokenizer": tokenizer_folder, "max_length": 256, "val_fraction": 0.0, "num_proc": 2}
+    lines: list[str] = []
+    monkeypatch.setattr("phi3_lightning.data.datamodule.rank_zero_info", lines.append)
+    for _ in range(2):  # the second time from the cache
+        lines.clear()
+        datamodule = ChatDataModule(path, on_bad_row="skip", cache_dir=str(tmp_path), **options)
+        datamodule.prepare_data()
+        datamodule.setup()
+        assert look(datamodule).facts["fields not used"] == "lang (2 rows), note (1)"
+        assert lines.count("train: fields that are not used: lang (2 rows), note (1)") == 1
+
+
+def test_rows_of_known_fields_alone_have_no_such_fact(datamodule: ChatDataModule) -> None:
+    assert "fields not used" not in look(datamodule).facts

@@ -1,6 +1,7 @@
 """The same rows from every kind of file, folder and pattern."""
 
 import csv
+import errno
 import gzip
 import json
 from collections.abc import Callable
@@ -12,10 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.readers import decode_line
 from phi3_lightning.data.sources import HubSource, find_sources
-from phi3_lightning.data.tables import gather
 from phi3_lightning.errors import DataError
 
 ROWS = [
@@ -110,9 +109,9 @@ def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"prompt,completion\nx,y\nz\n", "line 3 has not as many fields"),
-        ("a.csv", b'prompt,completion\n"x,y\n', "not CSV"),
-        ("a.csv", b"prompt\n\xff\n", "not CSV"),
+        ("a.csv", b"prompt,completion\nx,y\nz\n", ":3: the row has not as many fields"),
+        ("a.csv", b'prompt,completion\n"x,y\n', ":2: in this row a quote"),
+        ("a.csv", b"prompt\n\xff\n", ":2: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999, mtime=0)[:60], "cannot be read|not JSON lines"),
         ("a.arrow", b"ARROW1xx", "not Arrow"),
         ("a.parquet", b"PAR1", "not Parquet"),
@@ -133,11 +132,78 @@ def test_nothing_found_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         find_sources(given)
 
 
+@pytest.mark.parametrize(
+    "given", ["x" * 300, "/tmp/" + "x" * 300 + "/*.jsonl", "~nobody-of-that-name/x.jsonl", "a\0b.jsonl"]
+)
+def test_a_path_that_cannot_be_looked_up_is_named(given: str) -> None:
+    with pytest.raises(DataError) as caught:
+        find_sources(given)
+    assert str(caught.value).startswith(given)
+
+
 @pytest.mark.parametrize("split", ["train[:100]", "train[95%:]", "train[-500:]", "train_sft[10:20]", "train_sft"])
 def test_a_part_of_a_split_on_the_hub_is_no_pattern(split: str) -> None:
     [source] = find_sources(f"owner/name:{split}")
     assert source.name() == f"owner/name:{split}"
     assert source.split == split
+
+
+@pytest.mark.parametrize("option", ["train", "val", "test", "predict"])
+def test_a_hub_set_without_a_split_gives_that_of_the_option(option: Any) -> None:
+    wanted = {"train": "train", "val": "validation", "test": "test", "predict": "train"}
+    [source] = find_sources("owner/name", option)
+    assert source == HubSource("owner/name", wanted[option])
+    assert find_sources("owner/name:other", option) == [HubSource("owner/name", "other")]
+
+
+@pytest.mark.parametrize(
+    ("given", "call"),
+    [
+        ("owner/name/config:train", "load_dataset('owner/name', 'config', split='train')"),
+        ("owner/name/config", "load_dataset('owner/name', 'config', split='train')"),
+        ("owner/name@v1.0:train[:9]", "load_dataset('owner/name', split='train', revision='v1.0')"),
+        (
+            "owner/name@refs/convert/parquet",
+            "load_dataset('owner/name', split='train', revision='refs/convert/parquet')",
+        ),
+        ("owner/name/config@main:test", "load_dataset('owner/name', 'config', split='train', revision='main')"),
+    ],
+)
+def test_a_configuration_or_a_revision_is_refused_with_the_way_round(given: str, call: str) -> None:
+    with pytest.raises(DataError, match="neither can be named here") as caught:
+        find_sources(given)
+    assert str(caught.value).startswith(f"{given}: no such file or folder.")
+    assert f"{call}.to_parquet('train.parquet')" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("error", "parts"),
+    [
+        (
+            ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"),
+            ["['main', 'socratic']", "load_dataset('owner/name', 'CONFIGURATION', split='train')"],
+        ),
+        (
+            ValueError("Unknown split \"train\". Should be one of ['sft', 'test']."),
+            ["['sft', 'test']", "'owner/name:SPLIT'"],
+        ),
+        (ConnectionError("no route\nto host"), ["no route to host", "Check the spelling"]),
+        (OSError(errno.ENOSPC, "No space left on device"), ["cannot be stored", "No space left", "HF_HOME"]),
+        (PermissionError(errno.EACCES, "Permission denied", "/cache"), ["cannot be stored", "/cache", "HF_HOME"]),
+    ],
+)
+def test_what_the_hub_says_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, parts: list[str]
+) -> None:
+    def load_dataset(*args: object, **options: object) -> None:
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(DataError) as caught:
+        HubSource("owner/name", "train").fingerprint()
+    assert "\n" not in str(caught.value)
+    assert all(part in str(caught.value) for part in parts)
 
 
 @pytest.mark.parametrize("given", ["chats[12].jsonl", "chats:x[12]", "chats:*.jsonl", "owner/na?e"])
@@ -155,29 +221,3 @@ def test_a_part_of_a_split_is_read(
     (tmp_path / "set").mkdir()
     lines(tmp_path / "set" / "train.jsonl")
     assert [row for _, row in HubSource(str(tmp_path / "set"), split).rows()] == rows
-
-
-def test_a_table_of_messages_is_gathered_by_conversation() -> None:
-    options = RowOptions(conversation_id="ticket", role="from", content="body", order="at")
-    table = [
-        {"ticket": 2, "from": "customer", "body": "x", "at": "9"},
-        {"ticket": 1, "from": "agent", "body": "second", "at": "10"},
-        {"ticket": 1, "from": "customer", "body": "first", "at": "9"},
-        {"from": "nobody"},
-        b"broken",
-    ]
-    gathered = list(gather(enumerate(table, start=1), options))
-    assert gathered[:2] == [(4, {"from": "nobody"}), (5, b"broken")]
-    assert gathered[2] == (1, {"messages": [{"role": "customer", "content": "x"}]})
-    assert gathered[3] == (
-        2,
-        {"messages": [{"role": "customer", "content": "first"}, {"role": "agent", "content": "second"}]},
-    )
-
-
-def test_dates_and_the_files_own_order() -> None:
-    table = [{"id": "a", "r": str(n), "c": str(n), "t": f"2026-01-{n:02}"} for n in (3, 1, 2)]
-    for order, expected in (("t", "123"), (None, "312")):
-        options = RowOptions(conversation_id="id", role="r", content="c", order=order)
-        [(_, row)] = gather(enumerate(table, start=1), options)
-        assert "".join(message["content"] for message in row["messages"]) == expected  # type: ignore[index]

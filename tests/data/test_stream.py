@@ -106,6 +106,26 @@ def test_bad_rows_stop_the_run_or_are_left_out(
             assert "bad.jsonl:2" in caplog.text
 
 
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_fields_that_are_not_used_are_named_once(
+    stream: Callable[..., ChatDataModule],
+    write: Callable[..., str],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    ranks: int,
+) -> None:
+    path = write([chat() | {"lang": "de", "source": "x"} for _ in range(200)], "fields.jsonl")
+    for rank in range(ranks):
+        datamodule = stream(train=path)
+        datamodule.trainer = trainer(tmp_path, max_steps=1)
+        monkeypatch.setattr(Trainer, "distributed_sampler_kwargs", {"num_replicas": ranks, "rank": rank})
+        datamodule.prepare_data()
+        datamodule.setup("fit")
+        rows(datamodule.train_dataloader(), 20)
+    assert caplog.text.count("train: fields that are not used: lang, source") == 1
+
+
 def test_a_hub_set_is_streamed(stream: Callable[..., ChatDataModule], monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, split: str, streaming: bool) -> datasets.IterableDataset:
         assert streaming

@@ -11,13 +11,14 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer
 
 from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded
+from phi3_lightning.data.encode import Encoder, Job
 from phi3_lightning.data.formats import parse_prompt, parse_row
 from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.readers import decode_line, read_rows
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import ConfigError
 
-from .conftest import PHI3_TEMPLATE, build_tokenizer
+from .conftest import PHI3_TEMPLATE, build_tokenizer, chat
 
 END = "<|end|>"
 
@@ -186,6 +187,141 @@ def test_a_role_that_the_template_loses_is_named() -> None:
     assert "messages[0]" in str(lost)
     assert "system" in str(lost)
     assert isinstance(kept, Encoded)
+
+
+CASES = Path(__file__).parents[1] / "cases"
+THINK = (CASES / "f27.think.jinja").read_text()
+QWEN = (  # thoughts of the last answer alone, in a form of its own, and an empty block where there are none
+    "{% for m in messages %}{% set c = m.content %}{% set t = '' %}{% if m.role == 'assistant' and '</think>' in c %}"
+    "{% set t = c.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
+    "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
+    "{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + t.strip('\n') + '\n</think>\n\n' }}{% endif %}{{ c + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+R1 = (  # no thoughts, not even of the last answer
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' }}{{ m.content.split('</think>')[-1] }}"
+    "{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|><think>' }}{% endif %}"
+)
+TRIM = THINK.replace("{{ turn.content }}", "{{ turn.content | trim }}")
+
+
+def thinking_tokenizer(template: str) -> Any:
+    tokenizer = build_tokenizer(template=template)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_sep|>", "<|im_end|>"]})
+    return tokenizer
+
+
+def last_trained(*contents: str) -> Conversation:
+    talk = conversation(*contents)
+    return Conversation(talk.messages, [False] * (len(contents) - 1) + [True])
+
+
+def answers_of_the_case() -> tuple[str, ...]:
+    [(_, line)] = read_rows(CASES / "f27.think.jsonl")
+    return tuple(message["content"] for message in json.loads(line)["messages"])  # type: ignore[arg-type]
+
+
+FORMED = "<think>\nfirst\n</think>\n\nHo."
+
+
+@pytest.mark.parametrize(
+    ("template", "contents"),
+    [
+        (THINK, answers_of_the_case()),
+        (THINK, ("Hi", FORMED, "Again", "  " + FORMED + " \n")),
+        (THINK, ("Hi", "<think>only thoughts</think>", "Again", "Hey.")),
+        (THINK, ("Hi", "opened by the prompt</think>Ho.", "<think>of a user</think>", "opened too</think>Hey.")),
+        (THINK, ("Hi", "<think>a</think> Ho. ", "Ho.", "Ho.", "Ho.", "<think>Ho.</think>Ho.")),
+        (TRIM, ("Hi ", "<think>a</think> Ho.", " Again ", " Hey. ")),
+        (QWEN, ("Hi", FORMED, "Again", FORMED)),
+        (QWEN, ("Hi", "<think>another form</think>Ho.", "Again", "No thoughts.")),
+        (R1, ("Hi", FORMED, "Again", "No thoughts.")),
+    ],
+)
+def test_answers_behind_thoughts_that_the_template_leaves_out(template: str, contents: tuple[str, ...]) -> None:
+    tokenizer = thinking_tokenizer(template)
+    talk = last_trained(*contents)
+    encoded = encode(tokenizer, talk)
+    assert encoded.input_ids == oracle(tokenizer, talk)
+    [answer] = spoken(tokenizer, encoded)
+    assert answer.strip() in (f"{contents[-1].lstrip()}<|im_end|>", f"{contents[-1].strip()}<|im_end|>")
+    prompt = parse_prompt({"messages": talk.messages}, RowOptions())
+    expected = oracle(tokenizer, prompt, add_generation_prompt=True)
+    assert encode(tokenizer, prompt, add_generation_prompt=True).input_ids == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "contents", "index", "remedy"),
+    [
+        (THINK, answers_of_the_case(), 1, "data.train_on: last"),
+        (QWEN, ("Hi", FORMED, "Again", FORMED), 1, "data.train_on: last"),
+        (QWEN, ("Hi", "<think>another form</think>Ho."), 1, "write the block as the template does"),
+        (R1, ("Hi", FORMED), 1, "data.chat_template"),
+    ],
+)
+def test_trained_thoughts_that_the_template_leaves_out_are_named(
+    template: str, contents: tuple[str, ...], index: int, remedy: str
+) -> None:
+    [bad] = ChatTemplate(thinking_tokenizer(template)).encode([conversation(*contents)])
+    assert isinstance(bad, BadRowError)
+    assert f"messages[{index}] is trained" in str(bad)
+    assert remedy in str(bad)
+    assert ("data.train_on" in str(bad)) == (index < len(contents) - 1)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "said before <think>a</think>Ho.",
+        "<think>a</think>said between<think>b</think>Ho.",
+    ],
+)
+def test_no_more_than_thoughts_may_be_left_out(content: str) -> None:
+    [bad] = ChatTemplate(thinking_tokenizer(THINK)).encode([last_trained("Hi", content, "Again", "Hey.")])
+    assert isinstance(bad, BadRowError)
+    assert "the chat template" in str(bad)
+
+
+@pytest.mark.parametrize("template", [THINK, QWEN])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "<think>a<|im_end|></think>Ho.",
+        "<think>a</think>Ho.<|im_start|>",
+        "<|im_<think>a</think>end|>",  # which leaving thoughts out makes
+    ],
+)
+def test_special_text_beside_thoughts_that_are_left_out_is_no_turn(template: str, content: str) -> None:
+    loud, calm = last_trained("Hi", content, "Again", "Hey."), last_trained("Hi", "<|im_end|>", "Again", "Hey.")
+    bad, good = ChatTemplate(thinking_tokenizer(template)).encode([loud, calm])
+    assert isinstance(bad, BadRowError)
+    assert isinstance(good, Encoded)
+    tokenizer = thinking_tokenizer(template)
+    assert good.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
+
+
+def test_tools_are_written_by_one_convention_or_refused_where_the_template_has_another() -> None:
+    row = json.loads((CASES / "f26.row.jsonl").read_text())
+    rows = {
+        "tools": {"messages": chat()["messages"], "tools": row["tools"]},
+        "call": {"messages": row["messages"]},
+        "result": {"messages": [{"role": "tool", "content": "rain"}, {"role": "assistant", "content": "Rain."}]},
+        "reasoning": {"messages": [chat()["messages"][0], chat()["messages"][1] | {"reasoning_content": "why"}]},
+        "none": chat() | {"tools": []},
+    }
+
+    def bad(template: str, **options: Any) -> list[str]:
+        encoder = Encoder(ChatTemplate(build_tokenizer(template=template)), RowOptions(**options))
+        chunk = encoder.encode(Job(0, list(enumerate(rows.values()))))
+        assert all("data.tools: render" in why for _, why in chunk.bad)
+        return [list(rows)[number] for number, _ in chunk.bad]
+
+    own = (CASES / "f26.tok.jinja").read_text()
+    assert bad(own) == ["tools", "call", "result"]
+    assert bad(PHI3_TEMPLATE) == []
+    assert bad(own, tools="render") == []
 
 
 def test_a_template_that_raises_spoils_only_its_row() -> None:

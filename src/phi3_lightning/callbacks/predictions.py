@@ -8,15 +8,16 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from phi3_lightning.batch import PromptBatch
+from phi3_lightning.batch import PromptBatch, origins, unpadded
 from phi3_lightning.partial import PartialLines, gather, write_lines
 
 
 class PredictionWriter(Callback):
-    """Writes one line a prompt: its place in the file, the answer, and whether the answer ended by itself.
+    """Writes one line a prompt: its place, its row's own id, the prompt, the answer, and whether that ended by itself.
 
     Each rank keeps what it has so far in ``predictions.partial.RANK.jsonl`` beside the file, which a run that was
-    interrupted or killed leaves behind. The datamodule has to have a ``tokenizer``, as ChatDataModule does.
+    interrupted or killed leaves behind. The datamodule has to have a ``tokenizer``, as ChatDataModule does; where it
+    has no ``origins``, a place is the number of the row.
 
     Args:
         path: The file to write; what an earlier run wrote there is replaced when all answers are there.
@@ -25,10 +26,12 @@ class PredictionWriter(Callback):
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self._partial = PartialLines(self.path, 0)
+        self._rows: list[int] = []
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._partial = PartialLines(self.path, trainer.global_rank)
+        self._rows = []
 
     @override
     def on_predict_batch_end(
@@ -40,15 +43,22 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        tokenizer = trainer.datamodule.tokenizer  # type: ignore[attr-defined]  # Lightning types it as None
-        for row_id, ids in zip(batch["row_ids"], outputs, strict=False):  # a filler row has no id
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        found = origins(data, "predict", batch["row_ids"])
+        prompts = unpadded(batch)
+        for row_id, origin, prompt, ids in zip(
+            batch["row_ids"], found, prompts, outputs, strict=False
+        ):  # no filler row
             finished = bool(ids) and ids[-1] in batch["stop_ids"]
-            answer = tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
-            self._partial.add({"row": row_id, "answer": answer, "finished": finished})
+            answer = data.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
+            line = {"prompt": data.tokenizer.decode(prompt), "answer": answer, "finished": finished}
+            self._partial.add(origin.content() | line)
+            self._rows.append(row_id)
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        answers = {line["row"]: line for lines in gather(trainer, self._partial.lines) for line in lines}
+        mine = dict(zip(self._rows, self._partial.lines, strict=True))
+        answers = {row: line for lines in gather(trainer, mine) for row, line in lines.items()}
         if trainer.is_global_zero:
             write_lines(self.path, [answers[row] for row in sorted(answers)])
             rank_zero_info(f"{len(answers)} answers in {self.path}")

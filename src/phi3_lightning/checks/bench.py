@@ -37,6 +37,11 @@ class Bench:
         """Width of the base."""
         return int(self._lent().config.hidden_size)
 
+    @property
+    def parameters(self) -> int:
+        """How many values the base has; of one in 4 bits, as many as it has in full."""
+        return int(self._lent().num_parameters())
+
     def _lent(self) -> Phi3ForCausalLM:
         if self._base is None:
             raise ModelError("the base is lent to another module")

@@ -28,8 +28,9 @@ ROUND_TRIP = "checkpoint round trip"
 REMEDIES = {
     GOOD_GOOD: "neither your data nor your settings: the base itself does not learn this. See that model.base has "
     "trained weights (model.init: pretrained) and knows its end-of-turn token, and try trainer.precision: bf16-mixed",
-    MINE_GOOD: "it is your data: look at these rows with python cli.py preview; their answers may not follow from "
-    "their questions, or be of a kind that this base cannot say",
+    MINE_GOOD: "it is your data, or a base too small for them ({sizes}). Try a larger base of the same tokenizer; "
+    "where that does not learn them either, look at these rows with python cli.py preview: their answers may not "
+    "follow from their questions",
     GOOD_MINE: "it is your settings: model.optimizer.lr (LoRA learns at 1e-4 to 5e-4, a tiny model at 1e-2), "
     "model.lora.target_modules, r and lora_alpha, trainer.gradient_clip_val",
     MINE_MINE: "each is sound alone: your rows need another model.optimizer.lr or more room (model.lora.r)",
@@ -83,7 +84,9 @@ class Lessons:
         if mine is not None:
             self.on_begin(MINE_GOOD)
             learnt = self._learn(mine, 1.0, settings)
-            data = self._result(MINE_GOOD, learnt.by_heart, learnt)
+            sizes = f"{self.bench.parameters / 1e6:,.3g} million parameters; these answers have {_tokens(mine)} tokens"
+            sizes += f", those of the good rows {_tokens(good)}"
+            data = self._result(MINE_GOOD, learnt.by_heart, learnt, sizes=sizes)
         yield data
         own, trip = self._good_mine(good)
         yield own
@@ -130,9 +133,10 @@ class Lessons:
         with self.bench.module(**changes) as module:
             return learning.learn(module, lesson, self.bench.make_trainer, clip, self.on_step)[0]
 
-    def _result(self, name: str, holds: bool, learnt: Learnt) -> Result:
+    def _result(self, name: str, holds: bool, learnt: Learnt, **figures: str) -> Result:
         limit = f"below {learning.BY_HEART:.2g}" if name == MINE_GOOD else f"{learning.FALLS:.0%} lower"
-        return Result.of(name, holds, f"{self._described(learnt)} (limit: {limit})", REMEDIES[name])
+        remedy = REMEDIES[name].format(**figures)
+        return Result.of(name, holds, f"{self._described(learnt)} (limit: {limit})", remedy)
 
     def _described(self, learnt: Learnt) -> str:
         """Figures, and where the first wrong answer leaves the row."""
@@ -146,6 +150,10 @@ class Lessons:
             return None
         said, right = (self.template.tokenizer.decode(ids[at : at + 1]) for ids in (answer, row.answer))
         return f"; {row.place} gets {said!r} for {right!r}"
+
+
+def _tokens(lesson: Lesson) -> int:
+    return sum(len(row.answer) for row in lesson.rows)
 
 
 def good_settings(rate: float) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.config import PHI3_LINEAR_LAYERS
-from phi3_lightning.model.checkpointing import checkpoint_activations, way_of
+from phi3_lightning.model.checkpointing import checkpoint_activations, mode_of
 from phi3_lightning.model.loss import supervised_positions
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -153,7 +153,7 @@ def checkpointed_against_kept(module: Phi3LoRAModule, batch: Batch, context: Con
     """Compare activations that are computed again in the backward pass with activations that are kept, with dropout.
 
     Args:
-        module: The module; its own way is restored.
+        module: The module; its own mode is restored.
         batch: Rows.
         context: What the Trainer computes in.
 
@@ -163,7 +163,7 @@ def checkpointed_against_kept(module: Phi3LoRAModule, batch: Batch, context: Con
     module.train()
     model = module.model
     assert model is not None  # configured by whoever made it
-    own = way_of(model)
+    own = mode_of(model)
     checkpoint_activations(model, "full" if own == "none" else own)
     again = compute(module, batch, context)
     checkpoint_activations(model, "none")

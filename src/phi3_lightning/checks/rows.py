@@ -5,7 +5,6 @@ Nothing is tokenised beyond the first rows, and nothing is written to the cache.
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.resources import files
 from itertools import islice, pairwise
@@ -18,11 +17,10 @@ from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.encode import Chunk, Job
 from phi3_lightning.data.formats import parse_row
 from phi3_lightning.data.options import Options, RowOptions
-from phi3_lightning.data.readers import Row as RawRow
 from phi3_lightning.data.readers import decode_line
 from phi3_lightning.data.sources import Source, find_sources
 from phi3_lightning.data.splits import make_encoder
-from phi3_lightning.data.tables import gather
+from phi3_lightning.data.tables import source_rows
 from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.data.window import Window
 from phi3_lightning.errors import DataError
@@ -144,7 +142,7 @@ def read_sample(options: Options, template: ChatTemplate, window: Window | None)
     sample = Sample()
     found: list[Row] = []
     for index, source in enumerate(sources):
-        raw = list(islice(_rows(source, options), max(READ // len(sources), 1)))
+        raw = list(islice(source_rows(source, options), max(READ // len(sources), 1)))
         contents = dict(raw)
         for number, document in sample.add(encoder.encode(Job(index, raw)), source, template.stop_ids):
             conversation = _conversation(contents[number], encoder.options)
@@ -153,10 +151,6 @@ def read_sample(options: Options, template: ChatTemplate, window: Window | None)
             break
     sample.rows = _shortest(found)
     return sample
-
-
-def _rows(source: Source, options: Options) -> Iterator[RawRow]:
-    return source.rows() if options.conversation_id is None else gather(source.rows(), options)
 
 
 def _conversation(raw: object, options: RowOptions) -> Conversation | None:

@@ -1,7 +1,7 @@
 """All checks in their order, so that each fault shows in one line of the table and not in all that follow."""
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,22 @@ from phi3_lightning.checks.rows import Row, Sample, packaged_rows, read_sample
 from phi3_lightning.checks.supervision import find_faults
 from phi3_lightning.data.collate import collate
 from phi3_lightning.data.conversation import Conversation, Encoded
-from phi3_lightning.data.options import Options
-from phi3_lightning.data.splits import load_template, model_window, plan_split
+from phi3_lightning.data.copies import Part, repeated, shared
+from phi3_lightning.data.options import Options, Split
+from phi3_lightning.data.splits import (
+    data_seed,
+    load_template,
+    make_encoder,
+    model_window,
+    plan_split,
+    prepare_split,
+    share_out,
+)
+from phi3_lightning.errors import DataError
 
 MY_ROWS = "my rows"
+TWICE = "rows that are there twice"
+HELD_OUT = "no held-out row is trained"
 TEMPLATE = "mask = template"
 PACKED = "packed = unpacked"
 CHECKPOINTING = "gradient checkpointing on = off"
@@ -61,7 +73,10 @@ class Suite:
         """
         self.on_begin(MY_ROWS)
         sample, good = read_sample(self.options, self.template, self.window), packaged_rows(self.template)
-        yield self._my_rows(sample)
+        first_rows = self._my_rows(sample)
+        yield first_rows
+        self.on_begin(TWICE)
+        yield from self._copies(known_fault=first_rows.outcome == "FAIL")
         self.on_begin(TEMPLATE)
         yield self._template(sample.rows)
         yield from self._numerics(sample.rows or good)
@@ -97,6 +112,42 @@ class Suite:
         nothing = sample.endless + sample.empty > (1 - SHARE) * sample.kept
         holds = bool(sample.rows) and not refused and not nothing and sample.kept >= SHARE * sample.read
         return Result.of(MY_ROWS, holds, figure, remedy)
+
+    def _copies(self, *, known_fault: bool) -> Iterator[Result]:
+        """Look for rows that are there twice, in all that would be trained, and in what is held out of it."""
+        if self.options.streaming:
+            yield from (Result.skipped(name, "a stream has no end") for name in (TWICE, HELD_OUT))
+            return
+        try:
+            parts = self._parts()
+        except DataError as error:
+            if known_fault:
+                yield Result.skipped(TWICE, f"the fault of {MY_ROWS!r} comes first")
+            else:  # in rows behind those of the sample
+                yield Result.of(TWICE, False, str(error), "mend or leave out what is named there")
+            yield Result.skipped(HELD_OUT, "not all rows can be read")
+            return
+        train = parts.pop("train")
+        yield Result.of(TWICE, True, f"{len(train.documents):,} documents are trained, copies {repeated(train)}", "")
+        leaks = {name: shared(part, train) for name, part in parts.items()}
+        figure = "; ".join(f"of {len(parts[name].documents):,} in {name} {found}" for name, found in leaks.items())
+        remedy = (
+            "a loss on rows that are trained says nothing: take them out of one of the two; where val_fraction chose "
+            "them, remove copies from data.train, or set data.group_by to a column that copies share"
+        )
+        sound = all(found.count == 0 for found in leaks.values())
+        yield Result.of(HELD_OUT, sound, figure, remedy) if leaks else Result.skipped(HELD_OUT, "nothing is held out")
+
+    def _parts(self) -> dict[Split, Part]:
+        """The documents of each split, as ``fit`` would have them; ``check`` leaves nothing in the cache."""
+        options = replace(self.options, cache_dir=str(self.folder))
+        parts: dict[Split, Part] = {}
+        for split in ("train", "val", "test"):
+            if self.options.files(split) is not None:
+                prepared = prepare_split(split, options, make_encoder(split, options, self.template, self.window))
+                shares = share_out(split, prepared, self.options, data_seed(self.options))
+                parts |= {name: Part(prepared, documents) for name, documents in shares.items()}
+        return parts
 
     def _template(self, rows: list[Row]) -> Result:
         chats = [row for row in rows if row.conversation is not None and self._whole(row.conversation)]

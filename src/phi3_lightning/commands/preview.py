@@ -1,7 +1,6 @@
 """``preview``: rows as the model will see them, without a model."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import seed_everything
@@ -13,6 +12,7 @@ from phi3_lightning.data.options import Split
 from phi3_lightning.data.preview import look, render_terminal
 from phi3_lightning.data.preview_html import render_html
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.files import local_path, writing
 
 DESCRIPTION = "Show rows as the model will see them: trained tokens, special tokens, lengths, statistics."
 
@@ -46,6 +46,7 @@ def main(args: list[str]) -> None:
     config = options.parse_args(args)
     if config.rows < 1:
         raise ConfigError(f"--rows: {config.rows} cannot be shown: give 1 or more")
+    page = None if config.html is None else local_path("--html", config.html)
     if config.data.tokenizer is None:
         config.data.tokenizer = config.model.get("base")
         config.data.revision = config.model.get("revision")
@@ -56,8 +57,12 @@ def main(args: list[str]) -> None:
     data.setup({"train": "fit", "val": "fit", "test": "test", "predict": "predict"}[config.split])
     if config.split not in data.plans:
         raise ConfigError(f"--split: there is no {config.split} data; give data.{config.split}")
+    data.setup()  # of the other splits too, which may share rows with this one
     preview = look(data, config.split, config.rows)
-    Console().print(render_terminal(preview, show_ids=config.ids))
-    if config.html is not None:
-        Path(config.html).write_text(render_html(preview, show_ids=config.ids), encoding="utf-8")
-        print(f"page: {config.html}")
+    console = Console()
+    console.print(render_terminal(preview, show_ids=config.ids, brackets=not console.is_terminal))
+    if page is not None:
+        with writing(page):
+            page.parent.mkdir(parents=True, exist_ok=True)
+            page.write_text(render_html(preview, show_ids=config.ids), encoding="utf-8")
+        print(f"page: {page}")

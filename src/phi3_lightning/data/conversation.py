@@ -63,6 +63,10 @@ class BadRowError(DataError):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
+        self.detail = detail
+
+    def __reduce__(self) -> tuple[type["BadRowError"], tuple[str, str]]:
+        return BadRowError, (self.reason, self.detail)  # exceptions are pickled by the arguments of their base
 
 
 def kind_of(value: object) -> str:

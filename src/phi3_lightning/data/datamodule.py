@@ -1,27 +1,30 @@
 """ChatDataModule: chat files in, batches out."""
 
-import os
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from typing import Any, Literal, cast
 
-from lightning.pytorch import LightningDataModule, Trainer
+import numpy as np
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from phi3_lightning.batch import Batch, PromptBatch, SizedModule
+from phi3_lightning.batch import Batch, Origin, PromptBatch
 from phi3_lightning.data.collate import Document, collate, collate_prompts, full_row
+from phi3_lightning.data.fields import name_unused
 from phi3_lightning.data.loaders import batch_loader, stream_loader
 from phi3_lightning.data.options import Files, Format, Options, Split
-from phi3_lightning.data.packing import Ints, Plan, share_step
+from phi3_lightning.data.packing import Ints, Plan
 from phi3_lightning.data.prepare import Prepared, Statistics
 from phi3_lightning.data.sampler import BatchLoader, PlannedBatches, Resumed, Shares, compare_orders
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.splits import (
+    data_seed,
     load_template,
     make_encoder,
     model_window,
+    plan_documents,
     plan_split,
     prepare_split,
     share_out,
@@ -38,7 +41,8 @@ class ChatDataModule(LightningDataModule):
     Parquet or Arrow, packed with gzip or not.
 
     Args:
-        train: Training data: a file, folder, glob pattern, data set on the hub (``owner/name:split``), or several.
+        train: Training data: a file, folder, glob pattern, data set on the hub (``owner/name:split``), or several. Of
+            files of several splits in a folder or pattern, each option takes those of its own.
         weights: The share of each of several ``train`` data. null: all their rows.
         val: Validation data. null: a part of the training data, see ``val_fraction``.
         val_fraction: The share of the training rows that validates where ``val`` is null. 0: no validation.
@@ -46,29 +50,35 @@ class ChatDataModule(LightningDataModule):
         predict: Prompts for ``predict``; an answer at the end of a row is left out.
         tokenizer: Folder or hub id of the tokenizer. The command line fills in ``model.base``.
         revision: Branch, tag or commit of the tokenizer on the hub.
-        chat_template: A file with a Jinja chat template. null: the tokenizer's own.
+        chat_template: A file with a Jinja chat template, in UTF-8. null: the tokenizer's own.
         format: What rows look like. auto: seen from their fields.
         columns: Other names for a format's fields, such as ``{prompt: question, completion: answer}``.
-        conversation_id: For tables of one message a row: the column that tells conversations apart.
+        message_keys: Other names for the keys of each message, such as ``{role: speaker, content: text}``; also
+            ``reasoning_content``, ``tool_calls``, and ``train`` for the key that says whether a message is trained.
+        conversation_id: For tables of one message a row: the column that tells the conversations of a file apart.
         role: For such tables: the column that says who speaks.
         content: For such tables: the column that holds what is said.
-        order: For such tables: the column to sort messages by. null: the order of the file.
+        order: For such tables: the column to sort messages by, numbers or ISO times. null: the order of the file.
         roles: Other names for roles, such as ``{customer: user, agent: assistant}``.
         repeated_role: Whether neighbouring turns of one role make a bad row, or one turn.
         system: What becomes of system messages; some templates know none.
-        tools: Whether tool calls, their results and reasoning become text, make a bad row, or are left out.
+        tools: What becomes of tools, their calls and results, and of reasoning. render: text by the convention of
+            Hermes; refuse: a bad row; drop: left out. auto: render, but rows with tools are bad ones where the chat
+            template has a way of its own to write tools; native, that way, is not supported yet.
         special_text: Whether special-token text in a content is plain text or a bad row. It is never a turn.
         train_on: Whose contents are trained: all of the assistant's, its last, or everyone's. Messages with
-            ``weight: 0`` or ``train: false`` never are.
+            ``weight: 0``, ``train: false`` or what other tools write for it never are.
         max_length: Tokens of a row at most.
         overlong: What becomes of longer chats: left out and counted, cut at the end, shortened by whole early
             exchanges, or cut into pieces.
+        group_by: Column of a customer, document or other source, whose rows stay together where ``val_fraction`` takes
+            rows from the training data.
         packing: Whether several chats share a row, without seeing each other.
         batch_size: Rows of a micro-batch.
         predict_batch_size: Prompts that are answered together by ``predict``: more are faster, and take more memory.
         max_tokens_per_batch: Tokens of a micro-batch, padding included; in place of ``batch_size``. auto: in ``fit`` as
             many full rows as the device's memory holds, by calculation, and ``trainer.accumulate_grad_batches`` changes
-            so that an optimiser step keeps its rows.
+            so that an optimiser step keeps its rows; a script needs ``callbacks.AutoBatchSize`` in its Trainer for it.
         streaming: Whether training data are tokenised while training goes on, for sets larger than the disk. Needs
             ``trainer.max_steps``; packs and mixes less well, and reads again from the beginning to go on.
         num_workers: Processes that collate batches ahead.
@@ -105,14 +115,16 @@ class ChatDataModule(LightningDataModule):
         role: str | None = None,
         content: str | None = None,
         order: str | None = None,
+        message_keys: dict[str, str] | None = None,
         roles: dict[str, str] | None = None,
         repeated_role: Literal["refuse", "merge"] = "refuse",
         system: Literal["keep", "merge_into_user", "refuse"] = "keep",
-        tools: Literal["render", "refuse", "drop"] = "render",
+        tools: Literal["auto", "render", "native", "refuse", "drop"] = "auto",
         special_text: Literal["plain", "refuse"] = "plain",
         train_on: Literal["assistant", "last", "all"] = "assistant",
         max_length: int = 2048,
         overlong: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop",
+        group_by: str | None = None,
         packing: bool = True,
         batch_size: int = 4,
         predict_batch_size: int = 16,
@@ -143,6 +155,7 @@ class ChatDataModule(LightningDataModule):
             role=role,
             content=content,
             order=order,
+            message_keys=message_keys,
             roles=roles,
             repeated_role=repeated_role,
             system=system,
@@ -151,6 +164,7 @@ class ChatDataModule(LightningDataModule):
             train_on=train_on,
             max_length=max_length,
             overlong=overlong,
+            group_by=group_by,
             packing=packing,
             batch_size=batch_size,
             predict_batch_size=predict_batch_size,
@@ -167,8 +181,7 @@ class ChatDataModule(LightningDataModule):
         self.plans: dict[Split, Plan] = {}
         self._saved_order: dict[str, Any] | None = None
         self._resumed: Resumed | None = None
-        self._budget: int | None = None  # what max_tokens_per_batch: auto has come to, and micro-batches to a step
-        self._accumulate: int | None = None
+        self._tokens_per_batch: int | None = None  # what max_tokens_per_batch: auto has come to
         self._regrouped = False  # by a module that restarts exactly; under any other, ranks must stay
 
     def validate_sources(self) -> None:
@@ -179,7 +192,7 @@ class ChatDataModule(LightningDataModule):
             ConfigError: ``max_length`` is beyond the model's window.
         """
         for split in self.options.needed(None):
-            find_sources(self.options.files(split) or [])
+            find_sources(self.options.files(split) or [], split)
         model_window(self.options)
 
     def prepare_data(self) -> None:
@@ -204,16 +217,29 @@ class ChatDataModule(LightningDataModule):
         self._window = model_window(self.options)
         self.template = load_template(self.options)
         self.tokenizer = self.template.tokenizer
-        self._finds_budget = self.options.max_tokens_per_batch == "auto" and stage == "fit" and self.trainer is not None
-        if self._finds_budget and self._accumulate is not None:  # for another Trainer
-            cast("Trainer", self.trainer).accumulate_grad_batches = self._accumulate
-        elif self._finds_budget and self.options.streaming:
-            self._find_budget(collate([full_row(self.options.max_length)], self._pad()))
+        if stage == "fit":
+            self._tokens_per_batch = None  # each Trainer decides anew
         for split in self.options.prepared(stage):
             if split not in self.prepared:
                 self._set_up(split)
-                if split == "train" and stage != "validate":
+                if split == "train" and stage != "validate" and not self.awaits_batch_size:
                     self._report_plan()
+
+    @property
+    def awaits_batch_size(self) -> bool:
+        """Whether ``max_tokens_per_batch`` is auto and not decided yet; until then ``batch_size`` counts."""
+        return self.options.max_tokens_per_batch == "auto" and self._tokens_per_batch is None
+
+    def set_tokens_per_batch(self, tokens: int) -> None:
+        """Decide ``max_tokens_per_batch: auto``, and plan the batches anew.
+
+        Args:
+            tokens: Tokens of a micro-batch at the most, padding included.
+        """
+        self._tokens_per_batch = tokens
+        self._plan_anew()
+        if "train" in self.plans:
+            self._report_plan()
 
     @property
     def train_documents(self) -> int:
@@ -225,6 +251,39 @@ class ChatDataModule(LightningDataModule):
         """Rows, packed or not, that are trained in an epoch."""
         return len(self.plans["train"].rows) - 1
 
+    @property
+    def batch_size(self) -> int:
+        """Rows of a micro-batch; after a change, as by Lightning's ``BatchSizeFinder``, batches are planned anew."""
+        return self.options.batch_size
+
+    @batch_size.setter
+    def batch_size(self, rows: int) -> None:
+        if self.trainer is not None and self.trainer.state.fn == "predict":
+            raise ConfigError("data.batch_size: predict goes by predict_batch_size; give batch_arg_name that name.")
+        if self.options.max_tokens_per_batch is not None:
+            raise ConfigError(
+                "data.batch_size: data.max_tokens_per_batch stands in its place; set that to null, or to auto, which "
+                "finds what fits into memory by itself."
+            )
+        self._change_size("batch_size", rows)
+
+    @property
+    def predict_batch_size(self) -> int:
+        """Prompts that are answered together; after a change, batches are planned anew."""
+        return self.options.predict_batch_size
+
+    @predict_batch_size.setter
+    def predict_batch_size(self, prompts: int) -> None:
+        self._change_size("predict_batch_size", prompts)
+
+    def _change_size(self, name: str, size: int) -> None:
+        change: dict[str, Any] = {name: size}
+        self.options = replace(self.options, **change)
+        self.hparams.update(change)
+        self._plan_anew()
+        if self.trainer is not None and self.trainer._active_loop is not None:
+            self.trainer._active_loop._combined_loader = None  # BatchSizeFinder does so too, but for its first size
+
     def train_dataloader(self) -> BatchLoader:
         """Batches of the training data, in an order that seed and epoch decide.
 
@@ -232,8 +291,14 @@ class ChatDataModule(LightningDataModule):
             Yields ``Batch``.
 
         Raises:
-            ConfigError: A stream has no end, and the Trainer was told none.
+            ConfigError: A stream has no end, and the Trainer was told none; or nothing in the Trainer decides
+                ``max_tokens_per_batch: auto``.
         """
+        if self.trainer is not None and self.awaits_batch_size:
+            raise ConfigError(
+                "data.max_tokens_per_batch: auto is decided by phi3_lightning.callbacks.AutoBatchSize, a callback that "
+                "this Trainer does not have; add AutoBatchSize() to its callbacks, or give a number."
+            )
         if self.options.streaming:
             return self._stream()
         return self._loader("train", shuffle=True)
@@ -242,8 +307,14 @@ class ChatDataModule(LightningDataModule):
         """Return the training batch with the most tokens, in any epoch; None of a stream, where nobody knows."""
         if self.options.streaming:
             return None
-        tokens = self.plans["train"].tokens(self.prepared["train"].lengths())
-        return cast("Batch", self._batches("train")[int(tokens.argmax())])
+        return self._largest(self.plans["train"])
+
+    def largest_train_row(self) -> Batch:
+        """Return the training row with the most tokens, in a batch of its own; of a stream, a full row."""
+        if self.options.streaming:
+            return collate([full_row(self.options.max_length)], self._pad())
+        plan = self.plans["train"]
+        return self._largest(replace(plan, batches=np.arange(len(plan.rows))))
 
     def val_dataloader(self) -> BatchLoader | list[BatchLoader]:
         """Batches of the validation data, longest first.
@@ -301,16 +372,17 @@ class ChatDataModule(LightningDataModule):
         statistics = {split: asdict(found) for split, found in self.statistics.items()}
         return {"source": told[self.options.tested], "statistics": statistics}
 
-    def test_places(self, row_ids: list[int]) -> list[str]:
-        """Say where documents that ``test`` takes came from.
+    def origins(self, stage: Literal["test", "predict"], row_ids: list[int]) -> list[Origin]:
+        """Say where documents that ``test`` or ``predict`` takes came from.
 
         Args:
+            stage: Which of the two.
             row_ids: What batches carry as ``row_ids``.
 
         Returns:
-            A place a document, such as ``chats.jsonl:12``.
+            Place and own id of the row of each.
         """
-        return self.prepared[self.options.tested].describe(row_ids)
+        return self.prepared[self.options.tested if stage == "test" else "predict"].origins(row_ids)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the rows in which training diverged.
@@ -377,48 +449,39 @@ class ChatDataModule(LightningDataModule):
 
     def _order(self) -> dict[str, Any]:
         plan = self.plans["train"].fingerprint()
-        found = {} if self._budget is None else {"max_tokens_per_batch": self._budget}
-        return {"seed": self._seed(), **found, "plan": plan}
+        decided = {} if self._tokens_per_batch is None else {"max_tokens_per_batch": self._tokens_per_batch}
+        return {"seed": data_seed(self.options), **decided, "plan": plan}
 
     def _set_up(self, split: Split) -> None:
         encoder = make_encoder(split, self.options, self.template, self._window)
         prepared = prepare_split(split, self.options, encoder)
         self.statistics[split] = prepared.statistics
+        for name, files in prepared.files().items():
+            rank_zero_info(f"{split}: {name}: {files}")
         rank_zero_info(f"{split}: {prepared.statistics}")
-        lengths = prepared.lengths()
-        for share, documents in share_out(split, prepared, self.options, self._seed()).items():
-            if share == "train" and self._finds_budget:
-                self._find_budget(self._largest_row(prepared, documents, lengths))
-            plan = plan_split(share, lengths[documents], self._batching(), self._window, self._seed())
+        if unused := name_unused(prepared.statistics.unused):
+            rank_zero_info(f"{split}: fields that are not used: {unused}")
+        for share, documents in share_out(split, prepared, self.options, data_seed(self.options)).items():
             self.prepared[share] = prepared
-            self.plans[share] = Plan(documents[plan.documents], plan.rows, plan.batches)
+            self._plan(share, documents)
+
+    def _plan(self, split: Split, documents: Ints) -> None:
+        self.plans[split] = plan_documents(split, self.prepared[split], documents, self._batching(), self._window)
+
+    def _plan_anew(self) -> None:
+        for split, plan in self.plans.items():
+            self._plan(split, np.sort(plan.documents))
 
     def _batching(self) -> Options:
-        """The options with the budget that was found."""
-        return self.options if self._budget is None else replace(self.options, max_tokens_per_batch=self._budget)
+        """The options, with what ``max_tokens_per_batch: auto`` has come to."""
+        decided = self._tokens_per_batch
+        return self.options if decided is None else replace(self.options, max_tokens_per_batch=decided)
 
-    def _largest_row(self, prepared: Prepared, documents: Ints, lengths: Ints) -> Batch:
-        single = replace(self.options, batch_size=1, max_tokens_per_batch=None)
-        plan = plan_split("train", lengths[documents], single, self._window, self._seed())
-        plan = Plan(documents[plan.documents], plan.rows, plan.batches)
+    def _largest(self, plan: Plan) -> Batch:
+        """The batch of a plan of training rows that has the most tokens."""
+        prepared = self.prepared["train"]
         rows = PlannedBatches(prepared, plan, partial(collate, pad_token_id=self._pad()))
-        return cast("Batch", rows[int(plan.tokens(lengths).argmax())])
-
-    def _find_budget(self, row: Batch) -> None:
-        trainer = cast("Trainer", self.trainer)
-        module = trainer.lightning_module
-        if not isinstance(module, SizedModule):
-            raise ConfigError(
-                f"data.max_tokens_per_batch: auto asks the module what fits, and {type(module).__name__} has no "
-                "rows_that_fit; give a number."
-            )
-        step = self.options.batch_size * trainer.accumulate_grad_batches
-        self._accumulate, rows = share_step(step, module.rows_that_fit(row))
-        trainer.accumulate_grad_batches, self._budget = self._accumulate, rows * self.options.max_length
-        rank_zero_info(
-            f"data.max_tokens_per_batch: auto is {self._budget}: {rows} rows, {self._accumulate} such micro-batches "
-            f"to an optimiser step of {step} rows"
-        )
+        return cast("Batch", rows[int(plan.tokens(prepared.lengths()).argmax())])
 
     def _report_plan(self) -> None:
         plan = self.plans["train"]
@@ -435,7 +498,7 @@ class ChatDataModule(LightningDataModule):
     def _loader(self, split: Split, *, shuffle: bool = False) -> BatchLoader:
         return batch_loader(
             self._batches(split),
-            seed=self._seed(),
+            seed=data_seed(self.options),
             shuffle=shuffle,
             position=self._start if split == "train" else lambda: 0,
             resumed=lambda: self._resumed if split == "train" else None,
@@ -453,7 +516,7 @@ class ChatDataModule(LightningDataModule):
             make_encoder("train", self.options, self.template, self._window),
             partial(plan_split, "train", options=self._batching(), window=self._window),
             partial(collate, pad_token_id=self._pad()),
-            seed=self._seed(),
+            seed=data_seed(self.options),
             skip_bad_rows=self.options.on_bad_row == "skip",
             **self._ranks(),
         )
@@ -462,10 +525,6 @@ class ChatDataModule(LightningDataModule):
     def _pad(self) -> int:
         pad = self.tokenizer.pad_token_id
         return 0 if pad is None else pad
-
-    def _seed(self) -> int:
-        given = self.options.seed
-        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if given is None else int(given)
 
     def _ranks(self) -> dict[str, int]:
         several = None if self.trainer is None else self.trainer.distributed_sampler_kwargs

@@ -8,16 +8,17 @@ from collections import Counter, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, PlainText
 from phi3_lightning.data.formats import parse_prompt, parse_row
+from phi3_lightning.data.keys import group_hash, row_id, token_hashes
 from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.overlong import split, truncate_end, truncate_turns
 from phi3_lightning.data.readers import Row, decode_line
@@ -50,6 +51,10 @@ class Chunk(NamedTuple):
         dropped: Rows left out, by reason.
         bad: Number and fault of each row that cannot be used.
         cut: Rows of which something was cut off.
+        unused: Rows with each field that nothing reads, by the field's name.
+        ids: The own id of each kept row as JSON, where it has one.
+        groups: A number for the group of each kept row, shape (kept,), int64.
+        hashes: A number for the tokens of each document, shape (kept,), int64.
     """
 
     source: int
@@ -62,9 +67,22 @@ class Chunk(NamedTuple):
     dropped: dict[str, int]
     bad: list[tuple[int, str]]
     cut: int
+    unused: dict[str, int]
+    ids: list[str | None]
+    groups: NDArray[np.int64]
+    hashes: NDArray[np.int64]
 
 
 Parsed = Conversation | PlainText | Encoded | BadRowError
+
+
+class _Keyed(NamedTuple):
+    """A row, its number, its own id and its group."""
+
+    number: int
+    item: Parsed
+    id: str | None
+    group: int
 
 
 class Encoder:
@@ -79,6 +97,8 @@ class Encoder:
     def __init__(self, template: ChatTemplate, options: RowOptions, *, prompts: bool = False) -> None:
         self.template = template
         self.options = options
+        if options.tools == "auto":
+            self.options = replace(options, tools="native" if template.writes_tools else "render")
         self.prompts = prompts
 
     def fingerprint(self) -> str:
@@ -102,31 +122,36 @@ class Encoder:
         Returns:
             Tokens of those that can be used, and why the others cannot.
         """
-        kept: list[tuple[int, Encoded]] = []
+        kept: list[tuple[_Keyed, Encoded]] = []
         bad: list[tuple[int, str]] = []
         dropped: Counter[str] = Counter()
+        unused: Counter[str] = Counter()
         cut = 0
-        parsed = [(number, self._parse(row)) for number, row in job.rows]
-        for (number, item), encoded in zip(parsed, self._encode([item for _, item in parsed]), strict=True):
+        parsed = [self._parse(number, row, unused) for number, row in job.rows]
+        for row, encoded in zip(parsed, self._encode([row.item for row in parsed]), strict=True):
             if isinstance(encoded, BadRowError):
-                bad.append((number, str(encoded)))
+                bad.append((row.number, str(encoded)))
                 dropped[encoded.reason] += 1
                 continue
-            pieces = self._fit(item, encoded)
+            pieces = self._fit(row.item, encoded)
             cut += pieces != [encoded]
             trained = [piece for piece in pieces if self.prompts or _trains(piece)]
-            kept += [(number, piece) for piece in trained]
+            kept += [(row, piece) for piece in trained]
             if not trained:
                 dropped["nothing to train" if pieces else f"longer than max_length {self.options.max_length}"] += 1
                 cut -= pieces != [encoded]
-        return _chunk(job, kept, dropped, bad, cut)
+        return _chunk(job, kept, dropped, bad, cut, unused)
 
-    def _parse(self, row: object) -> Parsed:
+    def _parse(self, number: int, row: object, unused: Counter[str]) -> _Keyed:
+        if isinstance(row, BadRowError):
+            return _Keyed(number, row, None, 0)
         try:
-            row = decode_line(row) if isinstance(row, bytes) else row
-            return parse_prompt(row, self.options) if self.prompts else parse_row(row, self.options)
+            fields: Any = decode_line(row) if isinstance(row, bytes) else row
+            parse = parse_prompt if self.prompts else parse_row
+            item = parse(fields, self.options, unused)  # which sees to it that the row has fields
+            return _Keyed(number, item, row_id(fields), group_hash(fields, self.options.group_by))
         except BadRowError as error:
-            return error
+            return _Keyed(number, error, None, 0)
 
     def _encode(self, parsed: list[Parsed]) -> list[Encoded | BadRowError]:
         chats = [item for item in parsed if isinstance(item, Conversation)]
@@ -232,7 +257,12 @@ def _fork_safe_tokenizers() -> Iterator[None]:
 
 
 def _chunk(
-    job: Job, kept: list[tuple[int, Encoded]], dropped: Counter[str], bad: list[tuple[int, str]], cut: int
+    job: Job,
+    kept: list[tuple[_Keyed, Encoded]],
+    dropped: Counter[str],
+    bad: list[tuple[int, str]],
+    cut: int,
+    unused: Counter[str],
 ) -> Chunk:
     def flat(lists: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         lengths = np.array([len(item) for item in lists], dtype=np.int32)
@@ -240,5 +270,19 @@ def _chunk(
 
     input_ids, lengths = flat([encoded.input_ids for _, encoded in kept])
     spans, span_lengths = flat([list(chain.from_iterable(encoded.spans)) for _, encoded in kept])
-    rows = np.array([number for number, _ in kept], dtype=np.int64)
-    return Chunk(job.source, len(job.rows), rows, input_ids, lengths, spans, span_lengths, dict(dropped), bad, cut)
+    return Chunk(
+        source=job.source,
+        read=len(job.rows),
+        rows=np.array([row.number for row, _ in kept], dtype=np.int64),
+        input_ids=input_ids,
+        lengths=lengths,
+        spans=spans,
+        span_lengths=span_lengths,
+        dropped=dict(dropped),
+        bad=bad,
+        cut=cut,
+        unused=dict(unused),
+        ids=[row.id for row, _ in kept],
+        groups=np.array([row.group for row, _ in kept], dtype=np.int64),
+        hashes=token_hashes(input_ids, lengths),
+    )

@@ -1,36 +1,42 @@
 """A row of any known format becomes a conversation, a text, or ready-made tokens; or a named bad row."""
 
-import json
+from collections import Counter
 from collections.abc import Callable, Mapping
-from itertools import groupby
 from typing import Any, Final
 
-from phi3_lightning.batch import IGNORE_INDEX
 from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, PlainText, kind_of
-from phi3_lightning.data.messages import check_text, read_messages
-from phi3_lightning.data.options import FORMATS, RowOptions
+from phi3_lightning.data.fields import (
+    FORMATS,
+    SYSTEM,
+    TOOLS,
+    check_weight,
+    is_absent,
+    only,
+    read_list,
+    recognise,
+    rename,
+    unused_fields,
+)
+from phi3_lightning.data.keys import key_columns
+from phi3_lightning.data.message_fields import ROLES, read_message, role_of
+from phi3_lightning.data.messages import Turn, check_text, read_messages
+from phi3_lightning.data.options import RowOptions
+from phi3_lightning.data.tokens import read_tokens
 from phi3_lightning.data.turns import prompt_turns, training_turns
 
-SHAREGPT_ROLES: Final = {
-    "human": "user",
-    "gpt": "assistant",
-    "user": "user",
-    "assistant": "assistant",
-    "system": "system",
-    "function_call": "assistant",
-    "observation": "tool",
-}
-
-Raw = tuple[list[object], object]
-"""Messages in OpenAI's shape, and the tools that they may call."""
+Items = list[tuple[str, dict[str, Any]]]
+"""Messages in OpenAI's shape, each with its place in the row."""
 
 
-def parse_row(row: object, options: RowOptions) -> Conversation | PlainText | Encoded:
+def parse_row(
+    row: object, options: RowOptions, unused: Counter[str] | None = None
+) -> Conversation | PlainText | Encoded:
     """Read a row for training.
 
     Args:
         row: A decoded row.
         options: Its format and how to treat what it holds.
+        unused: Counts rows by the fields of theirs that nothing reads.
 
     Returns:
         What the row holds.
@@ -38,21 +44,29 @@ def parse_row(row: object, options: RowOptions) -> Conversation | PlainText | En
     Raises:
         BadRowError: The row has no known format, or cannot be trained.
     """
-    fields = _fields(row, options)
-    name = _recognise(fields, options)
+    fields, name, unread = _open(row, options)
+    check_weight(fields)
+    parsed: Conversation | PlainText | Encoded
     if name == "text":
-        return PlainText(_string(fields["text"], "text"))
-    if name == "tokens":
-        return _tokens(fields)
-    return training_turns(read_messages(*_READERS[name](fields), options), options)
+        parsed = PlainText(_string(fields["text"], "text"))
+    elif name == "tokens":
+        parsed = read_tokens(fields)
+    else:
+        turns = _turns(fields, name, options, unread)
+        _check_answer(fields, name, turns)
+        parsed = training_turns(turns, options)
+    if unused is not None:
+        unused.update(unread)
+    return parsed
 
 
-def parse_prompt(row: object, options: RowOptions) -> Conversation:
+def parse_prompt(row: object, options: RowOptions, unused: Counter[str] | None = None) -> Conversation:
     """Read a row for generation; an answer at its end is left out.
 
     Args:
-        row: A decoded row with messages of any format, or a ``prompt`` alone.
+        row: A decoded row with messages of any format, or a question alone.
         options: Its format and how to treat what it holds.
+        unused: Counts rows by the fields of theirs that nothing reads.
 
     Returns:
         A conversation that ends where the assistant is to speak.
@@ -60,37 +74,56 @@ def parse_prompt(row: object, options: RowOptions) -> Conversation:
     Raises:
         BadRowError: The row has no known format, or does not lead to an answer.
     """
-    fields = _fields(row, options)
-    name = _recognise(fields, options)
+    fields, name, unread = _open(row, options)
     if name not in _READERS:
         raise BadRowError("not a chat", f"a row of format '{name}' has no turns that could be answered")
-    return prompt_turns(read_messages(*_READERS[name](fields), options), options)
+    prompt = prompt_turns(_turns(fields, name, options, unread), options)
+    if unused is not None:
+        unused.update(unread)
+    return prompt
 
 
-def _fields(row: object, options: RowOptions) -> Mapping[str, Any]:
+def _open(row: object, options: RowOptions) -> tuple[Mapping[str, Any], str, set[str]]:
+    """The fields of a row, its format, and the names of the fields that nothing reads."""
     if not isinstance(row, dict):
         raise BadRowError("not an object", f"a row is a JSON object with named fields, not {kind_of(row)}")
-    for name, column in (options.columns or {}).items():
+    columns = options.columns or {}
+    displaced: list[str] = []
+    for field, column in columns.items():
         if column not in row:
-            raise BadRowError("column is missing", f"data.columns names {column!r} for '{name}'; found {_found(row)}")
-    return row | {name: row[column] for name, column in (options.columns or {}).items()}
+            raise BadRowError("column is missing", f"data.columns names {column!r} for '{field}'; found {_found(row)}")
+    if columns:
+        row, displaced = rename(row, columns)
+    name = recognise(row, options.format)
+    if name is None:
+        raise _unknown_format(row, options)
+    return row, name, {*displaced, *unused_fields(row, name, columns)} - key_columns(options)
 
 
-def _recognise(fields: Mapping[str, Any], options: RowOptions) -> str:
-    # Tables have every column in every row, so a format whose fields are null is only meant where no other fits.
-    filled = [name for name, keys in FORMATS.items() if all(fields.get(key) is not None for key in keys)]
-    names = filled or [name for name, keys in FORMATS.items() if all(key in fields for key in keys)]
-    if options.format == "auto" and names:
-        return names[0]
-    if options.format in names:
-        return options.format
+def _unknown_format(fields: Mapping[str, Any], options: RowOptions) -> BadRowError:
     wanted = "messages" if options.format == "auto" else options.format
-    raise BadRowError(
+    return BadRowError(
         "unknown format",
         f"found {_found(fields)}; expected {' and '.join(map(repr, FORMATS[wanted]))}"
         + (f" or another of the formats {', '.join(FORMATS)}" if options.format == "auto" else "")
         + f"; name other columns with data.columns{suggest_table(list(fields))}",
     )
+
+
+def _turns(fields: Mapping[str, Any], name: str, options: RowOptions, unread: set[str]) -> list[Turn]:
+    items = _with_system(fields, _READERS[name](fields, options, unread), options)
+    return read_messages(items, only(fields, TOOLS), options)
+
+
+def _check_answer(fields: Mapping[str, Any], name: str, turns: list[Turn]) -> None:
+    """Say which column lacks, where a question of a row has no answer."""
+    *_, answer = FORMATS[name]
+    if turns and turns[-1].role != "assistant" and len(FORMATS[name]) > 1 and fields.get(answer) is None:
+        raise BadRowError(
+            "last turn is not the assistant's",
+            f"no '{answer}' answers it, found {_found(fields)}; name its column with data.columns, add the answer, "
+            "or remove it",
+        )
 
 
 def suggest_table(columns: list[str]) -> str:
@@ -118,53 +151,46 @@ def suggest_table(columns: list[str]) -> str:
     return "; one message a row? Try " + " ".join(f"--data.{option} {column}" for option, column in guess.items())
 
 
-def _messages(fields: Mapping[str, Any]) -> Raw:
-    return _list(fields["messages"], "messages"), fields.get("tools")
+def _messages(fields: Mapping[str, Any], options: RowOptions, unread: set[str]) -> Items:
+    return _read_list(fields["messages"], "messages", options, unread)
 
 
-def _sharegpt(fields: Mapping[str, Any]) -> Raw:
-    items = [_sharegpt_item(item) for item in _list(fields["conversations"], "conversations")]
-    return _with_system(fields, items), fields.get("tools")
+def _sharegpt(fields: Mapping[str, Any], options: RowOptions, unread: set[str]) -> Items:
+    return _read_list(fields["conversations"], "conversations", options, unread)
 
 
-def _sharegpt_item(item: object) -> object:
-    if not isinstance(item, dict) or "from" not in item:
-        return item
-    name, value = item["from"], item.get("value")
-    message = {**item, "role": SHAREGPT_ROLES.get(name, name) if isinstance(name, str) else name, "content": value}
-    if name == "function_call":
-        calls = _json(value, "function_call")
-        message |= {"content": "", "tool_calls": calls if isinstance(calls, list) else [calls]}
-    return message
-
-
-def _alpaca(fields: Mapping[str, Any]) -> Raw:
-    items: list[object] = []
-    for index, pair in enumerate(_list(fields.get("history") or [], "history")):
+def _alpaca(fields: Mapping[str, Any], options: RowOptions, unread: set[str]) -> Items:
+    items: Items = []
+    for index, pair in enumerate(read_list(fields.get("history") or [], "history")):
         if not isinstance(pair, list) or len(pair) != 2:
             raise BadRowError("not a message", f"history[{index}] is not a pair of question and answer")
-        items += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    question = _string(fields["instruction"], "instruction")
-    if fields.get("input"):
-        question = (
-            f"{question}\n\n{_string(fields['input'], 'input')}" if question else _string(fields["input"], "input")
-        )
-    items += [{"role": "user", "content": question}, {"role": "assistant", "content": fields["output"]}]
-    return _with_system(fields, items), fields.get("tools")
+        items += [
+            (f"history[{index}]", {"role": role, "content": text}) for role, text in zip(_PAIR, pair, strict=True)
+        ]
+    parts = [key for key in ("instruction", "input") if not is_absent(fields.get(key))] or ["instruction"]
+    question = "\n\n".join(_string(fields[key], key) for key in parts)
+    items.append(("instruction", {"role": "user", "content": question}))
+    return items + _answer(fields, "output", options, unread)
 
 
-def _prompt_completion(fields: Mapping[str, Any]) -> Raw:
-    items: list[object] = []
-    for key, role in (("prompt", "user"), ("completion", "assistant")):
-        value = fields.get(key)
-        if isinstance(value, list):
-            items += value
-        elif key == "prompt" or value is not None:
-            items.append({"role": role, "content": _string(value, key)})
-    return items, fields.get("tools")
+def _prompt_completion(fields: Mapping[str, Any], options: RowOptions, unread: set[str]) -> Items:
+    prompt = fields["prompt"]
+    if isinstance(prompt, list):
+        items = _read_list(prompt, "prompt", options, unread)
+    else:
+        items = [("prompt", {"role": "user", "content": _string(prompt, "prompt")})]
+    return items + _answer(fields, "completion", options, unread)
 
 
-_READERS: Final[dict[str, Callable[[Mapping[str, Any]], Raw]]] = {
+def _answer(fields: Mapping[str, Any], key: str, options: RowOptions, unread: set[str]) -> Items:
+    value = fields.get(key)
+    if isinstance(value, list):
+        return _read_list(value, key, options, unread)
+    return [] if value is None else [(key, {"role": "assistant", "content": _string(value, key)})]
+
+
+_PAIR: Final = ("user", "assistant")
+_READERS: Final[dict[str, Callable[[Mapping[str, Any], RowOptions, set[str]], Items]]] = {
     "messages": _messages,
     "sharegpt": _sharegpt,
     "alpaca": _alpaca,
@@ -172,48 +198,32 @@ _READERS: Final[dict[str, Callable[[Mapping[str, Any]], Raw]]] = {
 }
 
 
-def _with_system(fields: Mapping[str, Any], items: list[object]) -> list[object]:
-    return [{"role": "system", "content": fields["system"]}, *items] if fields.get("system") else items
+def _read_list(value: object, key: str, options: RowOptions, unread: set[str]) -> Items:
+    places = ((f"{key}[{index}]", item) for index, item in enumerate(read_list(value, key)))
+    return [(where, read_message(item, where, options, unread)) for where, item in places]
 
 
-def _tokens(fields: Mapping[str, Any]) -> Encoded:
-    ids, labels = (_list(fields[key], key) for key in ("input_ids", "labels"))
-    tokens = [token for token in ids if type(token) is int and 0 <= token < 2**31]
-    if len(tokens) != len(ids) or len(ids) != len(labels):
-        raise BadRowError("not tokens", "'input_ids' and 'labels' are lists of token ids of one length")
-    if any(label not in (IGNORE_INDEX, token) for token, label in zip(ids, labels, strict=True)):
-        raise BadRowError(
-            "labels differ from input_ids", f"a label is its own token, not the next one, or {IGNORE_INDEX}"
-        )
-    spans, position = [], 0
-    for trained, run in groupby(labels, key=lambda label: label != IGNORE_INDEX):
-        end = position + len(list(run))
-        if trained:
-            spans.append((position, end))
-        position = end
-    return Encoded(tokens, spans)
+def _with_system(fields: Mapping[str, Any], items: Items, options: RowOptions) -> Items:
+    system = only(fields, SYSTEM)
+    if system is None:
+        return items
+    own = [(where, item) for where, item in items if _is_system(item, options)]
+    if [item.get("content") for _, item in own] == [system]:
+        return items
+    if own:
+        raise BadRowError("two system messages", f"the row's 'system' and {own[0][0]} differ; keep one of them")
+    return [("system", {"role": "system", "content": system}), *items]
 
 
-def _list(value: object, key: str) -> list[object]:
-    value = _json(value, key) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise BadRowError("no list", f"'{key}' is {kind_of(value)}; give a list")
-    return value
+def _is_system(item: dict[str, Any], options: RowOptions) -> bool:
+    role = role_of(item, options)
+    return isinstance(role, str) and ROLES.get(role) == "system"
 
 
 def _string(value: object, key: str) -> str:
     if not isinstance(value, str):
         raise BadRowError("content is not text", f"'{key}' is {kind_of(value)}; give a string")
     return check_text(value, key)
-
-
-def _json(value: object, key: str) -> object:
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise BadRowError("not JSON", f"'{key}' holds a text that is no JSON ({error})") from None
 
 
 def _found(fields: Mapping[str, Any]) -> str:

@@ -37,7 +37,7 @@ def batch_loader(
         The loader.
     """
     ranks: dict[str, Any] = {"num_replicas": num_replicas, "rank": rank}
-    order = BatchOrder(batches, seed=seed, shuffle=shuffle, position=position, resumed=resumed, **ranks)
+    order = BatchOrder(batches.indices, seed=seed, shuffle=shuffle, position=position, resumed=resumed, **ranks)
     return BatchLoader(batches, batch_size=None, sampler=order, **_common(num_workers))
 
 

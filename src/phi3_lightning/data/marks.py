@@ -1,4 +1,8 @@
-"""Private characters around contents show where a chat template puts them."""
+"""Private characters around contents show where a chat template puts them.
+
+A template may leave thoughts, ``<think>...</think>``, out of earlier answers, as those of reasoning models do. Marks
+behind contents still show where these end.
+"""
 
 import re
 from itertools import islice
@@ -6,6 +10,8 @@ from typing import Final, NamedTuple
 
 from phi3_lightning.data.conversation import BadRowError, Message
 
+# opened, or at the beginning of a content, since some templates open it in the generation prompt
+_THOUGHTS: Final = re.compile(r"(?:\A|<think>)(?:(?!<think>).)*?</think>", re.DOTALL)
 # Unicode sets the first 32 aside for a program's own use, so text never holds them; should it, private ones are left.
 _MARKS: Final = [*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900))]
 
@@ -16,10 +22,12 @@ class Rendered(NamedTuple):
     Args:
         text: The whole.
         contents: Where in it each message's content is, as half-open ranges of characters.
+        thoughtless: The messages of whose contents this is all but the thoughts, which are left out or written anew.
     """
 
     text: str
     contents: list[tuple[int, int]]
+    thoughtless: frozenset[int] = frozenset()
 
 
 def free_marks(chat: list[Message]) -> tuple[str, str]:
@@ -86,6 +94,51 @@ def unmark(chat: list[Message], plain: str, marked: str, marks: tuple[str, str])
             contents.append((position, position + len(part)))
         position += len(part)
     return Rendered(plain, contents)
+
+
+def unmark_ends(chat: list[Message], plain: str, marked: str, closing: str) -> Rendered | None:
+    """Take marks out again that were only put behind contents.
+
+    Args:
+        chat: The messages as they were.
+        plain: What the template makes of them.
+        marked: What it makes of the marked ones.
+        closing: The mark.
+
+    Returns:
+        The text and its contents; None where the template changed, moved or lost more than thoughts.
+    """
+    parts = marked.split(closing)
+    if len(parts) != len(chat) + 1 or "".join(parts) != plain:
+        return None
+    contents = []
+    thoughtless = set()
+    position = 0
+    for index, (message, part) in enumerate(zip(chat, parts, strict=False)):
+        position += len(part)
+        content = message["content"]
+        answer = _THOUGHTS.sub("", content)
+        # as it is, or without the outer white space that a template trims, or that the mark was put before
+        endings = (content, content.lstrip(), content.rstrip(), content.strip(), answer, answer.strip())
+        ending = next((ending for ending in endings if part.endswith(ending)), None)
+        if ending is None:
+            return None
+        if ending.strip() != content.strip():
+            thoughtless.add(index)
+        contents.append((position - len(ending), position))
+    return Rendered(plain, contents, frozenset(thoughtless))
+
+
+def has_thoughts(chat: list[Message]) -> bool:
+    """Whether an assistant of a chat thinks aloud.
+
+    Args:
+        chat: The messages.
+
+    Returns:
+        True where a content has the end of a ``<think>`` block.
+    """
+    return any("</think>" in message["content"] for message in chat)
 
 
 def lost(chat: list[Message], text: str) -> BadRowError:

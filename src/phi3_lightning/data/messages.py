@@ -1,6 +1,7 @@
 """Messages in OpenAI's shape become plain turns; tool calls and reasoning become text by one convention.
 
-The convention is the one that Hermes and Qwen models are trained on:
+The convention is the one that Hermes and Qwen models are trained on; where the chat template has another, ``Encoder``
+sets ``options.tools`` to ``native``, and rows with tools are refused:
 
 ==================  ===========================================================================================
 in the row          in the text
@@ -18,16 +19,11 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from phi3_lightning.data.conversation import BadRowError, Role, kind_of
+from phi3_lightning.data.decoding import decode_json, is_repr, python_repr
+from phi3_lightning.data.fields import is_absent, only
+from phi3_lightning.data.message_fields import CALLS, PARTS, REASONING, ROLES, is_trained, role_of
 from phi3_lightning.data.options import RowOptions
 
-ROLES: Final[dict[str, Role]] = {
-    "system": "system",
-    "developer": "system",  # OpenAI's newer name for the same role
-    "user": "user",
-    "assistant": "assistant",
-    "tool": "user",  # a model that knows no tool role hears the result from the user
-    "function": "user",  # OpenAI's older name for tool
-}
 TOOL_RESPONSE: Final = "<tool_response>"
 _TOOL_ROLES: Final = {"tool", "function"}
 
@@ -41,19 +37,21 @@ class Turn:
         content: What is said.
         trained: Whether the row says that it is trained or not; None: it does not say.
         tool: Whether it is a tool's result.
+        where: Its place in the row, for messages to the user.
     """
 
     role: Role
     content: str
     trained: bool | None
     tool: bool
+    where: str
 
 
-def read_messages(items: list[object], tools: object, options: RowOptions) -> list[Turn]:
+def read_messages(items: list[tuple[str, dict[str, Any]]], tools: object, options: RowOptions) -> list[Turn]:
     """Read messages.
 
     Args:
-        items: Objects with ``role`` and ``content``, and perhaps ``tool_calls``, ``reasoning_content``, ``weight``.
+        items: For each message its place in the row and its fields, as ``read_message`` names them.
         tools: The functions that may be called, as a list or its JSON; None or empty: none.
         options: What becomes of tools, and other names for roles.
 
@@ -63,25 +61,25 @@ def read_messages(items: list[object], tools: object, options: RowOptions) -> li
     Raises:
         BadRowError: A message is not one, or holds what ``options`` refuse.
     """
-    turns = [turn for index, item in enumerate(items) if (turn := _turn(item, f"messages[{index}]", options))]
+    turns = [turn for where, item in items if (turn := _turn(item, where, options))]
     described = _describe_tools(tools, options)
     if not described:
         return turns
     if turns and turns[0].role == "system":
         turns[0].content += "\n\n" + described
         return turns
-    return [Turn("system", described, None, tool=False), *turns]
+    return [Turn("system", described, None, tool=False, where="tools"), *turns]
 
 
 def check_text(value: str, where: str) -> str:
-    """See that a text can be written as UTF-8.
+    """See that a text can be written as UTF-8, and give its lines one kind of end.
 
     Args:
         value: The text.
         where: Its place in the row.
 
     Returns:
-        The text.
+        The text, whose lines end in line feeds, as those of templates do.
 
     Raises:
         BadRowError: It holds half of a surrogate pair.
@@ -91,43 +89,47 @@ def check_text(value: str, where: str) -> str:
             value.encode()
         except UnicodeEncodeError as error:
             raise BadRowError("lone surrogate", f"{where} is not valid Unicode at character {error.start}") from None
-    return value
+    return value.replace("\r\n", "\n").replace("\r", "\n") if "\r" in value else value
 
 
-def _turn(item: object, where: str, options: RowOptions) -> Turn | None:
-    if not isinstance(item, dict):
-        raise BadRowError("not a message", f"{where} is {kind_of(item)}; give an object with role and content")
-    role = item.get("role")
-    role = (options.roles or {}).get(role, role) if isinstance(role, str) else role
+def _turn(item: dict[str, Any], where: str, options: RowOptions) -> Turn | None:
+    role = role_of(item, options)
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
         raise BadRowError("unknown role", f"{where}.role is {role!r}; known are {known}, others map with data.roles")
     words, extras = _content(item, where)
-    _refuse_tools(options, where, bool(extras) or role in _TOOL_ROLES)
+    if extras or role in _TOOL_ROLES:
+        _refuse_tools(options, where, tools=role in _TOOL_ROLES or any(kind == "call" for kind, _ in extras))
     if options.tools == "drop" and (role in _TOOL_ROLES or (extras and not words.strip())):
         return None
-    if options.tools == "render":
+    if options.tools != "drop":
         thoughts = [f"<think>\n{text}\n</think>" for kind, text in extras if kind == "reasoning"]
         calls = [f"<tool_call>\n{text}\n</tool_call>" for kind, text in extras if kind == "call"]
         if extras:
             words = "\n\n".join(part for part in (*thoughts, words, "\n".join(calls)) if part)
         if role in _TOOL_ROLES:
             words = f"{TOOL_RESPONSE}\n{words}\n</tool_response>"
-    return Turn(ROLES[role], check_text(words, f"{where}.content"), _trained(item, where), role in _TOOL_ROLES)
+    text = check_text(words, f"{where}.content")
+    return Turn(ROLES[role], text, is_trained(item, where), role in _TOOL_ROLES, where)
 
 
 def _content(item: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str]]]:
     """The words of a message, and its reasoning and tool calls."""
+    content = item.get("content")
+    if isinstance(content, str) and len(item) == 2:
+        return content, []  # as most messages are
     extras = []
-    reasoning = item.get("reasoning_content") or item.get("reasoning")
-    if isinstance(reasoning, str):
+    reasoning = only(item, REASONING, where)
+    if reasoning is not None:
+        if not isinstance(reasoning, str):
+            raise BadRowError("reasoning is not text", f"{where} has {kind_of(reasoning)} as reasoning; give a string")
         extras.append(("reasoning", reasoning))
-    calls = item.get("tool_calls") or ([item["function_call"]] if item.get("function_call") else [])
+    calls = _decoded(only(item, CALLS, where)) or []
+    calls = [calls] if isinstance(calls, dict) and is_absent(item.get("tool_calls")) else calls
     if not isinstance(calls, list):
         raise BadRowError("not a tool call", f"{where}.tool_calls is {kind_of(calls)}; give a list")
     if "content" not in item and not calls:
         raise BadRowError("no content", f"{where} has no content")
-    content = item.get("content")
     if isinstance(content, list):
         parts = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     else:
@@ -146,13 +148,12 @@ def _content(item: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str
 
 def _part(part: object, where: str) -> tuple[str, object]:
     """A part's kind (text, reasoning or call) and its text."""
-    kinds = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "tool_call": "call"}
     name = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or not isinstance(name, str) or name not in kinds:
+    if not isinstance(part, dict) or not isinstance(name, str) or name not in PARTS:
         found = f"a part of type {name!r}" if isinstance(part, dict) else kind_of(part)
-        raise BadRowError("content is not text", f"{where} is {found}; known are parts of type {', '.join(kinds)}")
+        raise BadRowError("content is not text", f"{where} is {found}; known are parts of type {', '.join(PARTS)}")
     texts = (part[key] for key in (name, "text", "value") if part.get(key) is not None)
-    return kinds[name], next(texts, None)
+    return PARTS[name], next(texts, None)
 
 
 def _call(call: object, where: str) -> str:
@@ -160,7 +161,9 @@ def _call(call: object, where: str) -> str:
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise BadRowError("not a tool call", f"{where} names no function; give an object with name and arguments")
-    arguments = _decoded(call.get("arguments", {}))
+    arguments = _decoded(call.get("arguments", call.get("parameters", {})))  # the second is Llama's name
+    if isinstance(arguments, str) and is_repr(arguments):
+        raise python_repr(f"{where}.arguments")
     return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
 
 
@@ -174,28 +177,25 @@ def _decoded(value: object) -> object:
 
 
 def _describe_tools(tools: object, options: RowOptions) -> str:
-    tools = _decoded(tools)
+    tools = decode_json(tools, "'tools'") if isinstance(tools, str) and tools.strip() else tools
     if not tools:
         return ""
     if not isinstance(tools, list):
         raise BadRowError("tools are no list", f"'tools' is {kind_of(tools)}; give a list of functions, or its JSON")
-    _refuse_tools(options, "'tools'", True)
+    _refuse_tools(options, "'tools'")
     if options.tools == "drop":
         return ""
-    functions = "\n".join(json.dumps(tool, ensure_ascii=False) for tool in tools)
+    functions = "\n".join(json.dumps(_decoded(tool), ensure_ascii=False) for tool in tools)
     call = '<tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>'
     return check_text(f"# Tools\n\nYou may call these functions:\n{functions}\n\nTo call one, write\n{call}", "tools")
 
 
-def _refuse_tools(options: RowOptions, where: str, found: bool) -> None:
-    if found and options.tools == "refuse":
+def _refuse_tools(options: RowOptions, where: str, *, tools: bool = True) -> None:
+    if options.tools == "refuse":
         raise BadRowError("tools are refused", f"{where} holds tools or reasoning; set data.tools: render or drop")
-
-
-def _trained(item: dict[str, Any], where: str) -> bool | None:
-    value = item.get("weight") if item.get("train") is None else item["train"]
-    if value is None:
-        return None
-    if value not in (0, 1):  # also true and false
-        raise BadRowError("weight is not 0 or 1", f"{where} has weight {value!r}; a message is trained or not")
-    return bool(value)
+    if options.tools == "native" and tools:
+        raise BadRowError(
+            "tools of the template's own",
+            f"{where} holds tools, and the chat template writes them in its own way, which is not supported yet; set "
+            "data.tools: render to write them as text by the convention of Hermes, or drop",
+        )

@@ -1,25 +1,18 @@
 """The options of ChatDataModule, typed, with their ranges."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from phi3_lightning.data.fields import FIELDS
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.files import local_path
 
 Files = str | list[str]
 Split = Literal["train", "val", "test", "predict"]
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"]
 
-FORMATS: Final[dict[str, tuple[str, ...]]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt",),
-    "tokens": ("input_ids", "labels"),
-    "text": ("text",),
-}
-"""The fields that a row of each format has; where several fit, the first is meant."""
-
-_COLUMNS = {"input", "system", "history", "completion", "tools", *(key for keys in FORMATS.values() for key in keys)}
+_COLUMNS = frozenset().union(*FIELDS.values())
+_MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "train")
 _ROLES = ("system", "user", "assistant", "tool")
 _LEAST = {
     "max_length": 2,
@@ -41,32 +34,55 @@ class RowOptions:
     role: str | None = None
     content: str | None = None
     order: str | None = None
+    message_keys: dict[str, str] | None = None
     roles: dict[str, str] | None = None
     repeated_role: Literal["refuse", "merge"] = "refuse"
     system: Literal["keep", "merge_into_user", "refuse"] = "keep"
-    tools: Literal["render", "refuse", "drop"] = "render"
+    tools: Literal["auto", "render", "native", "refuse", "drop"] = "auto"
     special_text: Literal["plain", "refuse"] = "plain"
     train_on: Literal["assistant", "last", "all"] = "assistant"
     max_length: int = 2048
     overlong: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop"
+    group_by: str | None = None
 
     def __post_init__(self) -> None:
         for name, kind in get_type_hints(type(self)).items():
             if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
                 known = ", ".join(get_args(kind))
                 raise ConfigError(f"data.{name}: {getattr(self, name)!r} is not known; give one of {known}.")
-        for name in self.columns or {}:
-            if name not in _COLUMNS:
-                raise ConfigError(f"data.columns: {name!r} is no field of any format; known are {sorted(_COLUMNS)}.")
+        self._check_names()
         for alias, role in (self.roles or {}).items():
             if role not in _ROLES:
                 raise ConfigError(f"data.roles: {alias!r} maps to {role!r}; roles are {', '.join(_ROLES)}.")
+        if self.conversation_id is not None and self.format not in ("auto", "messages"):
+            raise ConfigError(
+                f"data.format: {self.format!r} is given, and data.conversation_id says that rows are messages; "
+                "leave one of them out."
+            )
         table = {"conversation_id": self.conversation_id, "role": self.role, "content": self.content}
         missing = [name for name, column in table.items() if column is None]
         if (0 < len(missing) < len(table)) or (missing and self.order is not None):
             raise ConfigError(
                 f"data.{missing[0]}: not given; a table of one message a row needs data.conversation_id, data.role and "
                 "data.content."
+            )
+
+    def _check_names(self) -> None:
+        for name in self.columns or {}:
+            if name not in _COLUMNS:
+                raise ConfigError(f"data.columns: {name!r} is no field of any format; known are {sorted(_COLUMNS)}.")
+            if self.format != "auto" and name not in FIELDS[self.format]:
+                raise ConfigError(
+                    f"data.columns: {name!r} is no field of data.format {self.format}, which has "
+                    f"{sorted(FIELDS[self.format])}; leave it out, or name another format."
+                )
+        for name in self.message_keys or {}:
+            if name not in _MESSAGE_KEYS:
+                raise ConfigError(f"data.message_keys: {name!r} is not known; known are {', '.join(_MESSAGE_KEYS)}.")
+        if self.conversation_id is not None and self.message_keys:
+            raise ConfigError(
+                "data.message_keys: leave it out; data.conversation_id, data.role and data.content name the columns of "
+                "a table of one message a row."
             )
 
 
@@ -100,6 +116,14 @@ class Options(RowOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tools == "native":
+            raise ConfigError(
+                "data.tools: native, as the chat template itself writes tools, is not supported yet; set data.tools: "
+                "render to write them as text by the convention of Hermes, or drop or refuse."
+            )
+        for name in ("cache_dir", "chat_template"):
+            if getattr(self, name) is not None:
+                local_path(f"data.{name}", getattr(self, name))
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if isinstance(value, int) and value < least:
@@ -123,6 +147,11 @@ class Options(RowOptions):
             raise ConfigError("data.val_fraction: a stream has no fraction; give data.val, or data.val_fraction: 0.")
         if self.streaming and self.weights is not None:
             raise ConfigError("data.weights: streamed data are not mixed; set data.streaming: false or leave them out.")
+        if self.group_by is not None and (self.val is not None or self.val_fraction == 0):
+            raise ConfigError(
+                f"data.group_by: {self.group_by!r} only decides which training rows validate; leave out data.val and "
+                "give a data.val_fraction above 0, or leave out data.group_by."
+            )
 
     def row_options(self, **changes: Any) -> RowOptions:
         """The part of the options that decides about tokens.

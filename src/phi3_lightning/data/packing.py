@@ -147,20 +147,6 @@ def _group(
     return batches
 
 
-def share_step(rows: int, fitting: int) -> tuple[int, int]:
-    """Divide the rows of an optimiser step into as few micro-batches as can be, of one size.
-
-    Args:
-        rows: Rows of a step.
-        fitting: Rows of a micro-batch at the most.
-
-    Returns:
-        Micro-batches, and rows of each; together at least ``rows``.
-    """
-    parts = -(-rows // fitting)
-    return parts, -(-rows // parts)
-
-
 def mix(items: Ints, weights: list[float], seed: int) -> Ints:
     """Choose documents so that sources have given shares. None is taken twice, and as many as possible are taken.
 

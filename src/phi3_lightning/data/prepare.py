@@ -8,7 +8,8 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -18,13 +19,14 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from phi3_lightning.batch import Origin
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.encode import Chunk, Encoder, Job, encode_all
 from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.packing import Ints
-from phi3_lightning.data.sources import Source
-from phi3_lightning.data.tables import gather
-from phi3_lightning.errors import DataError
+from phi3_lightning.data.sources import NOT_WRITTEN, Source
+from phi3_lightning.data.tables import source_rows
+from phi3_lightning.errors import ConfigError, DataError
 
 if TYPE_CHECKING:  # importing it takes half a second, for which `--help` need not wait
     import datasets
@@ -38,11 +40,14 @@ _SCHEMA = pa.schema(
         "length": pa.int32(),
         "source": pa.int32(),
         "row": pa.int64(),
+        "id": pa.string(),
+        "group": pa.int64(),
+        "hash": pa.int64(),
     }
 )
 _CHUNK = 512  # rows that are tokenised, and written, together
 _LINE_SECONDS = 10.0  # between two lines about progress where there is no terminal
-_SHOWN = 10  # bad rows that an error describes one by one
+_SHOWN = 10  # bad rows, or files, that are named one by one
 
 
 @dataclass(frozen=True)
@@ -56,6 +61,8 @@ class Statistics:
         dropped: Rows left out, by reason.
         tokens: Tokens of the kept documents.
         supervised_tokens: Those of them that are trained.
+        unused: Rows with each field that nothing reads, by the field's name.
+        by_source: Rows found in each source.
     """
 
     read: int
@@ -64,6 +71,8 @@ class Statistics:
     dropped: dict[str, int]
     tokens: int
     supervised_tokens: int
+    unused: dict[str, int]
+    by_source: list[int]
 
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped.items())
@@ -77,14 +86,28 @@ class Prepared:
     """A tokenised set, mapped from the disk.
 
     Args:
-        table: One row a document: ``input_ids``, ``spans``, ``length``, ``source`` and ``row``.
+        table: One row a document: ``input_ids``, ``spans``, ``length``, ``source``, ``row``, ``id``, ``group`` and
+            ``hash``.
         statistics: What became of the rows.
         sources: Where they came from.
+        left_out: Names of what else is in the folders that were given.
     """
 
     table: "datasets.Dataset"
     statistics: Statistics
     sources: list[Source]
+    left_out: list[str] = field(default_factory=list)
+
+    def column(self, name: str) -> Ints:
+        """Read a column of one number a document.
+
+        Args:
+            name: ``length``, ``source``, ``row``, ``group`` or ``hash``.
+
+        Returns:
+            Shape (documents,), int64.
+        """
+        return np.asarray(self.table.data.column(name), dtype=np.int64)
 
     def lengths(self) -> Ints:
         """Tokens of each document.
@@ -92,7 +115,7 @@ class Prepared:
         Returns:
             Shape (documents,), int64.
         """
-        return np.asarray(self.table.data.column("length"), dtype=np.int64)
+        return self.column("length")
 
     def documents(self, indices: list[int]) -> list[Document]:
         """Read documents.
@@ -114,11 +137,25 @@ class Prepared:
             Shape (documents,), int64.
         """
         items: Ints = np.array([source.item for source in self.sources], dtype=np.int64)
-        sources: Ints = np.asarray(self.table.data.column("source"), dtype=np.int64)
-        return items[sources]
+        return items[self.column("source")]
+
+    def origins(self, indices: list[int]) -> list[Origin]:
+        """Say where documents came from.
+
+        Args:
+            indices: Which ones.
+
+        Returns:
+            Place and own id of the row of each.
+        """
+        rows = self.table.with_format("arrow", columns=["source", "row", "id"])[indices].to_pylist()
+        return [
+            Origin(self.sources[row["source"]].place(row["row"]), None if row["id"] is None else json.loads(row["id"]))
+            for row in rows
+        ]
 
     def describe(self, indices: list[int]) -> list[str]:
-        """Say where documents came from.
+        """Say at which places documents are.
 
         Args:
             indices: Which ones.
@@ -126,8 +163,22 @@ class Prepared:
         Returns:
             A place a document, such as ``chats.jsonl:12``.
         """
-        found = self.table[indices]
-        return [self.sources[source].place(row) for source, row in zip(found["source"], found["row"], strict=True)]
+        return [origin.place for origin in self.origins(indices)]
+
+    def files(self) -> dict[str, str]:
+        """Say what was read, and what was left out.
+
+        Returns:
+            Names with their rows, as text.
+        """
+        counted = zip(self.sources, self.statistics.by_source, strict=True)
+        files = {"read": _listing([f"{source.name()} ({rows:,} rows)" for source, rows in counted])}
+        return files | ({"left out": _listing(self.left_out)} if self.left_out else {})
+
+
+def _listing(names: list[str]) -> str:
+    more = f" and {len(names) - _SHOWN:,} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def prepare(
@@ -152,23 +203,42 @@ def prepare(
 
     Raises:
         DataError: Rows cannot be used, or none is left.
+        ConfigError: The cache cannot be written.
     """
     import datasets
 
     parts = [encoder.fingerprint(), on_bad_row, *(source.fingerprint() for source in sources)]
     name = hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "phi3_lightning"
-    if not (cache / name).is_dir():
-        cache.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
-        try:
-            _build(folder, sources, encoder, on_bad_row, num_proc)
-            _publish(folder, cache / name)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-    table = datasets.Dataset.from_file(str(cache / name / "data.arrow")).with_format("numpy")
-    statistics = Statistics(**json.loads((cache / name / "statistics.json").read_text(encoding="utf-8")))
-    return Prepared(table, statistics, sources)
+    with _writing(cache, given=cache_dir is not None):
+        if not (cache / name).is_dir():
+            cache.mkdir(parents=True, exist_ok=True)
+            folder = Path(tempfile.mkdtemp(prefix=f"{name}-", dir=cache))
+            try:
+                _build(folder, sources, encoder, on_bad_row, num_proc)
+                _publish(folder, cache / name)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
+    try:
+        table = datasets.Dataset.from_file(str(cache / name / "data.arrow"))
+        statistics = Statistics(**json.loads((cache / name / "statistics.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{cache / name}: tokenised rows that cannot be read ({error}). Delete this folder.") from error
+    return Prepared(table.with_format("numpy", columns=["input_ids", "spans"]), statistics, sources)
+
+
+@contextmanager
+def _writing(cache: Path, *, given: bool) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NOT_WRITTEN:
+            raise
+        option = f"data.cache_dir: {cache}" if given else f"data.cache_dir: not given, and {cache}"
+        raise ConfigError(
+            f"{option} cannot be written ({error}). Name a folder that can be written and has room, such as "
+            "--data.cache_dir /tmp/phi3-cache"
+        ) from error
 
 
 def _publish(folder: Path, final: Path) -> None:
@@ -181,8 +251,10 @@ def _publish(folder: Path, final: Path) -> None:
 
 def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: str, num_proc: int) -> None:
     said = time.monotonic()
-    read = cut = tokens = supervised = kept = bad_count = 0
+    cut = tokens = supervised = kept = bad_count = 0
+    by_source = [0] * len(sources)
     dropped: Counter[str] = Counter()
+    unused: Counter[str] = Counter()
     bad: list[str] = []
     columns = (SpinnerColumn(), TextColumn("tokenising"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
     progress = Progress(*columns)
@@ -190,9 +262,10 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
     task = progress.add_task("", total=None)
     with progress, pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
         for chunk in encode_all(_jobs(sources, encoder.options), encoder, num_proc):
-            read += chunk.read
+            by_source[chunk.source] += chunk.read
             cut += chunk.cut
             dropped.update(chunk.dropped)
+            unused.update(chunk.unused)
             bad_count += len(chunk.bad)
             bad += [f"{sources[chunk.source].place(row)}: {why}" for row, why in chunk.bad[: _SHOWN - len(bad)]]
             if len(chunk.lengths):
@@ -202,12 +275,14 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
                 supervised += int(
                     (chunk.spans[1::2] - np.maximum(chunk.spans[0::2], 1)).sum()
                 )  # a first token never is
-            progress.update(task, completed=read)
+            progress.update(task, completed=sum(by_source))
             if progress.disable and time.monotonic() - said > _LINE_SECONDS:
                 said = time.monotonic()
-                rank_zero_info(f"tokenising: {read} rows so far")
-    _report_bad_rows(bad, bad_count, read, on_bad_row)
-    statistics = Statistics(read, kept, cut, dict(dropped), tokens, supervised)
+                rank_zero_info(f"tokenising: {sum(by_source)} rows so far")
+    _report_bad_rows(bad, bad_count, sum(by_source), on_bad_row)
+    statistics = Statistics(
+        sum(by_source), kept, cut, dict(dropped), tokens, supervised, dict(unused), by_source=by_source
+    )
     if not kept:
         names = ", ".join(sorted({source.name() for source in sources}))
         raise DataError(f"{names}: no row is left to use: {statistics}. Check data.max_length and the rows.")
@@ -229,7 +304,7 @@ def _report_bad_rows(bad: list[str], count: int, read: int, on_bad_row: str) -> 
 
 def _jobs(sources: list[Source], options: RowOptions) -> Iterator[Job]:
     for index, source in enumerate(sources):
-        rows = source.rows() if options.conversation_id is None else gather(source.rows(), options)
+        rows = source_rows(source, options)
         while part := list(islice(rows, _CHUNK)):
             yield Job(index, part)
 
@@ -246,6 +321,9 @@ def _record_batch(chunk: Chunk) -> pa.RecordBatch:
             pa.array(chunk.lengths),
             pa.array(np.full(count, chunk.source, dtype=np.int32)),
             pa.array(chunk.rows),
+            pa.array(chunk.ids, type=pa.string()),
+            pa.array(chunk.groups),
+            pa.array(chunk.hashes),
         ],
         schema=_SCHEMA,
     )

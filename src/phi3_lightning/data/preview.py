@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
 
 import numpy as np
 from rich.console import Group, RenderableType
@@ -12,26 +11,13 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
 from phi3_lightning.data.collate import Document
+from phi3_lightning.data.copies import Part, repeated, shared
 from phi3_lightning.data.datamodule import ChatDataModule
+from phi3_lightning.data.fields import name_unused
 from phi3_lightning.data.options import Split
+from phi3_lightning.segments import Segment, segments
 
 _BARS = 24
-
-
-class Segment(NamedTuple):
-    """Neighbouring tokens that are treated alike.
-
-    Args:
-        text: What they say.
-        ids: The tokens.
-        trained: Whether they are supervised.
-        special: Whether it is a special token, which stands alone.
-    """
-
-    text: str
-    ids: list[int]
-    trained: bool
-    special: bool
 
 
 @dataclass(frozen=True)
@@ -64,53 +50,37 @@ def look(datamodule: ChatDataModule, split: Split = "train", rows: int = 3) -> P
     shown = np.sort(plan.documents)[:rows].tolist()
     lengths = prepared.lengths()[plan.documents]
     documents = zip(prepared.describe(shown), prepared.documents(shown), strict=True)
-    samples = [(place, segments(document, datamodule.tokenizer)) for place, document in documents]
+    samples = [(place, _segments(document, datamodule.tokenizer)) for place, document in documents]
     return Preview(_facts(datamodule, split), _histogram(lengths), samples)
 
 
-def segments(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
-    """Divide a document by what becomes of its tokens.
-
-    Args:
-        document: The document.
-        tokenizer: Its tokenizer.
-
-    Returns:
-        All of its tokens, in order.
-    """
-    ids = document.input_ids.tolist()
-    trained = np.zeros(len(ids), dtype=bool)
+def _segments(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
+    trained = np.zeros(len(document.input_ids), dtype=bool)
     for first, end in document.spans.reshape(-1, 2).tolist():
         trained[max(first, 1) : end] = True
-    specials = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    found = []
-    # A special token is a group of its own: its position is part of the key.
-    keys = [(bool(trained[at]), at if token in specials else -1) for at, token in enumerate(ids)]
-    for (is_trained, special), group in groupby(range(len(ids)), key=keys.__getitem__):
-        part = [ids[at] for at in group]
-        found.append(Segment(str(tokenizer.decode(part)), part, is_trained, special >= 0))
-    return found
+    return segments(document.input_ids.tolist(), trained.tolist(), tokenizer)
 
 
-def render_terminal(preview: Preview, *, show_ids: bool = False) -> RenderableType:
+def render_terminal(preview: Preview, *, show_ids: bool = False, brackets: bool = False) -> RenderableType:
     """Write a preview for a terminal.
 
     Args:
         preview: What to show.
         show_ids: Whether to show token ids behind the text.
+        brackets: Whether trained text stands in brackets, for where there are no colours.
 
     Returns:
         Something that rich prints: trained text green, special tokens visible.
     """
     facts = Table.grid(padding=(0, 2))
     for name, value in preview.facts.items():
-        facts.add_row(Text(name, "dim"), value)
+        facts.add_row(Text(name, "dim"), Text(value))  # Text: a file's name may hold square brackets
     most = max(count for _, count in preview.histogram)
     bars = Table.grid(padding=(0, 1))
     for start, count in preview.histogram:
         bars.add_row(Text(str(start), "dim"), "█" * round(40 * count / most) or "▏" * (count > 0), str(count))
     parts: list[RenderableType] = [
-        Panel(_terminal_text(found, show_ids), title=place, title_align="left", border_style="dim")
+        Panel(_terminal_text(found, show_ids, brackets), title=Text(place), title_align="left", border_style="dim")
         for place, found in preview.samples
     ]
     return Group(*parts, facts, Text("\ntokens  documents", "dim"), bars)
@@ -124,10 +94,13 @@ def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
     quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
     spans = int(np.diff(np.asarray(prepared.table.data.column("spans").combine_chunks().offsets)).sum()) // 2
     facts = {
+        **prepared.files(),
         "rows read": f"{statistics.read:,}",
         "documents kept": f"{statistics.kept:,}" + (f", {statistics.cut:,} cut" if statistics.cut else ""),
         **{f"dropped: {reason}": f"{count:,}" for reason, count in statistics.dropped.items()},
+        **({"fields not used": unused} if (unused := name_unused(statistics.unused)) else {}),
         f"documents in {split}": f"{len(lengths):,}",
+        **_copies(datamodule, split),
         "tokens": f"{statistics.tokens:,}",
         "trained tokens": f"{statistics.supervised_tokens:,} ({statistics.supervised_tokens / statistics.tokens:.1%})",
         "trained turns": f"{spans:,}",
@@ -139,16 +112,28 @@ def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
     return facts | {"micro-batches of an epoch": f"{len(plan):,}, before accumulation and on one device"}
 
 
+def _copies(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
+    """What there is twice, where there is something: within a split, and in training and held-out data."""
+    parts = {name: Part(datamodule.prepared[name], np.sort(plan.documents)) for name, plan in datamodule.plans.items()}
+    found = {"exact duplicates": repeated(parts[split])} if split == "train" else {}
+    for name in ("val", "test"):
+        if name in parts and "train" in parts and split in {"train", name}:
+            found[f"documents of {name} that are trained too"] = shared(parts[name], parts["train"])
+    return {name: str(copies) for name, copies in found.items() if copies.count}
+
+
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     counts, edges = np.histogram(lengths, bins=min(_BARS, int(np.ptp(lengths)) + 1))
     return list(zip(np.ceil(edges[:-1]).astype(int).tolist(), counts.tolist(), strict=True))
 
 
-def _terminal_text(found: list[Segment], show_ids: bool) -> Text:
+def _terminal_text(found: list[Segment], show_ids: bool, brackets: bool) -> Text:
     text = Text()
-    for segment in found:
-        style = "green underline " * segment.trained + "bold magenta" * segment.special
-        text.append(segment.text, style)
-        if show_ids:
-            text.append(f" {segment.ids} ", "dim")
+    for trained, group in groupby(found, key=lambda segment: segment.trained):
+        text.append("«" * (trained and brackets))
+        for segment in group:
+            text.append(segment.text, "green underline " * segment.trained + "bold magenta" * segment.special)
+            if show_ids:
+                text.append(f" {segment.ids} ", "dim")
+        text.append("»" * (trained and brackets))
     return text

@@ -2,7 +2,8 @@
 
 import html
 
-from phi3_lightning.data.preview import Preview, Segment
+from phi3_lightning.data.preview import Preview
+from phi3_lightning.segments import Segment
 
 
 def render_html(preview: Preview, *, show_ids: bool = False) -> str:

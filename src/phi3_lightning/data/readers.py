@@ -3,25 +3,40 @@
 import csv
 import gzip
 import json
-import sys
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import chain
 from pathlib import Path
+from shlex import quote
 from typing import Any, BinaryIO, Final, cast
 
 import pyarrow as pa
 import pyarrow.parquet
 
+from phi3_lightning.data.arrow import plain_rows
 from phi3_lightning.data.conversation import BadRowError
+from phi3_lightning.data.csv_files import read_csv
+from phi3_lightning.data.decoding import BOM, convert, decode_json, decode_text, is_repr, wide_encoding
 from phi3_lightning.errors import DataError
 
 Row = tuple[int, object]
-"""A row's number in its source, from 1 (its line, where there are lines), and its values, or the bytes of its line."""
+"""A row's number in its source, from 1 (its line, where there are lines), and its values, the bytes of its line, or its
+fault."""
 
-BOM: Final = b"\xef\xbb\xbf"
 SUFFIXES: Final = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"}
+_SHEET: Final = "save the sheet as 'CSV UTF-8 (comma delimited)'"
+_NOT_DATA: Final = {  # how files begin that hold no rows, what they are, and what to do
+    rb"PK\x03\x04": ("an Excel workbook or another zip archive", f"{_SHEET}, or unpack the archive"),
+    rb"\xd0\xcf\x11\xe0": ("an old Excel workbook", _SHEET),
+    rb"\x28\xb5\x2f\xfd": ("packed with zstd", "unpack it: zstd -d FILE"),
+    rb"\xfd7zXZ": ("packed with xz", "unpack it: unxz FILE"),
+    rb"BZh[1-9]1AY&SY": ("packed with bzip2", "unpack it: bunzip2 FILE"),
+    rb"SQLite format 3": ("an SQLite database", "export the table as CSV: sqlite3 -header -csv FILE 'select * from T'"),
+    rb"%PDF-": ("a PDF document", "give the chats as JSON lines"),
+    rb"version https://git-lfs": ("a pointer of Git LFS instead of the data", "fetch them: git lfs pull"),
+    rb"\s*<(?i:!doctype html|html)": ("a web page", "download the file itself"),
+}
 
 
 def kind_of_file(path: Path) -> str:
@@ -32,15 +47,29 @@ def kind_of_file(path: Path) -> str:
 
     Returns:
         ``lines``, ``array``, ``csv``, ``parquet`` or ``arrow``.
+
+    Raises:
+        DataError: It holds none of these, or text that is not UTF-8.
     """
-    if data_suffix(path) in {".csv", ".tsv"}:
-        return "csv"
     with open_file(path) as file:
         start = file.read(4096)
-    if start.startswith(b"PAR1"):
+    for pattern, (kind, cure) in _NOT_DATA.items():
+        if re.match(pattern, start):
+            raise DataError(f"{path}: the file is {kind}; {cure.replace('FILE', quote(str(path)))}")
+    is_csv = data_suffix(path) in {".csv", ".tsv"}
+    if start.startswith(b"PAR1") and not is_csv:
         return "parquet"
-    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")):
+    if start.startswith((b"ARROW1", b"\xff\xff\xff\xff")) and not is_csv:
         return "arrow"
+    if encoding := wide_encoding(start):
+        suffix = ".tsv" if is_csv and re.search(rb"\t\0|\0\t", start.partition(b"\n")[0]) else ""
+        raise DataError(
+            f"{path}: the file is {encoding}, not UTF-8: {convert(path, f'iconv -f {encoding} -t UTF-8', suffix)}"
+        )
+    if b"\0" in start:
+        raise DataError(f"{path}: the file is neither text nor Parquet nor Arrow by its name and content; convert it.")
+    if is_csv:
+        return "csv"
     return "array" if start.removeprefix(BOM).lstrip().startswith(b"[") else "lines"
 
 
@@ -84,8 +113,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     """
     readers: dict[str, Callable[[BinaryIO], Iterable[Row]]] = {
         "lines": _lines,
-        "array": _array,
-        "csv": partial(_csv, delimiter="\t" if data_suffix(path) == ".tsv" else ","),
+        "array": partial(_array, path=path),
+        "csv": partial(read_csv, path=path, delimiter="\t" if data_suffix(path) == ".tsv" else ","),
         "parquet": _parquet,
         "arrow": _arrow,
     }
@@ -93,6 +122,8 @@ def read_rows(path: Path) -> Iterator[Row]:
     try:
         with open_file(path) as file:
             yield from readers[kind](file)
+    except DataError:
+        raise
     except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError, EOFError, zlib.error) as error:
         names = {"lines": "JSON lines", "array": "a JSON array", "csv": "CSV", "parquet": "Parquet", "arrow": "Arrow"}
         raise DataError(f"{path}: not {names[kind]} that can be read ({error}). Mend or remove the file.") from error
@@ -111,9 +142,14 @@ def decode_line(line: bytes) -> object:
         BadRowError: It is not UTF-8, or not JSON.
     """
     try:
-        return json.loads(line.decode())
-    except (ValueError, RecursionError) as error:
-        raise BadRowError("not JSON", f"{error}") from None
+        text = line.decode()
+    except UnicodeDecodeError as error:
+        raise BadRowError(
+            "not UTF-8",
+            f"byte 0x{line[error.start]:02x}; where all such bytes are cp1252, as older Windows programs write it: "
+            "iconv -f CP1252 -t UTF-8 FILE > NEW",
+        ) from None
+    return decode_json(text, "the line")
 
 
 def _lines(file: BinaryIO) -> Iterator[Row]:
@@ -123,18 +159,11 @@ def _lines(file: BinaryIO) -> Iterator[Row]:
             yield number, text
 
 
-def _array(file: BinaryIO) -> Iterator[Row]:
-    return enumerate(json.loads(file.read().removeprefix(BOM)), start=1)
-
-
-def _csv(file: BinaryIO, delimiter: str) -> Iterator[Row]:
-    csv.field_size_limit(sys.maxsize)  # the default refuses long chats
-    text = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(file))
-    reader = csv.DictReader(text, delimiter=delimiter, strict=True)
-    for number, row in enumerate(reader, start=1):
-        if None in row or None in row.values():
-            raise ValueError(f"line {reader.line_num} has not as many fields as the head")
-        yield number, row
+def _array(file: BinaryIO, path: Path) -> Iterator[Row]:
+    text = decode_text(file.read(), path)
+    if is_repr(text):
+        raise ValueError("it is Python's repr, with single quotes; write it with json.dump")
+    return enumerate(json.loads(text), start=1)
 
 
 def _parquet(file: Any) -> Iterator[Row]:
@@ -150,4 +179,4 @@ def _arrow(file: Any) -> Iterator[Row]:
 
 
 def _tables(batches: Iterable[pa.RecordBatch]) -> Iterator[Row]:
-    return enumerate(chain.from_iterable(batch.to_pylist() for batch in batches), start=1)
+    return enumerate(plain_rows(batches), start=1)

@@ -177,7 +177,7 @@ class BatchLoader(DataLoader[Any]):
 
 
 class PlannedBatches(Dataset[Any]):
-    """The batches of a plan, by index.
+    """The batches of a plan, by index. Its length is in rows: Lightning's ``BatchSizeFinder`` goes up to it.
 
     Args:
         prepared: The tokenised documents.
@@ -191,7 +191,12 @@ class PlannedBatches(Dataset[Any]):
         self._collate = collate
 
     def __len__(self) -> int:
-        return len(self._plan)
+        return len(self._plan.rows) - 1
+
+    @property
+    def indices(self) -> range:
+        """The index of each batch."""
+        return range(len(self._plan))
 
     def __getitem__(self, index: int) -> Any:
         rows = [] if index == FILLER else self._plan[index]

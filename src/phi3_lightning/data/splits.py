@@ -1,12 +1,16 @@
 """From options to the documents and batches of each split."""
 
+import os
+from dataclasses import replace
+
 import numpy as np
+from numpy.typing import NDArray
 
 from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.options import Options, Split
 from phi3_lightning.data.packing import Ints, Plan, mix, plan_batches
 from phi3_lightning.data.prepare import Prepared, prepare
-from phi3_lightning.data.sources import find_sources
+from phi3_lightning.data.sources import select_sources
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.data.window import Window, read_window
 from phi3_lightning.errors import ConfigError, DataError
@@ -67,7 +71,8 @@ def make_encoder(split: Split, options: Options, template: ChatTemplate, window:
     """
     prompts = split == "predict"
     limit = window.longest if prompts and window is not None else options.max_length
-    return Encoder(template, options.row_options(max_length=limit), prompts=prompts)
+    group_by = options.group_by if split == "train" else None  # no other rows are shared out
+    return Encoder(template, options.row_options(max_length=limit, group_by=group_by), prompts=prompts)
 
 
 def prepare_split(split: Split, options: Options, encoder: Encoder) -> Prepared:
@@ -81,13 +86,15 @@ def prepare_split(split: Split, options: Options, encoder: Encoder) -> Prepared:
     Returns:
         Its documents.
     """
-    return prepare(
-        find_sources(options.files(split) or []),
+    sources = select_sources(options.files(split) or [], split)
+    prepared = prepare(
+        sources.taken,
         encoder,
         on_bad_row=options.on_bad_row,
         cache_dir=options.cache_dir,
         num_proc=options.num_proc,
     )
+    return replace(prepared, left_out=sources.left_out)
 
 
 def share_out(split: Split, prepared: Prepared, options: Options, seed: int) -> dict[Split, Ints]:
@@ -103,7 +110,7 @@ def share_out(split: Split, prepared: Prepared, options: Options, seed: int) -> 
         The documents of each split that these serve.
 
     Raises:
-        DataError: A source of the mixture has no documents.
+        DataError: A source of the mixture has no documents, or all documents are of one group.
     """
     documents = np.arange(len(prepared.table))
     if split != "train":
@@ -115,8 +122,46 @@ def share_out(split: Split, prepared: Prepared, options: Options, seed: int) -> 
     if options.val is not None or options.val_fraction == 0 or len(documents) < 2:
         return {split: documents}
     size = min(max(round(len(documents) * options.val_fraction), 1), len(documents) - 1)
+    if options.group_by is not None:
+        held_out = choose_groups(prepared.column("group")[documents], size, seed)
+        return {"train": documents[~held_out], "val": documents[held_out]}
     mixed = np.random.default_rng(seed).permutation(documents)
     return {"train": np.sort(mixed[size:]), "val": np.sort(mixed[:size])}
+
+
+def choose_groups(groups: Ints, size: int, seed: int) -> NDArray[np.bool_]:
+    """Choose whole groups, in an order by chance, that together have at most a number of documents.
+
+    Args:
+        groups: The group of each document, shape (documents,).
+        size: Documents to choose; the smallest group is chosen where every group has more.
+        seed: Decides which groups.
+
+    Returns:
+        Whether each document is chosen, shape (documents,).
+
+    Raises:
+        DataError: There is but one group.
+    """
+    names, counts = np.unique(groups, return_counts=True)
+    if len(names) < 2:
+        raise DataError("data.group_by: all rows are of one group, so none can validate; give data.val, or no group.")
+    order = np.random.default_rng(seed).permutation(len(names))
+    chosen: list[int] = []
+    for group in order.tolist():
+        if counts[group] <= size:
+            chosen.append(group)
+            size -= int(counts[group])
+    return np.isin(groups, names[chosen or [int(order[counts[order].argmin()])]])
+
+
+def data_seed(options: Options) -> int:
+    """Return the seed of split, mixture and order.
+
+    Args:
+        options: What the user gave.
+    """
+    return int(os.environ.get("PL_GLOBAL_SEED", 0)) if options.seed is None else int(options.seed)
 
 
 def plan_split(split: Split, lengths: Ints, options: Options, window: Window | None, seed: int) -> Plan:
@@ -141,3 +186,20 @@ def plan_split(split: Split, lengths: Ints, options: Options, window: Window | N
         seed=seed if split == "train" else None,
         apart=window.short if window is not None and not prompts else None,
     )
+
+
+def plan_documents(split: Split, prepared: Prepared, documents: Ints, options: Options, window: Window | None) -> Plan:
+    """Lay down the batches of some documents.
+
+    Args:
+        split: Which split they are of.
+        prepared: The tokenised set that they belong to.
+        documents: Which of it, in order, shape (documents,).
+        options: What the user gave.
+        window: How long the model's inputs may be.
+
+    Returns:
+        The plan, by their indices in the set.
+    """
+    plan = plan_split(split, prepared.lengths()[documents], options, window, data_seed(options))
+    return Plan(documents[plan.documents], plan.rows, plan.batches)

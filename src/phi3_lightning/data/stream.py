@@ -16,10 +16,9 @@ from phi3_lightning.batch import Batch
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.encode import Chunk, Encoder, Job
 from phi3_lightning.data.packing import Plan
-from phi3_lightning.data.readers import Row
 from phi3_lightning.data.sampler import BatchLoader
 from phi3_lightning.data.sources import Source
-from phi3_lightning.data.tables import gather
+from phi3_lightning.data.tables import source_rows
 from phi3_lightning.errors import ConfigError, DataError
 
 log = logging.getLogger(__name__)
@@ -64,6 +63,7 @@ class StreamedBatches(IterableDataset[Batch]):
         self._skip_bad_rows = skip_bad_rows
         self._num_replicas = num_replicas
         self._rank = rank
+        self._unused: set[str] = set()  # fields that the log has named
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -103,20 +103,20 @@ class StreamedBatches(IterableDataset[Batch]):
                 )
 
     def _documents(self, share: int, shares: int) -> Iterator[Document]:
-        for source, rows in enumerate(map(self._rows, self.sources)):
+        for source, given in enumerate(self.sources):
+            rows = source_rows(given, self._encoder.options)
             for index in count():
                 chunk = list(islice(rows, _CHUNK))
                 if not chunk:
                     break
                 if index % shares == share:
-                    yield from self._encode(Job(source, chunk))
+                    yield from self._encode(Job(source, chunk), log_unused=share == 0)
 
-    def _rows(self, source: Source) -> Iterator[Row]:
-        options = self._encoder.options
-        return source.rows() if options.conversation_id is None else gather(source.rows(), options)
-
-    def _encode(self, job: Job) -> Iterable[Document]:
+    def _encode(self, job: Job, *, log_unused: bool) -> Iterable[Document]:
         chunk = self._encoder.encode(job)
+        if log_unused and (unused := sorted(chunk.unused.keys() - self._unused)):
+            self._unused.update(unused)
+            log.warning("train: fields that are not used: %s", ", ".join(unused))
         faults = [f"{self.sources[job.source].place(row)}: {why}" for row, why in chunk.bad]
         if faults and not self._skip_bad_rows:
             remedy = "Mend the row, or set data.on_bad_row: skip to leave such rows out."

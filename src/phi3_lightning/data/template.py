@@ -5,39 +5,21 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import pairwise
-from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
+from phi3_lightning.data.apart import Joined, encode_apart
 from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, Message
 from phi3_lightning.data.glue import Ending, Glue
-from phi3_lightning.data.marks import Rendered, free_marks, lost, mark, unmark
+from phi3_lightning.data.marks import Rendered, free_marks, has_thoughts, lost, mark, unmark, unmark_ends
+from phi3_lightning.data.template_text import read_template, templates_of, writes_tools
 from phi3_lightning.data.words import Pieces, Words, words_are_independent
 from phi3_lightning.errors import ConfigError
 
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
-
-
-class _Joined:
-    """Encodings of a text's pieces, read as one."""
-
-    def __init__(self, starts: list[int], encodings: list[Encoding]) -> None:
-        self.ids = [token for encoding in encodings for token in encoding.ids]
-        self.offsets = [
-            (at + start, at + end)
-            for at, encoding in zip(starts[:-1], encodings, strict=True)
-            for start, end in encoding.offsets
-        ]
-
-    def char_to_token(self, char: int) -> int | None:
-        return next((index for index, (start, end) in enumerate(self.offsets) if start <= char < end), None)
-
-    def token_to_chars(self, token: int) -> tuple[int, int]:
-        return self.offsets[token]
 
 
 def load_tokenizer(name: str, revision: str | None = None, chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -63,10 +45,12 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template: str | 
             f"data.tokenizer: cannot load {name!r} ({error}). Give a folder with tokenizer.json, or a hub id."
         ) from error
     if chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(chat_template).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"data.chat_template: cannot read {chat_template} ({error}).") from error
+        tokenizer.chat_template = read_template(chat_template)
+    if any(text.startswith("\ufeff") for text in templates_of(tokenizer)):
+        raise ConfigError(
+            f"data.tokenizer: the chat template of {name!r} begins with a byte order mark, which would be tokens of "
+            "every chat; remove it there, or give data.chat_template a file."
+        )
     if tokenizer.chat_template is None:
         raise ConfigError(f"data.tokenizer: {name!r} has no chat template; give one with data.chat_template.")
     tokenizer.backend_tokenizer.no_truncation()
@@ -113,6 +97,11 @@ class ChatTemplate:
         behaviour = [sorted(self.tokenizer.get_vocab().items()), [probe.ids for probe in probes]]
         texts = {"tokenizer": json.dumps(behaviour), "template": str(self.tokenizer.chat_template)}
         return {name: hashlib.sha256(text.encode()).hexdigest() for name, text in texts.items()}
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the template has a way of its own to write tools, their calls or their results."""
+        return any(map(writes_tools, templates_of(self.tokenizer)))
 
     def encode(
         self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
@@ -168,13 +157,16 @@ class ChatTemplate:
             try:
                 marks = free_marks(chat)
                 plain, outer, inner = apply([chat, mark(chat, *marks), mark(chat, *marks, strip=True)])
+                if found := unmark(chat, plain, outer, marks) or unmark(chat, plain, inner, marks):
+                    self._glue.learn(chat, found, ending)
+                    return found
+                if not has_thoughts(chat):
+                    return lost(chat, plain)
+                outer, inner = apply([mark(chat, "", marks[1]), mark(chat, "", marks[1], strip=True)])
             except _TEMPLATE_ERRORS as error:
                 return BadRowError("the chat template refuses it", str(error))
-            found = unmark(chat, plain, outer, marks) or unmark(chat, plain, inner, marks)
-            if found is None:
-                return lost(chat, plain)
-            self._glue.learn(chat, found, ending)
-            return found
+            found = unmark_ends(chat, plain, outer, marks[1]) or unmark_ends(chat, plain, inner, marks[1])
+            return found or lost(chat, plain)
 
         try:
             texts = apply(chats)
@@ -197,11 +189,13 @@ class ChatTemplate:
         return (found or next(whole) for found in by_words)
 
     def _supervise(
-        self, chat: Conversation, rendered: Rendered, encoding: Encoding | Pieces | _Joined
+        self, chat: Conversation, rendered: Rendered, encoding: Encoding | Pieces | Joined
     ) -> Encoded | BadRowError:
         found = (self._special_text.search(message["content"]) for message in chat.messages)
         if not self._can_defuse and (special := next(filter(None, found), None)):
             return _refused(special.group())
+        if rendered.thoughtless and (fault := self._thoughtless(chat, rendered)):
+            return fault
         if isinstance(encoding, Encoding) and any(found):  # words have it as plain text already
             encoding = self._defuse(rendered, encoding)
         spans = []
@@ -220,18 +214,25 @@ class ChatTemplate:
             spans.append((first + swallowed, last + 1))
         return Encoded(encoding.ids, spans)
 
-    def _defuse(self, rendered: Rendered, whole: Encoding) -> _Joined:
-        """Encode again so that only the template's special tokens are special, and a content's are plain text."""
-        cuts = [0]
-        for token, (start, end) in zip(whole.ids, whole.offsets, strict=True):
-            if token in self._special_ids and not any(a <= start < b for a, b in rendered.contents):
-                cuts += [start, end]
-        cuts.append(len(rendered.text))
-        pieces = [rendered.text[start:end] for start, end in pairwise(cuts)]
-        encodings: list[Encoding | None] = [None] * len(pieces)
-        encodings[0::2] = self._encode_texts(pieces[0::2], plain=True)
-        encodings[1::2] = self._encode_texts(pieces[1::2])
-        return _Joined(cuts, [piece for piece in encodings if piece is not None])
+    def _thoughtless(self, chat: Conversation, rendered: Rendered) -> BadRowError | None:
+        """What is wrong with a chat of whose thoughts the template leaves some out."""
+        for index in sorted(rendered.thoughtless):
+            start, end = rendered.contents[index]
+            if chat.trained[index]:
+                earlier = "data.train_on: last trains the last answer alone; or " * (index < len(chat.messages) - 1)
+                return BadRowError(
+                    "the chat template changes thoughts",
+                    f"messages[{index}] is trained, and the template leaves out its <think> block or writes it in "
+                    f"another form; {earlier}write the block as the template does, or give data.chat_template a file "
+                    "with a template that keeps it",
+                )
+            # Where the rest of the content is, nobody knows, and leaving thoughts out may have made the text.
+            if special := self._special_text.search(f"{chat.messages[index]['content']}\n{rendered.text[start:end]}"):
+                return _refused(special.group())
+        return None
+
+    def _defuse(self, rendered: Rendered, whole: Encoding) -> Joined:
+        return encode_apart(rendered, whole, self._special_ids, self._encode_texts)
 
     def _check(self) -> int:
         """Try the template on a small chat and return its end-of-turn token."""

@@ -76,14 +76,14 @@ def _ordered(turns: list[Turn], options: RowOptions) -> list[Turn]:
     spoken = [index for index, turn in enumerate(turns) if turn.role != "system"]
     if spoken and turns[spoken[0]].role == "assistant":
         raise BadRowError(
-            "assistant speaks first", f"messages[{spoken[0]}] answers nothing; put a user's turn before it"
+            "assistant speaks first", f"{turns[spoken[0]].where} answers nothing; put a user's turn before it"
         )
     return turns
 
 
 def _merged(turns: list[Turn], options: RowOptions) -> list[Turn]:
     merged: list[Turn] = []
-    for index, turn in enumerate(turns):
+    for turn in turns:
         before = next((other for other in reversed(merged) if other.role != "system"), None)
         if before is None or turn.role == "system" or before.role != turn.role:
             merged.append(turn)
@@ -91,17 +91,17 @@ def _merged(turns: list[Turn], options: RowOptions) -> list[Turn]:
         tools = before.tool or turn.tool
         if merged[-1] is not before or not (tools or options.repeated_role == "merge"):
             raise BadRowError(
-                f"two {turn.role} turns in a row", f"at messages[{index}]; data.repeated_role: merge joins neighbours"
+                f"two {turn.role} turns in a row", f"at {turn.where}; data.repeated_role: merge joins neighbours"
             )
         if (before.trained is False) != (turn.trained is False):
-            raise BadRowError("merged turns differ in weight", f"messages[{index}] and the one before it")
+            raise BadRowError("merged turns differ in weight", f"{turn.where} and the one before it")
         joint = "\n" if tools else "\n\n"
         merged[-1] = replace(before, content=before.content + joint + turn.content, tool=turn.tool)
     return merged
 
 
 def _place_system(turns: list[Turn], options: RowOptions) -> list[Turn]:
-    """Treat system messages as asked."""
+    """Treat system messages as ``data.system`` says."""
     if options.system == "keep" or all(turn.role != "system" for turn in turns):
         return turns
     if options.system == "refuse":

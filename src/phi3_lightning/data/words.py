@@ -92,7 +92,7 @@ class Words:
             Its tokens; None where a content begins within a stretch of text instead of at or behind an added token,
             since which token is its first is not known then.
         """
-        text, contents = rendered
+        text, contents = rendered.text, rendered.contents
         begins = [start for start, _ in contents]
         pieces = Pieces()
         position = 0

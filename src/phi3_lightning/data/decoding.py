@@ -1,0 +1,130 @@
+"""Bytes and JSON are decoded, or refused by an error that names what they are and the line that cures it."""
+
+import json
+import re
+from pathlib import Path
+from shlex import quote
+from typing import Final
+
+from phi3_lightning.data.conversation import BadRowError
+from phi3_lightning.errors import DataError
+
+BOM: Final = b"\xef\xbb\xbf"
+_MARKS: Final = {
+    b"\xff\xfe\x00\x00": "UTF-32",
+    b"\x00\x00\xfe\xff": "UTF-32",
+    b"\xff\xfe": "UTF-16",
+    b"\xfe\xff": "UTF-16",
+}
+_REPR: Final = re.compile(r"\s*(?:\[?\s*array\(|[\[{(][\s\[{(]*')")  # JSON has no single quotes
+
+
+def wide_encoding(start: bytes) -> str | None:
+    """Recognise encodings of two or four bytes a character.
+
+    Args:
+        start: The beginning of a file.
+
+    Returns:
+        The encoding, by the name that ``iconv`` has for it; None for any other.
+    """
+    for mark, name in _MARKS.items():
+        if start.startswith(mark):
+            return name
+    even, odd = start[::2].count(0) * 2, start[1::2].count(0) * 2
+    if max(even, odd) > len(start) / 2 > 5 * min(even, odd):  # every other byte of Latin text, and no other
+        return "UTF-16LE" if odd > even else "UTF-16BE"
+    return None
+
+
+def convert(path: Path, command: str, suffix: str = "") -> str:
+    """Write the command line that makes a new file of one that cannot be read.
+
+    Args:
+        path: The file, packed with gzip or not.
+        command: What converts it, from standard input to standard output.
+        suffix: The end of the new file's name; empty: that of the old one.
+
+    Returns:
+        The command line.
+    """
+    packed = path.suffix.lower() == ".gz"
+    plain = path.with_suffix("") if packed else path
+    new = quote(str(plain.with_suffix(f".new{suffix or plain.suffix}")))
+    old = quote(str(path))
+    return f"gunzip -c {old} | {command} > {new}" if packed else f"{command} < {old} > {new}"
+
+
+def decode_text(data: bytes, path: Path, line: int = 1) -> str:
+    """Decode UTF-8, without the byte order mark that it may begin with.
+
+    Args:
+        data: The bytes.
+        path: The file that they are from.
+        line: The line of the file that they begin with.
+
+    Returns:
+        The text.
+
+    Raises:
+        DataError: They are not UTF-8.
+    """
+    try:
+        return data.removeprefix(BOM).decode() if line == 1 else data.decode()
+    except UnicodeDecodeError as error:
+        data = error.object
+        at = line + data.count(b"\n", 0, error.start)
+        raise DataError(
+            f"{path}:{at}: not UTF-8 (byte 0x{data[error.start]:02x}). What Excel and older Windows programs write is "
+            f"mostly cp1252: {convert(path, 'iconv -f CP1252 -t UTF-8')}"
+        ) from None
+
+
+def is_repr(text: str) -> bool:
+    """Whether a text is what Python's ``str`` makes of a list, a dictionary or an array.
+
+    Args:
+        text: The text.
+
+    Returns:
+        True for ``[{'role': 'user'}]``, which is no JSON.
+    """
+    return _REPR.match(text) is not None
+
+
+def decode_json(text: str, where: str) -> object:
+    """Decode JSON within a row.
+
+    Args:
+        text: The JSON.
+        where: Its place in the row.
+
+    Returns:
+        What it says.
+
+    Raises:
+        BadRowError: It is no JSON.
+    """
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        if is_repr(text):
+            raise python_repr(where) from None
+        raise BadRowError("not JSON", f"{where} is no JSON ({error})") from None
+
+
+def python_repr(where: str) -> BadRowError:
+    """Say how Python's way to write values becomes JSON.
+
+    Args:
+        where: The place of such a text in the row.
+
+    Returns:
+        The fault.
+    """
+    return BadRowError(
+        "not JSON",
+        f"{where} is Python's repr (single quotes), not JSON; write values with json.dumps, in pandas "
+        "df[c] = df[c].map(ast.literal_eval).map(json.dumps), or the table with df.to_json(NEW, orient='records', "
+        "lines=True)",
+    )
