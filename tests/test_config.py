@@ -95,10 +95,57 @@ def test_a_mapping_gives_what_the_section_gives(kind):
     assert section(kind, given) is given
 
 
-@pytest.mark.parametrize("kind", [LoRA, Optimizer, Schedule, Generation])
-def test_an_unknown_key_is_named(kind):
-    with pytest.raises(ConfigError, match=f"{kind.__name__}: .*'rank'"):
-        section(kind, {"rank": 8})
+@pytest.mark.parametrize(
+    ("kind", "key", "hint"),
+    [
+        (LoRA, "model.lora.alpha", "did you mean lora_alpha"),
+        (LoRA, "model.lora.rank", "there are backend, r, lora_alpha"),
+        (LoRA, "model.lora.target_module", "did you mean target_modules"),
+        (Optimizer, "model.optimizer.weigth_decay", "did you mean weight_decay"),
+        (Schedule, "model.schedule.warmup_steps", "did you mean warmup"),
+        (Generation, "model.generation.top_k", "did you mean top_p"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_one_that_was_meant(kind, key, hint):
+    with pytest.raises(ConfigError, match=f"^{re.escape(key)}: there is no such option; {hint}"):
+        section(kind, {key.rpartition(".")[2]: 8})
+
+
+@pytest.mark.parametrize(
+    ("kind", "field", "value", "told"),
+    [
+        (LoRA, "r", "8", "model.lora.r: '8' cannot be used: give a whole number"),
+        (LoRA, "r", 8.5, "model.lora.r: 8.5 cannot be used: give a whole number"),
+        (LoRA, "r", True, "model.lora.r: True cannot be used: give a whole number"),
+        (LoRA, "r", None, "model.lora.r: None cannot be used: give a whole number"),
+        (LoRA, "lora_alpha", "32", "model.lora.lora_alpha: '32' cannot be used: give a number"),
+        (LoRA, "use_dora", "no", "model.lora.use_dora: 'no' cannot be used: give true or false"),
+        (LoRA, "target_modules", [1], "model.lora.target_modules: [1] cannot be used: give a list, each of it text"),
+        (LoRA, "rank_pattern", {"o_proj": "2"}, "model.lora.rank_pattern.o_proj: '2' cannot be used: give a whole"),
+        (LoRA, "rank_pattern", ["o_proj"], "model.lora.rank_pattern: ['o_proj'] cannot be used: give a mapping"),
+        (
+            LoRA,
+            "enable_lora",
+            {"qkv_proj": "yes"},
+            "model.lora.enable_lora.qkv_proj: 'yes' cannot be used: give a",
+        ),
+        (LoRA, "layers_pattern", "h", "model.lora.layers_pattern: 'h' cannot be used: give layers or null"),
+        (LoRA, "adapter", 3, "model.lora.adapter: 3 cannot be used: give text or null"),
+        (Optimizer, "lr", "2e-4", "model.optimizer.lr: '2e-4' cannot be used: give a number"),
+        (Optimizer, "betas", 0.9, "model.optimizer.betas: 0.9 cannot be used: give a list, each of it a number"),
+        (Schedule, "warmup", "10", "model.schedule.warmup: '10' cannot be used: give a whole number or a number"),
+        (Generation, "max_new_tokens", 2.5, "model.generation.max_new_tokens: 2.5 cannot be used: give a whole"),
+    ],
+)
+def test_a_value_of_another_type_is_named_with_its_key(kind, field, value, told):
+    with pytest.raises(ConfigError, match=f"^{re.escape(told)}"):
+        section(kind, {field: value})
+
+
+@pytest.mark.parametrize("given", [None, "r=8", ["r", 8], LoraConfig(r=8)])
+def test_what_is_no_mapping_is_no_section(given):
+    with pytest.raises(ConfigError, match=r"^model\.lora: .* cannot be used: give a mapping"):
+        section(LoRA, given)
 
 
 def test_a_peft_config_of_a_script_drops_in():

@@ -4,10 +4,13 @@ The docstring under a field is its ``--help`` text. Names follow PEFT (LoRA), to
 transformers (schedules, generation).
 """
 
+import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, cast, get_args, get_origin, get_type_hints
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from phi3_lightning.errors import ConfigError
 
@@ -67,22 +70,69 @@ def require_choice(key: str, value: object, kind: Any) -> None:
     require(valid, key, value, f"choose {' or '.join(map(str, choices))}")
 
 
-def require_choices(key: str, given: object) -> None:
-    """Raise a ConfigError unless each ``Literal`` field of a section holds one of its choices.
+def require_types(key: str, given: object) -> None:
+    """Raise a ConfigError unless each field of a section holds a value of its type, or one of its choices.
 
     Args:
         key: The key path of the section.
         given: The section, a dataclass.
 
     Raises:
-        ConfigError: If a field holds no choice of its type.
+        ConfigError: If a field holds something else.
     """
     for name, kind in get_type_hints(type(given)).items():
-        if get_origin(kind) is Literal:
-            require_choice(f"{key}.{name}", getattr(given, name), kind)
+        _require_type(f"{key}.{name}", getattr(given, name), kind)
+
+
+def _require_type(key: str, value: object, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        require_choice(key, value, kind)
+    elif get_origin(kind) is dict and isinstance(value, Mapping):
+        for name, item in value.items():
+            _require_type(f"{key}.{name}", item, get_args(kind)[1])
+    else:
+        require(_is_of(value, kind), key, value, f"give {_words(kind)}")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of a type, with a whole number for a number, and any sequence or set for a list."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple | set) and all(_is_of(item, arguments[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def _words(kind: Any) -> str:
+    """A type in the user's words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, arguments))
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (list, tuple):
+        return f"a list, each of it {_words(arguments[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    return words.get(kind, "a mapping")
 
 
 Section = TypeVar("Section")
+
+if TYPE_CHECKING:
+    Given: TypeAlias = Section | Mapping[str, Any]
+    """A section, or a mapping of its keys, as scripts and checkpoints give it."""
+else:
+
+    class Given:
+        """The section alone: what the command line makes options of."""
+
+        def __class_getitem__(cls, kind):
+            return kind
 
 
 def section(kind: type[Section], given: Section | Mapping[str, Any]) -> Section:
@@ -97,10 +147,16 @@ def section(kind: type[Section], given: Section | Mapping[str, Any]) -> Section:
     """
     if isinstance(given, kind):
         return given
-    try:
-        return kind(**cast("Mapping[str, Any]", given))
-    except TypeError as error:
-        raise ConfigError(f"{kind.__name__}: {str(error).removeprefix(f'{kind.__name__}.__init__() ')}") from None
+    key = f"model.{kind.__name__.lower()}"
+    require(isinstance(given, Mapping), key, given, "give a mapping of its options")
+    given = cast("Mapping[str, Any]", given)
+    known = list(get_type_hints(kind))
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{key}.{name}: there is no such option; {hint}")
+    return kind(**given)
 
 
 @dataclass(frozen=True)
@@ -152,7 +208,7 @@ class LoRA:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        require_choices("model.lora", self)
+        require_types("model.lora", self)
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
@@ -233,7 +289,7 @@ class Optimizer:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        require_choices("model.optimizer", self)
+        require_types("model.optimizer", self)
         object.__setattr__(self, "betas", tuple(self.betas))
         require(self.lr > 0, "model.optimizer.lr", self.lr, "it is above 0, for LoRA often 2e-4")
         require(
@@ -263,7 +319,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
-        require_choices("model.schedule", self)
+        require_types("model.schedule", self)
         valid = self.warmup >= 0 if isinstance(self.warmup, int) else 0 <= self.warmup < 1
         require(valid, "model.schedule.warmup", self.warmup, "a whole number of steps, or a fraction in [0, 1)")
 
@@ -283,6 +339,7 @@ class Generation:
 
     def __post_init__(self) -> None:
         """Check the ranges."""
+        require_types("model.generation", self)
         require(self.max_new_tokens >= 1, "model.generation.max_new_tokens", self.max_new_tokens, "it is at least 1")
         require(self.temperature > 0, "model.generation.temperature", self.temperature, "it is above 0")
         require(0 < self.top_p <= 1, "model.generation.top_p", self.top_p, "it is in (0, 1]")

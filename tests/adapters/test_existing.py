@@ -1,12 +1,13 @@
 """Starting from an adapter that exists, in each of its formats, and refusing what is another one."""
 
 import json
+import logging
 
 import loralib
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 import synthetic
 from adapters.conftest import frozen_base, logits, randomise, trained
@@ -66,13 +67,68 @@ def test_what_a_backend_gives_to_peft_it_takes_back(tiny_base, tmp_path, backend
     torch.testing.assert_close(logits(again), logits(model))
 
 
-def test_a_file_of_plain_loralib(tiny_base, tmp_path):
-    model = frozen_base(tiny_base)
-    randomise(attach(model, section(backend="loralib")).parameters())
-    torch.save(loralib.lora_state_dict(model), tmp_path / "lora.pt")
+def by_loralib(base: str, folder, **options) -> torch.Tensor:
+    """Save an adapter as loralib does; return the answers of the model that carries it."""
+    model = frozen_base(base)
+    randomise(attach(model, section(backend="loralib", **options)).parameters())
+    torch.save(loralib.lora_state_dict(model), folder / "lora.pt")
+    return logits(model).detach()
+
+
+def test_a_file_of_plain_loralib(tiny_base, tmp_path, caplog):
+    expected = by_loralib(tiny_base, tmp_path)
     again = frozen_base(tiny_base)
-    attach(again, section(backend="loralib", adapter=str(tmp_path / "lora.pt")))
-    assert torch.equal(logits(again), logits(model))
+    with caplog.at_level(logging.INFO):
+        attach(again, section(backend="loralib", adapter=str(tmp_path / "lora.pt")))
+    assert torch.equal(logits(again), expected)
+    assert "lora.pt: the file does not record how its updates are scaled" in caplog.text
+    assert "lora_alpha / r of model.lora counts, 2" in caplog.text
+
+
+VALUE_SLICE = {"layer": "MergedLinear", "r": 4, "lora_alpha": 8, "enable_lora": [False, False, True]}
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"lora_alpha": 16}, r"lora\.json has model\.layers\.0\.self_attn\.qkv_proj scaled by 4 .* it is 2"),
+        ({"enable_lora": [False, True, False]}, r"with slices \[False, True, False\].* with \[False, False, True\]"),
+        ({"r": 0}, r"lora\.json does not describe its layers"),
+    ],
+)
+def test_what_an_export_says_of_a_loralib_file_is_compared(tiny_base, tmp_path, written, told):
+    options = {"target_modules": ["v_proj"]}
+    expected = by_loralib(tiny_base, tmp_path, **options)
+    paths = [f"model.layers.{number}.self_attn.qkv_proj" for number in range(2)]
+    mine = section(backend="loralib", adapter=str(tmp_path / "lora.pt"), **options)
+    (tmp_path / "lora.json").write_text(json.dumps(dict.fromkeys(paths, VALUE_SLICE)))
+    again = frozen_base(tiny_base)
+    attach(again, mine)
+    assert torch.equal(logits(again), expected)
+    (tmp_path / "lora.json").write_text(json.dumps(dict.fromkeys(paths, VALUE_SLICE | written)))
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.adapter: .*{told}"):
+        attach(frozen_base(tiny_base), mine)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (lambda model: model.state_dict(), r"model\.embed_tokens\.weight and \d+ more: no tensor of an adapter"),
+        (lambda model: loralib.lora_state_dict(model) | {"epoch": 3}, "epoch: no tensor of an adapter"),
+        (lambda model: loralib.lora_state_dict(model) | {"lora_alpha": 8}, "lora_alpha: no tensor of an adapter"),
+        (
+            lambda model: {f"module.{name}": tensor for name, tensor in loralib.lora_state_dict(model).items()},
+            "other layers than model.lora asks for",
+        ),
+    ],
+    ids=["whole model", "a number", "no tensor", "prefix"],
+)
+def test_what_nothing_reads_of_a_loralib_file_is_named(tiny_base, tmp_path, content, told):
+    model = frozen_base(tiny_base)
+    attach(model, section(backend="loralib"))
+    torch.save(content(model), tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.adapter: {tmp_path}/lora\.pt: .*{told}"):
+        attach(frozen_base(tiny_base), section(backend="loralib", adapter=str(tmp_path / "lora.pt")))
 
 
 def checkpoint(base: str, tmp_path, **lora) -> tuple[str, Phi3LoRAModule]:
@@ -142,10 +198,14 @@ def test_an_adapter_that_records_another_base_is_refused_with_both_names(tiny_ba
 @pytest.mark.parametrize(
     ("lora", "told"),
     [
-        ({"lora_alpha": 9}, "lora_alpha: 8, and here it is 9"),
-        ({"backend": "loralib"}, "backend: peft, and here it is loralib"),
-        ({"target_modules": ["o_proj"]}, "other layers than model.lora asks for"),
-        ({"alpha_pattern": {"o_proj": 9}}, "alpha_pattern: {}, and here it is"),
+        ({"lora_alpha": 9}, "model.lora.lora_alpha is 9 and was 8"),
+        ({"backend": "loralib"}, "model.lora.backend is loralib and was peft"),
+        (
+            {"target_modules": ["o_proj"]},
+            "target_modules adapts o_proj in 2 layers and adapted o_proj in 2 layers",
+        ),
+        ({"layers_to_transform": [0]}, "target_modules adapts o_proj in 1 layers, .* and adapted o_proj in 2 layers"),
+        ({"alpha_pattern": {"o_proj": 9}}, "model.lora.alpha_pattern is {'o_proj': 9} and was {}"),
     ],
 )
 def test_another_checkpoint_is_refused(tiny_base, tmp_path, lora, told):
@@ -164,7 +224,7 @@ def test_the_same_shapes_of_other_slices_are_another_adapter(tiny_base, tmp_path
     """k and v have equally many rows: a name alone tells them apart."""
     path, _ = checkpoint(tiny_base, tmp_path, backend="loralib", target_modules=["k_proj"])
     lora = SMALL | {"backend": "loralib", "target_modules": ["v_proj"]}
-    with pytest.raises(CheckpointError, match=r"slices: .*k_proj.*here it is .*v_proj"):
+    with pytest.raises(CheckpointError, match=r"slices is .*v_proj.* and was .*k_proj"):
         Phi3LoRAModule(tiny_base, dtype="float32", lora=lora | {"adapter": path}).configure_model()
     other, trainer = Phi3LoRAModule(tiny_base, dtype="float32", lora=lora), synthetic.trainer(tmp_path)
     with pytest.raises(CheckpointError, match=r"slices is .*v_proj.* and was .*k_proj"):
@@ -185,11 +245,11 @@ def test_a_file_that_could_run_code_is_never_opened(tiny_base, tmp_path):
 
     for name in ("a.pt", "a.ckpt"):
         torch.save({"state_dict": {}, "x": Trap()}, tmp_path / name)
-        with pytest.raises(CheckpointError, match="no whole file of tensors and plain types"):
+        with pytest.raises(CheckpointError, match="not a whole checkpoint of tensors and plain types"):
             attach(frozen_base(tiny_base), section(backend="loralib", adapter=str(tmp_path / name)))
     by_plain_peft(tiny_base, tmp_path / "folder")
     (tmp_path / "folder/adapter_model.safetensors").rename(tmp_path / "folder/adapter_model.bin")
-    with pytest.raises(CheckpointError, match=r"with adapter_config\.json and adapter_model\.safetensors"):
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin, which can run code"):
         attach(frozen_base(tiny_base), section(adapter=str(tmp_path / "folder")))
 
 
@@ -197,3 +257,80 @@ def test_a_loralib_file_needs_its_backend(tiny_base, tmp_path):
     torch.save({}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"set model\.lora\.backend: loralib"):
         attach(frozen_base(tiny_base), section(adapter=str(tmp_path / "a.pt")))
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_in_two_bytes_is_as_peft_reads_it(tiny_base, tmp_path, backend, dtype):
+    by_plain_peft(tiny_base, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    expected = logits(PeftModel.from_pretrained(frozen_base(tiny_base), tmp_path).eval()).detach()
+    model = frozen_base(tiny_base)
+    attach(model, section(adapter=str(tmp_path), backend=backend))
+    torch.testing.assert_close(logits(model), expected)
+    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({f"{LAYER}.lora_magnitude_vector": torch.ones(32)}, "unexpected .*lora_magnitude_vector"),
+        ({f"{LAYER}.lora_B.bias": torch.ones(32)}, r"unexpected .*lora_B\.bias"),
+        ({"base_model.model.lm_head.weight": torch.ones(96, 32)}, r"unexpected .*lm_head\.weight"),
+        ({f"{LAYER}.lora_A.default.weight": torch.ones(4, 32)}, r"unexpected .*lora_A\.default"),
+        ({f"{LAYER}.base_layer.weight": torch.ones(32, 32)}, "holds weights of the base .*save_embedding_layers=False"),
+        ({f"{LAYER}.lora_A.weight": torch.full((4, 32), torch.nan)}, r"lora_A(\.weight)? is not finite"),
+        ({f"{LAYER}.lora_B.weight": torch.full((32, 4), torch.inf)}, r"lora_B(\.weight)? is not finite"),
+    ],
+    ids=["magnitude", "bias", "whole module", "adapter name", "base", "nan", "inf"],
+)
+def test_a_tensor_that_nothing_reads_is_named(tiny_base, tmp_path, backend, more, told):
+    by_plain_peft(tiny_base, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | more, file)
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.adapter: {tmp_path}: .*{told}"):
+        attach(frozen_base(tiny_base), section(adapter=str(tmp_path), backend=backend))
+
+
+def test_a_folder_of_several_adapters_names_them(tiny_base, tmp_path):
+    for name in ("first", "second"):
+        by_plain_peft(tiny_base, tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"in folders of their own; give one: {tmp_path}/first, {tmp_path}/sec"):
+        attach(frozen_base(tiny_base), section(adapter=str(tmp_path)))
+
+
+def rewritten(path: str, **identity) -> None:
+    content = torch.load(path, weights_only=True)
+    content["phi3_lightning"] |= identity
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("version", [0, 99])
+def test_a_checkpoint_of_an_unknown_format_is_refused(tiny_base, tmp_path, version):
+    path, _ = checkpoint(tiny_base, tmp_path)
+    rewritten(path, format_version=version)
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.adapter: {path}: .* has format version {version}, and"):
+        Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | {"adapter": path}).configure_model()
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tiny_base, tmp_path):
+    path, module = checkpoint(tiny_base, tmp_path)
+    content = torch.load(path, weights_only=True)
+    block = content["phi3_lightning"]
+    first = {key: block[key] for key in ("base", "fingerprint")} | {"format_version": 1}
+    first["lora"] = {key: block["lora"][key] for key in ("backend", "r", "lora_alpha", "lora_dropout")}
+    torch.save(content | {"phi3_lightning": first}, path)
+    again = Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | {"adapter": path})
+    again.configure_model()
+    assert torch.equal(again.eval()(BATCH), module.eval()(BATCH))
+
+
+def test_a_checkpoint_of_another_origin_is_refused(tiny_base, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"^model\.lora\.adapter: .*a\.ckpt: .*not written by phi3_lightning"):
+        attach(frozen_base(tiny_base), section(adapter=str(tmp_path / "a.ckpt")))

@@ -5,7 +5,7 @@ import pytest
 import sacrebleu
 from sacrebleu.significance import PairedTest
 
-from phi3_lightning.evaluate.bootstrap import compare
+from phi3_lightning.evaluate.bootstrap import FEWEST_ROWS, compare
 from phi3_lightning.metrics import Answer
 from phi3_lightning.metrics.answers import scores
 
@@ -47,6 +47,15 @@ def test_pairs_are_drawn_together():
 
 def test_no_change_is_not_significant():
     assert not compare(rows([1, 2, 3]), rows([1, 2, 3]), mean, 100).significant
+
+
+@pytest.mark.parametrize(("count", "told"), [(3, False), (FEWEST_ROWS - 1, False), (FEWEST_ROWS, True)])
+def test_few_rows_tell_nothing(count, told):
+    base = np.random.default_rng(0).normal(0, 1, count)
+    found = compare(rows(base), rows(base + 0.1), mean, 100)
+    assert found.difference.low > 0
+    assert found.significant == told
+    assert found.too_few == (not told)
 
 
 def test_the_same_rows_always_have_the_same_interval():

@@ -10,7 +10,7 @@ from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.existing import check_origin as check_origin
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import LoRA
-from phi3_lightning.errors import ModelError
+from phi3_lightning.errors import CheckpointError, ModelError
 
 __all__ = ["attach", "check"]
 
@@ -32,22 +32,29 @@ def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> 
     """
     adapter = _backend(config)(model, config)
     if config.adapter is not None:
-        existing.load_into(adapter, model, config, base)
+        try:
+            existing.load_into(adapter, model, config, base)
+        except CheckpointError:
+            adapter.detach()
+            raise
     return adapter
 
 
-def check(model: Phi3ForCausalLM, config: LoRA) -> None:
+def check(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> None:
     """Find what would stop :func:`attach`, as far as a model without weights tells.
 
     Args:
-        model: The base model, on the meta device.
+        model: The base model; it may be on the meta device.
         config: What is to be attached.
+        base: Name of the base model, which an existing adapter must have been trained on.
 
     Raises:
         ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.
+        CheckpointError: If ``config.adapter`` describes an adapter that is not computed here, or of another base.
     """
     _backend(config)
     whole.resolve(model, config, targets.resolve(model, config))
+    existing.read_config(config, base)
 
 
 def _backend(config: LoRA) -> Callable[[Phi3ForCausalLM, LoRA], Adapter]:

@@ -198,10 +198,12 @@ def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], s
         source: Where it comes from.
 
     Raises:
-        CheckpointError: If a tensor is missing, unexpected or of another shape.
+        CheckpointError: If a tensor is missing, unexpected or of another shape, or holds NaN or infinity.
     """
     check_names(found, expected, source)
     for name, tensor in expected.items():
+        if not found[name].float().isfinite().all():
+            raise CheckpointError(f"{source}: {name} is not finite; the adapter is spoilt, give another one")
         if found[name].shape != tensor.shape:
             raise CheckpointError(
                 f"{source}: {name} has shape {tuple(found[name].shape)} and not {tuple(tensor.shape)}: its rank is not "

@@ -14,6 +14,9 @@ Statistics = NDArray[np.float64]
 LEVEL = 95.0
 """The share of draws, in per cent, that an interval holds."""
 
+FEWEST_ROWS = 20
+"""Below these an interval of resampled rows is too narrow to tell chance from a difference."""
+
 
 @dataclass(frozen=True)
 class Estimate:
@@ -31,11 +34,18 @@ class Comparison:
     base: Estimate
     tuned: Estimate
     difference: Estimate
+    rows: int
+    """How many rows were compared."""
+
+    @property
+    def too_few(self) -> bool:
+        """Whether there are too few rows to tell."""
+        return self.rows < FEWEST_ROWS
 
     @property
     def significant(self) -> bool:
-        """Whether the interval of the difference is on one side of 0."""
-        return self.difference.low > 0 or self.difference.high < 0
+        """Whether the interval of the difference is on one side of 0, and of rows enough to tell."""
+        return not self.too_few and (self.difference.low > 0 or self.difference.high < 0)
 
 
 def compare(
@@ -61,6 +71,7 @@ def compare(
         base=_estimate(values[0], drawn[:, 0]),
         tuned=_estimate(values[1], drawn[:, 1]),
         difference=_estimate(values[1] - values[0], drawn[:, 1] - drawn[:, 0]),
+        rows=rows,
     )
 
 

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from phi3_lightning.evaluate.bootstrap import LEVEL, Comparison, Estimate, Statistics, compare
+from phi3_lightning.batch import Origin
+from phi3_lightning.evaluate.bootstrap import FEWEST_ROWS, LEVEL, Comparison, Estimate, Statistics, compare
 from phi3_lightning.metrics import Answer
 from phi3_lightning.metrics.answers import Score, scores
 
@@ -96,7 +97,7 @@ class Report:
         generation: How answers were written.
         resamples: Draws of each interval.
         answers: The rows that were answered, in order.
-        places: Where rows came from, where somebody says so.
+        origins: Where the rows that were answered came from.
         curves: Steps and values of what the run has logged.
         config: The run's configuration, as YAML.
         certificates: The certificates of exports in the run's folder, by path.
@@ -112,7 +113,7 @@ class Report:
     generation: Mapping[str, Any]
     resamples: int
     answers: Sequence[Answered]
-    places: Mapping[int, str] = field(default_factory=dict)
+    origins: Mapping[int, Origin]
     curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
     config: str = ""
     certificates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -123,8 +124,8 @@ class Report:
         return sorted(self.answers, key=lambda answered: -abs(answered.change))[:SHOWN]
 
     def place(self, answered: Answered) -> str:
-        """Return where a row came from; its number where nobody says."""
-        return self.places.get(answered.row, f"row {answered.row}")
+        """Return where a row came from."""
+        return self.origins[answered.row].place
 
     def facts(self) -> dict[str, str]:
         """Return what was tested, by name, as text."""
@@ -137,26 +138,26 @@ class Report:
             facts["not answered, by reason"] = listed
         if self.answers:
             facts["generation"] = ", ".join(f"{name} {value}" for name, value in self.generation.items())
+            facts |= {f"{_family(name)} by": how for name, how in signatures().items()}
         facts["intervals"] = f"{LEVEL:g}% of {self.resamples} bootstrap draws of the rows, the same for both models"
+        if any(found.too_few for found in self.metrics.values()):
+            facts["differences"] = f"too few rows to tell: with fewer than {FEWEST_ROWS} none is marked"
         return facts
 
     def content(self) -> str:
         """Return test.json."""
-        metrics = {
-            name: asdict(found) | {"rows": self.rows if name in TOKEN_SCORES else len(self.answers)}
-            for name, found in self.metrics.items()
-        }
         content = {
             "format": FORMAT,
             "run": self.run,
             "checkpoint": self.checkpoint,
             "step": self.step,
             "data": dict(self.data),
-            "metrics": metrics,
+            "metrics": {name: asdict(found) for name, found in self.metrics.items()},
+            "signatures": signatures() if self.answers else {},
             "interval": {"level": LEVEL / 100, "resamples": self.resamples},
             "left_out": dict(self.left_out),
             "generation": dict(self.generation),
-            "answers": [{"place": self.place(found)} | found.content() for found in self.answers],
+            "answers": [self.origins[found.row].content() | found.content() for found in self.answers],
         }
         return json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
@@ -219,6 +220,16 @@ def measure_answers(answers: Sequence[Answered], resamples: int) -> dict[str, Co
         return compare(base, tuned, score.value, resamples)
 
     return {name: of(name, score) for name, score in scores().items()} if answers else {}
+
+
+def signatures() -> dict[str, str]:
+    """Return by which library a score is, and how that takes texts apart, by the score's name."""
+    return {name: score.signature for name, score in scores().items() if score.signature}
+
+
+def _family(name: str) -> str:
+    """The title of a score, without the kind of ROUGE: all are by one signature."""
+    return TITLES[name].partition("-")[0]
 
 
 def _told(estimate: Estimate, sign: str = "") -> str:

@@ -1,7 +1,8 @@
 """Metrics of generated answers against references: by rouge_score and sacrebleu, from statistics that add up."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.metrics.segments import WordTokenizer, spaced
 
+UNSPACED_APART = "one character a word in scripts without spaces"
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
@@ -38,11 +41,13 @@ class Score:
         count: The statistics of one answer.
         value: The score of all answers, from the sum of their statistics.
         width: How many statistics there are.
+        signature: By which library, and how it takes texts apart; empty where there is nothing to say.
     """
 
     count: Callable[[Answer], list[float]]
     value: Callable[[list[float]], float]
     width: int
+    signature: str = ""
 
 
 class AnswerMetric(Metric):
@@ -134,9 +139,9 @@ def scores() -> dict[str, Score]:
             "(pip install 'phi3-lightning[eval]'), or set evaluation.rows: 0 to measure token losses alone"
         ) from None
     return {
-        **{name: _mean(_rouge(RougeScorer([name]), name)) for name in ROUGE},
-        "bleu": _corpus(BLEU(force=True)),  # force: an answer may end in a blank and a full stop
-        "chrf": _corpus(CHRF()),
+        **{name: _rouge(RougeScorer([name], tokenizer=WordTokenizer()), name) for name in ROUGE},
+        "bleu": _corpus(BLEU(force=True), spaced, f", {UNSPACED_APART}"),  # force: an answer may end in " ."
+        "chrf": _corpus(CHRF(), str),
         "exact_match": _mean(lambda answer: float(answer.text.strip() == answer.reference.strip())),
         "stop_rate": _mean(lambda answer: float(answer.finished)),
         "answer_tokens": _mean(lambda answer: float(answer.tokens)),
@@ -147,18 +152,21 @@ def _mean(of: Callable[[Answer], float]) -> Score:
     return Score(lambda answer: [of(answer), 1.0], lambda total: total[0] / total[1], 2)
 
 
-def _rouge(scorer: Any, name: str) -> Callable[[Answer], float]:
-    return lambda answer: float(scorer.score(answer.reference, answer.text)[name].fmeasure)
+def _rouge(scorer: Any, name: str) -> Score:
+    score = _mean(lambda answer: float(scorer.score(answer.reference, answer.text)[name].fmeasure))
+    words = f"words of any script in lower case, no stemming, {UNSPACED_APART}"
+    return replace(score, signature=f"rouge_score {version('rouge_score')}, {words}")
 
 
-def _corpus(metric: Any) -> Score:
+def _corpus(metric: Any, prepare: Callable[[str], str], prepared: str = "") -> Score:
     """A score of sacrebleu, from the statistics that its own significance tests resample."""
 
     def count(answer: Answer) -> list[float]:
-        [statistics] = metric._extract_corpus_statistics([answer.text], [[answer.reference]])
+        [statistics] = metric._extract_corpus_statistics([prepare(answer.text)], [[prepare(answer.reference)]])
         return [float(number) for number in statistics]
 
     def value(total: list[float]) -> float:
         return float(metric._aggregate_and_compute([[round(number) for number in total]]).score)
 
-    return Score(count, value, len(count(Answer("a", "a", 1, True))))
+    width = len(count(Answer("a", "a", 1, True)))
+    return Score(count, value, width, f"sacrebleu {metric.get_signature()}{prepared}")
