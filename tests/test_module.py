@@ -7,23 +7,23 @@ import pytest
 import torch
 from lightning.pytorch.loggers import Logger
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save_file
 from transformers import Phi3ForCausalLM
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.batch import IGNORE_INDEX
-from phi3_lightning.errors import ConfigError, ModelError
+from phi3_lightning.errors import ConfigError, ModelError, Phi3LightningError
 
 SUPERVISED = [1, 20, 3, 7, 25, 2, 11]
 DOCUMENTS = [synthetic.document(count + 4, count, seed) for seed, count in enumerate(SUPERVISED)]
 MASKED = ([5, 6, 7, 8], [IGNORE_INDEX] * 4)
 STOP = [2, 4]
+SMALL = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 def small(base, **options) -> Phi3LoRAModule:
-    return Phi3LoRAModule(
-        base, **{"dtype": "float32", "lora": {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}} | options
-    )
+    return Phi3LoRAModule(base, **{"dtype": "float32", "lora": SMALL} | options)
 
 
 def lora_layers(module) -> list[torch.nn.Module]:
@@ -108,11 +108,43 @@ def test_a_loaded_base_is_used_as_it_is(tiny_base):
     assert not weight.requires_grad
 
 
-def test_a_base_that_carries_an_adapter_is_refused(tiny_base):
-    first = small(tiny_base)
+def test_a_base_that_carries_an_adapter_is_refused_and_goes_on_training_it(tiny_base):
+    first = small(Phi3ForCausalLM.from_pretrained(tiny_base))
     first.configure_model()
+    before = {name: parameter.requires_grad for name, parameter in first.model.named_parameters()}
     with pytest.raises(ModelError, match="carries an adapter already"):
         small(first.model).configure_model()
+    assert {name: parameter.requires_grad for name, parameter in first.model.named_parameters()} == before
+    assert sum(before.values()) == 16
+
+
+def refusals(tiny_base, folder) -> dict[str, dict]:
+    """LoRA sections that a loaded base refuses: before an adapter is attached, when it is filled, and afterwards."""
+    other = small(synthetic.save_tiny(folder / "other", initializer_range=0.5))
+    trainer = synthetic.trainer(folder, max_steps=1)
+    trainer.fit(other, synthetic.loader(batches()))
+    trainer.save_checkpoint(folder / "other.ckpt", weights_only=False)
+    other.adapter.to_peft().config.save_pretrained(folder / "peft")
+    save_file(other.adapter.to_peft().tensors, folder / "peft/adapter_model.safetensors")
+    return {
+        "no such layer": {"target_modules": ["q_project"]},
+        "no such file": {"adapter": str(folder / "nowhere")},
+        "another rank": {"r": 2, "adapter": str(folder / "peft")},
+        "another base": {"adapter": str(folder / "other.ckpt")},
+    }
+
+
+@pytest.mark.parametrize("name", ["no such layer", "no such file", "another rank", "another base"])
+def test_a_refusal_leaves_a_loaded_base_as_it_was(tiny_base, tmp_path, name):
+    base = Phi3ForCausalLM.from_pretrained(tiny_base)
+    base.lm_head.requires_grad_(False)
+    names = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
+    classes = [type(module) for module in base.modules()]
+    with pytest.raises(Phi3LightningError, match=r"^model\.lora\."):
+        small(base, lora=SMALL | refusals(tiny_base, tmp_path)[name]).configure_model()
+    assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == names
+    assert [type(module) for module in base.modules()] == classes
+    small(base).configure_model()  # the next cell, with the mistake mended
 
 
 def test_the_base_answers_while_the_adapter_is_off(tiny_base):

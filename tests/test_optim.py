@@ -5,11 +5,15 @@ import warnings
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import LearningRateMonitor
+from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import Phi3ForCausalLM
 
+import synthetic
+from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.config import Optimizer, Schedule
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.optim import make_optimizer, make_schedule, restate, warmup_steps
@@ -177,3 +181,27 @@ def test_a_restored_optimiser_follows_the_present_configuration():
     assert optimizer.state[parameters["x.lora_A"]]["step"] == 4
     step(parameters, optimizer, scheduler)
     assert (matrices["lr"], b_matrices["lr"]) == (pytest.approx(0.3 * 0.5), pytest.approx(0.6 * 0.5))
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_a_learning_rate_monitor_shows_each_group_by_its_name(tmp_path, tiny_base, older):
+    data = synthetic.loader([synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(2)])
+
+    def fit(epochs: int, ckpt=None) -> set[str]:
+        module = Phi3LoRAModule(tiny_base, dtype="float32", lora={"use_dora": True}, optimizer={"loraplus_lr_ratio": 4})
+        logger = CSVLogger(tmp_path, name="logs")
+        trainer = synthetic.trainer(
+            tmp_path, callbacks=[LearningRateMonitor()], logger=logger, max_epochs=epochs, log_every_n_steps=1
+        )
+        trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        return {name for name in trainer.callback_metrics if name.startswith("lr-")}
+
+    names = {"lr-AdamW/lora_A", "lr-AdamW/lora_B", "lr-AdamW/vectors"}
+    assert fit(1) == names
+    if older:  # groups were called as the optimiser is
+        saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+        for group in saved["optimizer_states"][0]["param_groups"]:
+            group["name"] = group.pop("kind")
+        torch.save(saved, tmp_path / "last.ckpt")
+    assert fit(2, tmp_path / "last.ckpt") == names

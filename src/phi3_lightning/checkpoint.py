@@ -133,13 +133,23 @@ def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str
                 f"the checkpoint was trained with another {key} ({theirs[key][:12]}) than this one ({mine[key][:12]}), "
                 f"which makes other tokens of the same chat; set {where} as it was"
             )
+    if changes := changed_adapter(theirs, mine):
+        problems.append(f"the checkpoint holds another adapter: {changes}; {NEW_RUN}")
+    return problems
+
+
+def changed_adapter(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
+    """Say in what two adapters differ; empty where they have the same weights with the same effect.
+
+    Args:
+        theirs: The identity block of a checkpoint, as :func:`read_identity` returns it.
+        mine: ``lora`` and ``layers`` of the module's own, as :func:`identity` takes them.
+    """
     changed = [key for key in FIXED if (theirs["lora"].get(key) or None) != (mine["lora"].get(key) or None)]
     changes = [f"{key} is {mine['lora'].get(key)} and was {theirs['lora'].get(key)}" for key in changed]
     if theirs["layers"] is not None and theirs["layers"] != mine["layers"]:
         changes.append(f"target_modules adapts {_layers(mine)} and adapted {_layers(theirs)}")
-    if changes:
-        problems.append(f"the checkpoint holds another adapter: model.lora.{', '.join(changes)}; {NEW_RUN}")
-    return problems
+    return f"model.lora.{', '.join(changes)}" if changes else ""
 
 
 def _base(block: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import copy
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -20,20 +20,21 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_lightning import adapters, generate, optim
+from phi3_lightning import adapters, averaging, generate, optim
 from phi3_lightning.adapters import eva, targets
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.coverage import Coverage, coverage
 from phi3_lightning.adapters.statistics import Statistics
 from phi3_lightning.batch import Batch, PromptBatch
 from phi3_lightning.checkpoint import identity
-from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule, require, require_choice, section
-from phi3_lightning.errors import ConfigError, ModelError
+from phi3_lightning.config import Generation, Given, LoRA, Optimizer, Schedule, require, require_choice, section
+from phi3_lightning.errors import CheckpointError, ModelError, Phi3LightningError
+from phi3_lightning.hardware import check_accelerator
 from phi3_lightning.metrics import TokenMetrics
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import checkpointing, compiled, documents, loss, parallel
+from phi3_lightning.model import checkpointing, compiled, documents, loss, parallel, precision
 from phi3_lightning.model.neftune import noisy_embeddings
-from phi3_lightning.platform import check_accelerator
+from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.strategy import FSDP2Strategy, check_shardable, check_strategy
 from phi3_lightning.trained_state import TrainedStateModule
 from phi3_lightning.window import TokenWeightedModule
@@ -57,7 +58,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
         gradient_checkpointing: What the backward pass computes again: 'none', nothing (fastest); a number n, every n-th
             layer; 'selective', all but products and attention; 'full', each layer; 'offload', the same with what is
-            kept in the host's memory (least of a GPU's). 'auto' takes the fastest of which the largest batch fits.
+            kept in the host's memory (least of a GPU's). 'auto' takes the fastest with which the largest batch fits; a
+            script needs callbacks.AutoCheckpointing in its Trainer for that, and has 'full' without it.
         compile: 'layers' trains with compiled decoder layers, a third faster on a GPU after half a minute; 'none' with
             plain ones; 'auto' compiles on a GPU where the run is long enough, without DoRA and quantisation.
         lora: The adapter.
@@ -78,10 +80,10 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         neftune_noise_alpha: float | None = None,
         gradient_checkpointing: checkpointing.Checkpointing = "auto",
         compile: compiled.Compilation = "auto",
-        lora: LoRA = LoRA(),
-        optimizer: Optimizer = Optimizer(),
-        schedule: Schedule = Schedule(),
-        generation: Generation = Generation(),
+        lora: Given[LoRA] = LoRA(),
+        optimizer: Given[Optimizer] = Optimizer(),
+        schedule: Given[Schedule] = Schedule(),
+        generation: Given[Generation] = Generation(),
     ) -> None:
         super().__init__()
         require_choice("model.init", init, base_model.Initialisation)
@@ -142,10 +144,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """Find what would stop :meth:`configure_model`, without loading a weight.
 
         Raises:
+            CheckpointError: If ``lora.adapter`` describes no adapter that can be used.
             ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
         """
-        if self._loaded_base is None:
-            adapters.check(base_model.skeleton(self.base_config()), self.lora)
+        model = base_model.skeleton(self.base_config()) if self._loaded_base is None else self._loaded_base[0]
+        adapters.check(model, self.lora, base=self.base_id)
 
     def base_config(self) -> Phi3Config:
         """Return a configuration of the base that is the caller's own.
@@ -157,47 +160,71 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             return base_model.read_config(self.base, self.revision)
         return copy.deepcopy(self._loaded_base[0].config)
 
-    def unloaded(self, **changes: Any) -> "Phi3LoRAModule":
-        """Return a module of the same configuration that has loaded nothing.
+    def spec(self) -> RunSpec:
+        """Return what decides how much memory and time training takes, under the Trainer if there is one.
 
-        Args:
-            **changes: Other values of some arguments.
+        Raises:
+            ModelError: If the base is no ``Phi3ForCausalLM``.
         """
-        arguments = {**self.hparams, "lora": self.lora}
-        if self._loaded_base is not None:
-            (arguments["base"],) = self._loaded_base
-            kernel = self._loaded_base[0].config._attn_implementation
-            arguments["attn_implementation"] = kernel if kernel in get_args(base_model.Attention) else "auto"
-        return Phi3LoRAModule(**{**arguments, **changes})
+        config = self.base_config()
+        own = config._attn_implementation if self._loaded_base else self.attn_implementation
+        spec = RunSpec(
+            base=self.base,
+            config=config,
+            dtype=self.dtype_name,
+            attn_implementation=own if own in get_args(base_model.Attention) else "auto",
+            quantization=self.quantization,
+            lora=self.lora,
+            optimizer=self.optimizer_config,
+            gradient_checkpointing=self.gradient_checkpointing,
+        )
+        return spec if self._trainer is None else spec.under(self._trainer)
 
     def configure_model(self) -> None:
         """Load the frozen base and attach the adapter; does nothing the second time.
 
         Raises:
+            CheckpointError: If ``lora.adapter`` cannot be read, or is another adapter than the section describes.
             ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
         """
         if self.model is not None:
             return
+        if any(hasattr(module, "lora_A") for loaded in self._loaded_base or [] for module in loaded.modules()):
+            raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
         self.check_base()
         sharding = self._sharding()
         model = self._load_base() if sharding is None else self._hollow_base(sharding)
-        if any(hasattr(module, "lora_A") for module in model.modules()):
-            raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
+        trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            adapter = adapters.attach(model.requires_grad_(False), self.lora, base=self.base_id)
+            self._settle(model, adapter, sharding)
+        except Phi3LightningError:
+            for parameter in trainable:  # a model that a script has loaded stays as it was
+                parameter.requires_grad_(True)
+            raise
+        self.adapter = adapter
+        self.model = model.train()
+
+    def _settle(self, model: Phi3ForCausalLM, adapter: Adapter, sharding: parallel.Sharding | None) -> None:
+        """Prepare a model with its adapter for training; the adapter is off it again where it is of another base."""
         base_model.keep_as_quantized(model)
-        adapter = adapters.attach(model, self.lora, base=self.base_id)
-        way = self.gradient_checkpointing  # 'auto' is decided when the batches are known
-        checkpointing.checkpoint_activations(model, "full" if way == "auto" else way)
+        mode = self.gradient_checkpointing  # 'auto' is decided by a callback, when the batches are known
+        checkpointing.checkpoint_activations(model, "full" if mode == "auto" else mode)
         if sharding is not None:
             parallel.shard(model, sharding)
             parallel.fill(model, sharding, self.init, self.base, self.revision)
         self._fingerprint = base_model.fingerprint(model)
-        adapters.check_origin(self.lora, self._fingerprint)
-        self.adapter = adapter
-        self.model = model.train()
+        try:
+            adapters.check_origin(self.lora, self._fingerprint)
+        except CheckpointError:
+            if sharding is None:
+                checkpointing.checkpoint_activations(model, "none")
+                adapter.detach()
+            raise
 
     def _load_base(self) -> Phi3ForCausalLM:
         if self._loaded_base is not None:
-            return self._loaded_base[0].requires_grad_(False)
+            return self._loaded_base[0]
         return base_model.load(
             self.base,
             revision=self.revision,
@@ -213,6 +240,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         if not isinstance(strategy, FSDP2Strategy):
             return None
         check_shardable(self._loaded_base is not None, self.quantization, self.lora, self.optimizer_config)
+        averaging.check_averaging(self.trainer)  # which asks for the model before setup
         return strategy.sharding()
 
     def _hollow_base(self, sharding: parallel.Sharding) -> Phi3ForCausalLM:
@@ -285,10 +313,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
 
     def autocast(self) -> AbstractContextManager[Any]:
         """Return the context of matrix products: the Trainer's precision, or else the type of the base weights."""
-        dtype = self._ready()[0].dtype  # of the first parameter: the frozen embedding
-        if torch.is_autocast_enabled(self.device.type) or dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=dtype)
+        return precision.autocast(self._ready()[0], self.device.type)
 
     # ------------------------------------------------------------------ steps
 
@@ -298,6 +323,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         Raises:
             ConfigError: If the Trainer's device, strategy or precision does not fit.
         """
+        super().setup(stage)
         check_accelerator(self.trainer.strategy.root_device.type)
         check_strategy(self.trainer.strategy)
         require(
@@ -321,25 +347,20 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         )
 
     def on_fit_start(self) -> None:
-        """Put the model into training mode, in which loading and predicting do not leave it, and settle `auto`."""
+        """Put the model into training mode, in which loading and predicting do not leave it, and compile its layers."""
         super().on_fit_start()
         model, _ = self._ready()
         model.train()
-        way = str(self.gradient_checkpointing)
-        if self.gradient_checkpointing == "auto":
-            from phi3_lightning.planning import fitting  # plans with this class
-
-            chosen, why = fitting.choose_checkpointing(self.trainer, self)
-            checkpointing.checkpoint_activations(model, chosen)
-            way = f"{chosen}, since {why}"
         with self.trainer.precision_plugin.train_step_context(), self.autocast():
             micro_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
             layers = compiled.prepare(model, self.compilation, micro_batches, dora=self.lora.use_dora)
             attention = documents.describe(model)
-        rank_zero_info(f"attention: {attention}; layers: {layers}; gradient checkpointing: {way}")
+        mode = checkpointing.mode_of(model)
+        rank_zero_info(f"attention: {attention}; layers: {layers}; gradient checkpointing: {mode}")
 
     def on_train_start(self) -> None:
         """Let the configuration decide over what a checkpoint has restored: learning rate, decay, betas."""
+        super().on_train_start()
         if type(self).configure_optimizers is Phi3LoRAModule.configure_optimizers:  # a subclass may bring its own
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             if isinstance(scheduler, LambdaLR):  # and not that of Lightning's learning-rate finder
@@ -368,27 +389,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             Last hidden states, shape (rows, length, hidden size).
         """
         model, _ = self._ready()
-        window = model.config.max_position_embeddings
-        longest = max((length for row in batch["lengths"] for length in row), default=0)
-        if longest > window:
-            raise ConfigError(f"data.max_length: a document has {longest} tokens and {self.base} reads {window}")
+        documents.check_lengths(batch["lengths"], model.config, self.base)
         if self.neftune_noise_alpha is None or not model.training:
             return documents.last_hidden_state(model, batch)
         with noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha):
             return documents.last_hidden_state(model, batch)
-
-    def rows_that_fit(self, row: Batch) -> int:
-        """Return how many rows make the largest micro-batch that fits, for ``data.max_tokens_per_batch: auto``.
-
-        Args:
-            row: One row, the largest of the training data.
-
-        Raises:
-            ConfigError: If not even one fits.
-        """
-        from phi3_lightning.planning import fitting  # plans with this class
-
-        return fitting.rows_that_fit(self.trainer, self, row)
 
     def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the token losses and the number of tokens; override it to train another loss.
@@ -468,6 +473,15 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         return super()._ddp_params_and_buffers_to_ignore | {name for name, _ in self.named_buffers()}
 
     # ------------------------------------------------------------------ checkpoints
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another base or adapter before anything of it is used.
+
+        Raises:
+            CheckpointError: If the checkpoint does not belong to this module.
+        """
+        super().on_load_checkpoint(checkpoint)
+        optim.name_groups(checkpoint.get("optimizer_states", []))
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Return what ties a checkpoint to its base model and its adapter."""

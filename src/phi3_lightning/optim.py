@@ -13,6 +13,9 @@ from phi3_lightning.config import Optimizer as OptimizerConfig
 from phi3_lightning.config import Schedule, require
 from phi3_lightning.errors import ConfigError
 
+GROUPS = {"A": "lora_A", "B": "lora_B", "vector": "vectors"}
+"""Names of the groups of parameters, which learning-rate monitors show."""
+
 
 def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, fused: bool) -> Optimizer:
     """Return AdamW over the trained parameters, with weight decay on matrices only.
@@ -26,12 +29,16 @@ def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: Optim
         ConfigError: If the optimiser does not work on the parameters' device, or its package is missing.
     """
     trained = list(parameters)
+    parts = {
+        "A": [p for name, p in trained if p.ndim >= 2 and not _is_b(name)],
+        "B": [p for name, p in trained if p.ndim >= 2 and _is_b(name)],
+        "vector": [p for _, p in trained if p.ndim < 2],
+    }
     groups: list[dict[str, Any]] = [
-        {"params": [p for name, p in trained if p.ndim >= 2 and not _is_b(name)], "role": "A"},
-        {"params": [p for name, p in trained if p.ndim >= 2 and _is_b(name)], "role": "B"},
-        {"params": [p for _, p in trained if p.ndim < 2], "role": "vector"},
+        {"params": part, "role": role, "name": GROUPS[role], "kind": config.name, **_settings(config, role)}
+        for role, part in parts.items()
+        if part
     ]
-    groups = [group | {"name": config.name, **_settings(config, group["role"])} for group in groups if group["params"]]
     if config.name == "adamw":
         return AdamW(groups, fused=fused)
     return _paged(groups)
@@ -114,6 +121,17 @@ def make_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: float) 
     return cast("LambdaLR", scheduler)
 
 
+def name_groups(optimizer_states: list[dict[str, Any]]) -> None:
+    """Give the groups of an older checkpoint, which were all called as the optimiser is, the names that they have now.
+
+    Args:
+        optimizer_states: As a checkpoint holds them; changed in place.
+    """
+    for group in (group for state in optimizer_states for group in state["param_groups"]):
+        if group.get("role") in GROUPS and "kind" not in group:
+            group |= {"kind": group["name"], "name": GROUPS[group["role"]]}
+
+
 def restate(optimizer: Optimizer, scheduler: Any, config: OptimizerConfig) -> None:
     """Set what a checkpoint brought back from its own configuration to the present one.
 
@@ -127,7 +145,7 @@ def restate(optimizer: Optimizer, scheduler: Any, config: OptimizerConfig) -> No
     Raises:
         ConfigError: If the state is another optimiser's.
     """
-    former = optimizer.param_groups[0]["name"]
+    former = optimizer.param_groups[0]["kind"]
     require(
         former == config.name, "model.optimizer.name", config.name, f"the run was begun with {former}; go on with it"
     )

@@ -46,6 +46,8 @@ def settle(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
         trainer: The trainer that writes it, from whichever hook.
         loops: The ``loops`` entry of the checkpoint; changed in place.
     """
+    if trainer.fit_loop._combined_loader is None:  # Lightning's tuners save before there is a position
+        return
     loop = trainer.fit_loop.epoch_loop
     validates = loop._should_check_val_fx(cast("Any", trainer.fit_loop._data_fetcher))
     if trainer.training:
@@ -55,6 +57,19 @@ def settle(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
     elif loop.batch_progress.current.ready > 0 and not validates:
         close_epoch(loops)
     rewind_to_window_start(loops, trainer.accumulate_grad_batches)
+
+
+def align_steps(trainer: pl.Trainer) -> None:
+    """Let loggers go on at the step that was reached; Lightning's own count is one ahead beside a validation.
+
+    Args:
+        trainer: The Trainer that is about to train.
+    """
+    loop = trainer.fit_loop.epoch_loop
+    if trainer.lightning_module.automatic_optimization:  # a batch that steps is a step
+        # Lightning takes such a batch for one that steps once more, after the validation or without repeating it
+        again = loop.restarting and loop._should_check_val_fx(cast("Any", trainer.fit_loop._data_fetcher))
+        loop._batches_that_stepped = trainer.global_step - again
 
 
 def complete_batch(loops: dict[str, Any], stepped: bool, validates: bool) -> None:

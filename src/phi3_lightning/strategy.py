@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.utilities.optimizer import _optimizer_to_device
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy, Strategy
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import FSDPModule
@@ -23,6 +24,7 @@ from phi3_lightning.config import Optimizer as OptimizerConfig
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.model.parallel import Sharding, give_up_gathered, shard_like
 from phi3_lightning.sharded_checkpoint import ShardWriter
+from phi3_lightning.trained_state import TrainedStateModule
 
 REMEDY = "use ddp where the base fits on one device, and class_path: phi3_lightning.FSDP2Strategy where it does not"
 
@@ -39,6 +41,23 @@ def check_strategy(strategy: Strategy) -> None:
     foreign = isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy)
     if foreign or isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(f"trainer.strategy: {type(strategy).__name__} is not supported: {REMEDY}")
+
+
+def check_launcher(strategy: Strategy) -> None:
+    """Refuse processes that would be sent the command line, which cannot be sent.
+
+    Args:
+        strategy: The Trainer's.
+
+    Raises:
+        ConfigError: If it starts processes that share nothing with this one, as ``ddp_spawn`` does.
+    """
+    launcher = strategy.launcher
+    if isinstance(launcher, _MultiProcessingLauncher) and not launcher.is_interactive_compatible:
+        raise ConfigError(
+            "trainer.strategy: ddp_spawn and forkserver send all objects to new processes, and parsers and consoles "
+            "cannot be sent; use ddp, which starts this command once for each device"
+        )
 
 
 def check_shardable(loaded: bool, quantization: str | None, lora: LoRA, optimizer: OptimizerConfig) -> None:
@@ -152,7 +171,10 @@ class FSDP2Strategy(ModelParallelStrategy):
             Shards in a distributed checkpoint; otherwise whole tensors, on rank 0 alone.
         """
         options = StateDictOptions(
-            full_state_dict=not self._save_distributed_checkpoint, cpu_offload=True, ignore_frozen_params=True
+            full_state_dict=not self._save_distributed_checkpoint,
+            cpu_offload=True,
+            # a TrainedStateModule's own has left them out, and torch fails on what is not there
+            ignore_frozen_params=not isinstance(self.lightning_module, TrainedStateModule),
         )
         return get_model_state_dict(cast("torch.nn.Module", self.model), options=options)
 

@@ -1,12 +1,15 @@
 """Checkpoints that hold what training can change and nothing else, for any LightningModule with a frozen base."""
 
 from collections.abc import Mapping
-from typing import Any
+from copy import deepcopy
+from typing import Any, Self
 
 import lightning.pytorch as pl
+from torch import nn
 from torch.nn.modules.module import _IncompatibleKeys
 
-from phi3_lightning import restart
+from phi3_lightning import averaging, restart
+from phi3_lightning.callback_state import OPTIONS, keep_options, plain_options
 from phi3_lightning.checkpoint import (
     IDENTITY,
     Identified,
@@ -27,11 +30,24 @@ __all__ = ["TrainedStateModule"]
 class TrainedStateModule(pl.LightningModule):
     """A LightningModule whose checkpoints leave out its frozen parameters, and restart exactly.
 
-    Modules are built in the constructor or in ``configure_model``, which may be called more than once.
+    Its ``state_dict`` holds what training can change, wherever Lightning or torch asks for it, and a copy of it shares
+    the frozen parameters. Modules are built in the constructor or in ``configure_model``, which may be called more
+    than once.
     """
 
     on_mismatch: Mismatch = "refuse"
     """Whether a checkpoint of another base, tokenizer or adapter is an error, or a warning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._callback_options: dict[str, dict[str, Any]] = {}
+        self.register_state_dict_post_hook(_leave_out_frozen)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo |= {id(parameter): parameter for parameter in self.parameters() if not parameter.requires_grad}
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__setstate__(deepcopy(self.__getstate__(), memo))  # type: ignore[no-untyped-call]
+        return copied
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Return what ties a checkpoint to the frozen parameters; a subclass may add names."""
@@ -52,6 +68,17 @@ class TrainedStateModule(pl.LightningModule):
         """What DDP need not send at its start, since every rank has read it: the frozen parameters."""
         return self._frozen_names()
 
+    def setup(self, stage: str) -> None:
+        """Note with which options this start's callbacks were made, and have weights averaged beside frozen ones.
+
+        Raises:
+            ConfigError: If a callback averages weights in a way that cannot work.
+        """
+        if stage == "fit":
+            self._callback_options = plain_options(self.trainer)
+            averaging.check_averaging(self.trainer)
+            averaging.average_trained_alone(self.trainer, self)
+
     def on_fit_start(self) -> None:
         """Refuse frozen weights that differ between ranks: each rank reads its own, and nothing evens them out.
 
@@ -66,14 +93,23 @@ class TrainedStateModule(pl.LightningModule):
                     "the same revision of the hub"
                 )
 
+    def on_train_start(self) -> None:
+        """Let loggers go on at the step that was reached."""
+        restart.align_steps(self.trainer)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leave the frozen weights out, say whose they were, and put the position where a restart goes on exactly."""
-        trained = without_frozen(checkpoint["state_dict"], self._frozen_names())
-        checkpoint["state_dict"] = {plain_name(name): tensor for name, tensor in trained.items()}
+        """Say whose the frozen weights were that are left out, and put the position where a restart goes on exactly."""
+        averaging.settle_averages(self.trainer, checkpoint)
+        for key in {"state_dict", averaging.CURRENT} & checkpoint.keys():
+            checkpoint[key] = {plain_name(name): tensor for name, tensor in self._trained(checkpoint[key]).items()}
         checkpoint[IDENTITY] = self._identity()
+        checkpoint[OPTIONS] = self._callback_options
         restart.settle(self.trainer, checkpoint["loops"])
 
-    def on_load_checkpoint(self, checkpoint: Mapping[str, Any]) -> None:
+    def _trained(self, state: Mapping[str, Any]) -> dict[str, Any]:
+        return without_frozen(state, self._frozen_names())
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuse a checkpoint of another base or adapter before anything of it is used.
 
         Raises:
@@ -81,6 +117,8 @@ class TrainedStateModule(pl.LightningModule):
         """
         self.configure_model()
         check_identity(checkpoint, self._identity(), self.on_mismatch)
+        if averaging.CURRENT in checkpoint:
+            checkpoint[averaging.CURRENT] = self._trained(checkpoint[averaging.CURRENT])
         fitting = self._trainer is not None and self.trainer.state.fn == "fit"
         if fitting and "optimizer_states" not in checkpoint:
             raise CheckpointError(
@@ -90,11 +128,13 @@ class TrainedStateModule(pl.LightningModule):
         if fitting:
             check_moments(checkpoint["optimizer_states"])
             restart.regroup(self.trainer, checkpoint)
+            averaging.choose_weights(self.trainer, checkpoint)
+            keep_options(self.trainer, checkpoint)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Load what training can change; frozen weights are never read and never written.
+        """Load what training can change, once the model is built; frozen weights are never read and never written.
 
         Args:
             state_dict: All trainable tensors and buffers, as a checkpoint holds them.
@@ -104,10 +144,18 @@ class TrainedStateModule(pl.LightningModule):
         Raises:
             CheckpointError: If ``strict`` and the tensors do not fit.
         """
+        self.configure_model()
         mine, frozen = self.state_dict(), self._frozen_names()
         compiled = {plain_name(name): name for name in mine}
         state_dict = {compiled.get(plain_name(name), name): tensor for name, tensor in state_dict.items()}
         if strict:
-            check_state(state_dict, without_frozen(mine, frozen))
+            check_state(state_dict, mine)
         keys = super().load_state_dict(without_frozen(state_dict, frozen), strict=False, assign=assign)
         return _IncompatibleKeys([key for key in keys.missing_keys if key not in frozen], keys.unexpected_keys)
+
+
+def _leave_out_frozen(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take the frozen weights of a module out of a state dictionary that may hold other modules' too."""
+    frozen = {f"{prefix}{name}" for name, p in module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    for name in state.keys() - without_frozen(state, frozen).keys():
+        del state[name]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from cli.conftest import QUICK, REPOSITORY, TINY, start
 
@@ -99,3 +100,115 @@ def test_a_difference_can_be_taken_on_purpose(begun, tmp_path):
     run, last = go_on(begun, tmp_path, "data.chat_template", "own.jinja", "--checkpoint.on_mismatch=warn")
     assert run.status == 0, run.text
     assert torch.load(last, weights_only=True)["global_step"] == 5
+
+
+STOPPING = """[{class_path: EarlyStopping, init_args: {monitor: val/loss, min_delta: 100.0, patience: %s}}]"""
+SHORT = (*QUICK, "--trainer.max_epochs=9", "--trainer.limit_train_batches=2", "--trainer.limit_val_batches=1")
+
+
+def test_early_stopping_follows_what_is_typed_now(cli, tmp_path):
+    def steps(callbacks: str, *more: str) -> int:
+        run = cli("fit", *SHORT, "--run=bot", f"--trainer.callbacks={callbacks}", *more)
+        over = "nothing left to do" in run.text
+        assert over == ("early stopping ended it" in run.text)
+        done = torch.load(tmp_path / "runs/bot/checkpoints/last.ckpt", weights_only=True)["global_step"]
+        return -done if over else done
+
+    assert steps(STOPPING % 1) == 4
+    assert steps(STOPPING % 1) == -4
+    assert steps(STOPPING % 3) == 8
+    assert steps(STOPPING % 2) == -8
+    assert steps("[]", "--trainer.max_epochs=5") == 10
+
+
+def test_each_start_has_its_own_max_time(cli, tmp_path):
+    last = tmp_path / "runs/bot/checkpoints/last.ckpt"
+    for steps in (2, 4):
+        cli("fit", *SHORT, "--run=bot", f"--trainer.max_steps={steps}", "--trainer.max_time=00:01:00:00")
+        saved = torch.load(last, weights_only=True)
+        assert saved["global_step"] == steps
+        saved["callbacks"]["Timer"]["time_elapsed"]["train"] = 7200.0
+        torch.save(saved, last)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("ended")
+    run = start(folder, "fit", *SHORT, "--trainer.max_steps=1", "--run=bot")
+    assert run.wait() == 0, run.text
+    return folder
+
+
+def again(ended: Path, *options: str, code: int) -> str:
+    before = {path: path.stat().st_mtime_ns for path in ended.rglob("*") if "output" not in path.name}
+    run = start(ended, "fit", *SHORT, "--trainer.max_steps=1", "--run=bot", *options)
+    assert run.wait() == code, run.text
+    assert "Traceback" not in run.text
+    assert before == {path: path.stat().st_mtime_ns for path in before}
+    return run.text
+
+
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--model.lora.r=4", "model.lora.r is 4 and was 16"),
+        (f"--data.train={TINY}/chats_val.jsonl", "data.train is "),
+        ("--seed_everything=7", "seed_everything is 7 and was 42"),
+        pytest.param("--model.dtype=float32", "model.dtype is float32 and was bfloat16", marks=SLOW),
+        pytest.param("--model.lora.target_modules=[o_proj]", "model.lora.target_modules is ", marks=SLOW),
+        pytest.param("--data.max_length=128", "data.max_length is 128 and was 256", marks=SLOW),
+    ],
+)
+def test_another_run_in_the_folder_of_one_that_is_over_is_refused(ended, option, told):
+    text = again(ended, option, code=1)
+    (line,) = (line for line in text.splitlines() if line.startswith("error: "))
+    assert told in line
+    assert "another --run" in line
+
+
+def test_a_run_that_is_over_tells_what_nothing_came_of(ended):
+    assert "nothing left to do: trainer.max_steps 1 is reached" in again(ended, code=0)
+    text = again(ended, "--model.optimizer.lr=0.002", "--data.num_workers=1", code=0)
+    assert "model.optimizer.lr is 0.002 and was 0.01" in text
+    assert "num_workers" not in text
+
+
+AVERAGING = """[{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.5}}]"""
+
+
+def test_averaged_adapters_are_kept_gone_on_with_and_exported(cli, tmp_path):
+    averaged = (*SHORT, f"--trainer.callbacks={AVERAGING}", "--run=bot")
+    cli("fit", *averaged, "--trainer.max_steps=3")
+    assert "going on after step 3" in cli("fit", *averaged, "--trainer.max_steps=5").text
+    saved = torch.load(tmp_path / "runs/bot/checkpoints/last.ckpt", weights_only=True)
+    mine, current = saved["state_dict"], saved["current_model_state"]
+    assert mine.keys() == current.keys()
+    assert all("lora_" in name for name in mine)
+    assert not all(torch.equal(mine[name], current[name]) for name in mine)
+    last = str(tmp_path / "runs/bot/checkpoints/last.ckpt")
+    found = cli("validate", *averaged, f"--ckpt_path={last}").text
+    assert "val/loss" in found
+    cli("export", f"--ckpt_path={last}", f"--model.base={TINY}", "--output_dir=exported")
+    tensors = load_file(tmp_path / "exported/adapter_model.safetensors")
+    sums = sorted(round(tensor.abs().sum().item(), 3) for tensor in tensors.values())
+    assert sums == sorted(round(tensor.abs().sum().item(), 3) for tensor in mine.values())
+
+
+@pytest.mark.parametrize(
+    ("callback", "strategy", "told"),
+    [
+        ("{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.01}}", "auto", "use WeightAveraging"),
+        (
+            "{class_path: lightning.pytorch.callbacks.EMAWeightAveraging}",
+            "phi3_lightning.FSDP2Strategy",
+            "use trainer.",
+        ),
+    ],
+)
+def test_averaging_that_cannot_work_is_refused_before_anything_is_written(cli, tmp_path, callback, strategy, told):
+    strategy = strategy if strategy == "auto" else f'{{"class_path": "{strategy}"}}'
+    run = cli("fit", *SHORT, f"--trainer.callbacks=[{callback}]", f"--trainer.strategy={strategy}", code=1)
+    assert "error: trainer.callbacks: " in run.text
+    assert told in run.text
+    assert "Traceback" not in run.text
+    assert not (tmp_path / "runs").exists()

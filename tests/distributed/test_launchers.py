@@ -91,6 +91,68 @@ def test_an_overlay_trains_restarts_and_predicts(tmp_path, overlay):
     assert (tmp_path / "runs/bot/predictions.jsonl").read_text() == alone
 
 
+@pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook"])
+def test_processes_that_this_one_forks_end_well(tmp_path, strategy):
+    arguments = (*TWO, f"--trainer.strategy={strategy}", "--trainer.max_steps=4", "--trainer.limit_val_batches=2")
+    finished(tmp_path, *CLI, "fit", *arguments)
+    assert read_checkpoint(tmp_path / LAST)["global_step"] == 4
+    assert "nothing left to do" in finished(tmp_path, *CLI, "fit", *arguments)
+
+
+def test_processes_that_are_sent_everything_are_refused_before_anything_is_written(tmp_path):
+    text = finished(tmp_path, *CLI, "fit", *TWO, "--trainer.strategy=ddp_spawn", code=1)
+    assert "error: trainer.strategy: ddp_spawn" in text
+    assert "use ddp" in text
+    assert "Traceback" not in text
+    assert not (tmp_path / "runs").exists()
+
+
+NOTEBOOK = """
+import os, sys, tempfile, torch, lightning.pytorch as pl
+from phi3_lightning import ChatDataModule, Phi3LoRAModule
+from phi3_lightning.checkpoint_io import SafeCheckpointIO
+
+def main(tiny, strategy, safe):
+    saved = torch.save
+    def note(what, file, *more, **options):
+        with open("sent.txt", "a") as notes:
+            notes.write(f"{sorted(what.get('state_dict', what))}")
+        saved(what, file, *more, **options)
+    torch.save = note
+    module = Phi3LoRAModule(tiny, optimizer={"lr": 1e-2}, gradient_checkpointing="none")
+    data = ChatDataModule(f"{tiny}/chats_train.jsonl", tokenizer=tiny, val=f"{tiny}/chats_val.jsonl", max_length=256,
+                          num_workers=0, cache_dir="cache")
+    quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+                 enable_checkpointing=False, limit_val_batches=4, plugins=[SafeCheckpointIO()] if safe else [])
+    trainer = pl.Trainer(devices=2, strategy=strategy, max_steps=4, num_sanity_val_steps=0, **quiet)
+    trainer.fit(module, data)
+    (again,) = pl.Trainer(devices=2, strategy=strategy, **quiet | {"limit_val_batches": 2}).validate(
+        module, data, verbose=False)
+    (tuned,) = pl.Trainer(devices=1, **quiet).validate(module, data, verbose=False)
+    (base,) = pl.Trainer(devices=1, **quiet).validate(Phi3LoRAModule(tiny), data, verbose=False)
+    print("RESULT", tuned["val/loss"], again["val/loss"], base["val/loss"])
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], sys.argv[3] == "safe")
+"""
+
+
+@pytest.mark.parametrize(("strategy", "io"), [("ddp_notebook", "plain"), ("ddp_fork", "safe"), ("ddp_spawn", "safe")])
+def test_the_adapter_comes_back_into_the_module_of_a_script(tmp_path, strategy, io):
+    (tmp_path / "notebook.py").write_text(NOTEBOOK)
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    text = finished(tmp_path, sys.executable, "notebook.py", str(TINY), strategy, io, TMPDIR=str(temporary))
+    tuned, again, base = map(float, text.split("RESULT ")[1].split()[:3])
+    assert tuned < base - 1
+    assert again == pytest.approx(tuned)
+    assert list(temporary.rglob("*.ckpt")) == []
+    if strategy != "ddp_spawn":  # a new process imports torch anew, without the note
+        sent = (tmp_path / "sent.txt").read_text()
+        assert "lora_B" in sent
+        assert "embed_tokens" not in sent
+
+
 def test_a_bad_row_is_the_last_that_is_said(tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "cat", "content": "x"}]}\n')
     before = time.monotonic()

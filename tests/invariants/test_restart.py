@@ -6,10 +6,13 @@ from pathlib import Path
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, WeightAveraging
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import synthetic
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import RunCheckpoint
+from phi3_lightning.callbacks.board import step_of
 
 TINY = str(Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3")
 EPOCHS, BATCHES, ACCUMULATE = 2, 11, 3
@@ -49,16 +52,16 @@ class SaveEverywhere(pl.Callback):
 
 
 class Record(pl.Callback):
-    """The documents of every micro-batch that is trained, and the loss of every validation, in order."""
+    """The documents of every micro-batch that is trained, the loss of every validation, in order, and their steps."""
 
     def __init__(self) -> None:
         self.events: list[tuple] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.events.append((trainer.current_epoch, batch_idx, batch["row_ids"]))
+        self.events.append((trainer.current_epoch, batch_idx, batch["row_ids"], step_of(trainer)))
 
     def on_validation_end(self, trainer, pl_module):
-        self.events.append(("validated", trainer.callback_metrics["val/loss"].item()))
+        self.events.append(("validated", trainer.callback_metrics["val/loss"].item(), step_of(trainer)))
 
     def after(self, epoch: int, batch: int, validated: bool) -> list[tuple]:
         """What follows a place: a window that it cuts is seen again from its start."""
@@ -141,7 +144,9 @@ def test_restart_from_any_place_ends_in_the_same_bits(chats, tmp_path, uninterru
 def test_every_row_comes_once_an_epoch_in_another_order(uninterrupted):
     _, _, record = uninterrupted
     trained = [event for event in record.events if event[0] != "validated"]
-    epochs = [[doc for e, _, rows in trained if e == epoch for row in rows for doc in row] for epoch in range(EPOCHS)]
+    epochs = [
+        [doc for e, _, rows, _ in trained if e == epoch for row in rows for doc in row] for epoch in range(EPOCHS)
+    ]
     assert all(sorted(documents) == list(range(22)) for documents in epochs)
     assert epochs[0] != epochs[1]
 
@@ -170,6 +175,43 @@ def test_run_checkpoint_is_such_a_place(chats, tmp_path):
             run(chats, tmp_path, RunCheckpoint(str(folder), every_n_steps=every), StopAt(batch=12))
         resumed, _ = run(chats, tmp_path, RunCheckpoint(str(folder)), ckpt=folder / "last.ckpt")
         assert_same(resumed, final)
+
+
+AVERAGES = {
+    "exponential": lambda: EMAWeightAveraging(decay=0.7),
+    "exponential, late and seldom": lambda: EMAWeightAveraging(
+        decay=0.7, update_every_n_steps=2, update_starting_at_step=2, use_buffers=False
+    ),
+    "equal": lambda: WeightAveraging(),
+    "several at once": lambda: WeightAveraging(multi_avg_fn=get_ema_multi_avg_fn(0.7)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback")
+@pytest.mark.parametrize(
+    "kind", ["exponential", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*AVERAGES][1:])]
+)
+def test_current_and_averaged_weights_are_restored(chats, tmp_path, kind):
+    def averaged(callback) -> list[torch.Tensor]:
+        return [p.detach().clone() for p in callback._average_model.module.parameters() if p.requires_grad]
+
+    first = AVERAGES[kind]()
+    last = Last()
+    run(chats, tmp_path, first, SaveEverywhere(tmp_path), last)
+    for place in ("epoch 0 batch 3", "epoch 0 validated 7", "epoch 0 end"):
+        again, rest = AVERAGES[kind](), Last()
+        run(chats, tmp_path, again, rest, ckpt=tmp_path / f"{place}.ckpt")
+        assert_same(rest.state, last.state)
+        assert all(map(torch.equal, averaged(again), averaged(first)))
+    assert not torch.equal(torch.cat([a.flatten() for a in averaged(first)]), last.flat)
+
+
+class Last(pl.Callback):
+    """What is trained, as the last step left it."""
+
+    def on_train_batch_end(self, trainer, pl_module, *args):
+        self.state = state(trainer)
+        self.flat = torch.cat([p.detach().flatten() for p in pl_module.trained_parameters()])
 
 
 class StopAt(pl.Callback):

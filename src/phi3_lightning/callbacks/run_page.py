@@ -1,7 +1,6 @@
 """What a run was made of, and what came of it, on TensorBoard's pages for text, pictures and hyper-parameters."""
 
 import re
-from itertools import groupby
 from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
@@ -13,6 +12,7 @@ from typing_extensions import override
 from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.callbacks.board import boards, literal, step_of
 from phi3_lightning.callbacks.samples import Chats
+from phi3_lightning.segments import segments
 
 SHOWN_TOKENS = 400
 """Tokens of a row that are shown; a packed one may have thousands."""
@@ -89,13 +89,8 @@ def parts(batch: Batch, row: int, tokenizer: Any) -> list[Part]:
     """
     end = min(sum(batch["lengths"][row]), SHOWN_TOKENS)
     ids, labels = (batch[name][row, :end].tolist() for name in ("input_ids", "labels"))
-    specials = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-    # a special token is a group of its own: its position is part of the key
-    keys = [(label != IGNORE_INDEX, at if ids[at] in specials else -1) for at, label in enumerate(labels)]
-    return [
-        Part(str(tokenizer.decode([ids[at] for at in group])), trained, special >= 0)
-        for (trained, special), group in groupby(range(end), key=keys.__getitem__)
-    ]
+    found = segments(ids, [label != IGNORE_INDEX for label in labels], tokenizer)
+    return [Part(segment.text, segment.trained, segment.special) for segment in found]
 
 
 def as_markdown(rows: list[list[Part]]) -> str:

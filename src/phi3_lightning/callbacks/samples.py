@@ -12,7 +12,7 @@ from rich.text import Text
 from typing_extensions import override
 
 from phi3_lightning import generate
-from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
+from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch, unpadded
 from phi3_lightning.callbacks.board import boards, literal, step_of
 from phi3_lightning.config import require
 from phi3_lightning.module import Phi3LoRAModule
@@ -97,7 +97,7 @@ class Samples(pl.Callback):
         if not self._base:
             with module.base_answers():
                 self._base = self._texts(module, batch, data.tokenizer)
-        said = data.tokenizer.batch_decode(_unpadded(batch), skip_special_tokens=True)
+        said = data.tokenizer.batch_decode(unpadded(batch), skip_special_tokens=True)
         tuned = self._texts(module, batch, data.tokenizer)
         return [Answers(*texts) for texts in zip(said, self._base, tuned, strict=True)]
 
@@ -114,7 +114,7 @@ class Samples(pl.Callback):
             data.setup("predict")
             rows: dict[int, list[int]] = {}
             for batch in data.predict_dataloader():
-                rows |= dict(zip(batch["row_ids"], _unpadded(batch), strict=False))  # a filler row has no id
+                rows |= dict(zip(batch["row_ids"], unpadded(batch), strict=False))  # a filler row has no id
             prompts = [rows[row] for row in sorted(rows)[: self.prompts]]
         elif self._validated is not None:
             prompts = _first_prompts(self._validated)[: self.prompts]
@@ -138,10 +138,6 @@ class Samples(pl.Callback):
         for texts in self._told:
             table.add_row(*map(Text, texts))  # Text: an answer may hold square brackets
         self._console.print(table, highlight=False)
-
-
-def _unpadded(batch: PromptBatch) -> list[list[int]]:
-    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
 
 
 def _first_prompts(batch: Batch) -> list[list[int]]:

@@ -94,7 +94,8 @@ def write_loralib(form: PeftForm, targets: Collection[Target], folder: Path) -> 
         )
     expressed = [target if len(set(target.slices.values())) == 1 else _whole(target) for target in targets]
     tensors = convert.from_peft(form, expressed, "--format loralib")
-    torch.save(tensors, folder / LORALIB_FILE)
+    with (folder / LORALIB_FILE).open("wb") as file:  # to which a full disk is an OSError, and not to torch's own
+        torch.save(tensors, file)
     _compare(torch.load(folder / LORALIB_FILE, weights_only=True), tensors)
     layers = {target.path: _loralib_layer(target) for target in expressed}
     (folder / LORALIB_LAYERS).write_text(json.dumps(layers, indent=2), encoding="utf-8")

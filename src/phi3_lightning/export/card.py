@@ -8,8 +8,9 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from phi3_lightning.checkpoint import read_identity
+from phi3_lightning.event_files import read_scalars
 from phi3_lightning.export.certificate import ROUNDINGS, Certificate
-from phi3_lightning.export.curve import draw, read_scalars
+from phi3_lightning.export.curve import draw
 
 CURVE = "loss.svg"
 FINAL = ("val/loss", "val/perplexity", "val/token_accuracy", "train/loss")

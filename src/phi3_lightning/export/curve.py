@@ -1,26 +1,11 @@
-"""The losses of a run, from its event files, as a small picture."""
+"""The losses of a run as a small picture."""
 
-from pathlib import Path
 from xml.sax.saxutils import escape
 
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from phi3_lightning.event_files import Series
 
-Series = list[tuple[int, float]]
 COLOURS = {"train/loss": "#9aa5b1", "val/loss": "#d9480f"}
 WIDTH, HEIGHT, MARGIN = 640, 320, 48
-
-
-def read_scalars(folder: Path) -> dict[str, Series]:
-    """Return step and value of everything that a run has logged; nothing where there are no event files.
-
-    Args:
-        folder: The run's ``tensorboard`` folder.
-    """
-    if not folder.is_dir():
-        return {}
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 1000})
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
 
 
 def draw(series: dict[str, Series]) -> str:

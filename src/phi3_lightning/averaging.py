@@ -1,0 +1,113 @@
+"""Lightning's ``WeightAveraging`` and ``EMAWeightAveraging`` over what is trained, beside a frozen base.
+
+The callback copies the whole module, averages every parameter and buffer, and exchanges the copy with the module at
+each validation. Rounded averages of frozen weights and of rotary angles are other weights and angles. So the copy
+shares the frozen parameters, they are never averaged, and it has no buffer that follows from the configuration.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import StochasticWeightAveraging, WeightAveraging
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.nn.modules.module import _IncompatibleKeys
+from torch.optim.swa_utils import AveragedModel, get_swa_avg_fn
+
+from phi3_lightning.errors import ConfigError
+
+CURRENT = "current_model_state"
+"""Key of the weights that are being trained, in a checkpoint whose ``state_dict`` holds the averaged ones."""
+
+PREFIX = "module."
+
+
+def check_averaging(trainer: pl.Trainer) -> None:
+    """Refuse averaging that cannot work, before anything is loaded.
+
+    Args:
+        trainer: The Trainer.
+
+    Raises:
+        ConfigError: If a callback copies a module that is not built yet, or of which each rank has a part.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, StochasticWeightAveraging):
+            raise ConfigError(
+                "trainer.callbacks: StochasticWeightAveraging copies the module before its model is loaded, averages "
+                "nothing, and puts a schedule of its own in place of model.schedule; use WeightAveraging, whose "
+                "default is the same mean of the weights"
+            )
+        if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
+            raise ConfigError(
+                f"trainer.callbacks: {type(callback).__name__} copies the module whole, and a rank of FSDP2 has a "
+                "part of it; use trainer.strategy: ddp"
+            )
+
+
+def average_trained_alone(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Have the averaging callbacks of a Trainer average what is trained and nothing else.
+
+    Args:
+        trainer: The Trainer, whose callbacks are set up.
+        module: The module that they average; its copies share the frozen parameters.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
+            _restrict(callback._average_model, module)
+
+
+def _restrict(average: AveragedModel, module: pl.LightningModule) -> None:
+    frozen = {f"{PREFIX}{name}" for name, parameter in module.named_parameters() if not parameter.requires_grad}
+    average.multi_avg_fn, average.avg_fn = _skipping_shared(average), None
+    state = module.state_dict()
+    if not any(name in state for name, _ in module.named_buffers()):
+        for part in average.module.modules():
+            for name, _ in list(part.named_buffers(recurse=False, remove_duplicate=False)):
+                delattr(part, name)
+        average.use_buffers = True  # false would compare the buffers one by one
+
+    def not_missing(_: Any, keys: _IncompatibleKeys) -> None:
+        keys.missing_keys[:] = [name for name in keys.missing_keys if name not in frozen]
+
+    average.register_load_state_dict_post_hook(not_missing)
+
+
+def _skipping_shared(average: AveragedModel) -> Callable[[Any, Any, Tensor | int], None]:
+    """What averages lists of tensors, all but those that are one and the same in both."""
+    single, several = average.avg_fn or get_swa_avg_fn(), average.multi_avg_fn
+
+    def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
+        pairs = [pair for pair in zip(averaged, current, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
+        if several is not None and pairs:
+            several([mine for mine, _ in pairs], [theirs for _, theirs in pairs], count)
+            return
+        for mine, theirs in pairs:
+            mine.copy_(single(mine, theirs, count))
+
+    return update
+
+
+def settle_averages(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Put averaged and current weights where they belong in a checkpoint that is being written.
+
+    Args:
+        trainer: The Trainer that writes it.
+        checkpoint: The checkpoint, as the callbacks have left it; changed in place.
+    """
+    # a validation has them exchanged until it ends, and one that was broken off does not end
+    if CURRENT in checkpoint and trainer.validating and trainer.interrupted:
+        checkpoint["state_dict"], checkpoint[CURRENT] = checkpoint[CURRENT], checkpoint["state_dict"]
+
+
+def choose_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Let a run that averages no longer go on from the weights that were being trained.
+
+    Args:
+        trainer: The Trainer that is about to fit.
+        checkpoint: The checkpoint that it loads; changed in place.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if CURRENT in checkpoint and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
+        checkpoint["state_dict"] = checkpoint.pop(CURRENT)
