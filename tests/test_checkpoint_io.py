@@ -321,3 +321,15 @@ def test_lightnings_model_checkpoint_keeps_the_best_by_token_weighted_loss(tmp_p
 def test_storage_options_are_refused_as_lightning_does(tmp_path):
     with pytest.raises(TypeError, match="storage_options"):
         SafeCheckpointIO().save_checkpoint(FORMER, tmp_path / "a.ckpt", storage_options={})
+
+
+def test_what_is_no_checkpoint_is_read_back_as_it_was_saved_and_taken_for_none(tmp_path):
+    state = {"adapter.lora_A": torch.arange(3.0)}
+    for io in (SafeCheckpointIO(), AsyncSafeCheckpointIO()):
+        io.save_checkpoint(state, tmp_path / "sent.ckpt")
+        found = io.load_checkpoint(tmp_path / "sent.ckpt")
+        assert found.keys() == state.keys()
+        assert torch.equal(found["adapter.lora_A"], state["adapter.lora_A"])
+    torch.save(state, tmp_path / "adapter.pt")  # somebody's adapter is no checkpoint
+    with pytest.raises(CheckpointError, match="not a Lightning checkpoint"):
+        SafeCheckpointIO().load_checkpoint(tmp_path / "adapter.pt")

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 
 import synthetic
@@ -38,7 +39,7 @@ def test_a_name_that_leads_elsewhere_is_refused(name):
 def test_a_new_run_starts_at_nothing(folder):
     assert folder.newest("auto") is None
     assert folder.newest("never") is None
-    assert folder.evaluated() is None
+    assert folder.checkpoint(None) is None
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(folder):
@@ -50,9 +51,9 @@ def test_a_run_goes_on_from_its_last_checkpoint(folder):
 
 def test_evaluation_takes_the_best_and_else_the_last(folder):
     last = write_checkpoint(folder, "last.ckpt")
-    assert folder.evaluated() == last
+    assert folder.checkpoint(None) == last
     best = write_checkpoint(folder, "best.ckpt")
-    assert folder.evaluated() == best
+    assert folder.checkpoint(None) == best
 
 
 def test_never_refuses_a_folder_that_holds_anything(folder):
@@ -82,11 +83,11 @@ def test_former_configurations_are_kept(folder):
     assert kept == {"config.yaml": "a: 3", "config.1.yaml": "a: 1", "config.2.yaml": "a: 2"}
 
 
-def trained(folder: Path, base: str, max_epochs: int, patience: int) -> tuple[int, dict]:
+def trained(folder: Path, base: str, max_epochs: int, **options) -> tuple[int, dict]:
     """Epochs and last checkpoint of a run of three steps an epoch whose validation never gets better."""
     batches = [synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(3)]
     module = Phi3LoRAModule(base, dtype="float32", optimizer={"lr": 1e-9})
-    stopping = EarlyStopping("val/loss", min_delta=1.0, patience=patience)
+    stopping = EarlyStopping("val/loss", **{"min_delta": 1.0} | options)
     trainer = synthetic.trainer(folder, max_epochs=max_epochs, callbacks=[stopping], num_sanity_val_steps=0)
     trainer.fit(module, synthetic.loader(batches), synthetic.loader(batches))
     trainer.save_checkpoint(folder / "last.ckpt")
@@ -96,7 +97,7 @@ def trained(folder: Path, base: str, max_epochs: int, patience: int) -> tuple[in
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory, tiny_base) -> dict:
     """The checkpoint after two epochs of three steps."""
-    return trained(tmp_path_factory.mktemp("run"), tiny_base, 2, 2)[1]
+    return trained(tmp_path_factory.mktemp("run"), tiny_base, 2, patience=2)[1]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +119,86 @@ def test_a_run_is_over_where_lightning_would_stop(two_epochs, max_epochs, max_st
     assert said is None if reason is None else reason in said
 
 
-def test_a_run_that_early_stopping_ended_is_over(tmp_path, tiny_base):
-    epochs, checkpoint = trained(tmp_path, tiny_base, 9, 1)
+class EarlyStoppingX(Callback):
+    """A callback of somebody else's, whose name begins like Lightning's."""
+
+    def state_dict(self):
+        return {"seen": 3}
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, tiny_base) -> dict:
+    epochs, checkpoint = trained(tmp_path_factory.mktemp("run"), tiny_base, 9, patience=1)
     assert epochs == 2
-    assert "early stopping" in nothing_left(checkpoint, 9, -1)
+    checkpoint["callbacks"]["EarlyStoppingX"] = {"seen": 3}
+    return checkpoint
+
+
+@pytest.mark.parametrize("word", ["last", "best"])
+def test_a_word_names_one_file_alone(folder, word):
+    path = write_checkpoint(folder, f"{word}.ckpt")
+    assert folder.checkpoint(word) == path
+    other = {"last": "best", "best": "last"}[word]
+    with pytest.raises(
+        CheckpointError, match=rf"--ckpt_path {other}: .*{other}\.ckpt: there is no such .*{word}\.ckpt"
+    ):
+        folder.checkpoint(other)
+
+
+def test_a_path_is_a_path(folder, tmp_path, monkeypatch):
+    path = write_checkpoint(folder, "last.ckpt")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert folder.checkpoint(path) == folder.checkpoint(str(path)) == path
+    assert folder.checkpoint("~/runs/bot/checkpoints/last.ckpt") == path
+    with pytest.raises(ConfigError, match=r"^--ckpt_path: s3://b/last\.ckpt is an address"):
+        folder.checkpoint("s3://b/last.ckpt")
+    with pytest.raises(CheckpointError, match="nothing was given"):
+        folder.checkpoint("")
+
+
+def test_what_lightning_leaves_on_a_cluster_is_found_by_its_word(folder, tmp_path):
+    with pytest.raises(CheckpointError, match=r"--ckpt_path hpc: .*there is no such checkpoint"):
+        folder.checkpoint("hpc")
+    for name in ("hpc_ckpt_2.ckpt", "hpc_ckpt_10.ckpt", "hpc_ckpt_x.ckpt"):
+        (tmp_path / name).touch()
+    assert folder.checkpoint("hpc") == tmp_path / "hpc_ckpt_10.ckpt"
+
+
+def test_a_new_run_may_have_a_lock(folder):
+    folder.path.mkdir(parents=True)
+    (folder.path / ".lock").touch()
+    assert folder.newest("never") is None
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "over"),
+    [
+        ([EarlyStopping("val/loss", patience=1)], True),
+        ([EarlyStoppingX(), EarlyStopping("val/loss", patience=1)], True),
+        ([EarlyStopping("val/loss", patience=2)], False),
+        ([EarlyStopping("train/loss", patience=1)], False),
+        ([EarlyStopping("val/loss", mode="max", patience=1)], False),
+        ([EarlyStoppingX()], False),
+        ([], False),
+    ],
+)
+def test_early_stopping_ends_a_run_by_the_options_of_this_start(stopped, callbacks, over):
+    said = nothing_left(stopped, 9, -1, callbacks)
+    assert (said is not None and "no better val/loss for 1 validations" in said) == over
+
+
+@pytest.mark.parametrize(
+    ("former", "now", "over"),
+    [
+        ({"stopping_threshold": 99.0}, {"stopping_threshold": 99.0}, True),
+        ({"stopping_threshold": 99.0}, {"stopping_threshold": 1.0}, False),
+        ({"stopping_threshold": 99.0}, {}, False),
+        ({"divergence_threshold": 0.1}, {"divergence_threshold": 0.1}, True),
+        ({"divergence_threshold": 0.1}, {"divergence_threshold": 0.2}, False),
+    ],
+)
+def test_a_threshold_ends_a_run_until_it_is_changed(tmp_path, tiny_base, former, now, over):
+    epochs, checkpoint = trained(tmp_path, tiny_base, 9, **former)
+    assert epochs == 1
+    said = nothing_left(checkpoint, 9, -1, [EarlyStopping("val/loss", min_delta=1.0, **now)])
+    assert (said is not None and "hreshold reached" in said) == over

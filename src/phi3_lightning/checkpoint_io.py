@@ -13,9 +13,13 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from typing_extensions import override
 
 from phi3_lightning.errors import CheckpointError
+from phi3_lightning.files import remedy
 from phi3_lightning.sharded_checkpoint import is_sharded, read_sharded
 
 __all__ = ["AsyncSafeCheckpointIO", "SafeCheckpointIO", "read_checkpoint"]
+
+BARE = "bare_state_dict"
+"""Marks what is no checkpoint: the weights that ``ddp_fork``, ``ddp_notebook`` and ``ddp_spawn`` send to the parent."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -38,6 +42,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is not None:
             raise TypeError("SafeCheckpointIO takes no storage_options")
+        if "state_dict" not in checkpoint:
+            checkpoint = {"state_dict": checkpoint, BARE: True}
         target = Path(path)
         temporary = target.with_name(f"{target.name}.tmp")
         try:
@@ -53,11 +59,14 @@ class SafeCheckpointIO(TorchCheckpointIO):
                 temporary.unlink(missing_ok=True)
             former = "the former one is untouched" if target.exists() else "there was none before"
             reason = error.__context__ or error
-            raise CheckpointError(f"{target}: the checkpoint could not be written ({reason}); {former}") from error
+            what_to_do = f"; {advice}" if (advice := remedy(reason)) else ""
+            raise CheckpointError(
+                f"{target}: the checkpoint could not be written ({reason}); {former}{what_to_do}"
+            ) from error
 
     @override
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
-        """Read a checkpoint; nothing in the file can run code.
+        """Read what was saved; nothing in the file can run code.
 
         Args:
             path: The file.
@@ -67,7 +76,8 @@ class SafeCheckpointIO(TorchCheckpointIO):
         Raises:
             CheckpointError: If the file is missing, incomplete, or holds more than tensors and plain types.
         """
-        return read_checkpoint(Path(path), map_location)
+        checkpoint = read_checkpoint(Path(path), map_location)
+        return checkpoint["state_dict"] if BARE in checkpoint else checkpoint
 
 
 class AsyncSafeCheckpointIO(SafeCheckpointIO):
@@ -174,8 +184,10 @@ def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     if is_sharded(path):
         return read_sharded(path)
     if path.is_dir():
+        inside = sorted(map(str, [*path.glob("*.ckpt"), *path.glob("checkpoints/*.ckpt")]))
+        files = f"; give {' or '.join(inside)}" if inside else ""
         raise CheckpointError(
-            f"{path}: a folder, and no checkpoint; an adapter in PEFT's form starts a new run as model.lora.adapter"
+            f"{path}: a folder, and no checkpoint{files}; an adapter in PEFT's form starts a run as model.lora.adapter"
         )
     if not path.is_file():
         raise CheckpointError(f"{path}: there is no such checkpoint")

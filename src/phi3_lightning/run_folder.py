@@ -3,15 +3,34 @@
 ``runs/NAME/`` holds ``config.yaml``, ``checkpoints/``, ``tensorboard/`` and ``predictions.jsonl``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from jsonargparse import Namespace
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
+
+from phi3_lightning.callback_state import OPTIONS
+from phi3_lightning.changed_options import Changed
 from phi3_lightning.checkpoint_io import read_checkpoint
 from phi3_lightning.errors import CheckpointError, ConfigError
+from phi3_lightning.files import local_path
+from phi3_lightning.run_lock import LOCK
 
 Resume = Literal["auto", "never"]
+
+AT_ONCE = (
+    EarlyStoppingReason.STOPPING_THRESHOLD.value,
+    EarlyStoppingReason.DIVERGENCE_THRESHOLD.value,
+    EarlyStoppingReason.NON_FINITE_METRIC.value,
+)
+"""Why early stopping ends a run without waiting for its patience."""
+
+THRESHOLDS = ("stopping_threshold", "divergence_threshold", "check_finite")
+"""The options that decide about that."""
 
 
 @dataclass(frozen=True)
@@ -20,26 +39,37 @@ class RunFolder:
 
     path: Path
     """The folder."""
+    checkpoints: Path
+    """Folder of last.ckpt and best.ckpt."""
 
     @classmethod
-    def named(cls, name: str, root: str | Path | None) -> "RunFolder":
+    def named(cls, name: str, root: str | Path | None, dirpath: str | Path | None = None) -> "RunFolder":
         """Return the folder of a run.
 
         Args:
             name: The name of the run, one part of a path.
             root: The folder that holds ``runs``; None: the working directory.
+            dirpath: The folder of the checkpoints; None: ``checkpoints`` in the run's folder.
 
         Raises:
-            ConfigError: If the name is no plain folder name.
+            ConfigError: If the name is no plain folder name, or a folder is an address.
         """
         if name in ("", "..") or Path(name).name != name:
             raise ConfigError(f"run: {name!r} is no plain folder name; the folder is runs/NAME, give NAME alone")
-        return cls(Path(root or ".") / "runs" / name)
+        path = local_path("trainer.default_root_dir", root or ".") / "runs" / name
+        return cls(path, path / "checkpoints" if dirpath is None else local_path("checkpoint.dirpath", dirpath))
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of last.ckpt and best.ckpt."""
-        return self.path / "checkpoints"
+    @classmethod
+    def of(cls, config: Namespace) -> "RunFolder":
+        """Return the folder of the run that a configuration describes.
+
+        Args:
+            config: It has ``run`` and the sections ``trainer`` and ``checkpoint``, the latter perhaps empty.
+
+        Raises:
+            ConfigError: As :meth:`named`.
+        """
+        return cls.named(config.run, config.trainer.get("default_root_dir"), (config.checkpoint or {}).get("dirpath"))
 
     @property
     def predictions(self) -> Path:
@@ -59,24 +89,72 @@ class RunFolder:
             CheckpointError: If there is a checkpoint that cannot be read, or ``never`` meets a used folder.
         """
         if resume == "never":
-            if self.path.exists() and any(self.path.iterdir()):
+            if self.path.exists() and any(entry.name != LOCK for entry in self.path.iterdir()):
                 raise CheckpointError(f"--resume never: {self.path} is not empty; give another name with --run")
             return None
         last = self.checkpoints / "last.ckpt"
         if last.exists():  # a sharded one is a folder
             return last, read_checkpoint(last)
-        others = sorted(self.checkpoints.glob("*.ckpt"))
+        others = self._names()
         if others:
             raise CheckpointError(
-                f"{self.checkpoints}: a former run left {', '.join(file.name for file in others)} and no last.ckpt; "
-                f"go on from one with --ckpt_path {others[0]}, or start anew with another --run"
+                f"{self.checkpoints}: a former run left {', '.join(others)} and no last.ckpt; "
+                f"go on from one with --ckpt_path {self.checkpoints / others[0]}, or start anew with another --run"
             )
         return None
 
-    def evaluated(self) -> Path | None:
-        """Return the checkpoint that ``validate``, ``test`` and ``predict`` take: the best, or else the newest."""
-        candidates = (self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt")
-        return next((path for path in candidates if path.exists()), None)
+    def checkpoint(self, asked: str | Path | None) -> Path | None:
+        """Return the checkpoint that ``--ckpt_path`` means.
+
+        Args:
+            asked: Lightning's words ``last``, ``best`` and ``hpc``, a path, or None for the best or else the newest.
+
+        Returns:
+            The path; None where none is named and the run has none.
+
+        Raises:
+            CheckpointError: If the one that is named is not there.
+            ConfigError: If it is an address.
+        """
+        best, last = self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt"
+        if asked is None:
+            return next((path for path in (best, last) if path.exists()), None)
+        if not str(asked):
+            raise CheckpointError("--ckpt_path: nothing was given; leave the option out, or give last, best or a path")
+        by_word = {"last": last, "best": best, "hpc": self._newest_of_lightning()}
+        path = by_word.get(str(asked)) or local_path("--ckpt_path", asked)
+        if not path.exists():
+            named = f"--ckpt_path {asked}: {path}" if str(asked) in by_word else str(path)
+            rest = f"the run has {', '.join(self._names()) or 'no checkpoint'} in {self.checkpoints}"
+            raise CheckpointError(f"{named}: there is no such checkpoint; {rest}; give last, best or a path")
+        return path
+
+    def _names(self) -> list[str]:
+        return sorted(file.name for file in self.checkpoints.glob("*.ckpt"))
+
+    def _newest_of_lightning(self) -> Path:
+        """What Lightning itself writes when SLURM puts a job back into the queue (``trainer.default_root_dir``)."""
+        root = self.path.parent.parent
+        numbers = [int(file.stem[9:]) for file in root.glob("hpc_ckpt_*.ckpt") if file.stem[9:].isdecimal()]
+        return root / f"hpc_ckpt_{max(numbers, default=1)}.ckpt"
+
+    def finished(self, why: str, changed: Sequence[Changed]) -> str:
+        """Say that the run is over, and what has not come of what is typed now.
+
+        Args:
+            why: Why nothing is left to do.
+            changed: The options that are not as the run had them.
+
+        Raises:
+            CheckpointError: If another run is meant than the one that is over.
+        """
+        listed = "; ".join(map(str, changed))
+        if any(each.makes_another_run for each in changed):
+            raise CheckpointError(
+                f"{self.path}: nothing was trained: the run there is over ({why}), and it is another one: {listed}. "
+                "Start this one with another --run"
+            )
+        return f"{why}. Nothing has come of what is typed differently now: {listed}" if changed else why
 
     def keep_config(self, text: str) -> None:
         """Write ``config.yaml``; a different one that is there already is kept as ``config.1.yaml`` and so on.
@@ -96,20 +174,30 @@ class RunFolder:
         target.write_text(text, encoding="utf-8")
 
 
-def nothing_left(checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps: int) -> str | None:
+def nothing_left(
+    checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps: int, callbacks: Iterable[Callback] = ()
+) -> str | None:
     """Say why a run is over, or return None where it can go on.
 
     Args:
         checkpoint: The newest checkpoint.
         max_epochs: As the Trainer gets it.
         max_steps: As the Trainer gets it; -1 is no limit.
+        callbacks: Those of this start, whose options decide; what only the checkpoint knows of ends nothing.
     """
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if 0 <= max_steps <= checkpoint["global_step"]:
         return f"trainer.max_steps {max_steps} is reached"
     if max_epochs is not None and 0 <= max_epochs <= epochs:
         return f"trainer.max_epochs {max_epochs} is reached"
-    for name, state in checkpoint.get("callbacks", {}).items():
-        if name.startswith("EarlyStopping") and state["wait_count"] >= state["patience"]:
-            return f"early stopping ended it: no better value for {state['wait_count']} validations"
+    states = checkpoint.get("callbacks", {})
+    for callback in callbacks:
+        if isinstance(callback, EarlyStopping) and callback.state_key in states:
+            state = states[callback.state_key]
+            if state["wait_count"] >= callback.patience:
+                return f"early stopping ended it: no better {callback.monitor} for {state['wait_count']} validations"
+            former = checkpoint.get(OPTIONS, {}).get(callback.state_key, {})
+            as_before = all(name in former and former[name] == getattr(callback, name) for name in THRESHOLDS)
+            if as_before and state.get("stopping_reason") in AT_ONCE:
+                return f"early stopping ended it: {state['stopping_reason_message']}"
     return None

@@ -9,6 +9,7 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import synthetic
 from phi3_lightning.callbacks import RunCheckpoint
@@ -249,8 +250,8 @@ def test_saving_in_the_background_leaves_the_same_files(fit, tmp_path):
 
 
 def test_a_failure_in_the_background_ends_the_run(tmp_path):
-    (tmp_path / "file").write_text("")
-    checkpoint = RunCheckpoint(str(tmp_path / "file" / "kept"), async_save=True)
+    (tmp_path / "kept" / "last.ckpt.tmp").mkdir(parents=True)  # where the file is to be written
+    checkpoint = RunCheckpoint(str(tmp_path / "kept"), async_save=True)
     trainer = synthetic.trainer(tmp_path, callbacks=[checkpoint], enable_checkpointing=True)
     with pytest.raises(CheckpointError, match=r"last\.ckpt: the checkpoint could not be written"):
         trainer.fit(Scripted(), torch.utils.data.DataLoader(range(EPOCH), batch_size=1))
@@ -259,3 +260,65 @@ def test_a_failure_in_the_background_ends_the_run(tmp_path):
 def test_another_way_to_write_is_not_replaced_behind_the_back(fit):
     with pytest.raises(ConfigError, match=r"checkpoint\.async_save.*trainer\.plugins"):
         fit(Scripted(), checkpoint={"async_save": True})  # with the plugin of this file
+
+
+def evaluate(folder: Path, word: str | None, module: Scripted, **options) -> float:
+    """The weight that a script measures which asks for a checkpoint by one of Lightning's words."""
+    trainer = synthetic.trainer(
+        folder, enable_checkpointing=True, callbacks=[RunCheckpoint(str(folder / "kept"))], plugins=[SafeCheckpointIO()]
+    )
+    trainer.validate(module, torch.utils.data.DataLoader(range(2)), ckpt_path=word, verbose=False, **options)
+    return module.weight.item()
+
+
+@pytest.mark.parametrize("word", ["last", "best"])
+def test_a_script_evaluates_the_checkpoint_that_a_word_of_lightnings_means(fit, word):
+    fit(Scripted(3.0, 1.0, 2.0), max_epochs=3)
+    trained = torch.load(fit.folder / "kept" / f"{word}.ckpt", weights_only=True)["state_dict"]["weight"].item()
+    assert evaluate(fit.folder, word, Scripted(0.0), weights_only=True) == trained != 0
+
+
+def test_a_script_goes_on_from_its_last_checkpoint_or_begins(fit):
+    checkpoint = RunCheckpoint(str(fit.folder / "kept"))
+    data = torch.utils.data.DataLoader(range(EPOCH), batch_size=1)
+    for epochs in (1, 2):
+        trainer = synthetic.trainer(
+            fit.folder, enable_checkpointing=True, callbacks=[checkpoint], plugins=[SafeCheckpointIO()],
+            max_epochs=epochs,
+        )  # fmt: skip
+        if epochs == 1:
+            with pytest.warns(UserWarning, match="there is no last checkpoint available"):
+                trainer.fit(Scripted(), data, ckpt_path="last")
+        else:
+            trainer.fit(Scripted(), data, ckpt_path="last", weights_only=True)
+        assert trainer.global_step == EPOCH * epochs
+        assert trainer.num_training_batches == EPOCH
+    assert checkpoint.last_model_path == str(fit.folder / "kept" / "last.ckpt")
+
+
+@pytest.mark.parametrize(("word", "kind"), [("last", CheckpointError), ("best", ValueError)])
+def test_a_script_never_evaluates_the_weights_in_memory_in_place_of_a_checkpoint(tmp_path, word, kind):
+    with pytest.raises(kind, match=rf'ckpt_path="{word}"'):
+        evaluate(tmp_path, word, Scripted(0.0))
+
+
+def test_scripts_read_what_lightnings_own_callback_tells(fit):
+    fit(Scripted(3.0, 1.0, 2.0), max_epochs=3)
+    best, last = (str(fit.folder / "kept" / name) for name in ("best.ckpt", "last.ckpt"))
+    told = fit.checkpoint
+    assert (told.best_model_path, told.last_model_path, told.best_model_score.item()) == (best, last, 1.0)
+    again = RunCheckpoint(str(fit.folder / "kept"))
+    assert (again.best_model_path, again.last_model_path) == (best, last)
+    assert RunCheckpoint(str(fit.folder / "none")).best_model_path == ""
+
+
+def test_no_hook_of_lightnings_own_callback_is_left(fit):
+    hooks = {name for name in vars(ModelCheckpoint) if name in vars(pl.Callback)}
+    assert {"on_train_batch_end", "on_validation_end", "on_exception"} <= hooks
+    assert hooks <= vars(RunCheckpoint).keys()
+
+
+def test_its_state_has_the_name_and_the_form_of_earlier_releases(fit):
+    fit(Scripted(1.0), checkpoint={"every_n_steps": 2})
+    states = torch.load(fit.folder / "kept" / "last.ckpt", weights_only=True)["callbacks"]
+    assert states["RunCheckpoint"] == {"monitor": "val/loss", "best_score": 1.0}

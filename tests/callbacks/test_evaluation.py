@@ -218,6 +218,26 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path, data):
     assert "nan" not in "".join(str(attrs) for _, attrs in page.tags)
 
 
+def test_every_form_of_the_report_says_how_texts_are_taken_apart_and_that_few_rows_tell_nothing(tmp_path, data, capsys):
+    _, content = run(tmp_path, data())
+    forms = [(tmp_path / f"run/test.{suffix}").read_text(encoding="utf-8") for suffix in ("md", "html")]
+    for told in (*forms, capsys.readouterr().out):
+        assert "one character a word in scripts without spaces" in told
+        assert "tok:13a" in told
+        assert "too few rows to tell" in told
+    assert "*" not in "".join(line for line in forms[0].splitlines() if line.startswith("|"))
+    assert content["signatures"].keys() == {"rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf"}
+
+
+def test_rows_enough_are_told_apart(tmp_path, data):
+    rows = [chat(f"Who reads {i}?", "word " * (i % 5 + 1)) for i in range(20)]
+    _, content = run(tmp_path, data(*rows), rows=0)
+    told = (tmp_path / "run/test.md").read_text(encoding="utf-8")
+    assert "too few rows" not in told
+    assert content["metrics"]["loss"]["rows"] == 20
+    assert content["signatures"] == {}
+
+
 def test_markdown_holds_any_text(tmp_path, data):
     run(tmp_path, data())
     told = (tmp_path / "run/test.md").read_text(encoding="utf-8")

@@ -10,8 +10,8 @@ import phi3_lightning
 import synthetic
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import OutOfMemory
-from phi3_lightning.planning.memory import Setup
-from phi3_lightning.planning.step import Shape
+from phi3_lightning.planning.memory import MemoryPredictor
+from phi3_lightning.planning.step import BatchShape
 
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 LENGTHS = [[60, 30], [40]]
@@ -51,7 +51,7 @@ def test_the_batch_and_what_helps_are_named(tiny_base, tmp_path, where):
     named, predicted, *changes = error.value.__notes__
     assert named.startswith(f"memory ran out in {where.removesuffix('_step')} batch 0")
     assert named.endswith("2 rows with documents of 60 + 30; 40 tokens")
-    memory = Setup.of(trainer, module).memory(Shape(LENGTHS, 65))
+    memory = MemoryPredictor(module.spec()).memory(BatchShape(LENGTHS, 65))
     assert f"takes {memory.total / 1e9:.1f} GB" in predicted
     assert len(changes) == 3
     assert any("model.gradient_checkpointing: full" in change for change in changes)

@@ -1,22 +1,14 @@
 """Tokens a second, by a clock that the test moves."""
 
-import subprocess
-import sys
-from collections import Counter
-from pathlib import Path
-
 import lightning.pytorch as pl
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.batch import IGNORE_INDEX
 from phi3_lightning.callbacks import Throughput
-from phi3_lightning.callbacks.flops import peak_flops, step_flops
-from phi3_lightning.callbacks.throughput import peak_memory
+from phi3_lightning.model.flops import step_flops
 
 
 class Clock:
@@ -95,27 +87,6 @@ def test_validation_takes_no_time(tmp_path, clock, options):
     assert len(set(speeds(tmp_path, clock, **options))) == 3
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells the peak there")
-def test_peak_memory_is_that_of_the_process():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    (peak,) = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-    # both count pages, the one by thread and added up now and then
-    assert peak_memory(torch.device("cpu")) == pytest.approx(peak, rel=0.02)
-
-
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the peak is getrusage's")
-def test_peak_memory_is_not_what_the_parent_held_when_it_started_the_process():
-    child = (
-        "import resource, torch; from phi3_lightning.callbacks.throughput import peak_memory;"
-        "print(peak_memory(torch.device('cpu')), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
-    )
-    held = b"1" * (2 * 10**9)
-    found = subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True).stdout
-    peak, by_getrusage = map(int, found.split())
-    assert peak < len(held) / 2
-    assert by_getrusage >= len(held)  # what is wrong with it, on Linux
-
-
 class Record(pl.Callback):
     """Everything under speed/, step by step."""
 
@@ -153,63 +124,11 @@ def test_a_foreign_module_has_no_share_of_the_peak(tmp_path, clock):
     assert "speed/peak_share" not in recorded(tmp_path, Slow(clock), BATCHES)[0]
 
 
-class Count(TorchDispatchMode):
-    """Counts operations as torch's own FlopCounterMode does, whose hooks on modules do not bear a gradient within."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.products: Counter = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **kwargs or {})
-        if (kind := func.overloadpacket) in flop_registry:
-            self.products[kind] += flop_registry[kind](*args, **kwargs or {}, out_val=out)
-        return out
-
-
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-@pytest.mark.parametrize("backend", ["peft", "loralib"])
-def test_the_formula_is_what_torch_counts(tiny_base, checkpointing, backend):
-    """All products with weights of a forward and backward pass, by torch's own counter, attention's left out."""
-    lora = {"r": 4, "lora_dropout": 0.0, "backend": backend}
-    module = Phi3LoRAModule(tiny_base, dtype="float32", lora=lora, gradient_checkpointing=checkpointing)
-    synthetic.randomised(module)
-    module.model.train()
-    length = 12
-    batch = synthetic.batch_of([[synthetic.document(length, length - 1, 0)]])
-    with Count() as counter:
-        loss, count = module.compute_loss(module(batch), module.head, batch)
-        loss.backward()
-    counted = counter.products[torch.ops.aten.mm] + counter.products[torch.ops.aten.addmm]
-    flops = step_flops(module)
-    formula = flops.per_token * length + flops.per_supervised_token * int(count)
-    blocks, rank = module.model.model.layers, 4
-    # nothing before the first layer is trained
-    qkv, updates = blocks[0].self_attn.qkv_proj, 3 if backend == "loralib" else 1
-    formula -= 2 * length * qkv.in_features * (qkv.out_features + updates * rank)
-    if checkpointing == "full":  # of what is computed again, the last product is needed by none
-        formula -= sum(2 * length * rank * block.mlp.down_proj.out_features for block in blocks)
-    if backend == "loralib":  # its B of fused layers is block diagonal, and the zeros are multiplied as well
-        fused = [(block.self_attn.qkv_proj, 3) for block in blocks] + [(block.mlp.gate_up_proj, 2) for block in blocks]
-        zeros = sum((updates - 1) * rank * layer.out_features for layer, updates in fused)
-        formula += (6 if checkpointing == "none" else 8) * length * zeros
-    assert counted == formula
-
-
 def test_the_share_of_the_peak_follows_from_formula_speed_and_peak(tmp_path, tiny_base, monkeypatch):
     monkeypatch.setattr("phi3_lightning.callbacks.throughput.peak_flops", lambda *_: 1e9)
     module = Phi3LoRAModule(tiny_base, dtype="float32")
     for step in recorded(tmp_path, module, BATCHES[:2]):
-        flops = step_flops(module)
+        flops = step_flops(module.loaded_model)
         needed = flops.per_token * step["speed/tokens_per_second"]
         needed += flops.per_supervised_token * step["speed/supervised_tokens_per_second"]
         assert step["speed/peak_share"] == pytest.approx(needed / 1e9, rel=1e-5)
-
-
-def test_the_peak_of_a_cpu_is_that_of_its_matrix_products():
-    assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e15
-
-
-def test_the_peak_of_a_gpu_is_that_of_its_data_sheet(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    assert peak_flops(torch.device("cuda"), torch.bfloat16) == pytest.approx(989e12, rel=1e-3)

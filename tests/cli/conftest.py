@@ -4,6 +4,7 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -71,6 +72,7 @@ def start(folder: Path, *args: str) -> Run:
             sys.argv = ["cli.py", *args]
             sys.path.insert(0, str(folder))
             warnings.resetwarnings()  # as in a process of a user's
+            threading.excepthook = threading.__excepthook__  # and not pytest's
             logging.getLogger("lightning.pytorch").handlers = [logging.StreamHandler(sys.stderr)]
             for logger in ("lightning.pytorch", "lightning.fabric"):
                 logging.getLogger(logger).setLevel(logging.INFO)  # commands that run in the tests' own process lower it

@@ -1,10 +1,13 @@
 """The configurations of the backends, as commands; wrong adapters are named before the model is loaded."""
 
 import importlib.util
+import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig
 
 from cli.conftest import QUICK, REPOSITORY, TINY
 
@@ -34,7 +37,7 @@ def test_each_configuration_trains_three_steps(cli, tmp_path, name):
         (["--model.lora.backend=loralib", "--model.lora.use_dora=true"], "model.lora.backend: peft"),
         (["--model.lora.modules_to_save=[qkv_proj]"], "qkv_proj carries an adapter"),
         (["--model.lora.lora_alpha=0"], "model.lora.lora_alpha"),
-        (["--model.lora.adapter=nowhere.ckpt"], "model.lora.adapter: there is no file nowhere.ckpt"),
+        (["--model.lora.adapter=nowhere.ckpt"], "model.lora.adapter: nowhere.ckpt: there is no such checkpoint"),
         (["--model.lora.bias=all"], "no layer of a Phi3ForCausalLM has a bias"),
     ],
 )
@@ -43,6 +46,44 @@ def test_bad_input_is_one_clear_error(cli, options, told):
     assert refused.status != 0
     assert told in refused.text
     assert "Traceback" not in refused.text
+
+
+def adapter_folder(folder: Path, **keys) -> Path:
+    """A folder of PEFT's with other keys in its configuration."""
+    LoraConfig(r=4, target_modules=["o_proj"], base_model_name_or_path=str(TINY)).save_pretrained(str(folder))
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | keys))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("keys", "told"),
+    [
+        ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base weights"),
+        (
+            {"alora_invocation_tokens": [5]},
+            "alora_invocation_tokens: [5] cannot be used: the adapter acts on",
+        ),
+        ({"peft_type": "IA3"}, "peft_type: 'IA3' is not read"),
+        ({"a_key_of_tomorrow": 2}, "a_key_of_tomorrow: 2 is not known here"),
+        ({"r": "4"}, "r: '4' cannot be used: give a whole number"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_named_before_the_base_is_loaded(cli, tmp_path, keys, told):
+    folder = adapter_folder(tmp_path / "adapter", **keys)
+    said = f"{folder}: adapter_config.json: {told}"
+    absent = f"--model.base={tmp_path}/absent"  # an error of its own if it were looked for
+    for option, args in (
+        ("--ckpt_path", ("chat", f"--ckpt_path={folder}", absent, "--prompt=Hello")),
+        ("model.lora.adapter", ("fit", *QUICK, f"--model.lora.adapter={folder}", "--trainer.max_steps=1")),
+    ):
+        refused = cli(*args, code=1)
+        assert re.findall(r"^error: .*", refused.text, re.MULTILINE) == [
+            line for line in refused.text.splitlines() if line.startswith(f"error: {option}: {said}")
+        ]
+        assert f"error: {option}: {said}" in refused.text
+        assert "Traceback" not in refused.text
+    assert not (tmp_path / "runs").exists()
 
 
 def test_slices_by_flags_from_a_file(cli, tmp_path):

@@ -1,6 +1,7 @@
 """Bad input from the command line: one clear error, before the model is loaded, and nothing is overwritten."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,32 @@ def test_a_bad_row_is_named(cli, tmp_path, bad, told):
 def test_missing_and_empty_files(cli, tmp_path):
     assert "nowhere.jsonl" in cli("fit", *QUICK, "--data.train=nowhere.jsonl", code=1).text
     assert "empty" in cli("fit", *QUICK, rows(tmp_path), code=1).text
+
+
+@pytest.mark.parametrize("command", [("fit", "--trainer.max_steps=1"), ("preview",)])
+@pytest.mark.parametrize(
+    ("option", "told"),
+    [
+        ("--data.cache_dir=file/cache", "data.cache_dir: file/cache/phi3_lightning cannot be written"),
+        ("--data.cache_dir=/proc/cache", "data.cache_dir: /proc/cache/phi3_lightning cannot be written"),
+        ("--data.train=owner/name/config:train", "neither can be named here"),
+        ("--data.train=owner/name@main:train", "neither can be named here"),
+        ("--data.val=splits", "no single split in it is for data.val: test: test.jsonl; train: train.jsonl"),
+        ("--data.val=splits/*.jsonl", "no single split in it is for data.val"),
+        ("--data.group_by=customer", "data.group_by: 'customer' only decides which training rows validate"),
+    ],
+)
+def test_data_that_cannot_be_read_or_kept_are_one_line(cli, tmp_path, command, option, told):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "splits").mkdir()
+    for name in ("train", "test"):
+        shutil.copy(TINY / "chats_val.jsonl", tmp_path / f"splits/{name}.jsonl")
+    options = QUICK if command[0] == "fit" else QUICK[3:7]
+    refused = cli(*command, *options, option, code=1)
+    [error] = [line for line in refused.text.splitlines() if line.startswith("error:")]
+    assert told in error
+    assert "Traceback" not in refused.text
+    assert not (tmp_path / "runs").exists()
 
 
 def test_no_row_left(cli, tmp_path):

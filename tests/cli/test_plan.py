@@ -55,12 +55,24 @@ def test_without_data_the_largest_rows_are_planned(cli):
     assert "whole run: unknown" in text
 
 
-def test_what_is_auto_is_settled_as_fit_would(cli, tmp_path):
-    options = ("--model.gradient_checkpointing=auto", "--data.max_tokens_per_batch=auto", "--data.batch_size=3")
-    options += (f"--data.cache_dir={tmp_path}/cache", "--trainer.accumulate_grad_batches=4")
-    text = cli("plan", *QUICKSTART, *options).text
+AUTO = (
+    "--model.gradient_checkpointing=auto", "--data.max_tokens_per_batch=auto", "--data.batch_size=3",
+    "--trainer.accumulate_grad_batches=4",
+)  # fmt: skip
+
+
+def test_what_is_auto_is_decided_as_by_fit(cli, tmp_path):
+    text = cli("plan", *QUICKSTART, *AUTO, f"--data.cache_dir={tmp_path}/cache").text
     assert "12 rows (the largest of 5 in data.train), 1 to an optimiser step" in text
     assert "model.gradient_checkpointing: auto is none here: the largest batch takes less than" in text
+
+
+def test_fit_decides_what_is_auto(cli, tmp_path):
+    quiet = ("--monitor.forgetting=false", "--monitor.samples=0", "--trainer.max_steps=1")
+    text = cli("fit", *QUICKSTART, *AUTO, *quiet, f"--data.cache_dir={tmp_path}/cache").text
+    assert "12 rows, 1 such micro-batches to an optimiser step of 12 rows" in text
+    assert "model.gradient_checkpointing: auto is none: the largest batch takes less than" in text
+    assert "gradient checkpointing: none" in text
 
 
 def test_a_gpu_that_is_not_here_is_not_asked(cli):

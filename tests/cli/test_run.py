@@ -185,9 +185,34 @@ def test_a_saved_config_feeds_every_command(cli, tmp_path):
     assert "token loss" in cli("test", config, f"--data.test={TINY}/chats_val.jsonl", "--evaluation.rows=2").text
     cli("predict", config)
     answers = [json.loads(line) for line in (tmp_path / "runs/phi3-lora/predictions.jsonl").read_text().splitlines()]
-    assert [answer["row"] for answer in answers] == [0, 1, 2]
+    assert [answer["place"] for answer in answers] == [f"{TINY}/prompts.jsonl:{line}" for line in (1, 2, 3)]
     assert all(isinstance(answer["answer"], str) and isinstance(answer["finished"], bool) for answer in answers)
     assert "nothing left to do" in cli("fit", config).text
+
+
+def test_predictions_name_line_id_and_prompt_of_their_rows(cli, tmp_path):
+    path = REPOSITORY / "tests/cases/f07.p.jsonl"
+    table = tmp_path / "table.csv"
+    table.write_text("ticket,from,body\n12,user,Do you sell maps?\nx9,user,Are you open?\n")
+    columns = ("--data.conversation_id=ticket", "--data.role=from", "--data.content=body")
+    for given, options, expected in (
+        (path, ("--data.on_bad_row=skip",), [
+            {"place": f"{path}:1", "id": "When are you open on Monday?", "question": "When are you open on Monday?"},
+            {"place": f"{path}:3", "id": "Do you sell songs?", "question": "Do you sell songs?"},
+        ]),
+        (table, columns, [
+            {"place": f"{table} row 1", "id": "12", "question": "Do you sell maps?"},
+            {"place": f"{table} row 2", "id": "x9", "question": "Are you open?"},
+        ]),
+    ):  # fmt: skip
+        cli("predict", *QUICK, f"--data.predict={given}", *options)
+        lines = [json.loads(line) for line in (tmp_path / "runs/phi3-lora/predictions.jsonl").read_text().splitlines()]
+        assert [(line["place"], line["id"]) for line in lines] == [(row["place"], row["id"]) for row in expected]
+        assert [line.keys() for line in lines] == [{"place", "id", "prompt", "answer", "finished"}] * 2
+        for line, row in zip(lines, expected, strict=True):
+            assert row["question"] in line["prompt"]
+            assert line["prompt"].startswith("<|user|>")
+            assert line["prompt"].endswith("<|assistant|>")
 
 
 def test_what_the_user_types_wins_over_the_checkpoint(cli, tmp_path):

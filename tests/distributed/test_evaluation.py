@@ -67,8 +67,8 @@ def test_two_and_three_ranks_give_what_one_gives(chats, tmp_path, alone, strateg
             assert found == pytest.approx(alone[0], rel=1000 * cases.EPSILON)
         assert (folder / "predictions.jsonl").read_text() == alone[1]
         assert len(list((folder / "cache" / "phi3_lightning").iterdir())) == 2  # rows and prompts, once each
-    rows = [json.loads(line)["row"] for line in alone[1].splitlines()]
-    assert rows == list(range(ROWS))
+    places = [json.loads(line)["place"] for line in alone[1].splitlines()]
+    assert places == [f"{chats}:{line}" for line in range(1, ROWS + 1)]
 
 
 def report(chats: Path, folder: Path, cache: Path, strategy, world: int, batch_size: int, dtype: str) -> dict:

@@ -95,7 +95,8 @@ def test_sharegpt_before_and_after(cli, tmp_path, write):
 
     before = cli("predict", *recipe)
     assert "no checkpoint, the base model answers" in before.text
-    assert [line["row"] for line in map(json.loads, answers.read_text().splitlines())] == [0, 1]
+    places = [line["place"] for line in map(json.loads, answers.read_text().splitlines())]
+    assert places == [f"{prompts}:1", f"{prompts}:2"]
     fitted = cli("fit", *recipe)
     header, first = re.search(r"┃( prompt .*)┃\n┡.*\n│(.*)│\n", fitted.text).groups()
     assert [column.strip() for column in header.split("┃")] == ["prompt", "base", "tuned"]

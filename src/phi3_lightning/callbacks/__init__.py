@@ -1,6 +1,7 @@
 """Callbacks that the command line adds to a run; each works in any Trainer."""
 
 from phi3_lightning.callbacks.adapter_statistics import AdapterStatistics
+from phi3_lightning.callbacks.auto import AutoBatchSize, AutoCheckpointing
 from phi3_lightning.callbacks.bad_rows import BadRows
 from phi3_lightning.callbacks.checkpoint import RunCheckpoint
 from phi3_lightning.callbacks.evaluation import EvaluationReport
@@ -10,9 +11,11 @@ from phi3_lightning.callbacks.monitor import Monitor
 from phi3_lightning.callbacks.out_of_memory import OutOfMemory
 from phi3_lightning.callbacks.predictions import PredictionWriter
 from phi3_lightning.callbacks.progress import LineProgress
+from phi3_lightning.callbacks.purge import PurgeOvertaken
 from phi3_lightning.callbacks.report import RunReport
 from phi3_lightning.callbacks.run_page import RunPage
 from phi3_lightning.callbacks.samples import Samples
+from phi3_lightning.callbacks.single_writer import SingleWriter
 from phi3_lightning.callbacks.start_up import StartUp
 from phi3_lightning.callbacks.stop import AgreedStop
 from phi3_lightning.callbacks.throughput import Throughput
@@ -20,6 +23,8 @@ from phi3_lightning.callbacks.throughput import Throughput
 __all__ = [
     "AdapterStatistics",
     "AgreedStop",
+    "AutoBatchSize",
+    "AutoCheckpointing",
     "BadRows",
     "EvaluationReport",
     "Forgetting",
@@ -27,11 +32,13 @@ __all__ = [
     "Monitor",
     "OutOfMemory",
     "PredictionWriter",
+    "PurgeOvertaken",
     "RankFailure",
     "RunCheckpoint",
     "RunPage",
     "RunReport",
     "Samples",
+    "SingleWriter",
     "StartUp",
     "Throughput",
 ]

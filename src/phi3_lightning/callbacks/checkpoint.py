@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Checkpoint
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -15,16 +16,21 @@ from typing_extensions import override
 from phi3_lightning.checkpoint import Mismatch
 from phi3_lightning.checkpoint_io import AsyncSafeCheckpointIO, SafeCheckpointIO
 from phi3_lightning.config import require, require_choice
+from phi3_lightning.errors import CheckpointError
+from phi3_lightning.files import local_path
 from phi3_lightning.restart import repeat_validation
 from phi3_lightning.trained_state import TrainedStateModule
 
 
-class RunCheckpoint(Checkpoint):
+class RunCheckpoint(ModelCheckpoint):
     """Keeps ``last.ckpt``, from which the same command goes on, and ``best.ckpt``.
 
     ``last.ckpt`` is written on the way, at the end of each epoch and of training, and when the job is asked to stop
     (SIGTERM); ``best.ckpt`` after a validation that was better than all before it. Both are real files, and a folder
     may be moved: only the best value is remembered, no path.
+
+    It is a ``ModelCheckpoint`` since Lightning asks no other class for the files behind ``ckpt_path="last"`` and
+    ``"best"``; every hook of that class is replaced, so that nothing else of it saves.
 
     Args:
         dirpath: Folder of the two files; null: ``checkpoints`` in the run's folder.
@@ -48,8 +54,8 @@ class RunCheckpoint(Checkpoint):
         if every_n_steps is not None:
             require(every_n_steps >= 1, "checkpoint.every_n_steps", every_n_steps, "it is at least 1")
         require(every_n_minutes >= 0, "checkpoint.every_n_minutes", every_n_minutes, "it is 0 or more")
-        self.dirpath = None if dirpath is None else Path(dirpath)
-        self.monitor = monitor
+        super().__init__(monitor=monitor)
+        self.dirpath = None if dirpath is None else local_path("checkpoint.dirpath", dirpath)
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.async_save = async_save
@@ -60,6 +66,13 @@ class RunCheckpoint(Checkpoint):
         self._saved_at = time.monotonic()
         self._validation_cut = False
         self._warned = False
+        if self.dirpath is not None:
+            self._look_around()
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return type(self).__qualname__  # and not with options, which may change between two starts
 
     @property
     def last_path(self) -> Path:
@@ -74,12 +87,31 @@ class RunCheckpoint(Checkpoint):
     def _folder(self) -> Path:
         if self.dirpath is None:
             raise ValueError("RunCheckpoint: dirpath is not known before the run starts")
-        return self.dirpath
+        return Path(self.dirpath)
+
+    def _look_around(self) -> None:
+        """Note which of the two files are there, under the names by which Lightning and scripts ask for them."""
+        self.best_model_path = str(self.best_path) if self.best_path.exists() else ""
+        self.last_model_path = str(self.last_path) if self.last_path.exists() else ""
+
+    @override
+    def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
+        self._settle_in(trainer)
+        if self.last_model_path:
+            return {self.last_model_path}
+        if trainer.state.fn != "fit" and trainer.checkpoint_callbacks == [self]:
+            # Lightning would go on with the weights in memory
+            raise CheckpointError(f'ckpt_path="last": {self.last_path}: there is no such checkpoint')
+        return set()
+
+    def _settle_in(self, trainer: pl.Trainer) -> None:
+        if self.dirpath is None:
+            self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
+        self._look_around()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if self.dirpath is None:
-            self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
+        self._settle_in(trainer)
         if self.async_save:
             require(
                 type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, SafeCheckpointIO, AsyncSafeCheckpointIO),
@@ -95,6 +127,8 @@ class RunCheckpoint(Checkpoint):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
+        if trainer.is_global_zero and not cast("Any", trainer).fast_dev_run:
+            self._folder().mkdir(parents=True, exist_ok=True)  # now, and not after the first hour, it is an error
 
     @override
     def on_train_batch_end(
@@ -120,8 +154,7 @@ class RunCheckpoint(Checkpoint):
         if score is None:
             self._warn_not_logged(sorted(trainer.callback_metrics))
         elif score.item() < self.best_score:  # false for NaN
-            self.best_score = score.item()
-            self._save(trainer, self.best_path)
+            self._save_best(trainer, score)
 
     def _warn_not_logged(self, logged: list[str]) -> None:
         if not self._warned:
@@ -159,8 +192,14 @@ class RunCheckpoint(Checkpoint):
         if not cast("Any", trainer).fast_dev_run:  # set in a place that type checkers do not see
             trainer.save_checkpoint(path, weights_only=False)  # False: with optimiser and loops
 
+    def _save_best(self, trainer: pl.Trainer, score: torch.Tensor) -> None:
+        self.best_score, self.best_model_score = score.item(), score.detach().clone()
+        self._save(trainer, self.best_path)
+        self.best_model_path = str(self.best_path)
+
     def _save_last(self, trainer: pl.Trainer) -> None:
         self._save(trainer, self.last_path)
+        self.last_model_path = str(self.last_path)
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
 
@@ -172,3 +211,4 @@ class RunCheckpoint(Checkpoint):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["monitor"] == self.monitor:
             self.best_score = state_dict["best_score"]
+            self.best_model_score = torch.tensor(self.best_score)

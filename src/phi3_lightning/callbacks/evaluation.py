@@ -13,14 +13,15 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from phi3_lightning.batch import Batch
+from phi3_lightning.batch import Batch, origins
 from phi3_lightning.config import require
 from phi3_lightning.errors import ConfigError, DataError, ModelError
 from phi3_lightning.evaluate import cases, page
 from phi3_lightning.evaluate.answering import Answering, live_progress
 from phi3_lightning.evaluate.bootstrap import Comparison, Statistics
 from phi3_lightning.evaluate.report import TOKEN_SCORES, Answered, Report, measure_answers, measure_tokens, table
-from phi3_lightning.export.curve import read_scalars
+from phi3_lightning.event_files import read_scalars
+from phi3_lightning.files import local_path
 from phi3_lightning.metrics import AnswerMetrics
 from phi3_lightning.model import loss
 from phi3_lightning.module import Phi3LoRAModule
@@ -29,13 +30,10 @@ from phi3_lightning.partial import PartialLines, gather
 
 @runtime_checkable
 class DescribesTest(Protocol):
-    """A datamodule that says where its test rows come from, as ChatDataModule does."""
+    """A datamodule that says what its test data are, as ChatDataModule does."""
 
     def test_facts(self) -> dict[str, Any]:
         """Return ``source``, in words, and the ``statistics`` of the splits."""
-
-    def test_places(self, row_ids: list[int]) -> list[str]:
-        """Return where rows came from."""
 
 
 class EvaluationReport(pl.Callback):
@@ -59,7 +57,7 @@ class EvaluationReport(pl.Callback):
             require(rows >= 0, "evaluation.rows", rows, "it is 0 or more, or null for all")
         require(batch_size >= 1, "evaluation.batch_size", batch_size, "it is at least 1")
         require(resamples >= 100, "evaluation.resamples", resamples, "fewer draws give no 95% interval; 1000 are usual")
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else local_path("evaluation.folder", folder)
         self.rows = rows
         self.batch_size = batch_size
         self.resamples = resamples
@@ -160,7 +158,8 @@ class EvaluationReport(pl.Callback):
         left_out: Mapping[str, int],
     ) -> None:
         folder = cast("Path", self.folder)
-        data, places = _described(trainer, [answered.row for answered in answers])
+        data, answered_rows = _described(trainer), [answered.row for answered in answers]
+        sources = origins(_datamodule(trainer), "test", answered_rows)
         config = folder / "config.yaml"
         report = Report(
             run=folder.resolve().name,
@@ -173,7 +172,7 @@ class EvaluationReport(pl.Callback):
             generation=module.hparams["generation"],
             resamples=self.resamples,
             answers=answers,
-            places=places,
+            origins=dict(zip(answered_rows, sources, strict=True)),
             curves=read_scalars(folder / "tensorboard"),
             config=config.read_text(encoding="utf-8") if config.is_file() else "",
             certificates={
@@ -204,11 +203,11 @@ def _datamodule(trainer: pl.Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
 
 
-def _described(trainer: pl.Trainer, rows: list[int]) -> tuple[dict[str, Any], dict[int, str]]:
+def _described(trainer: pl.Trainer) -> dict[str, Any]:
     data = _datamodule(trainer)
     if isinstance(data, DescribesTest):
-        return data.test_facts(), dict(zip(rows, data.test_places(rows), strict=True)) if rows else {}
-    return {"source": f"{type(data).__name__}.test_dataloader" if data else "a dataloader", "statistics": {}}, {}
+        return data.test_facts()
+    return {"source": f"{type(data).__name__}.test_dataloader" if data else "a dataloader", "statistics": {}}
 
 
 def _print(console: Console, report: Report, files: list[Path]) -> None:

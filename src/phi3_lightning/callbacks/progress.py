@@ -27,6 +27,10 @@ class LineProgress(ProgressBar):
         self._enabled = False
 
     @override
+    def enable(self) -> None:
+        self._enabled = True
+
+    @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -37,8 +37,8 @@ def parser() -> Parser:
     result.add_argument("-c", "--config", action=RunConfig, help="Configuration of a run.")
     result.add_argument(
         "--ckpt_path", type=str | None, default=None,
-        help="A checkpoint (.ckpt), a folder with an adapter in PEFT's format, or a file of loralib's (.pt). null: the "
-        "best of --run, or its newest; where there is none, the base answers.",
+        help="last, best, a checkpoint (.ckpt), a folder with an adapter in PEFT's format, or a file of loralib's "
+        "(.pt). null: the best of --run, or its newest; where there is none, the base answers.",
     )  # fmt: skip
     result.add_argument(
         "--prompt", type=NotEmptyStr | None, default=None, help="Answer this alone, on stdout, and leave."

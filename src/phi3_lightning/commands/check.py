@@ -121,7 +121,7 @@ def _verdict(outcomes: dict[str, Outcome]) -> str:
         return "All is sound: a loss that does not fall in the run itself needs more steps, or a longer warm-up."
     where = {
         GOOD_GOOD: "the base or this machine: not even good rows are learnt with good settings",
-        MINE_GOOD: "your data: good rows are learnt with the same settings",
+        MINE_GOOD: "your data, or with a base too small for them: good rows are learnt with the same settings",
         GOOD_MINE: "your settings: good settings learn the same rows",
         MINE_MINE: "your data and your settings together: each is learnt with alone",
     }

@@ -17,6 +17,7 @@ from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.export.card import Origin
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.export import DType, Export, Exported, Format, export
+from phi3_lightning.files import local_path, writing
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import RunFolder
 
@@ -37,7 +38,12 @@ def parser() -> Parser:
     result.add_argument(
         "-c", "--config", action=RunConfig, help="Configuration of a run; a checkpoint alone is enough."
     )
-    result.add_argument("--ckpt_path", type=str | None, default=None, help="null: the best of --run, or its newest.")
+    result.add_argument(
+        "--ckpt_path",
+        type=str | None,
+        default=None,
+        help="last, best, or a path; null: the best of --run, or its newest.",
+    )
     result.add_argument("--output_dir", type=str, required=True, help="The folder to make.")
     result.add_argument("--format", type=Format, default="peft", help="Adapter for PEFT, whole model, or loralib file.")
     result.add_argument("--merge", action="store_true", help="The same as --format merged.")
@@ -74,7 +80,7 @@ def main(args: list[str]) -> None:
     options.set_defaults(model_defaults(checkpoint["hyper_parameters"]))
     config = options.parse_args(args)
     what = _what(config)
-    target = Path(config.output_dir).resolve()
+    target = local_path("--output_dir", config.output_dir).resolve()
     _check_target(target, overwrite=config.overwrite)
 
     module: Phi3LoRAModule = options.instantiate_classes(config).model
@@ -83,16 +89,16 @@ def main(args: list[str]) -> None:
     module.eval()
     chat = _chat(config, checkpoint)
     origin = Origin(_base_name(module), checkpoint, path.resolve().parent.parent)
-    _report(export(module, chat, origin, what, target), target)
+    with writing(target):
+        exported = export(module, chat, origin, what, target)
+    _report(exported, target)
 
 
 def _checkpoint_path(options: LightningArgumentParser, args: list[str]) -> Path:
     """Find the checkpoint before the options of the model are known, which it decides."""
     config = options.parse_args([*args, "--model.base=unknown"])
-    if config.ckpt_path is not None:
-        return Path(config.ckpt_path)
-    run = RunFolder.named(config.run, config.trainer.get("default_root_dir"))
-    found = run.evaluated()
+    run = RunFolder.of(config)
+    found = run.checkpoint(config.ckpt_path)
     if found is None:
         raise CheckpointError(f"{run.path}: there is no checkpoint; give one with --ckpt_path")
     return found

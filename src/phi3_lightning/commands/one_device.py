@@ -8,7 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from phi3_lightning.checkpoint_io import SafeCheckpointIO
-from phi3_lightning.platform import check_accelerator
+from phi3_lightning.hardware import check_accelerator
 
 
 def one_device_trainer(section: Mapping[str, Any], folder: str, **options: Any) -> pl.Trainer:

@@ -9,8 +9,9 @@ import lightning.pytorch as pl
 from jsonargparse import Namespace
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
-from peft import LoraConfig
 
+from phi3_lightning.adapters import adapter_config
+from phi3_lightning.adapters.existing import NO_SCALE
 from phi3_lightning.checkpoint import check_identity
 from phi3_lightning.checkpoint_io import read_checkpoint
 from phi3_lightning.commands.one_device import one_device_trainer
@@ -19,12 +20,6 @@ from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import RunFolder
-
-PEFT_KEYS = (
-    "r", "lora_alpha", "target_modules", "exclude_modules", "layers_to_transform", "rank_pattern", "alpha_pattern",
-    "use_rslora", "use_dora", "modules_to_save",
-)  # fmt: skip
-"""What adapter_config.json says about the shape of an adapter."""
 
 DATA_KEYS = {"tokenizer": None, "revision": None, "chat_template": None, "special_text": "plain", "system": "keep"}
 """What the data section says about prompts, and its defaults."""
@@ -61,7 +56,8 @@ def open_module(options: LightningArgumentParser, args: list[str]) -> Opened:
         ConfigError: If options cannot be used.
         ModelError: If the base cannot be loaded.
     """
-    source = _source(options.parse_args([*args, "--model.base=unknown"]))
+    asked = options.parse_args([*args, "--model.base=unknown"])
+    source = RunFolder.of(asked).checkpoint(asked.ckpt_path)
     checkpoint: dict[str, Any] | None = None
     if source is not None and _is_adapter(source):
         options.set_defaults(_adapter_defaults(source))
@@ -72,6 +68,8 @@ def open_module(options: LightningArgumentParser, args: list[str]) -> Opened:
     config = options.parse_args(args)
     seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
     taken = f"{source}: taken" if source else "no checkpoint: the base answers, or the adapter of model.lora.adapter"
+    if source is not None and source.suffix == ".pt" and not source.with_suffix(".json").is_file():
+        taken += f"; {NO_SCALE}"
     print(taken, file=sys.stderr, flush=True)
 
     template, system = _template(config, checkpoint)
@@ -86,26 +84,18 @@ def open_module(options: LightningArgumentParser, args: list[str]) -> Opened:
     return Opened(config, module, trainer, template, system)
 
 
-def _source(config: Namespace) -> Path | None:
-    if config.ckpt_path is not None:
-        return Path(config.ckpt_path)
-    return RunFolder.named(config.run, config.trainer.get("default_root_dir")).evaluated()
-
-
 def _is_adapter(path: Path) -> bool:
     if (path / "config.json").is_file():
         raise CheckpointError(f"--ckpt_path: {path} is a whole model; give it as --model.base")
-    return path.suffix == ".pt" or (path / "adapter_config.json").is_file()
+    return path.suffix == ".pt" or adapter_config.is_adapter(path)
 
 
 def _adapter_defaults(path: Path) -> dict[str, Any]:
     """What the files of an adapter say about it; a file of loralib's says nothing."""
     if not path.is_dir():
         return {"model.lora.backend": "loralib"}
-    said = LoraConfig.from_pretrained(str(path))
-    lora = {key: getattr(said, key) for key in PEFT_KEYS if getattr(said, key) is not None}
-    lora = {key: list(value) if isinstance(value, set) else value for key, value in lora.items()}
-    return model_defaults({"base": said.base_model_name_or_path, "revision": said.revision, "lora": lora})
+    found = adapter_config.read(str(path), "--ckpt_path")
+    return model_defaults({"base": found.base, "revision": found.revision, "lora": dict(found.lora)})
 
 
 def _template(config: Namespace, checkpoint: dict[str, Any] | None) -> tuple[ChatTemplate, Any]:

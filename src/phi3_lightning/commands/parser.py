@@ -9,7 +9,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+# Lightning lets jsonargparse open each text that looks like an address
+set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=False)
 
 ELSEWHERE = {
     "--optimizer": "the optimiser is --model.optimizer.name, .lr, .weight_decay",

@@ -1,0 +1,128 @@
+"""One writer at a time in a run's folder."""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import threading
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+
+from phi3_lightning.errors import ConfigError
+
+LOCK = ".lock"
+"""Name of the file in the folder; it says who writes there."""
+
+BEAT_SECONDS = 20.0
+PATIENCE_SECONDS = 120.0
+"""Where the file system has no locks: how often a writer shows that it lives, and when it counts as dead."""
+
+
+class RunLock:
+    """The right to write in a folder, which one process has at a time.
+
+    The system keeps it (``fcntl.lockf``) and takes it back however the process ends; forked processes do not inherit
+    it. On a file system without locks the holder touches the file instead, and one that has not done so for two
+    minutes is taken for dead.
+
+    Args:
+        folder: The folder; it is made where it is missing.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        self._path = self.folder / LOCK
+        self._made: list[Path] = []
+        self._owner: int | None = None
+        self._descriptor: int | None = None
+        self._over = threading.Event()
+
+    @property
+    def held(self) -> bool:
+        """Whether this object has the right, in this process or in the one that it was forked from."""
+        return self._owner is not None
+
+    def acquire(self) -> None:
+        """Take the right.
+
+        Raises:
+            ConfigError: If another process has it; the message says which, on which host, since when.
+            OSError: If nothing can be written in the folder.
+        """
+        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            while not self._lock():
+                pass  # the file was removed between opening and locking it
+        except BaseException:
+            self.release()
+            self._remove_made()
+            raise
+
+    def release(self) -> None:
+        """Give the right back, and remove what ``acquire`` made, where nothing was put there."""
+        if self._owner != os.getpid():
+            return
+        self._owner = None
+        self._over.set()
+        with suppress(OSError):
+            self._path.unlink()  # while it is still locked
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+        self._remove_made()
+
+    def _remove_made(self) -> None:
+        with suppress(OSError):
+            for folder in self._made:
+                folder.rmdir()
+
+    def _lock(self) -> bool:
+        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                raise self._refusal() from None
+            self._lock_by_heartbeat()
+            return True
+        if not self._path.exists() or not os.path.samestat(os.fstat(descriptor), self._path.stat()):
+            os.close(descriptor)
+            return False
+        self._descriptor, self._owner = descriptor, os.getpid()
+        os.truncate(descriptor, 0)
+        os.write(descriptor, _signature())  # not by its name: to close another descriptor would give the lock back
+        return True
+
+    def _lock_by_heartbeat(self) -> None:
+        own = self._path.with_name(f"{LOCK}.{socket.gethostname()}.{os.getpid()}")
+        own.write_bytes(_signature())
+        silence = own.stat().st_mtime - self._path.stat().st_mtime  # both by the clock of the file system
+        if self._path.stat().st_size and silence < PATIENCE_SECONDS:
+            own.unlink()
+            raise self._refusal()
+        own.replace(self._path)
+        self._owner = os.getpid()
+        self._over.clear()
+        threading.Thread(target=self._beat, daemon=True, name="run-lock").start()
+
+    def _beat(self) -> None:
+        while not self._over.wait(BEAT_SECONDS):
+            with suppress(OSError):  # the file system is away for a while
+                os.utime(self._path)
+
+    def _refusal(self) -> ConfigError:
+        try:
+            holder = json.loads(self._path.read_text(encoding="utf-8"))
+            who = f"process {holder['process']} on {holder['host']} is writing there since {holder['since']}"
+        except (OSError, ValueError):  # it has only just begun, or has ended
+            who = "another process is writing there"
+        return ConfigError(f"run: {self.folder} is in use: {who}; wait for its end, stop it, or give another --run")
+
+
+def _signature() -> bytes:
+    since = datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
+    return json.dumps({"host": socket.gethostname(), "process": os.getpid(), "since": since}).encode()

@@ -1,0 +1,117 @@
+"""A run's folder has one fit at a time, in any Trainer."""
+
+import os
+import time
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+
+import synthetic
+from phi3_lightning.callbacks import SingleWriter
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.run_lock import RunLock
+
+
+class Asks(pl.LightningModule):
+    """Asks from another process, in each step, whether somebody writes in a folder."""
+
+    def __init__(self, folder: Path, fail: bool = False) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(1, 1)
+        self.folder, self.fail = folder, fail
+        self.answers: list[bool] = []
+
+    def training_step(self, batch, batch_idx):
+        self.answers.append(in_use(self.folder))
+        if self.fail:
+            raise ValueError("in the middle of a step")
+        return self.layer(batch.float()).sum()
+
+    def validation_step(self, batch, batch_idx):
+        self.answers.append(in_use(self.folder))
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def in_use(folder: Path) -> bool:
+    pid = os.fork()
+    if pid == 0:
+        lock = RunLock(folder)
+        try:
+            lock.acquire()
+            lock.release()
+            os._exit(0)
+        except ConfigError:
+            os._exit(1)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 1
+
+
+@pytest.fixture
+def taken(tmp_path):
+    """A folder in which another process writes."""
+    ready, told = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        RunLock(tmp_path / "run").acquire()
+        os.write(told, b"x")
+        time.sleep(60)
+        os._exit(0)
+    os.read(ready, 1)
+    yield tmp_path / "run"
+    os.kill(pid, 9)
+    os.waitpid(pid, 0)
+
+
+DATA = torch.utils.data.DataLoader(torch.zeros(2, 1))
+
+
+def trainer(folder: Path, **options) -> pl.Trainer:
+    return synthetic.trainer(folder, callbacks=[SingleWriter(folder / "run")], **options)
+
+
+def test_a_fit_holds_its_folder_to_its_end(tmp_path):
+    module = Asks(tmp_path / "run")
+    for _ in range(2):  # one after the other, in one process
+        trainer(tmp_path).fit(module, DATA)
+        assert not in_use(tmp_path / "run")
+    assert module.answers == [True] * 4
+
+
+def test_a_fit_that_fails_gives_its_folder_back(tmp_path):
+    with pytest.raises(ValueError, match="in the middle"):
+        trainer(tmp_path).fit(Asks(tmp_path / "run", fail=True), DATA)
+    assert not in_use(tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_second_fit_is_refused_and_writes_nothing(taken, tmp_path):
+    module = Asks(taken)
+    with pytest.raises(ConfigError, match="run is in use: process"):
+        trainer(tmp_path).fit(module, DATA)
+    with pytest.raises(ConfigError, match="run is in use: process"):
+        SingleWriter(taken).claim(synthetic.trainer(tmp_path))
+    assert module.answers == []
+    assert [path.name for path in taken.iterdir()] == [".lock"]
+
+
+def test_whoever_reads_is_not_stopped(taken, tmp_path):
+    trainer(tmp_path).validate(Asks(taken), DATA, verbose=False)
+
+
+def test_a_trial_takes_no_folder(tmp_path):
+    module = Asks(tmp_path / "run")
+    trainer(tmp_path, fast_dev_run=True).fit(module, DATA)
+    assert module.answers == [False]
+
+
+def test_a_folder_is_claimed_ahead_of_the_loggers(tmp_path):
+    writer, module = SingleWriter(tmp_path / "run"), Asks(tmp_path / "run")
+    run = synthetic.trainer(tmp_path, callbacks=[writer])
+    writer.claim(run)
+    assert in_use(tmp_path / "run")
+    run.fit(module, DATA)
+    assert module.answers == [True, True]
+    assert not in_use(tmp_path / "run")
