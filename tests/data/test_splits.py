@@ -46,14 +46,18 @@ def sides(made: ChatDataModule, rows: list[Any]) -> dict[str, set[int]]:
 def test_a_group_is_on_one_side(data: Data, name: str, overlong: str) -> None:
     groups = [index % 17 if index % 3 else f"g{index % 5}" for index in range(200)]
     rows = [chat(f"q {index}", "a " * (index % 40)) | {name: group} for index, group in enumerate(groups)]
-    made = data(rows, group_by=name, val_fraction=0.2, max_length=128 if overlong == "drop" else 40, overlong=overlong)
+    options = {
+        "group_by": name,
+        "val_fraction": 0.2,
+        "overlong": overlong,
+        "max_length": 128 if overlong == "drop" else 40,
+    }
+    made = data(rows, seed=0, **options)
     found = sides(made, rows)
     assert not {groups[row] for row in found["train"]} & {groups[row] for row in found["val"]}
     assert 0.1 < len(found["val"]) / len(rows) <= 0.2
-    again = data(rows, group_by=name, val_fraction=0.2, max_length=made.options.max_length, overlong=overlong)
-    assert sides(again, rows) == found
-    other = data(rows, group_by=name, val_fraction=0.2, seed=5, max_length=made.options.max_length, overlong=overlong)
-    assert sides(other, rows) != found
+    assert sides(data(rows, seed=0, **options), rows) == found
+    assert sides(data(rows, seed=5, **options), rows) != found
 
 
 def test_numbers_and_texts_of_one_value_are_one_group(data: Data) -> None:
