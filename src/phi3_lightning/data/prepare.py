@@ -237,7 +237,7 @@ def _writing(cache: Path, *, given: bool) -> Iterator[None]:
         option = f"data.cache_dir: {cache}" if given else f"data.cache_dir: not given, and {cache}"
         raise ConfigError(
             f"{option} cannot be written ({error}). Name a folder that can be written and has room, such as "
-            "--data.cache_dir /tmp/phi3-cache"
+            "--data.cache_dir FOLDER"
         ) from error
 
 
