@@ -29,7 +29,7 @@ test-slow: setup
 
 # what leans most on other packages and on the interpreter, a few minutes on one core
 PART := tests/adapters tests/data tests/export tests/invariants tests/metrics tests/model \
-  tests/test_module.py tests/test_module_training.py tests/test_module_checkpoints.py tests/test_window.py \
+  tests/test_module.py tests/test_module_training.py tests/test_module_checkpoints.py tests/test_accumulation.py \
   tests/test_public_names.py tests/cli/test_quickstart.py tests/cli/test_run.py
 
 test-part: setup

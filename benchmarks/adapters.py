@@ -22,7 +22,7 @@ from rich.table import Table
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from phi3_lightning.adapters import loralib_layers, peft_mends
+from phi3_lightning.adapters import loralib_layers, peft_patches
 from phi3_lightning.adapters.targets import Target
 
 SLICES = {
@@ -84,7 +84,7 @@ def by_peft(dropout: float) -> Layers:
     config = LoraConfig(r=RANK, lora_alpha=RANK * SCALING, lora_dropout=dropout, target_modules=list(SLICES))
     adapted = get_peft_model(block, config).base_model.model
     for name in SLICES:
-        peft_mends.mend(getattr(adapted, name), "default")
+        peft_patches.patch_layer(getattr(adapted, name), "default")
     return {name: getattr(adapted, name) for name in SLICES}
 
 

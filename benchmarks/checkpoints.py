@@ -61,7 +61,7 @@ def checkpoint(folder: Path) -> dict[str, float]:
     """Write a checkpoint of an adapter with its moments, and as many bytes with ``dd``."""
     import torch
 
-    from phi3_lightning.checkpoint_io import SafeCheckpointIO
+    from phi3_lightning.checkpoint.io import SafeCheckpointIO
     from phi3_lightning.model.base import fingerprint
 
     module = loaded(folder)
@@ -95,7 +95,7 @@ def exported(folder: Path, kind: str) -> dict[str, float]:
     """Export, certificate included."""
     import shutil
 
-    from phi3_lightning.checkpoint import IDENTITY
+    from phi3_lightning.checkpoint.identity import IDENTITY
     from phi3_lightning.export.card import Origin
     from phi3_lightning.export.chat_files import Chat
     from phi3_lightning.export.export import Export, export

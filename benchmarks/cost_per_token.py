@@ -53,7 +53,7 @@ class Steps(pl.Callback):
     ) -> None:
         now = time.perf_counter()
         if self._last is not None:
-            self.cost.append((now - self._last) / sum(map(sum, batch["lengths"])))
+            self.cost.append((now - self._last) / sum(map(sum, batch["document_lengths"])))
         self._last = now
 
 

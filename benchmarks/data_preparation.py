@@ -51,7 +51,7 @@ def prepare_here(path: str, tokenizer: str, processes: int, cache: str) -> tuple
     from phi3_lightning.data.datamodule import ChatDataModule
 
     start = time.perf_counter()
-    datamodule = ChatDataModule(path, tokenizer=tokenizer, max_length=1024, num_proc=processes, cache_dir=cache)
+    datamodule = ChatDataModule(train=path, tokenizer=tokenizer, max_length=1024, num_proc=processes, cache_dir=cache)
     datamodule.prepare_data()
     datamodule.setup()
     return datamodule.statistics["train"].tokens, start

@@ -45,7 +45,7 @@ WAYS: dict[str, tuple[Any, int, int, list[list[list[int]]]]] = {
 class MeanOfMeans(Phi3LoRAModule):
     """What the Trainer makes of a loss that says nothing of its tokens."""
 
-    def weighted_mean(self, loss_sum: torch.Tensor, count: Any, row_ids: list[int]) -> torch.Tensor:
+    def weighted_mean(self, loss_sum: torch.Tensor, count: Any, document_ids: list[int]) -> torch.Tensor:
         return loss_sum / torch.as_tensor(count).clamp(min=1)
 
 

@@ -58,9 +58,11 @@ def move(batch: PromptBatch, device: torch.device) -> PromptBatch:
 def in_file_order(batches: list[PromptBatch], size: int) -> list[PromptBatch]:
     """The same prompts as a tokenizer would pad them, in the order of their file."""
     prompts = {
-        row_id: ids[mask.bool()]
+        document_id: ids[mask.bool()]
         for batch in batches
-        for row_id, ids, mask in zip(batch["row_ids"], batch["input_ids"], batch["attention_mask"], strict=True)
+        for document_id, ids, mask in zip(
+            batch["document_ids"], batch["input_ids"], batch["attention_mask"], strict=True
+        )
     }
     found: list[PromptBatch] = []
     for start in range(0, len(prompts), size):
@@ -69,7 +71,7 @@ def in_file_order(batches: list[PromptBatch], size: int) -> list[PromptBatch]:
         ids = torch.nn.utils.rnn.pad_sequence([prompts[row] for row in rows], **pad)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(prompts[row]) for row in rows], **pad)
         stop_ids = batches[0]["stop_ids"]
-        found.append({"input_ids": ids, "attention_mask": mask, "row_ids": rows, "stop_ids": stop_ids})
+        found.append({"input_ids": ids, "attention_mask": mask, "document_ids": rows, "stop_ids": stop_ids})
     return found
 
 
@@ -77,7 +79,7 @@ def in_file_order(batches: list[PromptBatch], size: int) -> list[PromptBatch]:
 def answer_here(module: Phi3LoRAModule, batches: list[PromptBatch]) -> Answers:
     found: Answers = {}
     for index, batch in enumerate(batches):
-        found |= dict(zip(batch["row_ids"], module.predict_step(batch, index), strict=True))
+        found |= dict(zip(batch["document_ids"], module.predict_step(batch, index), strict=True))
     return found
 
 
@@ -93,9 +95,11 @@ def answer_plainly(module: Phi3LoRAModule, batches: list[PromptBatch]) -> Answer
             sequences = module.model.generate(
                 input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], generation_config=options
             )
-        for row_id, ids in zip(batch["row_ids"], sequences[:, batch["input_ids"].shape[1] :].tolist(), strict=True):
+        for document_id, ids in zip(
+            batch["document_ids"], sequences[:, batch["input_ids"].shape[1] :].tolist(), strict=True
+        ):
             end = next((index + 1 for index, token in enumerate(ids) if token in batch["stop_ids"]), len(ids))
-            found[row_id] = ids[:end]
+            found[document_id] = ids[:end]
     return found
 
 

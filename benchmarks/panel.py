@@ -17,7 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rich.console import Console
 
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
-from phi3_lightning.callbacks import AdapterStatistics, BadRows, Forgetting, RunPage, Samples, Throughput
+from phi3_lightning.callbacks import AdapterStatistics, BadRows, BaseDrift, Samples, TensorBoardSamples, Throughput
 from phi3_lightning.callbacks.monitor import GENERAL
 
 ASSETS = GENERAL.parent
@@ -73,8 +73,15 @@ def run(args: argparse.Namespace, panel: bool, folder: Path) -> tuple[Clock, dic
     clock = Clock()
     callbacks: list[pl.Callback] = [clock]
     if panel:
-        general = ChatDataModule(val=str(GENERAL), overlong="truncate_end", **options)
-        shown = [Throughput(args.max_length), BadRows(), AdapterStatistics(), Forgetting(general), Samples(), RunPage()]
+        general = ChatDataModule(val=str(GENERAL), truncation="truncate_end", **options)
+        shown = [
+            Throughput(args.max_length),
+            BadRows(),
+            AdapterStatistics(),
+            BaseDrift(general),
+            Samples(),
+            TensorBoardSamples(),
+        ]
         callbacks += [timed(callback, seconds) for callback in shown]
     trainer = pl.Trainer(
         max_steps=args.steps, val_check_interval=args.steps, precision="bf16-mixed", accelerator=args.accelerator,

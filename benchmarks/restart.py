@@ -19,7 +19,7 @@ import torch
 from rich.console import Console
 
 import phi3_lightning
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 ROOT = Path(__file__).parents[1]
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
@@ -43,7 +43,7 @@ def fit(folder: Path, run: str, steps: int) -> float:
             "--data.max_length=16", "--data.packing=false", "--data.batch_size=1", "--data.num_workers=0",
             f"--data.cache_dir={folder}/cache", "--trainer.accelerator=cpu", "--trainer.devices=1",
             f"--trainer.default_root_dir={folder}", "--trainer.max_epochs=1", f"--trainer.max_steps={steps}",
-            "--checkpoint.monitor=null", "--monitor.forgetting=false", "--monitor.samples=0", f"--run={run}",
+            "--checkpoint.monitor=null", "--monitor.base_drift=false", "--monitor.samples=0", f"--run={run}",
         ],
         check=False, capture_output=True, text=True,
     )  # fmt: skip

@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile
 from contenders import ceiling, chats, environments, models
 from phi3_lightning import ChatDataModule, Phi3LoRAModule, optim
 from phi3_lightning.batch import IGNORE_INDEX, Batch
-from phi3_lightning.model import compiled
+from phi3_lightning.model.compile import choose_compilation
 
 NAMES = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 
@@ -108,13 +108,13 @@ def budget(title: str, base: str, args: argparse.Namespace) -> None:
         )
         module.configure_model()
         batch = packed_row(base, args.row_tokens, Path(name))
-    tokens = sum(length for row in batch["lengths"] for length in row)
+    tokens = sum(length for row in batch["document_lengths"] for length in row)
     supervised = int((batch["labels"] != IGNORE_INDEX).sum())
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # of the model before
     module.to(device).train()
     with module.autocast():
-        compiled.prepare(module.loaded_model, args.compile, args.repeats)
+        choose_compilation(module.loaded_model, args.compile, args.repeats)
     on_device: Any = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     work = {
         "the step": step_of(module, on_device), "its frozen products alone": frozen_products(module, tokens, supervised)

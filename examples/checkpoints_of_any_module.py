@@ -2,8 +2,9 @@
 
     python examples/checkpoints_of_any_module.py --folder runs/any-module
 
-``TrainedStateModule`` leaves what is frozen out of checkpoints and refuses those of another backbone; ``RunCheckpoint``
-keeps ``last.ckpt`` and ``best.ckpt``; ``SafeCheckpointIO`` writes them under a temporary name and reads no pickles.
+``TrainableStateMixin`` leaves what is frozen out of checkpoints and refuses those of another backbone;
+``RunCheckpoint`` keeps ``last.ckpt`` and ``best.ckpt``; ``SafeCheckpointIO`` writes them under a temporary name and
+reads no pickles.
 """
 
 import argparse
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from phi3_lightning.callbacks import RunCheckpoint
-from phi3_lightning.checkpoint_io import SafeCheckpointIO
-from phi3_lightning.trained_state import TrainedStateModule
+from phi3_lightning.checkpoint.io import SafeCheckpointIO
+from phi3_lightning.checkpoint.mixin import TrainableStateMixin
 
 
-class Classifier(TrainedStateModule):
+class Classifier(TrainableStateMixin):
     """Two frozen layers under a trained one."""
 
     def __init__(self) -> None:

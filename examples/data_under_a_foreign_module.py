@@ -27,7 +27,7 @@ class Recurrent(pl.LightningModule):
         """Return the loss of a supervised token, and how many there are."""
         # a packed row holds several chats, one after the other; their lengths are in the batch
         total, count = torch.zeros((), device=self.device), 0
-        for ids, labels, lengths in zip(batch["input_ids"], batch["labels"], batch["lengths"], strict=True):
+        for ids, labels, lengths in zip(batch["input_ids"], batch["labels"], batch["document_lengths"], strict=True):
             rest = ids.numel() - sum(lengths)
             for one, wanted in zip(ids.split([*lengths, rest]), labels.split([*lengths, rest]), strict=True):
                 supervised = wanted[1:] != IGNORE_INDEX  # position t predicts token t + 1

@@ -47,8 +47,8 @@ def collate(rows: list[tuple[int, list[int]]]) -> Batch:
         "input_ids": pad_sequence(ids, batch_first=True),
         "labels": pad_sequence(ids, batch_first=True, padding_value=IGNORE_INDEX),
         "position_ids": pad_sequence([torch.arange(len(row)) for row in ids], batch_first=True),
-        "lengths": [[len(row)] for row in ids],
-        "row_ids": [[number] for number, _ in rows],
+        "document_lengths": [[len(row)] for row in ids],
+        "document_ids": [[number] for number, _ in rows],
     }
 
 

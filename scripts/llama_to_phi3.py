@@ -22,7 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from phi3_lightning.config import PHI3_FUSED_LAYERS
+from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 
 ASSETS = Path(__file__).parent.parent / "src/phi3_lightning/assets/tiny_phi3"
 EOS, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"

@@ -10,7 +10,7 @@ import torch
 from transformers.models.phi3.modeling_phi3 import Phi3DecoderLayer
 
 import synthetic
-from phi3_lightning.model import compiled, documents
+from phi3_lightning.model import packed_attention
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -61,9 +61,9 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """All documents attend in one call, and layers can be compiled; one that is not a single graph is an error."""
-    monkeypatch.setattr(documents, "takes_varlen", lambda model, device: True)
-    monkeypatch.setattr(documents, "varlen_attn", synthetic.attention_by_mask)
+    monkeypatch.setattr(packed_attention, "takes_varlen", lambda model, device: True)
+    monkeypatch.setattr(packed_attention, "varlen_attn", synthetic.attention_by_mask)
     one_graph = torch.compile(Phi3DecoderLayer.forward, dynamic=True, fullgraph=True, backend="aot_eager")
-    monkeypatch.setattr(compiled, "_compiled", lambda: one_graph)
+    monkeypatch.setattr("phi3_lightning.model.compile._compiled", lambda: one_graph)
     yield
     torch._dynamo.reset()

@@ -8,8 +8,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 from transformers import Phi3Config, Phi3ForCausalLM
 
+from phi3_lightning.accumulation import TokenWeightedModule
 from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
-from phi3_lightning.window import TokenWeightedModule
 
 VOCABULARY = 97
 
@@ -55,12 +55,12 @@ def batch_of(rows: list[list[tuple[list[int], list[int]]]], first_id: int = 0, p
         "input_ids": torch.full((len(rows), width), pad),
         "labels": torch.full((len(rows), width), IGNORE_INDEX),
         "position_ids": torch.zeros((len(rows), width), dtype=torch.int64),
-        "lengths": [[len(ids) for ids, _ in row] for row in rows],
-        "row_ids": [],
+        "document_lengths": [[len(ids) for ids, _ in row] for row in rows],
+        "document_ids": [],
     }
     for index, row in enumerate(rows):
         start = 0
-        batch["row_ids"].append(list(range(first_id, first_id + len(row))))
+        batch["document_ids"].append(list(range(first_id, first_id + len(row))))
         first_id += len(row)
         for ids, labels in row:
             end = start + len(ids)
@@ -83,7 +83,7 @@ def prompt_batch(prompts: list[list[int]], stop_ids: list[int], pad: int = 0) ->
     return {
         "input_ids": torch.tensor([left + prompt for left, prompt in zip(padding, prompts, strict=True)]),
         "attention_mask": torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts]),
-        "row_ids": list(range(len(prompts))),
+        "document_ids": list(range(len(prompts))),
         "stop_ids": stop_ids,
     }
 

@@ -6,7 +6,9 @@ from dataclasses import asdict
 import pytest
 from peft import LoraConfig
 
-from phi3_lightning.config import PHI3_LINEAR_LAYERS, Generation, LoRA, Optimizer, Schedule, section
+from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule
+from phi3_lightning.config.checks import section
+from phi3_lightning.config.lora import PHI3_LINEAR_LAYERS
 from phi3_lightning.errors import ConfigError, Phi3LightningError
 
 OUT_OF_RANGE = [
@@ -130,7 +132,7 @@ def test_an_unknown_key_is_named_with_the_one_that_was_meant(kind, key, hint):
             "model.lora.enable_lora.qkv_proj: 'yes' cannot be used: give a",
         ),
         (LoRA, "layers_pattern", "h", "model.lora.layers_pattern: 'h' cannot be used: give layers or null"),
-        (LoRA, "adapter", 3, "model.lora.adapter: 3 cannot be used: give text or null"),
+        (LoRA, "init_from", 3, "model.lora.init_from: 3 cannot be used: give text or null"),
         (Optimizer, "lr", "2e-4", "model.optimizer.lr: '2e-4' cannot be used: give a number"),
         (Optimizer, "betas", 0.9, "model.optimizer.betas: 0.9 cannot be used: give a list, each of it a number"),
         (Schedule, "warmup", "10", "model.schedule.warmup: '10' cannot be used: give a whole number or a number"),

@@ -16,24 +16,24 @@ import torch
 
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import RunCheckpoint
-from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
+from phi3_lightning.checkpoint.io import SafeCheckpointIO, read_checkpoint
 
 TINY = Path(__file__).parents[1] / "src/phi3_lightning/assets/tiny_phi3"
 KILLS = int(os.environ.get("KILLS", "6"))
 STEPS = 16
 
 
-def train(folder: Path, cache: Path, async_save: bool) -> None:
+def train(folder: Path, cache: Path) -> None:
     """Train to the end, from the newest checkpoint if there is one; every step is saved."""
     pl.seed_everything(5, verbose=False)
     module = Phi3LoRAModule(
         str(TINY), lora={"r": 4, "lora_dropout": 0.2}, optimizer={"lr": 1e-2}, gradient_checkpointing="none"
     )
     data = ChatDataModule(
-        str(TINY / "chats_val.jsonl"), tokenizer=str(TINY), val_fraction=0.1, max_length=128, batch_size=1,
+        train=str(TINY / "chats_val.jsonl"), tokenizer=str(TINY), val_fraction=0.1, max_length=128, batch_size=1,
         packing=False, num_workers=0, cache_dir=str(cache),
     )  # fmt: skip
-    checkpoint = RunCheckpoint(str(folder), every_n_steps=1, async_save=async_save)
+    checkpoint = RunCheckpoint(str(folder), every_n_steps=1)
     trainer = pl.Trainer(
         accelerator="cpu", max_steps=STEPS, accumulate_grad_batches=2, val_check_interval=6, logger=False,
         enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder,
@@ -43,7 +43,7 @@ def train(folder: Path, cache: Path, async_save: bool) -> None:
     trainer.fit(module, data, ckpt_path=last if last.exists() else None, weights_only=True)
 
 
-def start(folder: Path, cache: Path, async_save: bool) -> int:
+def start(folder: Path, cache: Path) -> int:
     """Fork a run from this process, which has done the imports."""
     folder.mkdir(exist_ok=True)
     pid = os.fork()
@@ -53,7 +53,7 @@ def start(folder: Path, cache: Path, async_save: bool) -> int:
             os.dup2(os.open(folder / "output.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 1)
             os.dup2(1, 2)
             sys.stdout = sys.stderr = os.fdopen(1, "w", buffering=1)
-            train(folder, cache, async_save)
+            train(folder, cache)
             code = 0
         except BaseException:
             import traceback
@@ -96,22 +96,21 @@ def whole(tmp_path_factory):
     """An uninterrupted run: its folder, and how long it took."""
     folder = tmp_path_factory.mktemp("whole")
     begun = time.monotonic()
-    pid = start(folder / "run", folder / "cache", async_save=False)
+    pid = start(folder / "run", folder / "cache")
     assert ended(pid, 120) == 0, (folder / "run" / "output.txt").read_text()
     return folder, time.monotonic() - begun
 
 
-@pytest.mark.parametrize("async_save", [False, True])
-def test_killed_runs_go_on_to_the_same_weights(tmp_path, whole, async_save):
+def test_killed_runs_go_on_to_the_same_weights(tmp_path, whole):
     folder, seconds = whole
-    expected, chance = weights(folder / "run"), random.Random(async_save)
+    expected, chance = weights(folder / "run"), random.Random(0)
     kills = finished = runs = 0
     writing = []
     run = tmp_path / "0"
-    while kills < KILLS // 2 or finished == 0:
+    while kills < KILLS or finished == 0:
         before = steps_of(run)
-        pid = start(run, folder / "cache", async_save)
-        code = ended(pid, chance.uniform(0, seconds)) if kills < KILLS // 2 else ended(pid, 120)
+        pid = start(run, folder / "cache")
+        code = ended(pid, chance.uniform(0, seconds)) if kills < KILLS else ended(pid, 120)
         if code is None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)

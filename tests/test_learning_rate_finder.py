@@ -7,7 +7,7 @@ from lightning.pytorch.tuner import Tuner
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.callbacks import RunCheckpoint, Throughput
-from phi3_lightning.checkpoint_io import SafeCheckpointIO
+from phi3_lightning.checkpoint.io import SafeCheckpointIO
 
 BATCHES = [synthetic.batch_of([[synthetic.document(12, 6, seed)]]) for seed in range(40)]
 

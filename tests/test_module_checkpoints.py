@@ -12,7 +12,7 @@ from transformers import Phi3ForCausalLM
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.callbacks import RunCheckpoint
-from phi3_lightning.checkpoint import IDENTITY
+from phi3_lightning.checkpoint.identity import IDENTITY
 from phi3_lightning.config import LoRA, Optimizer
 from phi3_lightning.errors import CheckpointError
 

@@ -72,7 +72,7 @@ def plain_loop(base: str, data: list, lr: float = LR) -> list[float]:
     losses = []
     for batch in data:
         mask = torch.zeros_like(batch["input_ids"])
-        for row, (length,) in enumerate(batch["lengths"]):
+        for row, (length,) in enumerate(batch["document_lengths"]):
             mask[row, :length] = 1
         loss = model(input_ids=batch["input_ids"], attention_mask=mask, labels=batch["labels"], use_cache=False).loss
         optimizer.zero_grad()
@@ -206,7 +206,7 @@ class Diverging(Phi3LoRAModule):
 
     def compute_loss(self, hidden, head, batch):
         total, count = super().compute_loss(hidden, head, batch)
-        return total * (float("nan") if batch["row_ids"][0] == [2] else 1.0), count
+        return total * (float("nan") if batch["document_ids"][0] == [2] else 1.0), count
 
 
 def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path, tiny_base):
@@ -216,7 +216,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path, tiny_base):
         each.configure_model()
     with pytest.raises(DivergenceError, match="optimiser step 2: the loss is nan") as caught:
         fit(tmp_path, module, batches(4), accumulate_grad_batches=2, max_epochs=3)
-    assert caught.value.row_ids == [2, 3]
+    assert caught.value.document_ids == [2, 3]
     fit(tmp_path, good, batches(2), accumulate_grad_batches=2)
     assert all(map(torch.equal, module.trained_parameters(), good.trained_parameters()))
 

@@ -16,7 +16,7 @@ import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.config import Optimizer, Schedule
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.optim import make_optimizer, make_schedule, restate, warmup_steps
+from phi3_lightning.optim import apply_config_to_restored_optimizer, make_optimizer, make_schedule, warmup_steps
 
 LR = 0.5
 
@@ -149,7 +149,7 @@ def test_a_run_does_not_go_on_with_another_optimiser_s_state():
     optimizer = make_optimizer([("w", nn.Parameter(torch.ones(2, 2)))], Optimizer(), fused=False)
     scheduler = make_schedule(optimizer, Schedule(warmup=0), 10)
     with pytest.raises(ConfigError, match=r"model\.optimizer\.name: .* begun with adamw"):
-        restate(optimizer, scheduler, Optimizer("paged_adamw_8bit"))
+        apply_config_to_restored_optimizer(optimizer, scheduler, Optimizer("paged_adamw_8bit"))
 
 
 def test_a_restored_optimiser_follows_the_present_configuration():
@@ -172,7 +172,7 @@ def test_a_restored_optimiser_follows_the_present_configuration():
     parameters, optimizer, scheduler = made(now)
     optimizer.load_state_dict(former[1].state_dict())
     scheduler.load_state_dict(former[2].state_dict())
-    restate(optimizer, scheduler, now)
+    apply_config_to_restored_optimizer(optimizer, scheduler, now)
     matrices, b_matrices, vectors = optimizer.param_groups
     for group, ratio in ((matrices, 1), (b_matrices, 2), (vectors, 1)):
         assert group["lr"] == pytest.approx(ratio * 0.3 * 0.6)

@@ -15,7 +15,7 @@ SOURCES = Path(phi3_lightning.__file__).parents[1]
 PUBLIC = {
     "phi3_lightning": {"ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"},
     "phi3_lightning.adapters": {"attach", "check"},
-    "phi3_lightning.batch": {"IGNORE_INDEX", "AutoSizedData", "Batch", "PlannedData", "PromptBatch"},
+    "phi3_lightning.batch": {"IGNORE_INDEX", "Batch", "PromptBatch"},
     "phi3_lightning.callbacks": {
         "AdapterStatistics",
         "AgreedStop",
@@ -23,7 +23,7 @@ PUBLIC = {
         "AutoCheckpointing",
         "BadRows",
         "EvaluationReport",
-        "Forgetting",
+        "BaseDrift",
         "LineProgress",
         "Monitor",
         "OutOfMemory",
@@ -31,15 +31,15 @@ PUBLIC = {
         "PurgeOvertaken",
         "RankFailure",
         "RunCheckpoint",
-        "RunPage",
+        "TensorBoardSamples",
         "RunReport",
         "Samples",
         "SingleWriter",
-        "StartUp",
         "Throughput",
     },
-    "phi3_lightning.checkpoint_io": {"AsyncSafeCheckpointIO", "SafeCheckpointIO", "read_checkpoint"},
-    "phi3_lightning.config": {"Generation", "LoRA", "Optimizer", "Schedule"},
+    "phi3_lightning.checkpoint.io": {"SafeCheckpointIO", "read_checkpoint"},
+    "phi3_lightning.config": {"DataConfig", "Generation", "LoRA", "Optimizer", "Schedule"},
+    "phi3_lightning.contracts": {"DescribedData", "HasTokenizer", "Origin", "PlannedData"},
     "phi3_lightning.errors": {
         "CheckpointError",
         "ConfigError",
@@ -49,8 +49,8 @@ PUBLIC = {
         "Phi3LightningError",
     },
     "phi3_lightning.metrics": {"Answer", "AnswerMetric", "AnswerMetrics", "Perplexity", "TokenMean", "TokenMetrics"},
-    "phi3_lightning.trained_state": {"TrainedStateModule"},
-    "phi3_lightning.window": {"TokenWeightedModule"},
+    "phi3_lightning.checkpoint.mixin": {"TrainableStateMixin"},
+    "phi3_lightning.accumulation": {"TokenWeightedModule"},
 }
 
 

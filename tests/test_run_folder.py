@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import EarlyStopping
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.run_folder import RunFolder, nothing_left
 

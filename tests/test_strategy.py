@@ -4,8 +4,8 @@ import pytest
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from phi3_lightning import FSDP2Strategy
+from phi3_lightning.distributed.fsdp2 import check_strategy
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.strategy import check_strategy
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])

@@ -29,7 +29,7 @@ OURS: dict[str, dict[str, str]] = {
     "phi3_lightning": {"gradient_checkpointing": "none"},
     "phi3_lightning, checkpointing": {"gradient_checkpointing": "full"},
 }
-OURS_ON_A_GPU = {f"{name}, compiled": {**options, "compile": "layers"} for name, options in OURS.items()}
+OURS_ON_A_GPU = {f"{name}, compiled": {**options, "torch_compile": "layers"} for name, options in OURS.items()}
 """Settings of this package beside its defaults: arguments of the module. By itself, so short a run is not compiled."""
 
 TRL_BEST = {"packing": True, "gradient_checkpointing": False, "assistant_only": True}

@@ -18,7 +18,6 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from transformers.utils.logging import disable_progress_bar
 from typing_extensions import override
 
-from phi3_lightning.averaging import check_averaging
 from phi3_lightning.callbacks import (
     AgreedStop,
     AutoBatchSize,
@@ -33,23 +32,23 @@ from phi3_lightning.callbacks import (
     RunCheckpoint,
     RunReport,
     SingleWriter,
-    StartUp,
 )
 from phi3_lightning.callbacks.monitor import GENERAL
-from phi3_lightning.changed_options import changed_options
-from phi3_lightning.checkpoint_io import SafeCheckpointIO, read_checkpoint
+from phi3_lightning.checkpoint.averaging import check_averaging
+from phi3_lightning.checkpoint.changed_options import changed_options
+from phi3_lightning.checkpoint.io import SafeCheckpointIO, read_checkpoint
 from phi3_lightning.commands import chat, check, export, init, plan, preview
 from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.refusal import refusal
+from phi3_lightning.commands.save_config import SaveRunConfig
+from phi3_lightning.commands.trainer_options import check_ranges, refused_by_name, without_extras
 from phi3_lightning.data.datamodule import ChatDataModule
+from phi3_lightning.distributed.fsdp2 import check_launcher
 from phi3_lightning.errors import DataError
 from phi3_lightning.files import remedy, writing
 from phi3_lightning.hardware import check_accelerator, check_platform
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.refusal import refusal
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
-from phi3_lightning.save_config import SaveRunConfig
-from phi3_lightning.strategy import check_launcher
-from phi3_lightning.trainer_options import check_ranges, refused_by_name, without_extras
 
 DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
 
@@ -199,7 +198,7 @@ class Phi3CLI(LightningCLI):
         wants_bar = config.enable_progress_bar is not False and not config.barebones
         if wants_bar and not any(isinstance(callback, ProgressBar) for callback in callbacks):
             callbacks.append(RichProgressBar() if sys.stdout.isatty() else LineProgress())
-        callbacks += [AgreedStop(), OutOfMemory(), RankFailure(), StartUp()]
+        callbacks += [AgreedStop(), OutOfMemory(), RankFailure()]
         plugins = config.plugins or []
         plugins = plugins if isinstance(plugins, list) else [plugins]
         if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
@@ -230,7 +229,7 @@ class Phi3CLI(LightningCLI):
             revision=options.revision,
             chat_template=options.chat_template,
             max_length=options.max_length,
-            overlong="truncate_end",
+            truncation="truncate_end",
             batch_size=options.batch_size,
             num_workers=0,
             cache_dir=options.cache_dir,

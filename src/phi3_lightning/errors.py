@@ -31,9 +31,9 @@ class DivergenceError(Phi3LightningError, RuntimeError):
 
     Args:
         message: What happened, at which optimiser step.
-        row_ids: The rows of the accumulation window in which it happened, as the batches name them.
+        document_ids: The rows of the accumulation window in which it happened, as the batches name them.
     """
 
-    def __init__(self, message: str, row_ids: list[int]) -> None:
+    def __init__(self, message: str, document_ids: list[int]) -> None:
         super().__init__(message)
-        self.row_ids = row_ids
+        self.document_ids = document_ids

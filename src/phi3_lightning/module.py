@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast, get_args
+from typing import Any, Self, cast, get_args
 
 import numpy as np
 import torch
@@ -20,27 +20,33 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_lightning import adapters, averaging, generate, optim
+from phi3_lightning import adapters, optim
+from phi3_lightning.accumulation import TokenWeightedModule
 from phi3_lightning.adapters import eva, targets
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.adapters.coverage import Coverage, coverage
 from phi3_lightning.adapters.statistics import Statistics
 from phi3_lightning.batch import Batch, PromptBatch
-from phi3_lightning.checkpoint import identity
-from phi3_lightning.config import Generation, Given, LoRA, Optimizer, Schedule, require, require_choice, section
+from phi3_lightning.checkpoint import averaging
+from phi3_lightning.checkpoint.identity import identity
+from phi3_lightning.checkpoint.mixin import TrainableStateMixin
+from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule
+from phi3_lightning.config.checks import Given, require, require_choice, section
+from phi3_lightning.distributed.fsdp2 import FSDP2Strategy, check_shardable, check_strategy
+from phi3_lightning.distributed.sharding import Sharding, build_placeholder_model, load_sharded_weights, shard
 from phi3_lightning.errors import CheckpointError, ModelError, Phi3LightningError
+from phi3_lightning.generation.decode import generate
 from phi3_lightning.hardware import check_accelerator
 from phi3_lightning.metrics import TokenMetrics
+from phi3_lightning.model import activation_checkpointing, loss, packed_attention, precision
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import checkpointing, compiled, documents, loss, parallel, precision
+from phi3_lightning.model.compile import Compilation, choose_compilation, uncompile_layers
 from phi3_lightning.model.neftune import noisy_embeddings
 from phi3_lightning.planning.spec import RunSpec
-from phi3_lightning.strategy import FSDP2Strategy, check_shardable, check_strategy
-from phi3_lightning.trained_state import TrainedStateModule
-from phi3_lightning.window import TokenWeightedModule
+from phi3_lightning.renamed import translated
 
 
-class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
+class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
     """Fine-tunes any ``Phi3ForCausalLM`` with a LoRA adapter on batches of :class:`~phi3_lightning.batch.Batch`.
 
     Nothing is loaded before :meth:`configure_model`. Base weights stay as they are, to the bit; adapters and their
@@ -60,8 +66,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             layer; 'selective', all but products and attention; 'full', each layer; 'offload', the same with what is
             kept in the host's memory (least of a GPU's). 'auto' takes the fastest with which the largest batch fits; a
             script needs callbacks.AutoCheckpointing in its Trainer for that, and has 'full' without it.
-        compile: 'layers' trains with compiled decoder layers, a third faster on a GPU after half a minute; 'none' with
-            plain ones; 'auto' compiles on a GPU where the run is long enough, without DoRA and quantisation.
+        torch_compile: 'layers' trains with compiled decoder layers, a third faster on a GPU after half a minute;
+            'none' with plain ones. 'auto' compiles on a GPU where the run is long enough, without DoRA and
+            quantisation.
         lora: The adapter.
         optimizer: How the adapter is updated.
         schedule: How the learning rate moves.
@@ -78,8 +85,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         attn_implementation: base_model.Attention = "auto",
         quantization: base_model.Quantization | None = None,
         neftune_noise_alpha: float | None = None,
-        gradient_checkpointing: checkpointing.Checkpointing = "auto",
-        compile: compiled.Compilation = "auto",
+        gradient_checkpointing: activation_checkpointing.Checkpointing = "auto",
+        torch_compile: Compilation = "auto",
         lora: Given[LoRA] = LoRA(),
         optimizer: Given[Optimizer] = Optimizer(),
         schedule: Given[Schedule] = Schedule(),
@@ -91,8 +98,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         require_choice("model.attn_implementation", attn_implementation, base_model.Attention)
         if quantization is not None:
             require_choice("model.quantization", quantization, base_model.Quantization)
-        checkpointing.check(gradient_checkpointing)
-        require_choice("model.compile", compile, compiled.Compilation)
+        activation_checkpointing.check(gradient_checkpointing)
+        require_choice("model.torch_compile", torch_compile, Compilation)
         self.base = base if isinstance(base, str) else str(base.name_or_path)
         self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
         self.revision = revision
@@ -106,7 +113,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             )
         self.neftune_noise_alpha = neftune_noise_alpha
         self.gradient_checkpointing = gradient_checkpointing
-        self.compilation = compile
+        self.compilation = torch_compile
         self.lora = section(LoRA, lora)
         self.optimizer_config = section(Optimizer, optimizer)
         self.schedule = section(Schedule, schedule)
@@ -131,12 +138,26 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             "quantization": self.quantization,
             "neftune_noise_alpha": self.neftune_noise_alpha,
             "gradient_checkpointing": self.gradient_checkpointing,
-            "compile": self.compilation,
-            "lora": {**asdict(self.lora), "adapter": None},  # a checkpoint holds what it started from already
+            "torch_compile": self.compilation,
+            "lora": {**asdict(self.lora), "init_from": None},  # a checkpoint holds what it started from already
             "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
             "schedule": asdict(self.schedule),
             "generation": asdict(self.generation),
         }
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's, also for checkpoints whose options had other names.
+
+        Args:
+            checkpoint_path: The file.
+            *args: As in Lightning.
+            **kwargs: As in Lightning.
+
+        Returns:
+            A module with the options and the adapter of the checkpoint.
+        """
+        return super().load_from_checkpoint(translated(checkpoint_path), *args, **kwargs)
 
     # ------------------------------------------------------------------ the model
 
@@ -144,7 +165,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """Find what would stop :meth:`configure_model`, without loading a weight.
 
         Raises:
-            CheckpointError: If ``lora.adapter`` describes no adapter that can be used.
+            CheckpointError: If ``lora.init_from`` describes no adapter that can be used.
             ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
         """
         model = base_model.skeleton(self.base_config()) if self._loaded_base is None else self._loaded_base[0]
@@ -184,7 +205,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         """Load the frozen base and attach the adapter; does nothing the second time.
 
         Raises:
-            CheckpointError: If ``lora.adapter`` cannot be read, or is another adapter than the section describes.
+            CheckpointError: If ``lora.init_from`` cannot be read, or is another adapter than the section describes.
             ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
         """
         if self.model is not None:
@@ -205,20 +226,20 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         self.adapter = adapter
         self.model = model.train()
 
-    def _settle(self, model: Phi3ForCausalLM, adapter: Adapter, sharding: parallel.Sharding | None) -> None:
+    def _settle(self, model: Phi3ForCausalLM, adapter: Adapter, sharding: Sharding | None) -> None:
         """Prepare a model with its adapter for training; the adapter is off it again where it is of another base."""
         base_model.keep_as_quantized(model)
         mode = self.gradient_checkpointing  # 'auto' is decided by a callback, when the batches are known
-        checkpointing.checkpoint_activations(model, "full" if mode == "auto" else mode)
+        activation_checkpointing.checkpoint_activations(model, "full" if mode == "auto" else mode)
         if sharding is not None:
-            parallel.shard(model, sharding)
-            parallel.fill(model, sharding, self.init, self.base, self.revision)
+            shard(model, sharding)
+            load_sharded_weights(model, sharding, self.init, self.base, self.revision)
         self._fingerprint = base_model.fingerprint(model)
         try:
             adapters.check_origin(self.lora, self._fingerprint)
         except CheckpointError:
             if sharding is None:
-                checkpointing.checkpoint_activations(model, "none")
+                activation_checkpointing.checkpoint_activations(model, "none")
                 adapter.detach()
             raise
 
@@ -235,7 +256,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             device=self.device,
         )
 
-    def _sharding(self) -> parallel.Sharding | None:
+    def _sharding(self) -> Sharding | None:
         strategy = None if self._trainer is None else self._trainer.strategy
         if not isinstance(strategy, FSDP2Strategy):
             return None
@@ -243,9 +264,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         averaging.check_averaging(self.trainer)  # which asks for the model before setup
         return strategy.sharding()
 
-    def _hollow_base(self, sharding: parallel.Sharding) -> Phi3ForCausalLM:
+    def _hollow_base(self, sharding: Sharding) -> Phi3ForCausalLM:
         attention = base_model.choose_attention(self.attn_implementation, sharding.device)
-        return parallel.hollow(self.base, self.revision, getattr(torch, self.dtype_name), attention, sharding.device)
+        return build_placeholder_model(
+            self.base, self.revision, getattr(torch, self.dtype_name), attention, sharding.device
+        )
 
     def detach_adapter(self) -> Phi3ForCausalLM:
         """Give the base model back, without the adapter and bit-identical to what was loaded.
@@ -259,8 +282,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         model, adapter = self._ready()
         if any(isinstance(parameter, DTensor) for parameter in adapter.parameters()):
             raise ModelError("detach_adapter: FSDP2 has sharded the base; load the checkpoint on one process for it")
-        checkpointing.checkpoint_activations(model, "none")
-        compiled.uncompile_layers(model)
+        activation_checkpointing.checkpoint_activations(model, "none")
+        uncompile_layers(model)
         self.model = self.adapter = None
         return adapter.detach()
 
@@ -353,9 +376,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         model.train()
         with self.trainer.precision_plugin.train_step_context(), self.autocast():
             micro_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
-            layers = compiled.prepare(model, self.compilation, micro_batches, dora=self.lora.use_dora)
-            attention = documents.describe(model)
-        mode = checkpointing.mode_of(model)
+            layers = choose_compilation(model, self.compilation, micro_batches, dora=self.lora.use_dora)
+            attention = packed_attention.describe(model)
+        mode = activation_checkpointing.mode_of(model)
         rank_zero_info(f"attention: {attention}; layers: {layers}; gradient checkpointing: {mode}")
 
     def on_train_start(self) -> None:
@@ -364,20 +387,20 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         if type(self).configure_optimizers is Phi3LoRAModule.configure_optimizers:  # a subclass may bring its own
             scheduler = self.trainer.lr_scheduler_configs[0].scheduler
             if isinstance(scheduler, LambdaLR):  # and not that of Lightning's learning-rate finder
-                optim.restate(self.trainer.optimizers[0], scheduler, self.optimizer_config)
+                optim.apply_config_to_restored_optimizer(self.trainer.optimizers[0], scheduler, self.optimizer_config)
         if self.lora.init_lora_weights == "eva" and self.trainer.ckpt_path is None:
-            self._start_from_data()
+            self._initialize_from_data()
 
-    def _start_from_data(self) -> None:
+    def _initialize_from_data(self) -> None:
         model, adapter = self._ready()
         strategy, loader = self.trainer.strategy, cast("DataLoader[Batch]", self.trainer.train_dataloader)
 
         def batches() -> Iterator[Batch]:
-            return (documents.in_one_row(strategy.batch_to_device(batch)) for batch in loader)
+            return (packed_attention.in_one_row(strategy.batch_to_device(batch)) for batch in loader)
 
         with self.autocast():
-            found = eva.directions(model, adapter, batches, len(loader), self)
-        adapter.start_from(strategy.broadcast(found))  # all ranks alike, whatever rows each has seen
+            found = eva.eva_directions(model, adapter, batches, len(loader), self)
+        adapter.set_lora_A(strategy.broadcast(found))  # all ranks alike, whatever rows each has seen
 
     def forward(self, batch: Batch) -> Tensor:
         """Run the model up to its head.
@@ -389,11 +412,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             Last hidden states, shape (rows, length, hidden size).
         """
         model, _ = self._ready()
-        documents.check_lengths(batch["lengths"], model.config, self.base)
+        packed_attention.check_lengths(batch["document_lengths"], model.config, self.base)
         if self.neftune_noise_alpha is None or not model.training:
-            return documents.last_hidden_state(model, batch)
-        with noisy_embeddings(model.get_input_embeddings(), batch["lengths"], self.neftune_noise_alpha):
-            return documents.last_hidden_state(model, batch)
+            return packed_attention.last_hidden_state(model, batch)
+        with noisy_embeddings(model.get_input_embeddings(), batch["document_lengths"], self.neftune_noise_alpha):
+            return packed_attention.last_hidden_state(model, batch)
 
     def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return the sum of the token losses and the number of tokens; override it to train another loss.
@@ -416,7 +439,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
         self._seed(batch_idx)
         with self.autocast():
             loss_sum, count = self.compute_loss(self(batch), self.head, batch)
-        return self.weighted_mean(loss_sum, count, [row_id for row in batch["row_ids"] for row_id in row])
+        return self.weighted_mean(
+            loss_sum, count, [document_id for row in batch["document_ids"] for document_id in row]
+        )
 
     def _seed(self, batch_idx: int) -> None:
         """Seed dropout by position in the run, so that a restart needs no random state."""
@@ -454,7 +479,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainedStateModule):
             The token ids of each answer, up to and including the token that ended it.
         """
         with self.autocast():
-            return generate.answers(self._ready()[0], batch, self.generation)
+            return generate(self._ready()[0], batch, self.generation)
 
     # ------------------------------------------------------------------ optimisation
 

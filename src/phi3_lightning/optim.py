@@ -10,7 +10,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from phi3_lightning.config import Optimizer as OptimizerConfig
-from phi3_lightning.config import Schedule, require
+from phi3_lightning.config import Schedule
+from phi3_lightning.config.checks import require
 from phi3_lightning.errors import ConfigError
 
 GROUPS = {"A": "lora_A", "B": "lora_B", "vector": "vectors"}
@@ -132,7 +133,7 @@ def name_groups(optimizer_states: list[dict[str, Any]]) -> None:
             group |= {"kind": group["name"], "name": GROUPS[group["role"]]}
 
 
-def restate(optimizer: Optimizer, scheduler: Any, config: OptimizerConfig) -> None:
+def apply_config_to_restored_optimizer(optimizer: Optimizer, scheduler: Any, config: OptimizerConfig) -> None:
     """Set what a checkpoint brought back from its own configuration to the present one.
 
     Moments and the position in the schedule stay; learning rate, weight decay, betas and eps are as written now.

@@ -13,9 +13,9 @@ from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import EarlyStopping
 from lightning.pytorch.callbacks.early_stopping import EarlyStoppingReason
 
-from phi3_lightning.callback_state import OPTIONS
-from phi3_lightning.changed_options import Changed
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.callback_state import OPTIONS
+from phi3_lightning.checkpoint.changed_options import Changed
+from phi3_lightning.checkpoint.io import read_checkpoint
 from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.files import local_path
 from phi3_lightning.run_lock import LOCK

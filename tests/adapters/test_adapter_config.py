@@ -119,7 +119,7 @@ def by_us(base: str, folder: Path) -> torch.Tensor:
     """As ``chat --ckpt_path FOLDER`` does: the file's keys are the section's."""
     found = adapter_config.read(str(folder), "--ckpt_path")
     model = frozen_base(base)
-    attach(model, LoRA(**found.lora, adapter=str(folder)))
+    attach(model, LoRA(**found.lora, init_from=str(folder)))
     return logits(model.eval()).detach()
 
 
@@ -146,8 +146,8 @@ def test_another_adapter_is_refused_with_its_key(tiny_base, tmp_path, key, value
         rewritten(folder, layers_to_transform=[0])
     with pytest.raises(CheckpointError, match=rf"^--ckpt_path: {folder}: adapter_config\.json: {key}"):
         adapter_config.read(str(folder), "--ckpt_path")
-    with pytest.raises(CheckpointError, match=rf"^model\.lora\.adapter: {folder}: adapter_config\.json: {key}"):
-        attach(frozen_base(tiny_base), LoRA(**SMALL, adapter=str(folder)))
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {folder}: adapter_config\.json: {key}"):
+        attach(frozen_base(tiny_base), LoRA(**SMALL, init_from=str(folder)))
 
 
 def test_every_key_of_peft_s_is_in_a_table():

@@ -153,8 +153,8 @@ def test_what_is_not_exact_is_refused(tiny_base, name):
     theirs, mine, told = WRONG[name]
     found = targets.resolve(frozen_base(tiny_base), section(**{"target_modules": ["qkv_proj"]} | mine))
     with pytest.raises(CheckpointError, match=told) as caught:
-        convert.from_peft(plain_form(tiny_base, **theirs), found, "model.lora.adapter: there")
-    assert str(caught.value).startswith("model.lora.adapter: there")
+        convert.from_peft(plain_form(tiny_base, **theirs), found, "model.lora.init_from: there")
+    assert str(caught.value).startswith("model.lora.init_from: there")
 
 
 def test_an_adapter_of_a_base_with_other_heads_is_refused(tiny_base, tmp_path):

@@ -116,5 +116,5 @@ def test_batches_with_fewer_tokens_than_directions_are_left_out(tiny_base, tmp_p
 
 
 def test_an_adapter_to_start_from_brings_its_own_values(tmp_path):
-    with pytest.raises(ConfigError, match=r"init_lora_weights: 'eva' cannot be used: model\.lora\.adapter brings"):
-        module("base", adapter=str(tmp_path))
+    with pytest.raises(ConfigError, match=r"init_lora_weights: 'eva' cannot be used: model\.lora\.init_from brings"):
+        module("base", init_from=str(tmp_path))

@@ -15,7 +15,8 @@ from phi3_lightning.adapters import attach, targets
 from phi3_lightning.adapters.convert import block_diagonal
 from phi3_lightning.adapters.dropout import Dropout
 from phi3_lightning.adapters.loralib_backend import LoralibAdapter
-from phi3_lightning.config import PHI3_FUSED_LAYERS, LoRA
+from phi3_lightning.config import LoRA
+from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 from phi3_lightning.errors import CheckpointError
 
 # PEFT asks transformers for gradient checkpointing by its old name

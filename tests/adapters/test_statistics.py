@@ -10,7 +10,8 @@ from adapters.conftest import frozen_base, logits, randomise, trained
 from phi3_lightning.adapters import attach
 from phi3_lightning.adapters.convert import peft_keys, scaling_of
 from phi3_lightning.adapters.statistics import Statistics
-from phi3_lightning.config import PHI3_FUSED_LAYERS, LoRA
+from phi3_lightning.config import LoRA
+from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 

@@ -9,7 +9,8 @@ import synthetic
 from adapters.conftest import frozen_base
 from phi3_lightning.adapters import attach, targets
 from phi3_lightning.adapters.coverage import coverage
-from phi3_lightning.config import PHI3_LINEAR_LAYERS, LoRA
+from phi3_lightning.config import LoRA
+from phi3_lightning.config.lora import PHI3_LINEAR_LAYERS
 from phi3_lightning.errors import ModelError
 from phi3_lightning.model.base import skeleton
 

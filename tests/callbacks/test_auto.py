@@ -10,7 +10,7 @@ import synthetic
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import AutoBatchSize, AutoCheckpointing, auto
 from phi3_lightning.errors import CheckpointError, ConfigError
-from phi3_lightning.model.checkpointing import mode_of
+from phi3_lightning.model.activation_checkpointing import mode_of
 
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 GB = 10**9
@@ -128,7 +128,7 @@ def test_another_trainer_and_a_second_fit_keep_the_rows_of_a_step_too(tmp_path, 
         for _ in range(2):
             run.fit(Phi3LoRAModule(str(TINY), gradient_checkpointing="none"), data)
             assert run.accumulate_grad_batches == micro_batches
-            assert len(data.largest_train_batch()["lengths"]) == 3
+            assert len(data.largest_train_batch()["document_lengths"]) == 3
 
 
 def test_two_such_callbacks_are_as_one(tmp_path, fitting):
@@ -149,7 +149,7 @@ def test_a_row_of_the_largest_size_is_what_must_fit(tmp_path, fitting):
         alone = chats(tmp_path, batch_size=1, **options)
         alone.prepare_data()
         alone.setup("fit")
-        assert row.lengths == alone.largest_train_batch()["lengths"]
+        assert row.lengths == alone.largest_train_batch()["document_lengths"]
 
 
 @pytest.mark.slow
@@ -173,7 +173,7 @@ def test_a_stream_s_rows_are_full(tmp_path, fitting):
 
     class Sized(Phi3LoRAModule):
         def training_step(self, batch, batch_idx):
-            sizes.append(len(batch["lengths"]))
+            sizes.append(len(batch["document_lengths"]))
             return super().training_step(batch, batch_idx)
 
     module = Sized(str(TINY), gradient_checkpointing="none")
@@ -243,6 +243,6 @@ def test_elsewhere_the_batch_size_counts(tmp_path):
     data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2)
     data.prepare_data()
     data.setup("validate")
-    assert {len(batch["lengths"]) for batch in data.val_dataloader()} == {2}
+    assert {len(batch["document_lengths"]) for batch in data.val_dataloader()} == {2}
     with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch: 'most' is no number"):
         chats(tmp_path, max_tokens_per_batch="most")

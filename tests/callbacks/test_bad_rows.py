@@ -10,7 +10,7 @@ import synthetic
 from callbacks.test_samples import TINY
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import BadRows, RunCheckpoint
-from phi3_lightning.checkpoint_io import SafeCheckpointIO
+from phi3_lightning.checkpoint.io import SafeCheckpointIO
 from phi3_lightning.errors import DivergenceError
 
 POISON = 96
@@ -25,7 +25,7 @@ class Poisoned(Phi3LoRAModule):
     def forward(self, batch):
         hidden = super().forward(batch)
         bad = torch.zeros(batch["input_ids"].shape, dtype=torch.bool)
-        for row, lengths in enumerate(batch["lengths"]):
+        for row, lengths in enumerate(batch["document_lengths"]):
             start = 0
             for length in lengths:
                 own = slice(start, start + length)
@@ -59,7 +59,7 @@ def test_the_row_is_named_and_no_other_of_its_window(tmp_path, tiny_base):
     )  # fmt: skip
     with pytest.raises(DivergenceError, match="optimiser step 3") as caught:
         trainer.fit(poisoned(tiny_base), synthetic.loader(documents(14, {11})))
-    assert caught.value.row_ids == [11]
+    assert caught.value.document_ids == [11]
     kept = torch.load(tmp_path / "kept/last.ckpt", weights_only=True)
     assert kept["global_step"] == 2
     assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
@@ -69,7 +69,7 @@ def test_without_it_the_whole_window_is_suspected(tmp_path, tiny_base):
     trainer = synthetic.trainer(tmp_path, accumulate_grad_batches=2)
     with pytest.raises(DivergenceError) as caught:
         trainer.fit(poisoned(tiny_base), synthetic.loader(documents(14, {11})))
-    assert caught.value.row_ids == [8, 9, 10, 11]
+    assert caught.value.document_ids == [8, 9, 10, 11]
 
 
 def test_where_the_gradient_is_to_blame_all_rows_stay_named(tmp_path, tiny_base):
@@ -81,7 +81,7 @@ def test_where_the_gradient_is_to_blame_all_rows_stay_named(tmp_path, tiny_base)
     module = Steep(tiny_base, dtype="float32")
     with pytest.raises(DivergenceError) as caught:
         synthetic.trainer(tmp_path, callbacks=[BadRows()]).fit(module, synthetic.loader(documents(4, set())))
-    assert caught.value.row_ids == [0, 1]
+    assert caught.value.document_ids == [0, 1]
 
 
 def chat_file(path, marked: int):

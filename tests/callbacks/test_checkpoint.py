@@ -12,10 +12,10 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 import synthetic
+from phi3_lightning.accumulation import TokenWeightedModule
 from phi3_lightning.callbacks import RunCheckpoint
-from phi3_lightning.checkpoint_io import SafeCheckpointIO
+from phi3_lightning.checkpoint.io import SafeCheckpointIO
 from phi3_lightning.errors import CheckpointError, ConfigError
-from phi3_lightning.window import TokenWeightedModule
 
 EPOCH = 5
 NAN = float("nan")
@@ -236,30 +236,6 @@ def test_the_place_is_the_trainers_unless_given(tmp_path):
     checkpoint.setup(synthetic.trainer(tmp_path), Scripted(), "fit")
     assert checkpoint.last_path == tmp_path / "checkpoints" / "last.ckpt"
     assert checkpoint.best_path == tmp_path / "checkpoints" / "best.ckpt"
-
-
-def test_saving_in_the_background_leaves_the_same_files(fit, tmp_path):
-    fit(Scripted(3.0, 1.0, 2.0), max_epochs=3)
-    background = Fits(tmp_path / "background")
-    background.plugins = []
-    background(Scripted(3.0, 1.0, 2.0), max_epochs=3, checkpoint={"async_save": True})
-    assert (background.step_of("last.ckpt"), background.step_of("best.ckpt")) == (15, 10)
-    for name in ("last.ckpt", "best.ckpt"):
-        left, right = (torch.load(f.folder / "kept" / name, weights_only=True) for f in (fit, background))
-        assert torch.equal(left["state_dict"]["weight"], right["state_dict"]["weight"])
-
-
-def test_a_failure_in_the_background_ends_the_run(tmp_path):
-    (tmp_path / "kept" / "last.ckpt.tmp").mkdir(parents=True)  # where the file is to be written
-    checkpoint = RunCheckpoint(str(tmp_path / "kept"), async_save=True)
-    trainer = synthetic.trainer(tmp_path, callbacks=[checkpoint], enable_checkpointing=True)
-    with pytest.raises(CheckpointError, match=r"last\.ckpt: the checkpoint could not be written"):
-        trainer.fit(Scripted(), torch.utils.data.DataLoader(range(EPOCH), batch_size=1))
-
-
-def test_another_way_to_write_is_not_replaced_behind_the_back(fit):
-    with pytest.raises(ConfigError, match=r"checkpoint\.async_save.*trainer\.plugins"):
-        fit(Scripted(), checkpoint={"async_save": True})  # with the plugin of this file
 
 
 def evaluate(folder: Path, word: str | None, module: Scripted, **options) -> float:

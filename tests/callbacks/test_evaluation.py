@@ -137,7 +137,7 @@ def test_the_number_of_rows_is_limited_and_they_are_the_same_each_time(tmp_path,
 
 def test_rows_that_cannot_be_asked_are_counted_by_reason(tmp_path, data):
     rows = [*ROWS[:2], chat("Say nothing", ""), {"text": "A text without turns."}, chat("Go on", "word " * 60)]
-    _, content = run(tmp_path, data(*rows, max_length=64, overlong="truncate_end"))
+    _, content = run(tmp_path, data(*rows, max_length=64, truncation="truncate_end"))
     reasons = {"empty reference": 1, "no prompt before the trained text": 1, "the reference was cut off": 1}
     assert content["left_out"] == reasons
     assert [found["row"] for found in content["answers"]] == [0, 1]

@@ -8,8 +8,8 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 import synthetic
-from phi3_lightning.batch import Origin
 from phi3_lightning.callbacks import PredictionWriter
+from phi3_lightning.contracts import Origin
 
 WORDS = ["<|end|>", "<|user|>", "▁Good", "▁mor", "ning", "▁[b]", "▁ü"]
 END, USER, GOOD, MOR, NING, BRACKET, UMLAUT = range(len(WORDS))
@@ -31,7 +31,7 @@ class Prompts(pl.LightningDataModule):
 
     def predict_dataloader(self):
         batches = [synthetic.prompt_batch([[GOOD], [MOR]], [END]), synthetic.prompt_batch([[GOOD]], [END])]
-        batches[0]["row_ids"], batches[1]["row_ids"] = [2, 0], [1]
+        batches[0]["document_ids"], batches[1]["document_ids"] = [2, 0], [1]
         return synthetic.loader(batches)
 
 
@@ -120,10 +120,13 @@ def test_answers_are_on_the_disk_as_soon_as_a_batch_is_answered(tmp_path):
 class Located(Prompts):
     """Prompts whose rows are known."""
 
-    def origins(self, stage, row_ids):
+    def origins(self, stage, document_ids):
         known = [Origin("p.jsonl:1", "a7"), Origin("p.jsonl:3", 7), Origin("q.csv row 2")]
         assert stage == "predict"
-        return [known[row] for row in row_ids]
+        return [known[row] for row in document_ids]
+
+    def test_facts(self):
+        return {}
 
 
 def test_a_line_has_place_and_id_of_its_row_and_the_prompt_as_the_model_read_it(tmp_path):

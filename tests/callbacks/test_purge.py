@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.plugin_event_accumulator import EventA
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.callbacks import PurgeOvertaken
-from phi3_lightning.callbacks.board import boards, step_of
+from phi3_lightning.callbacks.tensorboard import boards, step_of
 from phi3_lightning.event_files import read_scalars
 
 DATA = [synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(12)]

@@ -11,9 +11,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import phi3_lightning
 import synthetic
-from phi3_lightning import ChatDataModule, Phi3LoRAModule, generate
+from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import Samples
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.generation import decode
 
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 CHATS = [synthetic.batch_of([[synthetic.document(8, 4, seed)]]) for seed in range(2)]
@@ -58,7 +59,7 @@ def test_base_and_tuned_answers_stand_side_by_side(tmp_path, capsys):
     said = printed(capsys)
     data.setup("predict")
     batch = next(iter(data.predict_dataloader()))
-    row, answer = batch["row_ids"].index(0), module.predict_step(batch, 0)
+    row, answer = batch["document_ids"].index(0), module.predict_step(batch, 0)
     tuned = data.tokenizer.decode(answer[row], skip_special_tokens=True)
     prompt = data.tokenizer.decode(
         batch["input_ids"][row][batch["attention_mask"][row].bool()], skip_special_tokens=True
@@ -88,15 +89,15 @@ def test_prompts_come_from_the_validation_data_where_there_are_no_others(tmp_pat
     fit(tmp_path, module, data, Samples(prompts=2), val_check_interval=1)
     said = printed(capsys)
     batch = next(iter(data.val_dataloader()))
-    first = batch["labels"][0, : batch["lengths"][0][0]]
+    first = batch["labels"][0, : batch["document_lengths"][0][0]]
     prompt = batch["input_ids"][0, : int((first != -100).nonzero()[0])]
     assert " ".join(data.tokenizer.decode(prompt, skip_special_tokens=True).split()) in said
 
 
 def test_the_base_answers_once_and_every_validation_is_kept(tmp_path, monkeypatch):
     calls = []
-    answers = generate.answers
-    monkeypatch.setattr(generate, "answers", lambda *args: calls.append(1) or answers(*args))
+    generate = decode.generate
+    monkeypatch.setattr("phi3_lightning.callbacks.samples.generate", lambda *args: calls.append(1) or generate(*args))
     logger = TensorBoardLogger(tmp_path, name="", version="")
     module = tiny()
     fit(tmp_path, module, chats(tmp_path), Samples(prompts=2), val_check_interval=1, logger=logger, max_steps=3)

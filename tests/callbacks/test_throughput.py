@@ -108,20 +108,20 @@ def recorded(folder, module, batches, row_length=None, **options) -> list[dict[s
 
 def test_padding_and_what_rows_could_hold(tmp_path, clock):
     first, second, third = recorded(tmp_path, Slow(clock), BATCHES, row_length=40)
-    assert first["speed/padding_share"] == pytest.approx(20 / 60)
-    assert first["speed/row_fill"] == pytest.approx(40 / 80)
-    assert (second["speed/padding_share"], second["speed/row_fill"]) == pytest.approx((0, 24 / 40))
-    assert third["speed/padding_share"] == 0
+    assert first["speed/padding_fraction"] == pytest.approx(20 / 60)
+    assert first["speed/packing_efficiency"] == pytest.approx(40 / 80)
+    assert (second["speed/padding_fraction"], second["speed/packing_efficiency"]) == pytest.approx((0, 24 / 40))
+    assert third["speed/padding_fraction"] == 0
     (window, _) = recorded(tmp_path, Slow(clock), BATCHES, row_length=40, accumulate_grad_batches=2)
-    assert (window["speed/padding_share"], window["speed/row_fill"]) == pytest.approx((20 / 84, 64 / 120))
+    assert (window["speed/padding_fraction"], window["speed/packing_efficiency"]) == pytest.approx((20 / 84, 64 / 120))
 
 
 def test_rows_that_are_not_packed_have_no_fill(tmp_path, clock):
-    assert "speed/row_fill" not in recorded(tmp_path, Slow(clock), BATCHES)[0]
+    assert "speed/packing_efficiency" not in recorded(tmp_path, Slow(clock), BATCHES)[0]
 
 
 def test_a_foreign_module_has_no_share_of_the_peak(tmp_path, clock):
-    assert "speed/peak_share" not in recorded(tmp_path, Slow(clock), BATCHES)[0]
+    assert "speed/mfu" not in recorded(tmp_path, Slow(clock), BATCHES)[0]
 
 
 def test_the_share_of_the_peak_follows_from_formula_speed_and_peak(tmp_path, tiny_base, monkeypatch):
@@ -131,4 +131,4 @@ def test_the_share_of_the_peak_follows_from_formula_speed_and_peak(tmp_path, tin
         flops = step_flops(module.loaded_model)
         needed = flops.per_token * step["speed/tokens_per_second"]
         needed += flops.per_supervised_token * step["speed/supervised_tokens_per_second"]
-        assert step["speed/peak_share"] == pytest.approx(needed / 1e9, rel=1e-5)
+        assert step["speed/mfu"] == pytest.approx(needed / 1e9, rel=1e-5)

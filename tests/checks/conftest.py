@@ -8,21 +8,21 @@ import pytest
 
 import phi3_lightning
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
-from phi3_lightning.checks.bench import Bench
+from phi3_lightning.checks.shared_base import SharedBase
 from phi3_lightning.checks.suite import Suite
-from phi3_lightning.commands.one_device import one_device_trainer
+from phi3_lightning.commands.single_device import single_device_trainer
 
 TINY = Path(phi3_lightning.__file__).parent / "assets/tiny_phi3"
 
 
 @pytest.fixture
-def bench(tmp_path) -> Callable[..., Bench]:
+def bench(tmp_path) -> Callable[..., SharedBase]:
     """Make a bench of the embedded model with given arguments of the module."""
 
-    def make(precision: str = "32-true", **module) -> Bench:
+    def make(precision: str = "32-true", **module) -> SharedBase:
         options = {"dtype": "float32", "optimizer": {"lr": 0.01}} | module
         section = {"accelerator": "cpu", "precision": precision}
-        return Bench(Phi3LoRAModule(str(TINY), **options), partial(one_device_trainer, section, str(tmp_path)))
+        return SharedBase(Phi3LoRAModule(str(TINY), **options), partial(single_device_trainer, section, str(tmp_path)))
 
     return make
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from phi3_lightning import Phi3LoRAModule
-from phi3_lightning.checks import learning
-from phi3_lightning.checks.lessons import Lessons
-from phi3_lightning.checks.round_trip import Trip
+from phi3_lightning.checks import overfit
+from phi3_lightning.checks.overfit_diagnosis import OverfitDiagnosis
+from phi3_lightning.checks.round_trip import CheckpointRoundTrip
 from phi3_lightning.checks.rows import packaged_rows
 
 LOAD = Phi3LoRAModule.load_state_dict
@@ -23,13 +23,13 @@ def nothing(self, state_dict, *args, **kwargs):
 
 @pytest.mark.parametrize(("load", "told"), [(LOAD, None), (changed, "qkv_proj.lora_A"), (nothing, "lora_B")])
 def test_what_does_not_come_back(suite, monkeypatch, load, told):
-    monkeypatch.setattr(learning, "STEPS", 2)
+    monkeypatch.setattr(overfit, "STEPS", 2)
     made = suite(lora={"lora_dropout": 0.1})
-    lessons = Lessons(made.bench, made.template, 1.0, made.folder, lambda name: None, lambda: None)
+    lessons = OverfitDiagnosis(made.bench, made.template, 1.0, made.folder, lambda name: None, lambda: None)
     lesson = lessons.lesson(packaged_rows(made.template)[:2], [[[0, 1]]])
     with made.bench.module() as module:
-        _, trainer = learning.learn(module, lesson, made.bench.make_trainer, 1.0, lambda: None)
-        trip = Trip(made.bench, module, trainer, lesson.batches, made.folder / "a.ckpt")
+        _, trainer = overfit.overfit(module, lesson, made.bench.make_trainer, 1.0, lambda: None)
+        trip = CheckpointRoundTrip(made.bench, module, trainer, lesson.batches, made.folder / "a.ckpt")
     monkeypatch.setattr(Phi3LoRAModule, "load_state_dict", load)
     with made.bench.module() as fresh:
         faults = trip.faults(fresh)

@@ -10,7 +10,7 @@ from checks.conftest import TINY
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.checks import numerics
 from phi3_lightning.checks.suite import CHECKPOINTING, GRADIENTS, HELD_OUT, MY_ROWS, PACKED, TEMPLATE, TWICE
-from phi3_lightning.data.conversation import Encoded
+from phi3_lightning.data.conversation import TokenizedDocument
 from phi3_lightning.data.template import ChatTemplate
 
 FORWARD = Phi3LoRAModule.forward
@@ -76,7 +76,7 @@ def test_answers_that_are_empty(suite, tmp_path):
 
 def test_answers_that_are_cut(suite, tmp_path):
     rows = [chat(f"Question {number}?", "word " * 60) for number in range(9)]
-    fault, _ = failed(suite(write(tmp_path, rows) | {"max_length": 40, "overlong": "truncate_end"}, lora={"r": 2}))
+    fault, _ = failed(suite(write(tmp_path, rows) | {"max_length": 40, "truncation": "truncate_end"}, lora={"r": 2}))
     assert fault.name == MY_ROWS
     assert "data.max_length" in fault.remedy
 
@@ -149,7 +149,7 @@ def test_a_mask_that_is_off_by_one(suite, monkeypatch, start, end):
 
     def shifted(self, *args, **kwargs):
         found = encode(self, *args, **kwargs)
-        return [Encoded(item.input_ids, [(a + start, b + end) for a, b in item.spans]) for item in found]
+        return [TokenizedDocument(item.input_ids, [(a + start, b + end) for a, b in item.spans]) for item in found]
 
     made = suite()
     monkeypatch.setattr(ChatTemplate, "encode", shifted)
@@ -163,7 +163,7 @@ def test_a_mask_without_the_end_of_turn(suite, monkeypatch):
 
     def endless(self, *args):
         found = supervise(self, *args)
-        return Encoded(found.input_ids, [(start, end - 1) for start, end in found.spans])
+        return TokenizedDocument(found.input_ids, [(start, end - 1) for start, end in found.spans])
 
     made = suite()
     monkeypatch.setattr(ChatTemplate, "_supervise", endless)
@@ -178,7 +178,7 @@ def test_documents_that_see_each_other(suite, monkeypatch, attention):
     def leaking(self, batch):
         rows, width = batch["input_ids"].shape
         one_document = {"position_ids": torch.arange(width).expand(rows, width)}
-        one_document["lengths"] = [[sum(row)] for row in batch["lengths"]]
+        one_document["document_lengths"] = [[sum(row)] for row in batch["document_lengths"]]
         return FORWARD(self, {**batch, **one_document})
 
     made = suite(attn_implementation=attention)

@@ -112,6 +112,6 @@ QUICK = (
     "--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.log_every_n_steps=1", f"--model.base={TINY}",
     f"--data.train={TINY}/chats_train.jsonl", f"--data.val={TINY}/chats_val.jsonl", "--data.max_length=256",
     "--data.batch_size=1", "--data.num_workers=0", "--model.gradient_checkpointing=none", "--model.optimizer.lr=0.01",
-    "--model.generation.max_new_tokens=8", "--monitor.forgetting=false", "--monitor.samples=0",
+    "--model.generation.max_new_tokens=8", "--monitor.base_drift=false", "--monitor.samples=0",
 )  # fmt: skip
 """Options of a run on the tiny model that takes a second or two."""

@@ -37,7 +37,7 @@ def test_each_configuration_trains_three_steps(cli, tmp_path, name):
         (["--model.lora.backend=loralib", "--model.lora.use_dora=true"], "model.lora.backend: peft"),
         (["--model.lora.modules_to_save=[qkv_proj]"], "qkv_proj carries an adapter"),
         (["--model.lora.lora_alpha=0"], "model.lora.lora_alpha"),
-        (["--model.lora.adapter=nowhere.ckpt"], "model.lora.adapter: nowhere.ckpt: there is no such checkpoint"),
+        (["--model.lora.init_from=nowhere.ckpt"], "model.lora.init_from: nowhere.ckpt: there is no such checkpoint"),
         (["--model.lora.bias=all"], "no layer of a Phi3ForCausalLM has a bias"),
     ],
 )
@@ -75,7 +75,7 @@ def test_an_adapter_of_another_kind_is_named_before_the_base_is_loaded(cli, tmp_
     absent = f"--model.base={tmp_path}/absent"  # an error of its own if it were looked for
     for option, args in (
         ("--ckpt_path", ("chat", f"--ckpt_path={folder}", absent, "--prompt=Hello")),
-        ("model.lora.adapter", ("fit", *QUICK, f"--model.lora.adapter={folder}", "--trainer.max_steps=1")),
+        ("model.lora.init_from", ("fit", *QUICK, f"--model.lora.init_from={folder}", "--trainer.max_steps=1")),
     ):
         refused = cli(*args, code=1)
         assert re.findall(r"^error: .*", refused.text, re.MULTILINE) == [

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from cli.conftest import QUICK, TINY, Run, start
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 DATA = (f"--data.predict={TINY}/prompts.jsonl", "--evaluation.rows=0")
 FIT = ("--trainer.max_steps=6", "--trainer.val_check_interval=3", "--trainer.limit_val_batches=4")

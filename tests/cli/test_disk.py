@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import QUICK, TINY
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 FIT = (*QUICK, "--trainer.max_steps=2", "--trainer.limit_val_batches=0")
 BLOCK = 4096

@@ -68,7 +68,7 @@ def test_what_is_auto_is_decided_as_by_fit(cli, tmp_path):
 
 
 def test_fit_decides_what_is_auto(cli, tmp_path):
-    quiet = ("--monitor.forgetting=false", "--monitor.samples=0", "--trainer.max_steps=1")
+    quiet = ("--monitor.base_drift=false", "--monitor.samples=0", "--trainer.max_steps=1")
     text = cli("fit", *QUICKSTART, *AUTO, *quiet, f"--data.cache_dir={tmp_path}/cache").text
     assert "12 rows, 1 such micro-batches to an optimiser step of 12 rows" in text
     assert "model.gradient_checkpointing: auto is none: the largest batch takes less than" in text

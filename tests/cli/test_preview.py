@@ -77,13 +77,18 @@ def test_real_files_are_shown(cli, shared, real_chats, name):
     assert "trained tokens" in shown.text
 
 
-TABLE = ("--data.conversation_id=id", "--data.role=who", "--data.content=text", "--data.order=when")
+TABLE = (
+    "--data.conversation_column=id",
+    "--data.role_column=who",
+    "--data.content_column=text",
+    "--data.order_column=when",
+)
 
 
 @pytest.mark.parametrize(
     ("name", "options", "named"),
     [
-        ("f18.b_us_dates.csv", TABLE, "data.order"),
+        ("f18.b_us_dates.csv", TABLE, "data.order_column"),
         ("f21.chat.jsonl", ("--data.chat_template=.",), "data.chat_template"),
         ("f22.a_semicolon.csv", (), "semicolons"),
         ("f26.row.jsonl", ("--data.tools=native",), "data.tools: render"),

@@ -11,11 +11,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cli.conftest import QUICK, TINY, Run, start
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 CASES = Path(__file__).parent.parent / "cases"
-TABLE = ("--data.conversation_id=id", "--data.role=who", "--data.content=text", "--data.order=when")
-CUSTOMER = "--data.roles={customer: user, agent: assistant}"
+TABLE = (
+    "--data.conversation_column=id",
+    "--data.role_column=who",
+    "--data.content_column=text",
+    "--data.order_column=when",
+)
+CUSTOMER = "--data.role_map={customer: user, agent: assistant}"
 SYSTEM = {"role": "system", "content": "Answer only in French."}
 SALUT = [SYSTEM, {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Salut"}]
 LEFT = [{"role": "user", "content": "Left?"}, {"role": "assistant", "content": "Right."}]
@@ -64,7 +69,8 @@ def refusal(run: Run | str) -> str:
         pytest.param(
             [
                 "f16.b_dialogue.jsonl", "--data.columns={messages: dialogue}",
-                "--data.roles={client: user, agent: assistant}", "--data.message_keys={role: speaker, content: text}",
+                "--data.role_map={client: user, agent: assistant}",
+                "--data.message_keys={role: speaker, content: text}",
             ],
             [{"messages": LEFT}],
             id="own keys of a turn",
@@ -129,7 +135,9 @@ TOOLS = (f"--data.train={CASES}/f26.row.jsonl", f"--data.chat_template={CASES}/f
     [
         pytest.param(["f02.c_both.jsonl"], ["f02.c_both.jsonl:1", "system"], id="two system prompts"),
         pytest.param(["f18.a_blank_ids.csv", *TABLE, CUSTOMER], ["f18.a_blank_ids.csv", "id"], id="empty ids"),
-        pytest.param(["f18.b_us_dates.csv", *TABLE, CUSTOMER], ["9/2/2024 9:05 AM", "data.order"], id="dates as text"),
+        pytest.param(
+            ["f18.b_us_dates.csv", *TABLE, CUSTOMER], ["9/2/2024 9:05 AM", "data.order_column"], id="dates as text"
+        ),
         pytest.param(["f18.d_null_ids.jsonl", *TABLE, CUSTOMER], ["f18.d_null_ids.jsonl:1", "id"], id="null ids"),
         pytest.param(["f22.a_semicolon.csv"], ["f22.a_semicolon.csv", "';'"], id="semicolons"),
         pytest.param(["f22.b_utf16.csv"], ["f22.b_utf16.csv", "UTF-16"], id="UTF-16"),
@@ -288,7 +296,7 @@ def test_an_adapter_whose_start_rewrote_the_base_is_refused(cli, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(TINY)
     config = LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(tmp_path / "pissa")
-    lora = (f"--model.lora.adapter={tmp_path}/pissa", "--model.lora.r=4", "--model.lora.target_modules=[qkv_proj]")
+    lora = (f"--model.lora.init_from={tmp_path}/pissa", "--model.lora.r=4", "--model.lora.target_modules=[qkv_proj]")
     assert "pissa" in refusal(cli("fit", *QUICK, "--trainer.max_steps=1", *lora, code=1))
     assert "pissa" in refusal(
         cli("chat", f"--ckpt_path={tmp_path}/pissa", f"--model.base={TINY}", "--prompt=Hi", code=1)

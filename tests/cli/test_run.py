@@ -194,7 +194,7 @@ def test_predictions_name_line_id_and_prompt_of_their_rows(cli, tmp_path):
     path = REPOSITORY / "tests/cases/f07.p.jsonl"
     table = tmp_path / "table.csv"
     table.write_text("ticket,from,body\n12,user,Do you sell maps?\nx9,user,Are you open?\n")
-    columns = ("--data.conversation_id=ticket", "--data.role=from", "--data.content=body")
+    columns = ("--data.conversation_column=ticket", "--data.role_column=from", "--data.content_column=body")
     for given, options, expected in (
         (path, ("--data.on_bad_row=skip",), [
             {"place": f"{path}:1", "id": "When are you open on Monday?", "question": "When are you open on Monday?"},

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import QUICK, Run, start
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 FIT = (*QUICK, "--trainer.limit_val_batches=0", "--checkpoint.every_n_steps=2")
 LAST = Path("runs/phi3-lora/checkpoints/last.ckpt")

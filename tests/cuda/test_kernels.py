@@ -5,7 +5,8 @@ import torch
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
-from phi3_lightning.model import compiled, documents, loss
+from phi3_lightning.model import loss, packed_attention
+from phi3_lightning.model.compile import choose_compilation
 
 SHAPES = {
     "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1000,
@@ -36,7 +37,7 @@ def gradient(base: str, dtype: str, compile_layers: bool = False, **options) -> 
     module.model.train()
     with module.autocast():
         if compile_layers:
-            compiled.prepare(module.model, "layers", 1)
+            choose_compilation(module.model, "layers", 1)
         found = batch()
         summed, count = module.compute_loss(module(found), module.head, found)
     (summed / count).backward()
@@ -55,7 +56,7 @@ def test_flash_attention_and_compiled_layers_round_no_more_than_sdpa(base, monke
     flash = error(gradient(base, "bfloat16", **options), truth)
     fused = error(gradient(base, "bfloat16", compile_layers=True, **options), truth)
     with monkeypatch.context() as without:
-        without.setattr(documents, "takes_varlen", lambda model, device: False)
+        without.setattr(packed_attention, "takes_varlen", lambda model, device: False)
         plain = error(gradient(base, "bfloat16", **options), truth)
     # bfloat16 has 8 bits: a wrong mask or a wrong scale is off by far more than a half of what rounding gives
     assert plain < 0.1

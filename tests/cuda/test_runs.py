@@ -24,19 +24,19 @@ WAYS = {
     "bf16-true": ("--trainer.precision=bf16-true",),
     "16-mixed": ("--trainer.precision=16-mixed", "--model.dtype=float16"),
     "32-true": ("--trainer.precision=32-true", "--model.dtype=float32"),
-    "compiled": ("--model.compile=layers",),
-    "compiled, checkpointing": ("--model.compile=layers", "--model.gradient_checkpointing=full"),
+    "compiled": ("--model.torch_compile=layers",),
+    "compiled, checkpointing": ("--model.torch_compile=layers", "--model.gradient_checkpointing=full"),
     "selective": ("--model.gradient_checkpointing=selective",),
     "every second layer": ("--model.gradient_checkpointing=2",),
     "offload": ("--model.gradient_checkpointing=offload",),
     "what fits": ("--model.gradient_checkpointing=auto", "--data.max_tokens_per_batch=auto"),
-    "loralib": ("--model.lora.backend=loralib", "--model.compile=layers"),
+    "loralib": ("--model.lora.backend=loralib", "--model.torch_compile=layers"),
     "dora from the data": ("--model.lora.use_dora=true", "--model.lora.init_lora_weights=eva"),
     "NEFTune": ("--model.neftune_noise_alpha=5",),
     "ddp by NCCL": ("--trainer.strategy=ddp",),
     "FSDP2 by NCCL": (f"--config={REPOSITORY}/configs/overlays/fsdp2.yaml", "--trainer.devices=1"),
     "FSDP2, compiled": (
-        f"--config={REPOSITORY}/configs/overlays/fsdp2.yaml", "--trainer.devices=1", "--model.compile=layers",
+        f"--config={REPOSITORY}/configs/overlays/fsdp2.yaml", "--trainer.devices=1", "--model.torch_compile=layers",
     ),
     "FSDP2 by NCCL, bf16-true": (
         f"--config={REPOSITORY}/configs/overlays/fsdp2.yaml", "--trainer.devices=1", "--trainer.precision=bf16-true",
@@ -45,7 +45,7 @@ WAYS = {
 QUANTISED = {
     "nf4": ("--model.quantization=nf4", "--model.optimizer.name=paged_adamw_8bit"),
     "nf4, loralib": ("--model.quantization=nf4", "--model.lora.backend=loralib"),
-    "nf4, compiled": ("--model.quantization=nf4", "--model.compile=layers"),
+    "nf4, compiled": ("--model.quantization=nf4", "--model.torch_compile=layers"),
     "int8": ("--model.quantization=int8",),
 }
 

@@ -7,8 +7,8 @@ from phi3_lightning.batch import IGNORE_INDEX
 from phi3_lightning.data.collate import Document, collate, collate_prompts
 
 
-def document(row_id: int, ids: list[int], *spans: tuple[int, int]) -> Document:
-    return Document(row_id, np.array(ids, dtype=np.int32), np.array(spans, dtype=np.int32).reshape(-1))
+def document(document_id: int, ids: list[int], *spans: tuple[int, int]) -> Document:
+    return Document(document_id, np.array(ids, dtype=np.int32), np.array(spans, dtype=np.int32).reshape(-1))
 
 
 def test_rows_of_several_documents() -> None:
@@ -17,8 +17,8 @@ def test_rows_of_several_documents() -> None:
     assert batch["input_ids"].tolist() == [[1, 2, 3, 4, 5], [6, 9, 9, 9, 9]]
     assert batch["labels"].tolist() == [[x, 2, 3, x, 5], [x, x, x, x, x]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 0, 0, 0, 0]]
-    assert batch["lengths"] == [[3, 2], [1]]
-    assert batch["row_ids"] == [[5, 2], [0]]
+    assert batch["document_lengths"] == [[3, 2], [1]]
+    assert batch["document_ids"] == [[5, 2], [0]]
 
 
 @pytest.mark.parametrize("pad", [0, 2, 3])
@@ -33,13 +33,13 @@ def test_a_filler_trains_nothing() -> None:
     batch = collate([], 7)
     assert batch["input_ids"].tolist() == [[7, 7]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 2]
-    assert batch["lengths"] == [[]]
-    assert batch["row_ids"] == [[]]
+    assert batch["document_lengths"] == [[]]
+    assert batch["document_ids"] == [[]]
 
 
 def test_prompts_end_together() -> None:
     batch = collate_prompts([document(3, [1, 2]), document(1, [9, 9, 9])], 9, [7])
     assert batch["input_ids"].tolist() == [[9, 1, 2], [9, 9, 9]]
     assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
-    assert (batch["row_ids"], batch["stop_ids"]) == ([3, 1], [7])
-    assert collate_prompts([], 9, [7])["row_ids"] == []
+    assert (batch["document_ids"], batch["stop_ids"]) == ([3, 1], [7])
+    assert collate_prompts([], 9, [7])["document_ids"] == []

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.copies import Part, repeated, shared
 from phi3_lightning.data.encode import Encoder
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.prepare import prepare
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.template import ChatTemplate

@@ -10,7 +10,8 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.tuner import Tuner
 
-from phi3_lightning.batch import Batch, Origin, PromptBatch
+from phi3_lightning.batch import Batch, PromptBatch
+from phi3_lightning.contracts import Origin
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import CheckpointError, ConfigError, DataError, DivergenceError
 
@@ -31,20 +32,20 @@ class Recorder(LightningModule):
         self.validated: list[int] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        rows = [row_id for row in batch["row_ids"] for row_id in row]
+        rows = [document_id for row in batch["document_ids"] for document_id in row]
         if self.global_step == self.fail_at:
             raise DivergenceError("The loss is not finite.", rows[:1])
         self.trained.append((self.current_epoch, rows))
         return self.weight.sum()
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.validated += [row_id for row in batch["row_ids"] for row_id in row]
+        self.validated += [document_id for row in batch["document_ids"] for document_id in row]
 
     test_step = validation_step
 
     def predict_step(self, batch: PromptBatch) -> list[int]:
         assert batch["input_ids"].shape == batch["attention_mask"].shape
-        return batch["row_ids"]
+        return batch["document_ids"]
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), 0.1)
@@ -182,7 +183,7 @@ def test_ranks_see_every_row_once_and_agree_on_the_split(
             batches = list(loader)
             assert len(batches) == len(loader)
             lengths.add((split, len(batches)))
-            seen[split] += [row_id for batch in batches for row in batch["row_ids"] for row_id in row]
+            seen[split] += [document_id for batch in batches for row in batch["document_ids"] for document_id in row]
     assert len(lengths) == 2
     assert sorted(seen["train"] + seen["val"]) == list(range(23))
     assert len(seen["val"]) == 5
@@ -259,10 +260,10 @@ def test_mixtures_have_the_given_shares_and_no_row_twice(data: Callable[..., Cha
     files = [
         write([chat(f"{name} {index}") for index in range(count)], f"{name}.jsonl") for name, count in SIZES.items()
     ]
-    datamodule = data(train=files, weights=[3, 1], val_fraction=0.0)
+    datamodule = data(train=files, mixture=[3, 1], val_fraction=0.0)
     datamodule.prepare_data()
     datamodule.setup()
-    seen = [row for batch in datamodule.train_dataloader() for rows in batch["row_ids"] for row in rows]
+    seen = [row for batch in datamodule.train_dataloader() for rows in batch["document_ids"] for row in rows]
     assert len(set(seen)) == len(seen) == datamodule.train_documents
     places = datamodule.describe_rows(seen)
     assert [sum(f"{name}.jsonl" in place for place in places) for name in SIZES] == [30, 10]
@@ -283,11 +284,11 @@ def test_a_support_export_is_trained_on(data: Callable[..., ChatDataModule], tmp
     table.write_text("ticket,who,text,at\n1,agent,the answer,2\n2,customer,hi,1\n1,customer,help,1\n2,agent,ho,2\n")
     datamodule = data(
         train=str(table),
-        conversation_id="ticket",
-        role="who",
-        content="text",
-        order="at",
-        roles={"customer": "user", "agent": "assistant"},
+        conversation_column="ticket",
+        role_column="who",
+        content_column="text",
+        order_column="at",
+        role_map={"customer": "user", "agent": "assistant"},
         val_fraction=0.0,
     )
     datamodule.prepare_data()
@@ -345,7 +346,7 @@ def test_the_seed_of_seed_everything_is_used_unless_one_is_given(data: Callable[
 def test_a_row_that_diverged_is_named(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
     with pytest.raises(DivergenceError) as caught:
         trainer(tmp_path).fit(Recorder(fail_at=2), datamodule=data(packing=False))
-    assert f"chats.jsonl:{caught.value.row_ids[0] + 1}" in caught.value.__notes__[0]
+    assert f"chats.jsonl:{caught.value.document_ids[0] + 1}" in caught.value.__notes__[0]
 
 
 def test_longrope_models_never_mix_long_and_short(
@@ -360,7 +361,10 @@ def test_longrope_models_never_mix_long_and_short(
         datamodule = data(tokenizer=str(folder))
         datamodule.prepare_data()
         datamodule.setup()
-        kinds = [{length > 50 for row in batch["lengths"] for length in row} for batch in datamodule.train_dataloader()]
+        kinds = [
+            {length > 50 for row in batch["document_lengths"] for length in row}
+            for batch in datamodule.train_dataloader()
+        ]
         assert all(len(kind) == 1 for kind in kinds)
         assert len({kind.pop() for kind in kinds}) == 2
 
@@ -386,11 +390,11 @@ def test_nothing_is_loaded_on_construction_and_faults_are_named_early(
         {"predict_batch_size": 0},
         {"num_workers": -1},
         {"on_bad_row": "ignore"},
-        {"overlong": "truncate"},
+        {"truncation": "truncate"},
         {"num_proc": 0},
         {"val_fraction": 1.0},
-        {"weights": [1.0, 2.0]},
-        {"weights": [0.0]},
+        {"mixture": [1.0, 2.0]},
+        {"mixture": [0.0]},
         {"max_tokens_per_batch": 399},
     ],
 )
@@ -422,14 +426,14 @@ class Sizes(Recorder):
         self.sizes: list[int] = []
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        self.sizes.append(len(batch["row_ids"]))
+        self.sizes.append(len(batch["document_ids"]))
         if self.sizes[-1] > self.most:
             raise RuntimeError("CUDA out of memory.")
         return super().training_step(batch, batch_idx)
 
     def predict_step(self, batch: PromptBatch) -> list[int]:
-        self.sizes.append(len(batch["row_ids"]))
-        return batch["row_ids"]
+        self.sizes.append(len(batch["document_ids"]))
+        return batch["document_ids"]
 
 
 @pytest.mark.parametrize("packing", [False, True])

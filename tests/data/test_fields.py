@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText
 from phi3_lightning.data.fields import name_unused
 from phi3_lightning.data.formats import parse_prompt, parse_row
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.errors import ConfigError
 
 from .conftest import case
@@ -71,7 +71,7 @@ def test_rows_with_a_system_field_keep_it(name: str) -> None:
         ({"system": "x", "messages": [U, S, A]}, {}),
         ({"system": "x", "prompt": [S, U], "completion": "ho"}, {}),
         ({"system_prompt": "x", "conversations": [{"from": "system", "value": "y"}, U, A]}, {}),
-        ({"system": "x", "messages": [{"role": "boss", "content": "y"}, U, A]}, {"roles": {"boss": "system"}}),
+        ({"system": "x", "messages": [{"role": "boss", "content": "y"}, U, A]}, {"role_map": {"boss": "system"}}),
     ],
 )
 def test_two_system_messages_are_a_bad_row(row: dict[str, Any], options: dict[str, Any]) -> None:

@@ -9,7 +9,7 @@ import datasets
 import pytest
 from datasets.data_files import DataFilesDict, get_data_patterns
 
-from phi3_lightning.data.options import Split
+from phi3_lightning.config.data import Split
 from phi3_lightning.data.sources import select_sources
 from phi3_lightning.errors import DataError
 

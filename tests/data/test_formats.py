@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, PlainText
+from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText, TokenizedDocument
 from phi3_lightning.data.formats import parse_prompt, parse_row
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.errors import ConfigError
 
 U = {"role": "user", "content": "hi"}
@@ -138,7 +138,7 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", 
         (messages({"role": "user", "content": [{"type": "text", "text": None, "value": "hi"}]}, A), {}),
         (
             messages({"role": "customer", "content": "hi"}, {"role": "agent", "content": "ho"}),
-            {"roles": {"customer": "user", "agent": "assistant"}},
+            {"role_map": {"customer": "user", "agent": "assistant"}},
         ),
         (messages({"role": "user", "content": [{"type": "text", "value": "hi"}]}, A), {}),
     ],
@@ -155,7 +155,7 @@ def test_alpaca_with_all_its_fields() -> None:
 def test_texts_and_tokens() -> None:
     assert parse_row({"text": "words"}, RowOptions()) == PlainText("words")
     tokens = parse_row({"input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7]}, RowOptions())
-    assert tokens == Encoded([4, 5, 6, 7], [(1, 2), (3, 4)])
+    assert tokens == TokenizedDocument([4, 5, 6, 7], [(1, 2), (3, 4)])
     with pytest.raises(BadRowError, match="not a chat"):
         parse_prompt({"text": "words"}, RowOptions())
 
@@ -168,7 +168,10 @@ def test_a_named_format_is_taken_even_where_another_fits() -> None:
 
 def test_a_table_of_messages_is_suggested_from_its_columns() -> None:
     row = {"ticket_id": 1, "sender": "agent", "body": "hi", "created_at": "2026"}
-    expected = "--data.conversation_id ticket_id --data.role sender --data.content body --data.order created_at"
+    expected = (
+        "--data.conversation_column ticket_id --data.role_column sender --data.content_column body "
+        "--data.order_column created_at"
+    )
     with pytest.raises(BadRowError, match=expected):
         parse(row)
 
@@ -250,10 +253,10 @@ def test_a_message_can_be_left_untrained(flag: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("wrong", "key"),
     [
-        ({"roles": {"agent": "Assistant"}}, "data.roles"),
+        ({"role_map": {"agent": "Assistant"}}, "data.role_map"),
         ({"columns": {"question": "q"}}, "data.columns"),
-        ({"conversation_id": "id"}, "data.role"),
-        ({"order": "time"}, "data.conversation_id"),
+        ({"conversation_column": "id"}, "data.role_column"),
+        ({"order_column": "time"}, "data.conversation_column"),
     ],
 )
 def test_options_that_cannot_work_are_named(wrong: dict[str, Any], key: str) -> None:

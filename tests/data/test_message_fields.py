@@ -5,9 +5,9 @@ from typing import Any
 
 import pytest
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.formats import parse_prompt, parse_row
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.errors import ConfigError
 
 from .conftest import case
@@ -16,7 +16,7 @@ U = {"role": "user", "content": "hi"}
 A = {"role": "assistant", "content": "ho"}
 HUMAN = {"from": "human", "value": "hi"}
 GPT = {"from": "gpt", "value": "ho"}
-SPOKEN = {"message_keys": {"role": "speaker", "content": "text"}, "roles": {"client": "user", "agent": "assistant"}}
+SPOKEN = {"message_keys": {"role": "speaker", "content": "text"}, "role_map": {"client": "user", "agent": "assistant"}}
 
 
 def parse(row: object, **options: Any) -> Conversation:
@@ -60,7 +60,7 @@ def test_turns_of_other_keys_are_read(name: str, options: dict[str, Any]) -> Non
 
 def test_data_roles_go_before_the_names_of_speakers() -> None:
     row = {"messages": [{"from": "gpt", "value": "hi"}, {"from": "me", "value": "ho"}]}
-    assert parse(row, roles={"gpt": "user", "me": "assistant"}).messages == [U, A]
+    assert parse(row, role_map={"gpt": "user", "me": "assistant"}).messages == [U, A]
 
 
 def test_function_calls_and_observations_are_known_in_every_list() -> None:
@@ -106,7 +106,7 @@ def test_a_turn_without_a_mapped_key_is_a_bad_row(turn: dict[str, Any]) -> None:
     "wrong",
     [
         {"message_keys": {"speaker": "role"}},
-        {"message_keys": {"role": "a"}, "conversation_id": "id", "role": "a", "content": "b"},
+        {"message_keys": {"role": "a"}, "conversation_column": "id", "role_column": "a", "content_column": "b"},
     ],
 )
 def test_mappings_that_cannot_work_are_refused(wrong: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phi3_lightning.data.packing import mix, pack, plan_batches
+from phi3_lightning.data.packing import pack, plan_batches, sample_mixture
 
 LENGTHS = st.lists(st.integers(1, 64), max_size=200).map(lambda lengths: np.array(lengths, dtype=np.int64))
 
@@ -83,8 +83,8 @@ def test_batches_hold_at_most_so_many_tokens(
 
 def test_a_mixture_takes_as_many_documents_as_the_shares_allow() -> None:
     items = np.array([0] * 100 + [1] * 10 + [2] * 50)
-    chosen = mix(items, [2.0, 1.0, 1.0], seed=0)
+    chosen = sample_mixture(items, [2.0, 1.0, 1.0], seed=0)
     assert np.bincount(items[chosen]).tolist() == [20, 10, 10]
     assert len(set(chosen.tolist())) == 40
-    assert chosen.tolist() == mix(items, [4.0, 2.0, 2.0], seed=0).tolist()
-    assert chosen.tolist() != mix(items, [2.0, 1.0, 1.0], seed=1).tolist()
+    assert chosen.tolist() == sample_mixture(items, [4.0, 2.0, 2.0], seed=0).tolist()
+    assert chosen.tolist() != sample_mixture(items, [2.0, 1.0, 1.0], seed=1).tolist()

@@ -13,9 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.encode import Encoder
-from phi3_lightning.data.options import RowOptions
-from phi3_lightning.data.prepare import Prepared, prepare
+from phi3_lightning.data.prepare import TokenizedDataset, prepare
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.errors import ConfigError, DataError
@@ -26,10 +26,12 @@ Write = Callable[..., str]
 
 
 @pytest.fixture
-def tokenise(tokenizer: Any, tmp_path: Path) -> Callable[..., Prepared]:
+def tokenise(tokenizer: Any, tmp_path: Path) -> Callable[..., TokenizedDataset]:
     template = ChatTemplate(tokenizer)
 
-    def tokenise(files: str | list[str], *, num_proc: int = 1, on_bad_row: Any = "raise", **options: Any) -> Prepared:
+    def tokenise(
+        files: str | list[str], *, num_proc: int = 1, on_bad_row: Any = "raise", **options: Any
+    ) -> TokenizedDataset:
         encoder = Encoder(template, RowOptions(**({"max_length": 256} | options)))
         cache = str(tmp_path / f"cache{num_proc}")
         return prepare(find_sources(files), encoder, on_bad_row=on_bad_row, cache_dir=cache, num_proc=num_proc)
@@ -37,14 +39,14 @@ def tokenise(tokenizer: Any, tmp_path: Path) -> Callable[..., Prepared]:
     return tokenise
 
 
-def tokens(prepared: Prepared) -> list[list[int]]:
+def tokens(prepared: TokenizedDataset) -> list[list[int]]:
     return [document.input_ids.tolist() for document in prepared.documents(list(range(len(prepared.table))))]
 
 
 CHATS = [chat("one\u2028two"), chat("a", "😀"), chat("b", "the end")]
 
 
-def test_odd_bytes_give_the_rows_of_the_clean_file(tokenise: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_odd_bytes_give_the_rows_of_the_clean_file(tokenise: Callable[..., TokenizedDataset], tmp_path: Path) -> None:
     lines = [json.dumps(row, ensure_ascii=False).encode() for row in CHATS]
     (tmp_path / "clean.jsonl").write_bytes(b"\n".join(lines))
     (tmp_path / "odd.jsonl").write_bytes(b"\xef\xbb\xbf" + b"\r\n".join([*lines[:2], b"", lines[2], b"", b"  ", b""]))
@@ -54,7 +56,9 @@ def test_odd_bytes_give_the_rows_of_the_clean_file(tokenise: Callable[..., Prepa
     assert odd.describe([2]) == [f"{tmp_path / 'odd.jsonl'}:4"]
 
 
-def test_json_lines_arrays_and_parquet_are_one(tokenise: Callable[..., Prepared], write: Write, tmp_path: Path) -> None:
+def test_json_lines_arrays_and_parquet_are_one(
+    tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
+) -> None:
     lines = write(CHATS)
     array = write([json.dumps(CHATS, indent=2)], "chats.json")
     pyarrow.parquet.write_table(pa.Table.from_pylist(CHATS), tmp_path / "chats.parquet")
@@ -63,26 +67,28 @@ def test_json_lines_arrays_and_parquet_are_one(tokenise: Callable[..., Prepared]
     assert prepared[1].describe([1]) == [f"{array} row 2"]
 
 
-def test_several_files_keep_their_places(tokenise: Callable[..., Prepared], write: Write) -> None:
+def test_several_files_keep_their_places(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
     first, second = write(CHATS[:2], "first.jsonl"), write(CHATS[2:], "second.jsonl")
     prepared = tokenise([first, second])
     assert prepared.describe([2, 0]) == [f"{second}:1", f"{first}:1"]
     assert prepared.statistics.kept == 3
 
 
-@pytest.mark.parametrize("overlong", ["drop", "split"])
+@pytest.mark.parametrize("truncation", ["drop", "split"])
 def test_documents_carry_place_and_own_id_of_their_row(
-    tokenise: Callable[..., Prepared], write: Write, overlong: str
+    tokenise: Callable[..., TokenizedDataset], write: Write, truncation: str
 ) -> None:
     ids = [7, "a7", 1.5, None, True, ["x"], "", "\ud800", 2**70]
     rows = [chat("q", "long " * 30) | ({} if value is None else {"id": value}) for value in ids]
-    prepared = tokenise(write(rows), overlong=overlong, max_length=256 if overlong == "drop" else 60)
+    prepared = tokenise(write(rows), truncation=truncation, max_length=256 if truncation == "drop" else 60)
     origins = dict(prepared.origins(list(range(len(prepared.table)))))
     assert [place.rpartition(":")[2] for place in origins] == [str(line) for line in range(1, len(ids) + 1)]
     assert list(origins.values()) == [7, "a7", 1.5, None, None, None, None, "\ud800", 2**70]
 
 
-def test_what_was_read_is_listed_with_its_rows(tokenise: Callable[..., Prepared], write: Write, tmp_path: Path) -> None:
+def test_what_was_read_is_listed_with_its_rows(
+    tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
+) -> None:
     first, second = write([*CHATS, "", '{"x": 1}'], "first.jsonl"), write(CHATS[:1], "second.jsonl")
     prepared = tokenise([first, second], on_bad_row="skip")
     assert prepared.files() == {"read": f"{first} (4 rows), {second} (1 rows)"}
@@ -93,7 +99,7 @@ def test_what_was_read_is_listed_with_its_rows(tokenise: Callable[..., Prepared]
     assert with_rest.files()["left out"] == "notes.txt, .git/"
 
 
-def test_bad_rows_are_reported_together_by_line(tokenise: Callable[..., Prepared], write: Write) -> None:
+def test_bad_rows_are_reported_together_by_line(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
     path = write([chat(), *(['{"messages": '] * 12), chat(), {"messages": [{"role": "human", "content": "x"}]}])
     with pytest.raises(DataError) as caught:
         tokenise(path)
@@ -106,7 +112,7 @@ def test_bad_rows_are_reported_together_by_line(tokenise: Callable[..., Prepared
 
 
 def test_skipped_rows_are_counted_and_change_no_other(
-    tokenise: Callable[..., Prepared], write: Write, caplog: pytest.LogCaptureFixture
+    tokenise: Callable[..., TokenizedDataset], write: Write, caplog: pytest.LogCaptureFixture
 ) -> None:
     odd = {"messages": [{"role": "User", "content": None}]}
     surrogate = '{"prompt": "\\ud800", "completion": "x"}'
@@ -118,25 +124,25 @@ def test_skipped_rows_are_counted_and_change_no_other(
     assert f"{mixed}:4: lone surrogate" in caplog.text
 
 
-def test_a_line_that_is_not_utf8_is_named(tokenise: Callable[..., Prepared], tmp_path: Path) -> None:
+def test_a_line_that_is_not_utf8_is_named(tokenise: Callable[..., TokenizedDataset], tmp_path: Path) -> None:
     path = tmp_path / "chats.jsonl"
     path.write_bytes(json.dumps(chat()).encode() + b'\n{"prompt": "\xff"}\n')
     with pytest.raises(DataError, match=r"chats\.jsonl:2: not UTF-8"):
         tokenise(str(path))
 
 
-def test_deep_nesting_is_a_bad_row_not_a_crash(tokenise: Callable[..., Prepared], write: Write) -> None:
+def test_deep_nesting_is_a_bad_row_not_a_crash(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
     with pytest.raises(DataError, match=r":1: not JSON"):
         tokenise(write(['{"a": ' + "[" * 100_000]))
 
 
-def test_rows_too_long_are_dropped_and_counted(tokenise: Callable[..., Prepared], write: Write) -> None:
+def test_rows_too_long_are_dropped_and_counted(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
     prepared = tokenise(write([chat("a question " * 99, "ok"), chat()]), max_length=32)
     assert prepared.statistics.dropped == {"longer than max_length 32": 1}
     assert prepared.statistics.kept == 1
 
 
-def test_a_length_that_just_fits_changes_nothing(tokenise: Callable[..., Prepared], write: Write) -> None:
+def test_a_length_that_just_fits_changes_nothing(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
     path = write([chat()])
     [ids] = tokens(tokenise(path))
     assert tokens(tokenise(path, max_length=len(ids))) == [ids]
@@ -145,7 +151,7 @@ def test_a_length_that_just_fits_changes_nothing(tokenise: Callable[..., Prepare
 
 
 def test_the_cache_is_built_once_and_follows_content_and_options(
-    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path
+    tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
 ) -> None:
     def built() -> int:
         return len(list((tmp_path / "cache1" / "phi3_lightning").iterdir()))
@@ -163,7 +169,7 @@ def test_the_cache_is_built_once_and_follows_content_and_options(
 
 
 def test_processes_that_start_together_share_one_cache(
-    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path
+    tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
 ) -> None:
     path = write(CHATS * 50)
     with ThreadPoolExecutor(4) as pool:
@@ -211,7 +217,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 
 
 def test_a_disk_that_fills_up_leaves_nothing_behind(
-    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path
+    tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
 ) -> None:
     """A limit on the size of files stands in for the disk: the system says the same at the same call."""
     path = write([chat(f"question {index}", "the answer " * 20) for index in range(3000)])
@@ -230,7 +236,7 @@ def test_a_disk_that_fills_up_leaves_nothing_behind(
     ("name", "content"), [("data.arrow", b""), ("data.arrow", b"x" * 99), ("statistics.json", b"{")]
 )
 def test_a_cache_that_was_damaged_is_named(
-    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path, name: str, content: bytes
+    tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path, name: str, content: bytes
 ) -> None:
     path = write(CHATS)
     tokenise(path)
@@ -244,7 +250,7 @@ def test_a_cache_that_was_damaged_is_named(
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.parametrize("rows", [3, 1500])
 def test_several_processes_give_the_same_rows_in_the_same_order(
-    tokenise: Callable[..., Prepared], write: Write, tmp_path: Path, rows: int
+    tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path, rows: int
 ) -> None:
     path = write([chat(f"question {index}", "the answer " * (index % 7)) for index in range(rows)])
     alone = tokenise(path)  # which also has used the tokenizer's threads
@@ -265,7 +271,7 @@ def test_several_processes_give_the_same_rows_in_the_same_order(
     ],
 )
 def test_files_that_cannot_be_read_are_named(
-    tokenise: Callable[..., Prepared], tmp_path: Path, content: str, message: str
+    tokenise: Callable[..., TokenizedDataset], tmp_path: Path, content: str, message: str
 ) -> None:
     path = tmp_path / "chats.json"
     path.write_text(content, encoding="utf-8")
@@ -280,7 +286,9 @@ def test_a_missing_file_is_named(name: str) -> None:
         find_sources(name)
 
 
-def test_a_hub_set_is_read_by_datasets(tokenise: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_set_is_read_by_datasets(
+    tokenise: Callable[..., TokenizedDataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import datasets
 
     asked = []
@@ -297,7 +305,7 @@ def test_a_hub_set_is_read_by_datasets(tokenise: Callable[..., Prepared], monkey
 
 
 def test_a_hub_set_that_is_not_there_is_named(
-    tokenise: Callable[..., Prepared], monkeypatch: pytest.MonkeyPatch
+    tokenise: Callable[..., TokenizedDataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import datasets
 

@@ -121,7 +121,7 @@ def test_fields_that_nothing_reads_are_a_fact(
     monkeypatch.setattr("phi3_lightning.data.datamodule.rank_zero_info", lines.append)
     for _ in range(2):  # the second time from the cache
         lines.clear()
-        datamodule = ChatDataModule(path, on_bad_row="skip", cache_dir=str(tmp_path), **options)
+        datamodule = ChatDataModule(train=path, on_bad_row="skip", cache_dir=str(tmp_path), **options)
         datamodule.prepare_data()
         datamodule.setup()
         assert look(datamodule).facts["fields not used"] == "lang (2 rows), note (1)"

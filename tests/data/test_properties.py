@@ -9,10 +9,10 @@ from typing import Any
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded
+from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.conversation import BadRowError, Conversation, TokenizedDocument
 from phi3_lightning.data.encode import Encoder, Job
 from phi3_lightning.data.formats import parse_row
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 
 from .conftest import build_tokenizer
@@ -43,11 +43,11 @@ TEMPLATE = ChatTemplate(build_tokenizer())
 SETTINGS = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def encode(row: dict[str, Any], template: ChatTemplate) -> tuple[Conversation, Encoded]:
+def encode(row: dict[str, Any], template: ChatTemplate) -> tuple[Conversation, TokenizedDocument]:
     talk = parse_row(row, RowOptions())
     assert isinstance(talk, Conversation)
     [encoded] = template.encode([talk])
-    assert isinstance(encoded, Encoded), encoded
+    assert isinstance(encoded, TokenizedDocument), encoded
     return talk, encoded
 
 

@@ -33,15 +33,15 @@ class FileRecorder(Recorder):
             file.write(json.dumps(rows) + "\n")
 
     def training_step(self, batch: Batch, batch_idx: int) -> torch.Tensor:
-        self.record(f"train{self.current_epoch}", [row for rows in batch["row_ids"] for row in rows])
+        self.record(f"train{self.current_epoch}", [row for rows in batch["document_ids"] for row in rows])
         return super().training_step(batch, batch_idx)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.record("val", [row for rows in batch["row_ids"] for row in rows])
+        self.record("val", [row for rows in batch["document_ids"] for row in rows])
 
     def predict_step(self, batch: PromptBatch) -> list[int]:
-        self.record("predict", batch["row_ids"])
-        return batch["row_ids"]
+        self.record("predict", batch["document_ids"])
+        return batch["document_ids"]
 
 
 def test_two_processes(write: Callable[..., str], tokenizer_folder: str, tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText
 from phi3_lightning.data.formats import parse_row
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.readers import decode_line, read_rows
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.errors import DataError

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phi3_lightning.data.sampler import FILLER, BatchOrder, Shares
+from phi3_lightning.data.sampler import FILLER, BatchOrder, RankAssignment
 
 
 def order(count: int, *, epoch: int = 0, seed: int = 0, shuffle: bool = True, **options: object) -> list[int]:
@@ -59,7 +59,7 @@ def test_the_length_is_the_whole_epochs() -> None:
 def test_whatever_the_ranks_become_each_batch_comes_once(count: int, stages: list[tuple[int, int, int]]) -> None:
     """Stages of an epoch: so many ranks, so many batches a window, so many windows until the next restart."""
     order, seen, position = np.random.default_rng(1).permutation(count), [], 0
-    shares = Shares(count, stages[0][0])
+    shares = RankAssignment(count, stages[0][0])
     for ranks, window, windows in [*stages, (2, 1, 10_000)]:
         now = shares.go_on(ranks, 0, position, window)
         if now is not shares:
@@ -78,7 +78,7 @@ def test_whatever_the_ranks_become_each_batch_comes_once(count: int, stages: lis
 def test_no_window_is_without_a_batch_after_a_change_of_ranks(before: int, after: int, window: int) -> None:
     order = np.arange(83)
     for position in range(window, 83 // before - window, window):
-        shares = Shares(83, before).go_on(after, 0, position, window)
+        shares = RankAssignment(83, before).go_on(after, 0, position, window)
         assert shares.resumed is not None
         left = [shares.of(rank, order, shares.resumed.position) for rank in range(after)]
         filled = [any(own[step] != FILLER for own in left) for step in range(len(left[0]))]
@@ -86,6 +86,6 @@ def test_no_window_is_without_a_batch_after_a_change_of_ranks(before: int, after
 
 
 def test_the_same_ranks_and_windows_change_nothing() -> None:
-    shares = Shares(20, 2)
+    shares = RankAssignment(20, 2)
     assert shares.go_on(2, 0, 4, 4) is shares
     assert shares.go_on(2, 0, 10, 4) is shares  # the short window at the end

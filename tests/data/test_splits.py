@@ -42,15 +42,15 @@ def sides(made: ChatDataModule, rows: list[Any]) -> dict[str, set[int]]:
 
 
 @pytest.mark.parametrize("name", ["customer", "source file"])
-@pytest.mark.parametrize("overlong", ["drop", "split"])
-def test_a_group_is_on_one_side(data: Data, name: str, overlong: str) -> None:
+@pytest.mark.parametrize("truncation", ["drop", "split"])
+def test_a_group_is_on_one_side(data: Data, name: str, truncation: str) -> None:
     groups = [index % 17 if index % 3 else f"g{index % 5}" for index in range(200)]
     rows = [chat(f"q {index}", "a " * (index % 40)) | {name: group} for index, group in enumerate(groups)]
     options = {
         "group_by": name,
         "val_fraction": 0.2,
-        "overlong": overlong,
-        "max_length": 128 if overlong == "drop" else 40,
+        "truncation": truncation,
+        "max_length": 128 if truncation == "drop" else 40,
     }
     made = data(rows, seed=0, **options)
     found = sides(made, rows)
@@ -80,7 +80,7 @@ def test_a_table_of_messages_is_grouped_by_a_column_that_a_conversation_shares(d
     for ticket in range(30):
         for role in ("user", "assistant"):
             rows.append({"ticket": ticket, "from": role, "body": f"{ticket}", "customer": ticket % 6})
-    table = {"conversation_id": "ticket", "role": "from", "content": "body"}
+    table = {"conversation_column": "ticket", "role_column": "from", "content_column": "body"}
     made = data(rows, **table, group_by="customer", val_fraction=0.3)
     held_out = made.prepared["val"].origins(made.plans["val"].documents.tolist())
     trained = made.prepared["train"].origins(made.plans["train"].documents.tolist())
@@ -100,7 +100,7 @@ def test_one_group_cannot_be_divided(data: Data) -> None:
 )
 def test_a_group_that_would_decide_nothing_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\.group_by: 'customer' only decides"):
-        ChatDataModule("x.jsonl", group_by="customer", **options)
+        ChatDataModule(train="x.jsonl", group_by="customer", **options)
 
 
 @pytest.mark.parametrize(

@@ -9,22 +9,22 @@ from typing import Any
 
 import pytest
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError
 from phi3_lightning.data.encode import Encoder, Job
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.readers import read_rows
-from phi3_lightning.data.tables import gather
+from phi3_lightning.data.tables import group_messages
 from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.errors import ConfigError, DataError
 
 CASES = Path(__file__).parents[1] / "cases"
-TABLE = {"conversation_id": "id", "role": "who", "content": "text", "order": "when"}
+TABLE = {"conversation_column": "id", "role_column": "who", "content_column": "text", "order_column": "when"}
 CUSTOMERS = {"customer": "user", "agent": "assistant"}
 
 
 def collect(rows: list[Any], **options: Any) -> tuple[dict[int, Any], dict[int, str]]:
     """Conversations and faults by row number."""
-    return sort_out(list(gather(enumerate(rows, start=1), RowOptions(**(TABLE | options)), "chats.csv")))
+    return sort_out(list(group_messages(enumerate(rows, start=1), RowOptions(**(TABLE | options)), "chats.csv")))
 
 
 def sort_out(gathered: list[Any]) -> tuple[dict[int, Any], dict[int, str]]:
@@ -60,7 +60,7 @@ def test_rows_without_a_conversation_are_strangers(empty: object) -> None:
     chats, faults = collect([message(empty, 1), message(empty, 2), message(7, 3)])
     assert list(chats) == [3]
     assert faults.keys() == {1, 2}
-    assert all("data.conversation_id" in fault and repr(empty) in fault for fault in faults.values())
+    assert all("data.conversation_column" in fault and repr(empty) in fault for fault in faults.values())
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_ids_that_were_rounded_may_be_of_several_conversations(rounded: object) 
 
 @pytest.mark.parametrize("name", ["f18.a_blank_ids.csv", "f18.d_null_ids.jsonl", "f18.c_float_ids.parquet"])
 def test_files_with_rows_of_no_conversation(name: str) -> None:
-    chats, faults = sort_out(list(gather(read_rows(CASES / name), RowOptions(**TABLE), name)))
+    chats, faults = sort_out(list(group_messages(read_rows(CASES / name), RowOptions(**TABLE), name)))
     bad = {"f18.a_blank_ids.csv": {1, 2, 3, 4}, "f18.d_null_ids.jsonl": {1, 2}, "f18.c_float_ids.parquet": {3}}
     assert faults.keys() == bad[name]
     assert [len(chat["messages"]) for chat in chats.values()] == [2] * (2 if "float" in name else 1)
@@ -109,7 +109,7 @@ def test_numbers_and_iso_times_are_orders(orders: tuple[object, ...]) -> None:
 def test_messages_of_equal_or_no_order_stay_as_in_the_file() -> None:
     table = [message(7, order, text) for order, text in ((2, "c"), (1, "a"), (1, "b"))]
     assert said(collect(table)[0][1]) == "abc"
-    assert said(collect(table, order=None)[0][1]) == "cab"
+    assert said(collect(table, order_column=None)[0][1]) == "cab"
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,14 @@ def test_messages_of_equal_or_no_order_stay_as_in_the_file() -> None:
 def test_a_column_that_is_no_order_is_one_error(first: object, second: object) -> None:
     with pytest.raises(DataError) as error:
         collect([message(1, first), message(2, second)])
-    assert all(part in str(error.value) for part in ("chats.csv", "data.order", repr(first), repr(second), "ISO 8601"))
+    assert all(
+        part in str(error.value) for part in ("chats.csv", "data.order_column", repr(first), repr(second), "ISO 8601")
+    )
 
 
 def test_american_dates_are_no_order() -> None:
-    with pytest.raises(DataError, match=r"data\.order.*'9/2/2024 9:05 AM' and '10/1/2024 8:00 AM'"):
-        list(gather(read_rows(CASES / "f18.b_us_dates.csv"), RowOptions(**TABLE), "table"))
+    with pytest.raises(DataError, match=r"data\.order_column.*'9/2/2024 9:05 AM' and '10/1/2024 8:00 AM'"):
+        list(group_messages(read_rows(CASES / "f18.b_us_dates.csv"), RowOptions(**TABLE), "table"))
 
 
 @pytest.mark.parametrize(
@@ -140,10 +142,10 @@ def test_american_dates_are_no_order() -> None:
 def test_a_conversation_has_orders_of_one_kind(first: object, second: object) -> None:
     chats, faults = collect([message(7, first), message(7, second), message(8)])
     assert list(chats) == [3]
-    assert all(part in faults[1] for part in ("conversation 7", "data.order", repr(first), repr(second)))
+    assert all(part in faults[1] for part in ("conversation 7", "data.order_column", repr(first), repr(second)))
 
 
-@pytest.mark.parametrize("option", ["conversation_id", "role", "content", "order"])
+@pytest.mark.parametrize("option", ["conversation_column", "role_column", "content_column", "order_column"])
 def test_a_column_that_the_table_has_not_is_one_error(option: str) -> None:
     with pytest.raises(DataError, match=rf"chats\.csv: data\.{option} names 'nobody'.*'id', 'who', 'text', 'when'"):
         collect([message(), message(8)], **{option: "nobody"})
@@ -155,7 +157,7 @@ def test_a_column_that_the_table_has_not_is_one_error(option: str) -> None:
 def test_a_message_without_a_role_is_named_by_its_row(lacking: dict) -> None:
     chats, faults = collect([message(), lacking, message(8)])
     assert list(chats) == [3]
-    assert "row 2 has nothing in 'who' (data.role)" in faults[1]
+    assert "row 2 has nothing in 'who' (data.role_column)" in faults[1]
 
 
 def test_what_is_not_said_is_not_taken_from_another_column() -> None:
@@ -200,16 +202,18 @@ def test_what_is_the_conversations_does_not_change_within_it(column: str) -> Non
     ],
 )
 def test_no_row_of_a_table_is_read_as_another_format(row: dict, tokenizer: Any) -> None:
-    options = RowOptions(**TABLE, roles=CUSTOMERS)
+    options = RowOptions(**TABLE, role_map=CUSTOMERS)
     table = [row, message(7, 1, "q"), message(7, 2, "a", "agent", prompt="p", input_ids=[1], labels=[1])]
-    chunk = Encoder(ChatTemplate(tokenizer), options).encode(Job(0, list(gather(enumerate(table), options, "table"))))
+    chunk = Encoder(ChatTemplate(tokenizer), options).encode(
+        Job(0, list(group_messages(enumerate(table), options, "table")))
+    )
     assert [number for number, _ in chunk.bad] == [0]
     assert chunk.rows.tolist() == [1]
     assert tokenizer.decode(chunk.input_ids.tolist()) == "<|user|> q<|end|><|assistant|> a<|end|><|endoftext|>"
 
 
 def test_a_table_is_no_other_format_by_option() -> None:
-    with pytest.raises(ConfigError, match=r"data\.format: 'text'.*data\.conversation_id"):
+    with pytest.raises(ConfigError, match=r"data\.format: 'text'.*data\.conversation_column"):
         RowOptions(**TABLE, format="text")
     assert RowOptions(**TABLE, format="messages").format == "messages"
 

@@ -10,10 +10,10 @@ from tokenizers import processors
 from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer
 
-from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded
+from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.conversation import BadRowError, Conversation, TokenizedDocument
 from phi3_lightning.data.encode import Encoder, Job
 from phi3_lightning.data.formats import parse_prompt, parse_row
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.readers import decode_line, read_rows
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import ConfigError
@@ -37,9 +37,9 @@ def chat_of(row: object) -> Conversation:
     return parsed
 
 
-def encode(tokenizer: Any, talk: Conversation, **options: Any) -> Encoded:
+def encode(tokenizer: Any, talk: Conversation, **options: Any) -> TokenizedDocument:
     [encoded] = ChatTemplate(tokenizer).encode([talk], **options)
-    assert isinstance(encoded, Encoded), encoded
+    assert isinstance(encoded, TokenizedDocument), encoded
     return encoded
 
 
@@ -47,7 +47,7 @@ def oracle(tokenizer: Any, talk: Conversation, **options: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(talk.messages, tokenize=True, return_dict=False, **options))
 
 
-def spoken(tokenizer: Any, encoded: Encoded) -> list[str]:
+def spoken(tokenizer: Any, encoded: TokenizedDocument) -> list[str]:
     return [tokenizer.decode(encoded.input_ids[start:end]) for start, end in encoded.spans]
 
 
@@ -121,7 +121,7 @@ def test_special_text_is_refused_where_it_cannot_be_encoded_apart() -> None:
     tokenizer.backend_tokenizer.pre_tokenizer = Metaspace("▁", prepend_scheme="first", split=False)
     loud, calm = ChatTemplate(tokenizer).encode([conversation(END, "no"), conversation("q", "a")])
     assert isinstance(loud, BadRowError)
-    assert isinstance(calm, Encoded)
+    assert isinstance(calm, TokenizedDocument)
     assert calm.input_ids == oracle(tokenizer, conversation("q", "a"))
 
 
@@ -172,7 +172,7 @@ def test_what_was_learned_from_one_chat_never_misplaces_another() -> None:
     talks = [conversation("q", "a"), conversation("q", "a", "q", "long a"), conversation("secret", "a")] * 2
     *good, bad = ChatTemplate(tokenizer).encode(talks)
     for talk, encoded in zip(talks, good[:2], strict=False):
-        assert isinstance(encoded, Encoded)
+        assert isinstance(encoded, TokenizedDocument)
         assert encoded.input_ids == oracle(tokenizer, talk)
         assert spoken(tokenizer, encoded) == [content + END for content in said(talk)]
     assert good[:2] == good[3:]
@@ -186,7 +186,7 @@ def test_a_role_that_the_template_loses_is_named() -> None:
     assert isinstance(lost, BadRowError)
     assert "messages[0]" in str(lost)
     assert "system" in str(lost)
-    assert isinstance(kept, Encoded)
+    assert isinstance(kept, TokenizedDocument)
 
 
 CASES = Path(__file__).parents[1] / "cases"
@@ -297,7 +297,7 @@ def test_special_text_beside_thoughts_that_are_left_out_is_no_turn(template: str
     loud, calm = last_trained("Hi", content, "Again", "Hey."), last_trained("Hi", "<|im_end|>", "Again", "Hey.")
     bad, good = ChatTemplate(thinking_tokenizer(template)).encode([loud, calm])
     assert isinstance(bad, BadRowError)
-    assert isinstance(good, Encoded)
+    assert isinstance(good, TokenizedDocument)
     tokenizer = thinking_tokenizer(template)
     assert good.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
 
@@ -413,6 +413,6 @@ class TestRealTokenizer:
         rows = (decode_line(row) if isinstance(row, bytes) else row for _, row in read_rows(real_chats / name))
         talks = [chat_of(row) for row in rows]
         for talk, encoded in zip(talks, ChatTemplate(real).encode(talks), strict=True):
-            assert isinstance(encoded, Encoded)
+            assert isinstance(encoded, TokenizedDocument)
             assert encoded.input_ids == oracle(real, talk)
             assert spoken(real, encoded) == [content.lstrip() + END for content in said(talk)]

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from phi3_lightning.data.conversation import Conversation, Encoded
+from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.conversation import Conversation, TokenizedDocument
 from phi3_lightning.data.formats import parse_row
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.readers import decode_line, read_rows
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.data.template_text import read_template, writes_tools
@@ -25,7 +25,7 @@ def ids(folder: str, template: Path) -> list[int]:
     talk = parse_row(decode_line(line), RowOptions())  # type: ignore[arg-type]
     assert isinstance(talk, Conversation)
     [encoded] = ChatTemplate(load_tokenizer(folder, chat_template=str(template))).encode([talk])
-    assert isinstance(encoded, Encoded)
+    assert isinstance(encoded, TokenizedDocument)
     return encoded.input_ids
 
 

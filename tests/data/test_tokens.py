@@ -4,14 +4,14 @@ from typing import Any
 
 import pytest
 
-from phi3_lightning.data.conversation import BadRowError, Encoded
+from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.conversation import BadRowError, TokenizedDocument
 from phi3_lightning.data.formats import parse_row
-from phi3_lightning.data.options import RowOptions
 
 from .conftest import case
 
 ROW = {"input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7]}
-WHOLE = Encoded([4, 5, 6, 7], [(1, 2), (3, 4)])
+WHOLE = TokenizedDocument([4, 5, 6, 7], [(1, 2), (3, 4)])
 
 
 def padded(left: int, right: int, label: int = -100) -> dict[str, Any]:
@@ -43,14 +43,14 @@ def test_padding_is_cut_wherever_it_is(row: dict[str, Any]) -> None:
 def test_a_padded_file_gives_the_tokens_of_the_plain_one() -> None:
     left, plain = (parse_row(case(f"f17.{name}.jsonl")[0], RowOptions()) for name in ("left_padded", "plain"))
     assert left == plain
-    assert isinstance(left, Encoded)
+    assert isinstance(left, TokenizedDocument)
     assert len(left.input_ids) == 17
 
 
 @pytest.mark.parametrize("name", ["assistant_masks", "completion_mask", "loss_mask"])
 def test_a_mask_says_what_is_trained(name: str) -> None:
     assert parse_row({"input_ids": [4, 5, 6, 7], name: [0, 1, 0, 1]}, RowOptions()) == WHOLE
-    assert parse_row(ROW | {name: [1, 1, 1, 0]}, RowOptions()) == Encoded([4, 5, 6, 7], [(1, 2)])
+    assert parse_row(ROW | {name: [1, 1, 1, 0]}, RowOptions()) == TokenizedDocument([4, 5, 6, 7], [(1, 2)])
     both = {"input_ids": [4, 5, 6, 7], name: [0, 1, 1, 1], "labels": None} | (
         {"completion_mask": [1, 1, 0, 1]} if name != "completion_mask" else {"loss_mask": [1, 1, 0, 1]}
     )

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 import synthetic
 from phi3_lightning import FSDP2Strategy, Phi3LoRAModule
 from phi3_lightning.batch import Batch
-from phi3_lightning.checkpoint_io import SafeCheckpointIO
+from phi3_lightning.checkpoint.io import SafeCheckpointIO
 from phi3_lightning.data.sampler import BatchLoader
 
 SUPERVISED = [1, 500, 3, 40, 25, 2, 110, 7]

@@ -8,7 +8,7 @@ import pytest
 import phi3_lightning
 from phi3_lightning import ChatDataModule
 from phi3_lightning.callbacks import AutoBatchSize, AutoCheckpointing, auto
-from phi3_lightning.model.checkpointing import mode_of
+from phi3_lightning.model.activation_checkpointing import mode_of
 
 from . import cases, ranks
 
@@ -27,7 +27,7 @@ def decided(folder, world: int, sizes: list[tuple[float, float]]) -> tuple:
     callbacks = [AutoBatchSize(), AutoCheckpointing()]
     trainer = cases.trainer(folder, "ddp", world, use_distributed_sampler=False, max_steps=1, callbacks=callbacks)
     trainer.fit(module, data)
-    return mode_of(module.model), len(data.largest_train_batch()["lengths"]), trainer.accumulate_grad_batches
+    return mode_of(module.model), len(data.largest_train_batch()["document_lengths"]), trainer.accumulate_grad_batches
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 import synthetic
 from phi3_lightning import ChatDataModule
-from phi3_lightning.callbacks import AdapterStatistics, EvaluationReport, Forgetting, PredictionWriter, Samples
+from phi3_lightning.callbacks import AdapterStatistics, BaseDrift, EvaluationReport, PredictionWriter, Samples
 
 from . import cases, ranks
 
@@ -143,14 +143,14 @@ def test_nothing_but_adapters_is_sent(base, batches, tmp_path):
 def forgotten(chats: Path, folder: Path, strategy, world: int) -> dict:
     strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
     general = data(chats, folder / "cache", 2)
-    callbacks = [Forgetting(general), AdapterStatistics(1), Samples(prompts=1, max_new_tokens=4)]
+    callbacks = [BaseDrift(general), AdapterStatistics(1), Samples(prompts=1, max_new_tokens=4)]
     logger = CSVLogger(folder / "csv", name="", version="")
     module = cases.module(str(TINY), cases.Sgd, generation={"max_new_tokens": 4})
     trainer = cases.trainer(
         folder, strategy, world, callbacks=callbacks, logger=logger, log_every_n_steps=1, max_steps=1
     )
     trainer.fit(module, datamodule=data(chats, folder / "cache", 8))
-    return {name: trainer.callback_metrics[name].item() for name in ("forgetting/kl", "forgetting/loss_change")}
+    return {name: trainer.callback_metrics[name].item() for name in ("base_drift/kl", "base_drift/loss_change")}
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -15,7 +15,7 @@ import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.callbacks import AgreedStop, RankFailure, RunCheckpoint
 from phi3_lightning.callbacks.failure import BEAT_SECONDS
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 from . import cases, ranks
 from .conftest import LONG
@@ -164,15 +164,14 @@ def test_a_rank_that_cannot_be_woken_is_ended(base, batches, tmp_path):
     assert "error: rank 0 ends because another did: rank 1 on " in last_lines(both[0])
 
 
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2", "distributed"])
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_a_full_disk_on_rank_0(base, batches, tmp_path, strategy):
     """The file that is written leads to the device on which every write fails for want of space."""
-    where = {"distributed": "last.ckpt.tmp/rest.pt"}.get(strategy, "last.ckpt.tmp")
-    full = tmp_path / "checkpoints" / where
+    full = tmp_path / "checkpoints" / "last.ckpt.tmp"
     full.parent.mkdir(parents=True)
     full.symlink_to("/dev/full")
     checkpoint = RunCheckpoint(str(tmp_path / "checkpoints"), every_n_steps=1)
-    chosen = {"ddp": "ddp", "fsdp2": {}, "distributed": {"save_distributed_checkpoint": True}}[strategy]
+    chosen = {"ddp": "ddp", "fsdp2": {}}[strategy]
     run = (tmp_path, base, batches, chosen, 2, checkpoint)
     both = ranks.start(tmp_path, 2, lambda: fit(*run, kind=Phi3LoRAModule, enable_checkpointing=True))
     ranks.wait(both, 60)

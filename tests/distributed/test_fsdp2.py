@@ -51,7 +51,7 @@ def test_forms_of_the_base(base, tmp_path, form, monkeypatch):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers(base, tmp_path, as_on_a_gpu):
-    compare(base, tmp_path, compile="layers")
+    compare(base, tmp_path, torch_compile="layers")
 
 
 def test_an_adapter_to_start_from(base, tmp_path):
@@ -61,7 +61,7 @@ def test_an_adapter_to_start_from(base, tmp_path):
     form = trained.adapter.to_peft()
     form.config.save_pretrained(tmp_path / "adapter")
     save_file(form.tensors, tmp_path / "adapter" / "adapter_model.safetensors")
-    lora = {"r": 4, "lora_dropout": 0.0, "adapter": str(tmp_path / "adapter")}
+    lora = {"r": 4, "lora_dropout": 0.0, "init_from": str(tmp_path / "adapter")}
 
     def start() -> torch.Tensor:
         module = cases.Phi3LoRAModule(base, dtype="float32", lora=lora)

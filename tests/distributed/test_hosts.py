@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from cli.conftest import QUICK, REPOSITORY
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 from .ranks import free_port
 from .test_launchers import LAST, finished, running, same, wait_for

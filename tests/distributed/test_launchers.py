@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from cli.conftest import QUICK, REPOSITORY, TINY
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 from .ranks import free_port
 
@@ -110,7 +110,7 @@ def test_processes_that_are_sent_everything_are_refused_before_anything_is_writt
 NOTEBOOK = """
 import os, sys, tempfile, torch, lightning.pytorch as pl
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
-from phi3_lightning.checkpoint_io import SafeCheckpointIO
+from phi3_lightning.checkpoint.io import SafeCheckpointIO
 
 def main(tiny, strategy, safe):
     saved = torch.save

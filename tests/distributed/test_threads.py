@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from phi3_lightning import callbacks as ours
 from phi3_lightning.callbacks import AgreedStop, RankFailure, RunCheckpoint
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 
 from . import cases, ranks
 
@@ -85,7 +85,7 @@ def test_every_callback_of_the_command_line_works_in_a_thread(base, batches, tmp
         callbacks = [
             RunCheckpoint(str(tmp_path)), AgreedStop(), ours.PurgeOvertaken(), ours.RunReport(tmp_path),
             ours.PredictionWriter(tmp_path / "predictions.jsonl"), ours.OutOfMemory(), ours.RankFailure(),
-            ours.StartUp(), ours.BadRows(), ours.Throughput(None), ours.AdapterStatistics(), ours.RunPage(),
+            ours.BadRows(), ours.Throughput(None), ours.AdapterStatistics(), ours.TensorBoardSamples(),
             RichProgressBar(),
         ]  # fmt: skip
         trainer = cases.trainer(

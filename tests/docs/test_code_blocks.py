@@ -20,8 +20,8 @@ from cli.conftest import REPOSITORY, TINY, start
 from docs.blocks import Block, all_blocks, blocks_of, commands
 from phi3_lightning import ChatDataModule, Phi3LoRAModule, adapters
 from phi3_lightning.config import LoRA
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.formats import parse_row
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.errors import Phi3LightningError
 from phi3_lightning.model import base as base_model
 
@@ -55,7 +55,7 @@ def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     fit = (
         "fit", f"--model.base={base}", f"--data.train={TINY}/chats_val.jsonl", "--trainer.max_steps=1", "--run=bot",
-        "--trainer.accelerator=cpu", "--trainer.devices=1", "--data.num_workers=0", "--monitor.forgetting=false",
+        "--trainer.accelerator=cpu", "--trainer.devices=1", "--data.num_workers=0", "--monitor.base_drift=false",
         "--monitor.samples=0", "--trainer.logger=false", "--data.batch_size=1", f"--data.cache_dir={folder}/cache",
     )  # fmt: skip
     export = ("export", "--run=bot", f"--model.base_id={HUB}")

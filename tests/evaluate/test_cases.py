@@ -39,7 +39,7 @@ def test_the_last_trained_turn_is_the_reference_in_packed_rows_too():
 
 def test_a_filler_has_no_case():
     filler = synthetic.batch_of([[([5, 5], [IGNORE_INDEX] * 2)]])
-    filler["lengths"], filler["row_ids"] = [[]], [[]]
+    filler["document_lengths"], filler["document_ids"] = [[]], [[]]
     assert cases(filler) == []
 
 

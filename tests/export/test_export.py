@@ -33,7 +33,7 @@ def live(base: Path, **options) -> Phi3LoRAModule:
 
 
 def write(module: Phi3LoRAModule, target: Path, **options) -> Exported:
-    from phi3_lightning.checkpoint import IDENTITY
+    from phi3_lightning.checkpoint.identity import IDENTITY
 
     checkpoint = {"global_step": 3, "hyper_parameters": dict(module.hparams), IDENTITY: module.checkpoint_identity()}
     return export(module, CHAT, Origin("owner/name", checkpoint, None), Export(**options), target)

@@ -45,7 +45,7 @@ def test_no_frozen_bit_changes(tmp_path, precision, tied, backend):
     first.save_checkpoint(tmp_path / "a.ckpt")
     prompts = {
         "input_ids": torch.randint(3, 90, (2, 5)), "attention_mask": torch.ones(2, 5, dtype=torch.int64),
-        "row_ids": [0, 1], "stop_ids": [2],
+        "document_ids": [0, 1], "stop_ids": [2],
     }  # fmt: skip
     for _ in range(20):
         trainer().validate(module, data, verbose=False)

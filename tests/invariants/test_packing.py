@@ -71,7 +71,7 @@ def test_one_long_document_would_leak(module):
     with torch.no_grad():
         before = module(batch)[0]
         tokens = batch["input_ids"].shape[1]
-        batch["position_ids"], batch["lengths"] = torch.arange(tokens)[None], [[tokens]]
+        batch["position_ids"], batch["document_lengths"] = torch.arange(tokens)[None], [[tokens]]
         after = module(batch)[0]
     assert (before[9:] - after[9:]).abs().max() > 1000 * TOLERANCE
 

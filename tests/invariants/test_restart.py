@@ -12,7 +12,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import synthetic
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import RunCheckpoint
-from phi3_lightning.callbacks.board import step_of
+from phi3_lightning.callbacks.tensorboard import step_of
 
 TINY = str(Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3")
 EPOCHS, BATCHES, ACCUMULATE = 2, 11, 3
@@ -58,7 +58,7 @@ class Record(pl.Callback):
         self.events: list[tuple] = []
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.events.append((trainer.current_epoch, batch_idx, batch["row_ids"], step_of(trainer)))
+        self.events.append((trainer.current_epoch, batch_idx, batch["document_ids"], step_of(trainer)))
 
     def on_validation_end(self, trainer, pl_module):
         self.events.append(("validated", trainer.callback_metrics["val/loss"].item(), step_of(trainer)))
@@ -86,7 +86,7 @@ def run(
         gradient_checkpointing="none",
     )
     options = {"batch_size": 2, "max_length": 64, "packing": False, "num_workers": 0, "val_fraction": 0.0, "val": chats}
-    datamodule = ChatDataModule(chats, tokenizer=TINY, cache_dir=str(tmp_path.parent / "cache"), **options | data)
+    datamodule = ChatDataModule(train=chats, tokenizer=TINY, cache_dir=str(tmp_path.parent / "cache"), **options | data)
     record = Record()
     trainer = pl.Trainer(
         accelerator="cpu", precision=precision, max_epochs=EPOCHS, accumulate_grad_batches=ACCUMULATE,

@@ -9,7 +9,7 @@ import torch
 
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import RunCheckpoint
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 from phi3_lightning.errors import CheckpointError
 
 TINY = str(Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3")
@@ -28,7 +28,7 @@ class Rows(pl.Callback):
         self.folder = folder
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        rows = [row for ids in batch["row_ids"] for row in ids]
+        rows = [row for ids in batch["document_ids"] for row in ids]
         with (self.folder / f"epoch{trainer.current_epoch}-rank{trainer.global_rank}.txt").open("a") as file:
             file.write("".join(f"{row}\n" for row in rows))
 

@@ -154,5 +154,5 @@ def test_each_document_has_its_own_loss(head, monkeypatch):
 
 def test_a_filler_batch_has_no_document(head):
     batch = synthetic.batch_of([[([5, 5], [IGNORE_INDEX] * 2)]])
-    batch["lengths"], batch["row_ids"] = [[]], [[]]
+    batch["document_lengths"], batch["document_ids"] = [[]], [[]]
     assert loss.by_document(hidden_of(batch), head, batch).shape == (0, 3)

@@ -9,7 +9,7 @@ from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.planning.length import run_length
 
 BATCHES = [synthetic.batch_of([[synthetic.document(6 + index, 3, index)]]) for index in range(7)]
-TOKENS = sum(sum(map(sum, batch["lengths"])) for batch in BATCHES)
+TOKENS = sum(sum(map(sum, batch["document_lengths"])) for batch in BATCHES)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from cli.conftest import REPOSITORY, TINY
-from phi3_lightning.config import PHI3_LINEAR_LAYERS
+from phi3_lightning.config.lora import PHI3_LINEAR_LAYERS
 
 TINY_OVERLAY = "--config=configs/overlays/tiny.yaml"
 

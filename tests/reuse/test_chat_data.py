@@ -50,7 +50,7 @@ class TheirModel(pl.LightningModule):
         )
 
     def training_step(self, batch, batch_idx):
-        self.seen += [row for rows in batch["row_ids"] for row in rows]
+        self.seen += [row for rows in batch["document_ids"] for row in rows]
         return self.loss(batch)
 
     def validation_step(self, batch, batch_idx):

@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 import synthetic
+from phi3_lightning.checkpoint.mixin import TrainableStateMixin
 from phi3_lightning.errors import CheckpointError
-from phi3_lightning.trained_state import TrainedStateModule
 
 
-class FrozenBackbone(TrainedStateModule):
+class FrozenBackbone(TrainableStateMixin):
     """A frozen layer and a trained one."""
 
     def __init__(self, seed: int = 0) -> None:

@@ -13,9 +13,9 @@ from transformers import Phi3ForCausalLM
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.accumulation import TokenWeightedModule
 from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.errors import CheckpointError
-from phi3_lightning.window import TokenWeightedModule
 
 DOCUMENTS = [synthetic.document(8 + 3 * seed, 4 + seed, seed) for seed in range(6)]
 
@@ -51,8 +51,8 @@ def their_collate(rows: list[dict]) -> Batch:
         "input_ids": pad(ids, batch_first=True, padding_value=0),
         "labels": pad([torch.tensor(row["labels"]) for row in rows], batch_first=True, padding_value=IGNORE_INDEX),
         "position_ids": pad([torch.arange(len(row)) for row in ids], batch_first=True),
-        "lengths": [[len(row)] for row in ids],
-        "row_ids": [[row["index"]] for row in rows],
+        "document_lengths": [[len(row)] for row in ids],
+        "document_ids": [[row["index"]] for row in rows],
     }
 
 
@@ -93,10 +93,10 @@ class TheirLoss(TokenWeightedModule):
 
     def training_step(self, batch, batch_idx):
         logits = self.head(self.embed(batch["input_ids"]).mean(1))
-        targets = torch.tensor([row[0] % 3 for row in batch["row_ids"]])
-        weights = torch.tensor([1.0 + row[0] for row in batch["row_ids"]])
+        targets = torch.tensor([row[0] % 3 for row in batch["document_ids"]])
+        weights = torch.tensor([1.0 + row[0] for row in batch["document_ids"]])
         losses = nn.functional.cross_entropy(logits, targets, reduction="none")
-        return self.weighted_mean((losses * weights).sum(), weights.sum(), [row[0] for row in batch["row_ids"]])
+        return self.weighted_mean((losses * weights).sum(), weights.sum(), [row[0] for row in batch["document_ids"]])
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.parameters(), 0.5)

@@ -5,10 +5,10 @@ import torch
 from torch import nn
 
 import synthetic
-from phi3_lightning.trained_state import TrainedStateModule
+from phi3_lightning.checkpoint.mixin import TrainableStateMixin
 
 
-class Patches(TrainedStateModule):
+class Patches(TrainableStateMixin):
     """A frozen convolution and a frozen head that loralib adapts."""
 
     def __init__(self) -> None:

@@ -5,9 +5,9 @@ from importlib.util import find_spec
 
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.adapters import existing, targets, whole
+from phi3_lightning.adapters import init_from, modules_to_save, targets
 from phi3_lightning.adapters.adapter import Adapter
-from phi3_lightning.adapters.existing import check_origin as check_origin
+from phi3_lightning.adapters.init_from import check_origin as check_origin
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import LoRA
 from phi3_lightning.errors import CheckpointError, ModelError
@@ -28,12 +28,12 @@ def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> 
 
     Raises:
         ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.
-        CheckpointError: If ``config.adapter`` cannot be read, or is another adapter than ``config`` asks for.
+        CheckpointError: If ``config.init_from`` cannot be read, or is another adapter than ``config`` asks for.
     """
     adapter = _backend(config)(model, config)
-    if config.adapter is not None:
+    if config.init_from is not None:
         try:
-            existing.load_into(adapter, model, config, base)
+            init_from.load_into(adapter, model, config, base)
         except CheckpointError:
             adapter.detach()
             raise
@@ -50,11 +50,11 @@ def check(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> N
 
     Raises:
         ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.
-        CheckpointError: If ``config.adapter`` describes an adapter that is not computed here, or of another base.
+        CheckpointError: If ``config.init_from`` describes an adapter that is not computed here, or of another base.
     """
     _backend(config)
-    whole.resolve(model, config, targets.resolve(model, config))
-    existing.read_config(config, base)
+    modules_to_save.resolve(model, config, targets.resolve(model, config))
+    init_from.read_config(config, base)
 
 
 def _backend(config: LoRA) -> Callable[[Phi3ForCausalLM, LoRA], Adapter]:

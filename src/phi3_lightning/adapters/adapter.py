@@ -36,7 +36,7 @@ class Adapter(Protocol):
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters of the adapter."""
 
-    def factors(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
+    def lora_AB(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the live ``A`` and ``B`` of a layer, shapes (rank, in) and (rows, rank), as the backend keeps them."""
 
     def disabled(self) -> AbstractContextManager[None]:
@@ -45,7 +45,7 @@ class Adapter(Protocol):
     def to_peft(self) -> PeftForm:
         """Return the adapter in the form in which PEFT, and every server that reads its files, takes it."""
 
-    def start_from(self, directions: Mapping[str, Tensor]) -> None:
+    def set_lora_A(self, directions: Mapping[str, Tensor]) -> None:
         """Set each ``A`` to the first rows of what is given for its layer's path, shape (at least its rank, in)."""
 
     def load_peft(self, form: PeftForm, source: str) -> None:

@@ -10,7 +10,8 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig
 
-from phi3_lightning.config import LoRA, section
+from phi3_lightning.config import LoRA
+from phi3_lightning.config.checks import section
 from phi3_lightning.errors import CheckpointError, ConfigError
 
 NAME = "adapter_config.json"

@@ -45,7 +45,7 @@ class _Batches:
             )
 
 
-def directions(
+def eva_directions(
     model: nn.Module,
     adapter: Adapter,
     batches: Callable[[], Iterable[Batch]],

@@ -49,7 +49,7 @@ class LoralibAdapter:
         """Yield the trainable parameters of the adapter."""
         return (parameter for layer in self._layers() for parameter in (layer.lora_A, layer.lora_B))
 
-    def factors(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
+    def lora_AB(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the live ``A`` and ``B`` of a layer: of each adapted slice, one below the other."""
         layer: Any = self._model.get_submodule(target.path)
         return layer.lora_A, layer.lora_B
@@ -89,7 +89,7 @@ class LoralibAdapter:
         return convert.to_peft(self.state_dict(), self.targets, self._names, self._dropout)
 
     @torch.no_grad()
-    def start_from(self, directions: Mapping[str, Tensor]) -> None:
+    def set_lora_A(self, directions: Mapping[str, Tensor]) -> None:
         """Set ``A`` of each slice to a layer's first directions.
 
         Args:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from phi3_lightning.adapters.convert import block_diagonal
 from phi3_lightning.adapters.dropout import Dropout
+from phi3_lightning.adapters.lora_delta import add_block_deltas, add_lora_delta
 from phi3_lightning.adapters.targets import Target
-from phi3_lightning.adapters.update import add_block_updates, add_update
 
 
 class Linear(loralib.Linear):  # type: ignore[misc]  # loralib has no types
@@ -32,7 +32,7 @@ class Linear(loralib.Linear):  # type: ignore[misc]  # loralib has no types
         result = cast("Tensor", super(loralib.Linear, self).forward(x))
         if self.merged:
             return result
-        return add_update(result, self.lora_dropout(x), self.lora_A, self.lora_B, self.scaling)
+        return add_lora_delta(result, self.lora_dropout(x), self.lora_A, self.lora_B, self.scaling)
 
 
 class FusedLinear(loralib.MergedLinear):  # type: ignore[misc]
@@ -60,8 +60,8 @@ class FusedLinear(loralib.MergedLinear):  # type: ignore[misc]
         x = self.lora_dropout(x)
         if torch.compiler.is_compiling():  # dynamo cannot trace an autograd function that writes into views
             up = block_diagonal(self.lora_B, self.slices, self.enable_lora)
-            return add_update(result, x, self.lora_A, up, self.scaling)
-        return add_block_updates(result, x, self.lora_A, self.lora_B, self.slices, self.enable_lora, self.scaling)
+            return add_lora_delta(result, x, self.lora_A, up, self.scaling)
+        return add_block_deltas(result, x, self.lora_A, self.lora_B, self.slices, self.enable_lora, self.scaling)
 
 
 @cache

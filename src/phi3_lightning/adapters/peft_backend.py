@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.adapters import convert, peft_mends, targets, whole
+from phi3_lightning.adapters import convert, modules_to_save, peft_patches, targets
 from phi3_lightning.adapters.adapter import PeftForm
 from phi3_lightning.adapters.targets import Target
 from phi3_lightning.config import LoRA
@@ -38,7 +38,7 @@ class PeftAdapter:
     def __init__(self, model: Phi3ForCausalLM, config: LoRA) -> None:
         self.targets = targets.resolve(model, config)
         """The adapted layers."""
-        self.trained_whole = whole.resolve(model, config, self.targets)
+        self.trained_whole = modules_to_save.resolve(model, config, self.targets)
         """Paths of the modules that are trained whole beside them."""
         paths = [target.path for target in self.targets]
         in_8_bits = any(model.get_submodule(path).weight.dtype == torch.int8 for path in paths)
@@ -59,14 +59,14 @@ class PeftAdapter:
             modules_to_save=self.trained_whole or None,
             task_type=config.task_type,
         )
-        with peft_mends.float32_default(), peft_mends.tied_input_is_meant():
+        with peft_patches.float32_default(), peft_patches.tied_input_is_meant():
             self._tuner = LoraModel(model, {ADAPTER: lora}, ADAPTER)
         for layer in self._layers():
-            peft_mends.mend(layer, ADAPTER)
+            peft_patches.patch_layer(layer, ADAPTER)
             if orthogonal:
-                peft_mends.start_orthogonal(layer, ADAPTER)
+                peft_patches.start_orthogonal(layer, ADAPTER)
         for path in self.trained_whole:
-            whole.in_float32(self._copy_of(path))
+            modules_to_save.in_float32(self._copy_of(path))
 
     def _layers(self) -> Iterator[Any]:
         return (module for module in self._tuner.model.modules() if isinstance(module, LoraLayer))
@@ -79,7 +79,7 @@ class PeftAdapter:
         trained = [*self._layers(), *map(self._copy_of, self.trained_whole)]
         return (parameter for module in trained for parameter in module.parameters() if parameter.requires_grad)
 
-    def factors(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
+    def lora_AB(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the live ``A`` and ``B`` of a layer, shapes (rank, in) and (rows, rank)."""
         layer = cast("Any", self._tuner.model).get_submodule(target.path)
         if target.embedding:
@@ -118,7 +118,7 @@ class PeftAdapter:
         return PeftForm(config, tensors | flat.tensors)
 
     @torch.no_grad()
-    def start_from(self, directions: Mapping[str, Tensor]) -> None:
+    def set_lora_A(self, directions: Mapping[str, Tensor]) -> None:
         """Set each ``A`` to its layer's first directions.
 
         Args:

@@ -68,7 +68,7 @@ class Statistics:
     @torch.no_grad()
     def gradient_norms(self) -> dict[str, float]:
         """Return the norm of the gradient of each layer's ``A`` and ``B`` together, by its path."""
-        pairs = [self._adapter.factors(target) for target in self._adapter.targets]
+        pairs = [self._adapter.lora_AB(target) for target in self._adapter.targets]
         gradients = [torch.zeros_like(p) if p.grad is None else p.grad for pair in pairs for p in pair]
         norms = [norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in torch._foreach_norm(gradients)]
         layers = torch.stack(norms).double().reshape(-1, 2).norm(dim=1).tolist()
@@ -76,7 +76,7 @@ class Statistics:
 
     def _slices(self, target: Target) -> list[tuple[str, Tensor, Tensor]]:
         """Name, ``A`` and ``B`` of each adapted matrix of a layer, float64."""
-        down, up = (_whole(factor).double() for factor in self._adapter.factors(target))
+        down, up = (_whole(factor).double() for factor in self._adapter.lora_AB(target))
         if len(target.slices) > 1:  # each has its own A
             rows = list(target.adapted.values())
             return list(zip(target.adapted, down.split(target.r), up.split(rows), strict=True))

@@ -10,7 +10,8 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
 
-from phi3_lightning.config import PHI3_FUSED_LAYERS, LoRA
+from phi3_lightning.config import LoRA
+from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 from phi3_lightning.errors import ModelError
 
 

@@ -3,21 +3,20 @@
 from phi3_lightning.callbacks.adapter_statistics import AdapterStatistics
 from phi3_lightning.callbacks.auto import AutoBatchSize, AutoCheckpointing
 from phi3_lightning.callbacks.bad_rows import BadRows
+from phi3_lightning.callbacks.base_drift import BaseDrift
 from phi3_lightning.callbacks.checkpoint import RunCheckpoint
 from phi3_lightning.callbacks.evaluation import EvaluationReport
 from phi3_lightning.callbacks.failure import RankFailure
-from phi3_lightning.callbacks.forgetting import Forgetting
 from phi3_lightning.callbacks.monitor import Monitor
 from phi3_lightning.callbacks.out_of_memory import OutOfMemory
 from phi3_lightning.callbacks.predictions import PredictionWriter
 from phi3_lightning.callbacks.progress import LineProgress
 from phi3_lightning.callbacks.purge import PurgeOvertaken
 from phi3_lightning.callbacks.report import RunReport
-from phi3_lightning.callbacks.run_page import RunPage
 from phi3_lightning.callbacks.samples import Samples
 from phi3_lightning.callbacks.single_writer import SingleWriter
-from phi3_lightning.callbacks.start_up import StartUp
 from phi3_lightning.callbacks.stop import AgreedStop
+from phi3_lightning.callbacks.tensorboard_samples import TensorBoardSamples
 from phi3_lightning.callbacks.throughput import Throughput
 
 __all__ = [
@@ -26,8 +25,8 @@ __all__ = [
     "AutoBatchSize",
     "AutoCheckpointing",
     "BadRows",
+    "BaseDrift",
     "EvaluationReport",
-    "Forgetting",
     "LineProgress",
     "Monitor",
     "OutOfMemory",
@@ -35,10 +34,9 @@ __all__ = [
     "PurgeOvertaken",
     "RankFailure",
     "RunCheckpoint",
-    "RunPage",
     "RunReport",
     "Samples",
     "SingleWriter",
-    "StartUp",
+    "TensorBoardSamples",
     "Throughput",
 ]

@@ -10,8 +10,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from phi3_lightning.adapters.statistics import Statistics
-from phi3_lightning.callbacks.board import log_scalars
-from phi3_lightning.config import require
+from phi3_lightning.callbacks.tensorboard import log_scalars
+from phi3_lightning.config.checks import require
 from phi3_lightning.module import Phi3LoRAModule
 
 

@@ -7,10 +7,10 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from phi3_lightning.batch import AutoSizedData, PlannedData
+from phi3_lightning.contracts import PlannedData
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.hardware import device_memory
-from phi3_lightning.model.checkpointing import CheckpointingMode, checkpoint_activations
+from phi3_lightning.model.activation_checkpointing import CheckpointingMode, checkpoint_activations
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step
 from phi3_lightning.planning.memory import MemoryPredictor
@@ -48,7 +48,7 @@ class AutoBatchSize(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        if stage != "fit" or not isinstance(data, AutoSizedData) or not data.awaits_batch_size:
+        if stage != "fit" or not isinstance(data, PlannedData) or not data.awaits_batch_size:
             return
         if not isinstance(pl_module, Phi3LoRAModule):
             raise ConfigError(

@@ -1,7 +1,6 @@
 """Which row made a loss that is not finite."""
 
-from collections.abc import Iterator
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import lightning.pytorch as pl
 import torch
@@ -10,15 +9,10 @@ from torch.distributed.fsdp import FSDPModule
 from typing_extensions import override
 
 from phi3_lightning.batch import Batch
+from phi3_lightning.batch.documents import single_documents
+from phi3_lightning.contracts import origins
 from phi3_lightning.errors import DivergenceError
 from phi3_lightning.module import Phi3LoRAModule
-
-
-@runtime_checkable
-class Located(Protocol):
-    """A datamodule that knows where the rows of each split came from."""
-
-    prepared: dict[Any, Any]
 
 
 class BadRows(pl.Callback):
@@ -51,7 +45,7 @@ class BadRows(pl.Callback):
         if isinstance(exception, DivergenceError) and isinstance(pl_module, Phi3LoRAModule):
             pl_module.eval()
             found = [row for batch in self._window for row in find(trainer, pl_module, batch)]
-            exception.row_ids = found or exception.row_ids
+            exception.document_ids = found or exception.document_ids
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -72,7 +66,7 @@ class BadRows(pl.Callback):
         self._named = True
         rows = find(trainer, pl_module, batch)
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        places = data.prepared["val"].describe(rows) if isinstance(data, Located) else list(map(str, rows))
+        places = [origin.place for origin in origins(data, "validate", rows)]
         rank_zero_warn(
             f"the validation loss is not finite. Rows: {', '.join(places) or 'not one of this batch by itself'}. "
             "The checkpoint best.ckpt stays as it is"
@@ -88,7 +82,7 @@ def find(trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> list[int]
         batch: The batch.
 
     Returns:
-        Their ``row_ids``; none over a sharded model.
+        Their ``document_ids``; none over a sharded model.
     """
     if isinstance(module.loaded_model.model, FSDPModule):
         return []
@@ -97,25 +91,5 @@ def find(trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> list[int]
         with torch.no_grad(), trainer.precision_plugin.val_step_context(), module.autocast():
             loss, _ = module.compute_loss(module(document), module.head, document)
         if not loss.isfinite():
-            found += document["row_ids"][0]
+            found += document["document_ids"][0]
     return found
-
-
-def single_documents(batch: Batch) -> Iterator[Batch]:
-    """Yield each document of a batch as a batch of its own.
-
-    Args:
-        batch: Rows of one or more documents.
-    """
-    for row, (lengths, row_ids) in enumerate(zip(batch["lengths"], batch["row_ids"], strict=True)):
-        start = 0
-        for length, row_id in zip(lengths, row_ids, strict=True):
-            own = slice(start, start + length)
-            yield Batch(
-                input_ids=batch["input_ids"][row : row + 1, own],
-                labels=batch["labels"][row : row + 1, own],
-                position_ids=batch["position_ids"][row : row + 1, own],
-                lengths=[[length]],
-                row_ids=[[row_id]],
-            )
-            start += length

@@ -8,18 +8,17 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
-from phi3_lightning.checkpoint import Mismatch
-from phi3_lightning.checkpoint_io import AsyncSafeCheckpointIO, SafeCheckpointIO
-from phi3_lightning.config import require, require_choice
+from phi3_lightning.checkpoint.identity import Mismatch
+from phi3_lightning.checkpoint.mixin import TrainableStateMixin
+from phi3_lightning.checkpoint.resume import repeat_validation
+from phi3_lightning.config.checks import require, require_choice
 from phi3_lightning.errors import CheckpointError
 from phi3_lightning.files import local_path
-from phi3_lightning.restart import repeat_validation
-from phi3_lightning.trained_state import TrainedStateModule
+from phi3_lightning.renamed import check_metric
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -37,7 +36,6 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: The metric, lower is better, that decides which checkpoint is the best; null keeps the newest only.
         every_n_steps: Write ``last.ckpt`` every so many optimiser steps; null: by time alone.
         every_n_minutes: Write ``last.ckpt`` when so many minutes have passed since the last time.
-        async_save: Write in the background while training goes on, from a copy in memory of what is written.
         on_mismatch: Whether a checkpoint of another base, tokenizer or adapter is refused, or loaded with a warning.
     """
 
@@ -47,10 +45,10 @@ class RunCheckpoint(ModelCheckpoint):
         monitor: str | None = "val/loss",
         every_n_steps: int | None = None,
         every_n_minutes: float = 5.0,
-        async_save: bool = False,
         on_mismatch: Mismatch = "refuse",
     ) -> None:
         require_choice("checkpoint.on_mismatch", on_mismatch, Mismatch)
+        check_metric("checkpoint.monitor", monitor)
         if every_n_steps is not None:
             require(every_n_steps >= 1, "checkpoint.every_n_steps", every_n_steps, "it is at least 1")
         require(every_n_minutes >= 0, "checkpoint.every_n_minutes", every_n_minutes, "it is 0 or more")
@@ -58,10 +56,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.dirpath = None if dirpath is None else local_path("checkpoint.dirpath", dirpath)
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
-        self.async_save = async_save
         self.on_mismatch = on_mismatch
         self.best_score = math.inf
-        self._background = AsyncSafeCheckpointIO()
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._validation_cut = False
@@ -112,15 +108,7 @@ class RunCheckpoint(ModelCheckpoint):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         self._settle_in(trainer)
-        if self.async_save:
-            require(
-                type(trainer.strategy.checkpoint_io) in (TorchCheckpointIO, SafeCheckpointIO, AsyncSafeCheckpointIO),
-                "checkpoint.async_save",
-                True,
-                "trainer.plugins has another way to write checkpoints; leave one of the two out",
-            )
-            trainer.strategy.checkpoint_io = self._background
-        if isinstance(pl_module, TrainedStateModule):
+        if isinstance(pl_module, TrainableStateMixin):
             pl_module.on_mismatch = self.on_mismatch
 
     @override
@@ -172,7 +160,6 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if trainer.global_step != self._saved_step:
             self._save_last(trainer)
-        self._background.wait()
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

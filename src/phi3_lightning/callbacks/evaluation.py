@@ -4,7 +4,7 @@ import json
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Protocol, cast, runtime_checkable
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
-from phi3_lightning.batch import Batch, origins
-from phi3_lightning.config import require
+from phi3_lightning.batch import Batch
+from phi3_lightning.config.checks import require
+from phi3_lightning.contracts import DescribedData, HasTokenizer, origins
 from phi3_lightning.errors import ConfigError, DataError, ModelError
 from phi3_lightning.evaluate import cases, page
 from phi3_lightning.evaluate.answering import Answering, live_progress
@@ -22,18 +23,10 @@ from phi3_lightning.evaluate.bootstrap import Comparison, Statistics
 from phi3_lightning.evaluate.report import TOKEN_SCORES, Answered, Report, measure_answers, measure_tokens, table
 from phi3_lightning.event_files import read_scalars
 from phi3_lightning.files import local_path
+from phi3_lightning.jsonl import PartialJsonl, all_gather_object
 from phi3_lightning.metrics import AnswerMetrics
 from phi3_lightning.model import loss
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.partial import PartialLines, gather
-
-
-@runtime_checkable
-class DescribesTest(Protocol):
-    """A datamodule that says what its test data are, as ChatDataModule does."""
-
-    def test_facts(self) -> dict[str, Any]:
-        """Return ``source``, in words, and the ``statistics`` of the splits."""
 
 
 class EvaluationReport(pl.Callback):
@@ -65,7 +58,7 @@ class EvaluationReport(pl.Callback):
         self._tokens: dict[int, Statistics] = {}
         self._cases: dict[int, cases.Case] = {}
         self._left_out: dict[int, str] = {}
-        self._partial = PartialLines(Path("test"), 0)
+        self._partial = PartialJsonl(Path("test"), 0)
 
     @override
     def on_load_checkpoint(
@@ -86,7 +79,7 @@ class EvaluationReport(pl.Callback):
         if self.rows == 0:
             return
         AnswerMetrics()  # says what is not installed
-        if not isinstance(_datamodule(trainer), cases.HasTokenizer):
+        if not isinstance(_datamodule(trainer), HasTokenizer):
             raise ConfigError(
                 "evaluation.rows: answers need a datamodule whose attribute tokenizer turns ids into text; give it "
                 "one, or set evaluation.rows: 0 to measure token losses alone"
@@ -94,7 +87,7 @@ class EvaluationReport(pl.Callback):
 
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._partial = PartialLines(cast("Path", self.folder) / "test", trainer.global_rank)
+        self._partial = PartialJsonl(cast("Path", self.folder) / "test", trainer.global_rank)
         self._tokens, self._cases, self._left_out = {}, {}, {}
 
     @override
@@ -112,17 +105,19 @@ class EvaluationReport(pl.Callback):
             with pl_module.base_answers():
                 base = loss.by_document(pl_module(batch), pl_module.head, batch)
         measured = torch.cat([base, tuned], dim=-1).cpu().numpy()
-        self._tokens |= dict(zip([row_id for row in batch["row_ids"] for row_id in row], measured, strict=True))
+        self._tokens |= dict(
+            zip([document_id for row in batch["document_ids"] for document_id in row], measured, strict=True)
+        )
         for case in cases.cases(batch) if self.rows != 0 else []:
             reason = cases.unusable(case, _datamodule(trainer).tokenizer)
             if reason is None:
-                self._cases[case.row_id] = case
+                self._cases[case.document_id] = case
             else:
-                self._left_out[case.row_id] = reason
+                self._left_out[case.document_id] = reason
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
-        found = {row: measured for share in gather(trainer, self._tokens) for row, measured in share.items()}
+        found = {row: measured for share in all_gather_object(trainer, self._tokens) for row, measured in share.items()}
         tokens = np.array([found[row] for row in sorted(found) if found[row][-1] > 0])
         if not len(tokens):
             raise DataError("the test data have no trained token: there is nothing to measure")
@@ -130,7 +125,9 @@ class EvaluationReport(pl.Callback):
         # the tuned model's are logged by test_step
         _log(pl_module, "test_base", {name: value(base.sum(0).tolist()) for name, value in TOKEN_SCORES.items()})
         answers = self._answer(trainer, pl_module) if self.rows != 0 else []
-        left_out = {row: reason for share in gather(trainer, self._left_out) for row, reason in share.items()}
+        left_out = {
+            row: reason for share in all_gather_object(trainer, self._left_out) for row, reason in share.items()
+        }
         if trainer.is_global_zero and not cast("Any", trainer).fast_dev_run:
             metrics = measure_tokens(base, tuned, self.resamples) | measure_answers(answers, self.resamples)
             self._write(trainer, pl_module, metrics, len(tokens), answers, Counter(left_out.values()))
@@ -138,11 +135,15 @@ class EvaluationReport(pl.Callback):
 
     def _answer(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> list[Answered]:
         tokenizer = _datamodule(trainer).tokenizer
-        chosen = cases.choose((row for share in gather(trainer, list(self._cases)) for row in share), self.rows)
+        chosen = cases.choose(
+            (row for share in all_gather_object(trainer, list(self._cases)) for row in share), self.rows
+        )
         mine = {row: self._cases[row] for row in chosen if row in self._cases}
-        asked = {row: case for share in gather(trainer, mine) for row, case in share.items()}
+        asked = {row: case for share in all_gather_object(trainer, mine) for row, case in share.items()}
         answering = Answering(trainer, module, tokenizer, cases.stop_ids(asked.values(), tokenizer))
-        shares = gather(trainer, answering.run([asked[row] for row in chosen], self.batch_size, self._partial))
+        shares = all_gather_object(
+            trainer, answering.run([asked[row] for row in chosen], self.batch_size, self._partial)
+        )
         if chosen:
             _log(module, "test", answering.tuned_metrics.compute())
             _log(module, "test_base", answering.base_metrics.compute())
@@ -205,7 +206,7 @@ def _datamodule(trainer: pl.Trainer) -> Any:
 
 def _described(trainer: pl.Trainer) -> dict[str, Any]:
     data = _datamodule(trainer)
-    if isinstance(data, DescribesTest):
+    if isinstance(data, DescribedData):
         return data.test_facts()
     return {"source": f"{type(data).__name__}.test_dataloader" if data else "a dataloader", "statistics": {}}
 

@@ -7,11 +7,11 @@ import lightning.pytorch as pl
 
 from phi3_lightning.callbacks.adapter_statistics import AdapterStatistics
 from phi3_lightning.callbacks.bad_rows import BadRows
-from phi3_lightning.callbacks.forgetting import Forgetting
-from phi3_lightning.callbacks.run_page import RunPage
+from phi3_lightning.callbacks.base_drift import BaseDrift
 from phi3_lightning.callbacks.samples import Samples
+from phi3_lightning.callbacks.tensorboard_samples import TensorBoardSamples
 from phi3_lightning.callbacks.throughput import Throughput
-from phi3_lightning.config import require
+from phi3_lightning.config.checks import require
 
 GENERAL = Path(__file__).parents[1] / "assets" / "general.jsonl"
 """Short chats of general knowledge and manners, in the format ``messages``."""
@@ -24,10 +24,10 @@ class Monitor:
     adapter_every_n_steps: int | None = 25
     """Measure norm and effective rank of the updates, and gradients by layer, every so many optimiser steps;
     null: never."""
-    forgetting: bool = True
+    base_drift: bool = True
     """Whether each validation compares the tuned model with its base on general chats."""
     general: str | list[str] | None = None
-    """Chats on which forgetting is measured, in any format that is recognised; null: some that come with the
+    """Chats on which drift from the base is measured, in any format that is recognised; null: some that come with the
     package."""
     samples: int = 3
     """Prompts that base and tuned model answer at each validation, of data.predict or else of the validation data;
@@ -45,7 +45,7 @@ class Monitor:
         require(self.samples >= 0, "monitor.samples", self.samples, "it is 0 or more")
         require(self.sample_tokens >= 1, "monitor.sample_tokens", self.sample_tokens, "it is at least 1")
         require(self.rows >= 0, "monitor.rows", self.rows, "it is 0 or more")
-        require(self.forgetting or self.general is None, "monitor.general", self.general, "monitor.forgetting is false")
+        require(self.base_drift or self.general is None, "monitor.general", self.general, "monitor.base_drift is false")
 
     def callbacks(
         self, general: pl.LightningDataModule, row_length: int | None, *, from_predict: bool
@@ -53,13 +53,13 @@ class Monitor:
         """Return the callbacks that show it.
 
         Args:
-            general: The chats on which forgetting is measured.
+            general: The chats on which drift from the base is measured.
             row_length: Tokens that a packed row may hold; None: rows are not packed.
             from_predict: Whether ``data.predict`` has prompts.
         """
         shown: list[pl.Callback] = [Throughput(row_length), BadRows()]
         if self.adapter_every_n_steps is not None:
             shown.append(AdapterStatistics(self.adapter_every_n_steps))
-        if self.forgetting:
-            shown.append(Forgetting(general))
-        return [*shown, Samples(self.samples, self.sample_tokens, from_predict), RunPage(self.rows)]
+        if self.base_drift:
+            shown.append(BaseDrift(general))
+        return [*shown, Samples(self.samples, self.sample_tokens, from_predict), TensorBoardSamples(self.rows)]

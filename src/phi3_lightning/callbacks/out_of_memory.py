@@ -7,8 +7,9 @@ import lightning.pytorch as pl
 import torch
 from typing_extensions import override
 
-from phi3_lightning.batch import Batch, PlannedData, PromptBatch
-from phi3_lightning.model.checkpointing import mode_of
+from phi3_lightning.batch import Batch, PromptBatch
+from phi3_lightning.contracts import PlannedData
+from phi3_lightning.model.activation_checkpointing import mode_of
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.memory import MemoryPredictor
 from phi3_lightning.planning.step import BatchShape
@@ -80,7 +81,7 @@ class OutOfMemory(pl.Callback):
                 f"memory ran out in {self._place}: lower data.predict_batch_size or model.generation.max_new_tokens"
             )
             return
-        lengths = self._batch["lengths"]
+        lengths = self._batch["document_lengths"]
         said = "; ".join(" + ".join(map(str, row)) for row in lengths)
         exception.add_note(f"memory ran out in {self._place}: {len(lengths)} rows with documents of {said} tokens")
         if isinstance(pl_module, Phi3LoRAModule):

@@ -8,8 +8,10 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from phi3_lightning.batch import PromptBatch, origins, unpadded
-from phi3_lightning.partial import PartialLines, gather, write_lines
+from phi3_lightning.batch import PromptBatch
+from phi3_lightning.batch.padding import unpadded
+from phi3_lightning.contracts import origins
+from phi3_lightning.jsonl import PartialJsonl, all_gather_object, write_jsonl
 
 
 class PredictionWriter(Callback):
@@ -25,12 +27,12 @@ class PredictionWriter(Callback):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._partial = PartialLines(self.path, 0)
+        self._partial = PartialJsonl(self.path, 0)
         self._rows: list[int] = []
 
     @override
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._partial = PartialLines(self.path, trainer.global_rank)
+        self._partial = PartialJsonl(self.path, trainer.global_rank)
         self._rows = []
 
     @override
@@ -44,23 +46,23 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        found = origins(data, "predict", batch["row_ids"])
+        found = origins(data, "predict", batch["document_ids"])
         prompts = unpadded(batch)
-        for row_id, origin, prompt, ids in zip(
-            batch["row_ids"], found, prompts, outputs, strict=False
+        for document_id, origin, prompt, ids in zip(
+            batch["document_ids"], found, prompts, outputs, strict=False
         ):  # no filler row
             finished = bool(ids) and ids[-1] in batch["stop_ids"]
             answer = data.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
             line = {"prompt": data.tokenizer.decode(prompt), "answer": answer, "finished": finished}
             self._partial.add(origin.content() | line)
-            self._rows.append(row_id)
+            self._rows.append(document_id)
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         mine = dict(zip(self._rows, self._partial.lines, strict=True))
-        answers = {row: line for lines in gather(trainer, mine) for row, line in lines.items()}
+        answers = {row: line for lines in all_gather_object(trainer, mine) for row, line in lines.items()}
         if trainer.is_global_zero:
-            write_lines(self.path, [answers[row] for row in sorted(answers)])
+            write_jsonl(self.path, [answers[row] for row in sorted(answers)])
             rank_zero_info(f"{len(answers)} answers in {self.path}")
         self._partial.remove()
 

@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from typing_extensions import override
 
-from phi3_lightning.callbacks.board import boards
+from phi3_lightning.callbacks.tensorboard import boards
 from phi3_lightning.event_files import event_files, read_events, tag_of
 
 

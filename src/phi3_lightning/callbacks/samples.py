@@ -1,7 +1,7 @@
 """Answers of base and tuned model, side by side, as training goes on."""
 
 from dataclasses import replace
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import lightning.pytorch as pl
 import torch
@@ -11,19 +11,15 @@ from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
 
-from phi3_lightning import generate
-from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch, unpadded
-from phi3_lightning.callbacks.board import boards, literal, step_of
-from phi3_lightning.config import require
+from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
+from phi3_lightning.batch.documents import document_spans
+from phi3_lightning.batch.padding import prompt_batch, unpadded
+from phi3_lightning.callbacks.tensorboard import boards, literal, step_of
+from phi3_lightning.config.checks import require
+from phi3_lightning.contracts import HasTokenizer
+from phi3_lightning.evaluate import cases
+from phi3_lightning.generation.decode import generate
 from phi3_lightning.module import Phi3LoRAModule
-
-
-@runtime_checkable
-class Chats(Protocol):
-    """A datamodule that knows how its tokens are text, and what ends an answer."""
-
-    tokenizer: Any
-    template: Any
 
 
 class Answers(NamedTuple):
@@ -87,7 +83,7 @@ class Samples(pl.Callback):
     @torch.no_grad()
     def _answer(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> list[Answers]:
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        if self.prompts == 0 or not isinstance(data, Chats):
+        if self.prompts == 0 or not isinstance(data, HasTokenizer):
             return []
         if self._asked is None:
             self._asked = trainer.strategy.broadcast(self._find(data))
@@ -106,21 +102,18 @@ class Samples(pl.Callback):
         devices = [module.device] if module.device.type == "cuda" else []
         with module.autocast(), torch.random.fork_rng(devices):
             torch.manual_seed(0)  # on every rank alike, and at each validation
-            ids = generate.answers(module.loaded_model, batch, replace(module.generation, max_new_tokens=limit))
+            ids = generate(module.loaded_model, batch, replace(module.generation, max_new_tokens=limit))
         return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
-    def _find(self, data: Any) -> PromptBatch | None:
+    def _find(self, data: HasTokenizer) -> PromptBatch | None:
         if self.from_predict:
-            data.setup("predict")
-            rows: dict[int, list[int]] = {}
-            for batch in data.predict_dataloader():
-                rows |= dict(zip(batch["row_ids"], unpadded(batch), strict=False))  # a filler row has no id
-            prompts = [rows[row] for row in sorted(rows)[: self.prompts]]
+            prompts, stop_ids = _prompts_to_predict(data)
         elif self._validated is not None:
-            prompts = _first_prompts(self._validated)[: self.prompts]
+            prompts, stop_ids = _first_prompts(self._validated, data.tokenizer)
         else:
             return None
-        return _left_padded(prompts, data.template.stop_ids) if prompts else None
+        prompts = prompts[: self.prompts]
+        return prompt_batch(prompts, list(range(len(prompts))), stop_ids) if prompts else None
 
     @rank_zero_only
     def _print_lines(self, step: int) -> None:
@@ -140,28 +133,26 @@ class Samples(pl.Callback):
         self._console.print(table, highlight=False)
 
 
-def _first_prompts(batch: Batch) -> list[list[int]]:
-    """What comes before the first supervised token of each document."""
+def _prompts_to_predict(data: Any) -> tuple[list[list[int]], list[int]]:
+    """The prompts of ``data.predict``, in the order of the file, and what ends an answer."""
+    data.setup("predict")
+    rows: dict[int, list[int]] = {}
+    stop_ids: set[int] = set()
+    for batch in data.predict_dataloader():
+        rows |= dict(zip(batch["document_ids"], unpadded(batch), strict=False))  # a filler row has no id
+        stop_ids |= set(batch["stop_ids"])
+    return [rows[row] for row in sorted(rows)], sorted(stop_ids)
+
+
+def _first_prompts(batch: Batch, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
+    """What comes before the first supervised token of each document, and what ends an answer."""
     prompts = []
-    for ids, labels, lengths in zip(batch["input_ids"].cpu(), batch["labels"].cpu(), batch["lengths"], strict=True):
-        start = 0
-        for length in lengths:
-            supervised = (labels[start : start + length] != IGNORE_INDEX).nonzero()
-            if len(supervised):
-                prompts.append(ids[start : start + int(supervised[0])].tolist())
-            start += length
-    return prompts
-
-
-def _left_padded(prompts: list[list[int]], stop_ids: list[int]) -> PromptBatch:
-    width = max(map(len, prompts))
-    padding = [width - len(prompt) for prompt in prompts]
-    return PromptBatch(
-        input_ids=torch.tensor([[0] * pad + prompt for pad, prompt in zip(padding, prompts, strict=True)]),
-        attention_mask=torch.tensor([[0] * pad + [1] * (width - pad) for pad in padding]),
-        row_ids=list(range(len(prompts))),
-        stop_ids=stop_ids,
-    )
+    for row, tokens, _ in document_spans(batch):
+        supervised = (batch["labels"][row, tokens] != IGNORE_INDEX).nonzero()
+        if len(supervised):
+            prompts.append(batch["input_ids"][row, tokens][: int(supervised[0])].tolist())
+    whole = [case for case in cases.cases(batch) if cases.unusable(case, tokenizer) is None]
+    return prompts, cases.stop_ids(whole, tokenizer)
 
 
 def _as_markdown(answers: list[Answers]) -> str:

@@ -19,9 +19,11 @@ class Throughput(pl.Callback):
     """Logs what each optimiser step processed in a second of training, loading included, validation and saving not.
 
     ``speed/tokens_per_second`` counts the tokens of documents and no padding, ``speed/supervised_tokens_per_second``
-    those with a label, both over all ranks. ``speed/padding_share`` is the part of the batches' places that holds no
-    token, and ``speed/row_fill`` the part of ``row_length`` that the average row uses. ``speed/peak_share`` is how much
-    of what the devices can do the step needed, by :func:`~phi3_lightning.model.flops.step_flops`. ``memory/peak_gb`` is
+    those with a label, both over all ranks. ``speed/padding_fraction`` is the part of the batches' places that holds no
+    token, and ``speed/packing_efficiency`` the part of ``row_length`` that the average row uses. ``speed/mfu`` is
+    the model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311): the arithmetic that the step
+    needed over what the devices could do in its time, by
+    :func:`~phi3_lightning.model.flops.step_flops`. ``memory/peak_gb`` is
     the most that this process has held, on the GPU where there is one.
 
     Args:
@@ -65,9 +67,9 @@ class Throughput(pl.Callback):
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        self._tokens += sum(length for row in batch["lengths"] for length in row)
+        self._tokens += sum(length for row in batch["document_lengths"] for length in row)
         self._places += batch["input_ids"].numel()
-        self._rows += len(batch["lengths"])
+        self._rows += len(batch["document_lengths"])
         self._supervised.append((batch["labels"] != IGNORE_INDEX).sum())
 
     @override
@@ -90,11 +92,11 @@ class Throughput(pl.Callback):
         measured = {
             "speed/tokens_per_second": speed,
             "speed/supervised_tokens_per_second": supervised_speed,
-            "speed/padding_share": 1 - tokens / places,
+            "speed/padding_fraction": 1 - tokens / places,
         }
         if self.row_length is not None:
-            measured["speed/row_fill"] = tokens / (rows * self.row_length)
+            measured["speed/packing_efficiency"] = tokens / (rows * self.row_length)
         if self._flops is not None and self._peak is not None:
             needed = self._flops.per_token * speed + self._flops.per_supervised_token * supervised_speed
-            measured["speed/peak_share"] = needed / (self._peak * trainer.world_size)
+            measured["speed/mfu"] = needed / (self._peak * trainer.world_size)
         return measured

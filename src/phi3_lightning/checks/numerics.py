@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from phi3_lightning.batch import Batch
-from phi3_lightning.config import PHI3_LINEAR_LAYERS
-from phi3_lightning.model.checkpointing import checkpoint_activations, mode_of
+from phi3_lightning.config.lora import PHI3_LINEAR_LAYERS
+from phi3_lightning.model.activation_checkpointing import checkpoint_activations, mode_of
 from phi3_lightning.model.loss import supervised_positions
 from phi3_lightning.module import Phi3LoRAModule
 

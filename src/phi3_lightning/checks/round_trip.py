@@ -8,11 +8,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from phi3_lightning.batch import Batch
-from phi3_lightning.checks.bench import Bench
+from phi3_lightning.checks.shared_base import SharedBase
 from phi3_lightning.module import Phi3LoRAModule
 
 
-class Trip:
+class CheckpointRoundTrip:
     """What a checkpoint is to bring back.
 
     Args:
@@ -24,7 +24,7 @@ class Trip:
     """
 
     def __init__(
-        self, bench: Bench, module: Phi3LoRAModule, trainer: pl.Trainer, batches: list[Batch], path: Path
+        self, bench: SharedBase, module: Phi3LoRAModule, trainer: pl.Trainer, batches: list[Batch], path: Path
     ) -> None:
         self._bench, self._batches, self._path = bench, batches, path
         trainer.save_checkpoint(path)

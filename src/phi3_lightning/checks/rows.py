@@ -12,17 +12,17 @@ from itertools import islice, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
+from phi3_lightning.config.data import DataConfig, RowOptions
 from phi3_lightning.data.collate import Document
+from phi3_lightning.data.context_length import ContextLength
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.encode import Chunk, Job
 from phi3_lightning.data.formats import parse_row
-from phi3_lightning.data.options import Options, RowOptions
 from phi3_lightning.data.readers import decode_line
 from phi3_lightning.data.sources import Source, find_sources
 from phi3_lightning.data.splits import make_encoder
 from phi3_lightning.data.tables import source_rows
 from phi3_lightning.data.template import ChatTemplate
-from phi3_lightning.data.window import Window
 from phi3_lightning.errors import DataError
 
 COUNT = 8
@@ -122,7 +122,7 @@ def _parts(values: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArra
     return [values[start:end] for start, end in pairwise(np.cumsum([0, *lengths]).tolist())]
 
 
-def read_sample(options: Options, template: ChatTemplate, window: Window | None) -> Sample:
+def read_sample(options: DataConfig, template: ChatTemplate, window: ContextLength | None) -> Sample:
     """Read the first rows of the training data, and choose those that are checked.
 
     Args:

@@ -7,20 +7,20 @@ from pathlib import Path
 import numpy as np
 
 from phi3_lightning.checks import numerics
-from phi3_lightning.checks.bench import Bench
-from phi3_lightning.checks.lessons import Lessons
+from phi3_lightning.checks.overfit_diagnosis import OverfitDiagnosis
 from phi3_lightning.checks.result import Result
 from phi3_lightning.checks.rows import Row, Sample, packaged_rows, read_sample
+from phi3_lightning.checks.shared_base import SharedBase
 from phi3_lightning.checks.supervision import find_faults
+from phi3_lightning.config.data import DataConfig, Split
 from phi3_lightning.data.collate import collate
-from phi3_lightning.data.conversation import Conversation, Encoded
+from phi3_lightning.data.conversation import Conversation, TokenizedDocument
 from phi3_lightning.data.copies import Part, repeated, shared
-from phi3_lightning.data.options import Options, Split
 from phi3_lightning.data.splits import (
     data_seed,
     load_template,
     make_encoder,
-    model_window,
+    model_context_length,
     plan_split,
     prepare_split,
     share_out,
@@ -52,15 +52,15 @@ class Suite:
         on_step: Told after each optimiser step.
     """
 
-    options: Options
-    bench: Bench
+    options: DataConfig
+    bench: SharedBase
     clip: float | None
     folder: Path
     on_begin: Callable[[str], None]
     on_step: Callable[[], None]
 
     def __post_init__(self) -> None:
-        self.window = model_window(self.options)
+        self.window = model_context_length(self.options)
         self.template = load_template(self.options)
         pad = self.template.tokenizer.pad_token_id
         self.pad = 0 if pad is None else int(pad)
@@ -80,7 +80,7 @@ class Suite:
         self.on_begin(TEMPLATE)
         yield self._template(sample.rows)
         yield from self._numerics(sample.rows or good)
-        lessons = Lessons(self.bench, self.template, self.clip, self.folder, self.on_begin, self.on_step)
+        lessons = OverfitDiagnosis(self.bench, self.template, self.clip, self.folder, self.on_begin, self.on_step)
         mine = lessons.lesson(sample.rows, self._planned(sample.rows)) if sample.rows else None
         size = self.options.batch_size
         by_size = [[[index] for index in range(at, min(at + size, len(good)))] for at in range(0, len(good), size)]
@@ -105,7 +105,7 @@ class Suite:
             remedy = f"mend {sample.bad[0]}; or set data.on_bad_row: skip"
         elif sample.endless:
             figure += f"; {sample.endless} without an end of turn that is trained"
-            remedy = "answers that are cut teach no end: raise data.max_length, or set data.overlong: drop"
+            remedy = "answers that are cut teach no end: raise data.max_length, or set data.truncation: drop"
         elif sample.empty:
             figure += f"; {sample.empty} with empty answers"
             remedy = f"{look}; an empty answer teaches to say nothing"
@@ -164,7 +164,7 @@ class Suite:
     def _whole(self, chat: Conversation) -> bool:
         """Whether nothing was cut off."""
         [encoded] = self.template.encode([chat])
-        return isinstance(encoded, Encoded) and len(encoded.input_ids) <= self.options.max_length
+        return isinstance(encoded, TokenizedDocument) and len(encoded.input_ids) <= self.options.max_length
 
     # ------------------------------------------------------------------ one model, two ways
 

@@ -10,11 +10,11 @@ from typing import Any
 from jsonargparse.typing import NotEmptyStr
 
 from phi3_lightning.commands.dialogue import Dialogue
-from phi3_lightning.commands.opened import DATA_KEYS, Opened, open_module
+from phi3_lightning.commands.loading import DATA_KEYS, LoadedRun, open_module
 from phi3_lightning.commands.parser import Parser, RunConfig
 from phi3_lightning.errors import DataError
+from phi3_lightning.generation.stream import Text, stream
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.stream import Text, stream
 
 DESCRIPTION = "Talk to a checkpoint, an adapter or the base in the terminal."
 
@@ -91,7 +91,7 @@ class Chat:
         system: The system message.
     """
 
-    def __init__(self, opened: Opened, system: str | None) -> None:
+    def __init__(self, opened: LoadedRun, system: str | None) -> None:
         self._module, self._trainer, self._template = opened.module, opened.trainer, opened.template
         assert self._module.model is not None  # loaded
         window, room = self._module.model.config.max_position_embeddings, self._module.generation.max_new_tokens

@@ -14,13 +14,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
-from phi3_lightning.checks.bench import Bench
-from phi3_lightning.checks.learning import STEPS
-from phi3_lightning.checks.lessons import GOOD_GOOD, GOOD_MINE, MINE_GOOD, MINE_MINE
+from phi3_lightning.checks.overfit import STEPS
+from phi3_lightning.checks.overfit_diagnosis import GOOD_GOOD, GOOD_MINE, MINE_GOOD, MINE_MINE
 from phi3_lightning.checks.result import Outcome, Result
+from phi3_lightning.checks.shared_base import SharedBase
 from phi3_lightning.checks.suite import Suite
-from phi3_lightning.commands.one_device import one_device_trainer, quieten
 from phi3_lightning.commands.parser import Parser, RunConfig
+from phi3_lightning.commands.single_device import quieten, single_device_trainer
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -66,7 +66,7 @@ def main(args: list[str]) -> None:
     with tempfile.TemporaryDirectory(prefix="phi3-lightning-check-") as folder, _progress() as (on_begin, on_step):
         on_begin("loading the base")
         made.data.validate_sources()
-        bench = Bench(made.model, partial(one_device_trainer, config.trainer, folder))
+        bench = SharedBase(made.model, partial(single_device_trainer, config.trainer, folder))
         suite = Suite(made.data.options, bench, clip, Path(folder), on_begin, on_step)
         results = list(suite.run())
     _report(results)

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 
-from phi3_lightning.checkpoint_io import read_checkpoint
+from phi3_lightning.checkpoint.io import read_checkpoint
 from phi3_lightning.commands.parser import Parser, RunConfig, model_defaults
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer

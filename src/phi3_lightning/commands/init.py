@@ -8,7 +8,6 @@ import yaml
 from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
-from phi3_lightning import config as sections
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.commands.translation.script import read_script
 from phi3_lightning.commands.translation.translate import KNOWN, Translation, translate
@@ -17,7 +16,7 @@ from phi3_lightning.files import local_path, writing
 
 DESCRIPTION = "Write the configurations that the package brings along, and translate a training script into one."
 
-PACKAGE = Path(sections.__file__).parent
+PACKAGE = Path(__file__).parent.parent
 RECIPE = "phi3_mini_4k_lora.yaml"
 """What a translation starts from: whatever the script leaves open is as it is there."""
 

@@ -9,6 +9,8 @@ from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsin
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from phi3_lightning.renamed import OPTIONS
+
 # Lightning lets jsonargparse open each text that looks like an address
 set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=False)
 
@@ -41,14 +43,21 @@ class RunConfig(ActionConfigFile):
 
 
 class Parser(LightningArgumentParser):
-    """Says which key was meant."""
+    """Says which key was meant, and takes none for another."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
         if re.search(r"\b(model|data)\.(class_path|init_args)", message):
             hints.append("options stand directly under model: and data:, without class_path and init_args")
-        hints += [f"did you mean {meant}?" for key in _keys_in(message) for meant in self._nearest(key)]
+        for key in _keys_in(message):
+            new = OPTIONS.get(key)
+            hints += (
+                [f"{key} is called {new} now"] if new else [f"did you mean {meant}?" for meant in self._nearest(key)]
+            )
         super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
 
     def accept_rest_of_run(self) -> None:

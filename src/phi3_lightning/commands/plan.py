@@ -16,15 +16,15 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 
 from phi3_lightning.commands.measure import Measured, measure
-from phi3_lightning.commands.one_device import one_device_trainer, quieten
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.commands.plan_tables import measured_table, memory_table, run_line, suggestion_table
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
+from phi3_lightning.commands.single_device import quieten, single_device_trainer
 from phi3_lightning.config import Schedule
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.hardware import check_accelerator, device_memory, peak_flops, resident_memory
-from phi3_lightning.model.checkpointing import CheckpointingMode
+from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step
 from phi3_lightning.planning.length import run_length
@@ -173,7 +173,9 @@ class Plan:
         self.on_begin("three real steps")
         section = self.config.trainer.as_dict()
         with tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-") as folder:
-            make_trainer = partial(one_device_trainer, section, folder, gradient_clip_val=section["gradient_clip_val"])
+            make_trainer = partial(
+                single_device_trainer, section, folder, gradient_clip_val=section["gradient_clip_val"]
+            )
             changes = {"gradient_checkpointing": self.spec.mode, "schedule": Schedule("constant", 0)}
             return measure(Phi3LoRAModule(**self.model_options | changes), self.rows.largest, make_trainer)
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from typing import cast
 
 from phi3_lightning.batch import Batch
+from phi3_lightning.config.data import DataConfig
 from phi3_lightning.data.collate import collate, full_row
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.options import Options
 from phi3_lightning.errors import ConfigError, DataError
 from phi3_lightning.planning.step import BatchShape
 
@@ -51,7 +51,7 @@ def planned_rows(data: ChatDataModule) -> PlannedRows:
     return PlannedRows(largest, len(plan), tokens, f"the largest of {len(plan):,} in data.train")
 
 
-def _made_up(options: Options, reason: str) -> PlannedRows:
+def _made_up(options: DataConfig, reason: str) -> PlannedRows:
     """Rows of one document of ``max_length`` tokens, all of them trained."""
     length = options.max_length
     tokens = options.max_tokens_per_batch

@@ -7,8 +7,8 @@ from lightning.pytorch import seed_everything
 from rich.console import Console
 
 from phi3_lightning.commands.parser import Parser
+from phi3_lightning.config.data import Split
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.options import Split
 from phi3_lightning.data.preview import look, render_terminal
 from phi3_lightning.data.preview_html import render_html
 from phi3_lightning.errors import ConfigError

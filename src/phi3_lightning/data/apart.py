@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from tokenizers import Encoding
 
-from phi3_lightning.data.marks import Rendered
+from phi3_lightning.data.sentinels import Rendered
 
 
 class Joined:

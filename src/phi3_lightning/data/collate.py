@@ -7,18 +7,19 @@ import torch
 from numpy.typing import NDArray
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
+from phi3_lightning.batch.padding import prompt_batch
 
 
 class Document(NamedTuple):
     """One tokenised document.
 
     Args:
-        row_id: Its index in the tokenised data set.
+        document_id: Its index in the tokenised data set.
         input_ids: Its tokens, shape (length,).
         spans: First and behind-last token of each supervised range, flat, shape (2 * ranges,).
     """
 
-    row_id: int
+    document_id: int
     input_ids: NDArray[np.int32]
     spans: NDArray[np.int32]
 
@@ -61,8 +62,8 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
-        lengths=[[len(document.input_ids) for document in row] for row in rows] or [[]],
-        row_ids=[[document.row_id for document in row] for row in rows] or [[]],
+        document_lengths=[[len(document.input_ids) for document in row] for row in rows] or [[]],
+        document_ids=[[document.document_id for document in row] for row in rows] or [[]],
     )
 
 
@@ -70,25 +71,12 @@ def collate_prompts(prompts: list[Document], pad_token_id: int, stop_ids: list[i
     """Put prompts one above the other, ending together.
 
     Args:
-        prompts: The prompts; none at all gives a filler batch of one padded prompt without a row id.
+        prompts: The prompts; none at all gives a filler batch of one prompt without an id.
         pad_token_id: Fills up short prompts on the left.
         stop_ids: The tokens that end an answer.
 
     Returns:
         A batch, as long as its longest prompt.
     """
-    width = max((len(prompt.input_ids) for prompt in prompts), default=2)
-    shape = (max(len(prompts), 1), width)
-    input_ids = np.full(shape, pad_token_id, dtype=np.int64)
-    attention_mask = np.zeros(shape, dtype=np.int64)
-    for index, prompt in enumerate(prompts):
-        input_ids[index, width - len(prompt.input_ids) :] = prompt.input_ids
-        attention_mask[index, width - len(prompt.input_ids) :] = 1
-    if not prompts:
-        attention_mask[:] = 1  # a row without any token has no attention to compute
-    return PromptBatch(
-        input_ids=torch.from_numpy(input_ids),
-        attention_mask=torch.from_numpy(attention_mask),
-        row_ids=[prompt.row_id for prompt in prompts],
-        stop_ids=stop_ids,
-    )
+    ids = [prompt.input_ids.tolist() for prompt in prompts]
+    return prompt_batch(ids, [prompt.document_id for prompt in prompts], stop_ids, pad_token_id)

@@ -40,7 +40,7 @@ class PlainText:
 
 
 @dataclass(frozen=True, slots=True)
-class Encoded:
+class TokenizedDocument:
     """A tokenised document.
 
     Args:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from phi3_lightning.data.packing import Ints
-from phi3_lightning.data.prepare import Prepared
+from phi3_lightning.data.prepare import TokenizedDataset
 
 _SHOWN = 3
 
@@ -19,7 +19,7 @@ class Part(NamedTuple):
         documents: Which of it they are, in order, shape (documents,).
     """
 
-    prepared: Prepared
+    prepared: TokenizedDataset
     documents: Ints
 
 

@@ -4,33 +4,36 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
-from typing import Any, Literal, cast
+from typing import Any, Literal, Self, cast
 
 import numpy as np
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.utilities import rank_zero_info
 
-from phi3_lightning.batch import Batch, Origin, PromptBatch
+from phi3_lightning.batch import Batch, PromptBatch
+from phi3_lightning.config.checks import check_names
+from phi3_lightning.config.data import DataConfig, Split
+from phi3_lightning.contracts import Origin
 from phi3_lightning.data.collate import Document, collate, collate_prompts, full_row
 from phi3_lightning.data.fields import name_unused
 from phi3_lightning.data.loaders import batch_loader, stream_loader
-from phi3_lightning.data.options import Files, Format, Options, Split
 from phi3_lightning.data.packing import Ints, Plan
-from phi3_lightning.data.prepare import Prepared, Statistics
-from phi3_lightning.data.sampler import BatchLoader, PlannedBatches, Resumed, Shares, compare_orders
+from phi3_lightning.data.prepare import Statistics, TokenizedDataset
+from phi3_lightning.data.sampler import BatchLoader, ElasticResume, PlannedBatches, RankAssignment, compare_orders
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.splits import (
     data_seed,
     load_template,
     make_encoder,
-    model_window,
+    model_context_length,
     plan_documents,
     plan_split,
     prepare_split,
     share_out,
 )
-from phi3_lightning.data.stream import StreamedBatches, StreamLoader, check_trainer
+from phi3_lightning.data.streaming import StreamedBatches, StreamLoader, check_trainer
 from phi3_lightning.errors import ConfigError, DivergenceError
+from phi3_lightning.renamed import translated
 
 
 class ChatDataModule(LightningDataModule):
@@ -41,51 +44,7 @@ class ChatDataModule(LightningDataModule):
     Parquet or Arrow, packed with gzip or not.
 
     Args:
-        train: Training data: a file, folder, glob pattern, data set on the hub (``owner/name:split``), or several. Of
-            files of several splits in a folder or pattern, each option takes those of its own.
-        weights: The share of each of several ``train`` data. null: all their rows.
-        val: Validation data. null: a part of the training data, see ``val_fraction``.
-        val_fraction: The share of the training rows that validates where ``val`` is null. 0: no validation.
-        test: Data for ``test``. null: the validation data.
-        predict: Prompts for ``predict``; an answer at the end of a row is left out.
-        tokenizer: Folder or hub id of the tokenizer. The command line fills in ``model.base``.
-        revision: Branch, tag or commit of the tokenizer on the hub.
-        chat_template: A file with a Jinja chat template, in UTF-8. null: the tokenizer's own.
-        format: What rows look like. auto: seen from their fields.
-        columns: Other names for a format's fields, such as ``{prompt: question, completion: answer}``.
-        message_keys: Other names for the keys of each message, such as ``{role: speaker, content: text}``; also
-            ``reasoning_content``, ``tool_calls``, and ``train`` for the key that says whether a message is trained.
-        conversation_id: For tables of one message a row: the column that tells the conversations of a file apart.
-        role: For such tables: the column that says who speaks.
-        content: For such tables: the column that holds what is said.
-        order: For such tables: the column to sort messages by, numbers or ISO times. null: the order of the file.
-        roles: Other names for roles, such as ``{customer: user, agent: assistant}``.
-        repeated_role: Whether neighbouring turns of one role make a bad row, or one turn.
-        system: What becomes of system messages; some templates know none.
-        tools: What becomes of tools, their calls and results, and of reasoning. render: text by the convention of
-            Hermes; refuse: a bad row; drop: left out. auto: render, but rows with tools are bad ones where the chat
-            template has a way of its own to write tools; native, that way, is not supported yet.
-        special_text: Whether special-token text in a content is plain text or a bad row. It is never a turn.
-        train_on: Whose contents are trained: all of the assistant's, its last, or everyone's. Messages with
-            ``weight: 0``, ``train: false`` or what other tools write for it never are.
-        max_length: Tokens of a row at most.
-        overlong: What becomes of longer chats: left out and counted, cut at the end, shortened by whole early
-            exchanges, or cut into pieces.
-        group_by: Column of a customer, document or other source, whose rows stay together where ``val_fraction`` takes
-            rows from the training data.
-        packing: Whether several chats share a row, without seeing each other.
-        batch_size: Rows of a micro-batch.
-        predict_batch_size: Prompts that are answered together by ``predict``: more are faster, and take more memory.
-        max_tokens_per_batch: Tokens of a micro-batch, padding included; in place of ``batch_size``. auto: in ``fit`` as
-            many full rows as the device's memory holds, by calculation, and ``trainer.accumulate_grad_batches`` changes
-            so that an optimiser step keeps its rows; a script needs ``callbacks.AutoBatchSize`` in its Trainer for it.
-        streaming: Whether training data are tokenised while training goes on, for sets larger than the disk. Needs
-            ``trainer.max_steps``; packs and mixes less well, and reads again from the beginning to go on.
-        num_workers: Processes that collate batches ahead.
-        num_proc: Processes that tokenise; the result does not depend on it.
-        on_bad_row: Whether rows that cannot be used are an error, or left out and counted.
-        cache_dir: Where tokenised data are kept. null: where ``datasets`` keeps its cache.
-        seed: Decides split, mixture and order. null: the global seed of ``seed_everything``, or 0.
+        **options: The fields of :class:`~phi3_lightning.config.DataConfig`, which says what each means.
 
     Attributes:
         tokenizer: The tokenizer, after ``setup``.
@@ -98,91 +57,45 @@ class ChatDataModule(LightningDataModule):
         ConfigError: A value is out of its range, or two contradict each other.
     """
 
-    def __init__(
-        self,
-        train: Files | None = None,
-        weights: list[float] | None = None,
-        val: Files | None = None,
-        val_fraction: float = 0.05,
-        test: Files | None = None,
-        predict: Files | None = None,
-        tokenizer: str | None = None,
-        revision: str | None = None,
-        chat_template: str | None = None,
-        format: Format = "auto",
-        columns: dict[str, str] | None = None,
-        conversation_id: str | None = None,
-        role: str | None = None,
-        content: str | None = None,
-        order: str | None = None,
-        message_keys: dict[str, str] | None = None,
-        roles: dict[str, str] | None = None,
-        repeated_role: Literal["refuse", "merge"] = "refuse",
-        system: Literal["keep", "merge_into_user", "refuse"] = "keep",
-        tools: Literal["auto", "render", "native", "refuse", "drop"] = "auto",
-        special_text: Literal["plain", "refuse"] = "plain",
-        train_on: Literal["assistant", "last", "all"] = "assistant",
-        max_length: int = 2048,
-        overlong: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop",
-        group_by: str | None = None,
-        packing: bool = True,
-        batch_size: int = 4,
-        predict_batch_size: int = 16,
-        max_tokens_per_batch: int | Literal["auto"] | None = None,
-        streaming: bool = False,
-        num_workers: int = 2,
-        num_proc: int = 1,
-        on_bad_row: Literal["raise", "skip"] = "raise",
-        cache_dir: str | None = None,
-        seed: int | None = None,
-    ) -> None:
+    def __init__(self, **options: Any) -> None:
         super().__init__()
+        check_names("data", DataConfig, options)
+        self.options = DataConfig(**options)
         # Not logged: Lightning refuses to log a name, such as `revision`, that the module has too with another value.
-        self.save_hyperparameters(logger=False)
-        self.options = Options(
-            train=train,
-            weights=weights,
-            val=val,
-            val_fraction=val_fraction,
-            test=test,
-            predict=predict,
-            tokenizer=tokenizer,
-            revision=revision,
-            chat_template=chat_template,
-            format=format,
-            columns=columns,
-            conversation_id=conversation_id,
-            role=role,
-            content=content,
-            order=order,
-            message_keys=message_keys,
-            roles=roles,
-            repeated_role=repeated_role,
-            system=system,
-            tools=tools,
-            special_text=special_text,
-            train_on=train_on,
-            max_length=max_length,
-            overlong=overlong,
-            group_by=group_by,
-            packing=packing,
-            batch_size=batch_size,
-            predict_batch_size=predict_batch_size,
-            max_tokens_per_batch=max_tokens_per_batch,
-            streaming=streaming,
-            num_workers=num_workers,
-            num_proc=num_proc,
-            on_bad_row=on_bad_row,
-            cache_dir=cache_dir,
-            seed=seed,
-        )
+        self.save_hyperparameters(asdict(self.options), logger=False)
         self.statistics: dict[Split, Statistics] = {}
-        self.prepared: dict[Split, Prepared] = {}
+        self.prepared: dict[Split, TokenizedDataset] = {}
         self.plans: dict[Split, Plan] = {}
         self._saved_order: dict[str, Any] | None = None
-        self._resumed: Resumed | None = None
+        self._resumed: ElasticResume | None = None
         self._tokens_per_batch: int | None = None  # what max_tokens_per_batch: auto has come to
-        self._regrouped = False  # by a module that restarts exactly; under any other, ranks must stay
+        self._resharded = False  # by a module that restarts exactly; under any other, ranks must stay
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """As Lightning's, also for checkpoints whose options had other names.
+
+        Args:
+            checkpoint_path: The file.
+            *args: As in Lightning.
+            **kwargs: As in Lightning.
+
+        Returns:
+            A data module with the options of the checkpoint.
+        """
+        return super().load_from_checkpoint(translated(checkpoint_path), *args, **kwargs)
+
+    @classmethod
+    def from_config(cls, config: DataConfig) -> Self:
+        """Make a data module of options that are ready.
+
+        Args:
+            config: The options.
+
+        Returns:
+            A data module.
+        """
+        return cls(**asdict(config))
 
     def validate_sources(self) -> None:
         """Check, before anything is loaded, that every file can be read and that rows fit the model.
@@ -193,7 +106,7 @@ class ChatDataModule(LightningDataModule):
         """
         for split in self.options.needed(None):
             find_sources(self.options.files(split) or [], split)
-        model_window(self.options)
+        model_context_length(self.options)
 
     def prepare_data(self) -> None:
         """Tokenise into the cache. Lightning calls this in one process a node.
@@ -204,7 +117,7 @@ class ChatDataModule(LightningDataModule):
         """
         self.validate_sources()
         stage = None if self.trainer is None else self.trainer.state.fn
-        window, template = model_window(self.options), load_template(self.options)
+        window, template = model_context_length(self.options), load_template(self.options)
         for split in self.options.prepared(stage):
             prepare_split(split, self.options, make_encoder(split, self.options, template, window))
 
@@ -214,7 +127,7 @@ class ChatDataModule(LightningDataModule):
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None: all that data were given for.
         """
-        self._window = model_window(self.options)
+        self._window = model_context_length(self.options)
         self.template = load_template(self.options)
         self.tokenizer = self.template.tokenizer
         if stage == "fit":
@@ -344,20 +257,24 @@ class ChatDataModule(LightningDataModule):
         """Batches of prompts, longest first.
 
         Returns:
-            Yields ``PromptBatch``, whose ``row_ids`` tell the order of the file.
+            Yields ``PromptBatch``, whose ``document_ids`` tell the order of the file.
         """
         return self._loader("predict")
 
-    def describe_rows(self, row_ids: list[int]) -> list[str]:
+    def describe_rows(self, document_ids: list[int]) -> list[str]:
         """Say where training documents came from.
 
         Args:
-            row_ids: What batches carry as ``row_ids``.
+            document_ids: What batches carry as ``document_ids``.
 
         Returns:
             A place a document, such as ``chats.jsonl:12``.
         """
-        return self._streamed.describe(row_ids) if self.options.streaming else self.prepared["train"].describe(row_ids)
+        return (
+            self._streamed.describe(document_ids)
+            if self.options.streaming
+            else self.prepared["train"].describe(document_ids)
+        )
 
     def test_facts(self) -> dict[str, Any]:
         """What a report says of the data that ``test`` takes.
@@ -372,17 +289,18 @@ class ChatDataModule(LightningDataModule):
         statistics = {split: asdict(found) for split, found in self.statistics.items()}
         return {"source": told[self.options.tested], "statistics": statistics}
 
-    def origins(self, stage: Literal["test", "predict"], row_ids: list[int]) -> list[Origin]:
-        """Say where documents that ``test`` or ``predict`` takes came from.
+    def origins(self, stage: Literal["validate", "test", "predict"], document_ids: list[int]) -> list[Origin]:
+        """Say where documents that ``validate``, ``test`` or ``predict`` takes came from.
 
         Args:
-            stage: Which of the two.
-            row_ids: What batches carry as ``row_ids``.
+            stage: Which of them.
+            document_ids: What batches carry as ``document_ids``.
 
         Returns:
             Place and own id of the row of each.
         """
-        return self.prepared[self.options.tested if stage == "test" else "predict"].origins(row_ids)
+        splits: dict[str, Split] = {"validate": "val", "test": self.options.tested, "predict": "predict"}
+        return self.prepared[splits[stage]].origins(document_ids)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the rows in which training diverged.
@@ -390,8 +308,8 @@ class ChatDataModule(LightningDataModule):
         Args:
             exception: What stopped the run.
         """
-        if isinstance(exception, DivergenceError) and exception.row_ids:
-            places = self.describe_rows(exception.row_ids)
+        if isinstance(exception, DivergenceError) and exception.document_ids:
+            places = self.describe_rows(exception.document_ids)
             exception.add_note("Rows of this step: " + ", ".join(dict.fromkeys(places)))
 
     def checkpoint_identity(self) -> dict[str, str]:
@@ -417,7 +335,7 @@ class ChatDataModule(LightningDataModule):
             "statistics": {split: asdict(found) for split, found in self.statistics.items()},
         }
 
-    def regroup(self, state: Mapping[str, Any], epoch: int, position: int, window: int) -> int:
+    def reshard_progress(self, state: Mapping[str, Any], epoch: int, position: int, window: int) -> int:
         """Let the ranks that there are now take what is left of an epoch, each row once.
 
         Args:
@@ -432,9 +350,11 @@ class ChatDataModule(LightningDataModule):
         order = self._order()
         if any(state.get(key) != order[key] for key in order):
             return position  # another order, which is looked at when the epoch begins to be read
-        self._regrouped = True
-        before = None if state.get("resumed") is None else Resumed(**state["resumed"])
-        shares = Shares(len(self.plans["train"]), state["ranks"], before if before and before.epoch == epoch else None)
+        self._resharded = True
+        before = None if state.get("resumed") is None else ElasticResume(**state["resumed"])
+        shares = RankAssignment(
+            len(self.plans["train"]), state["ranks"], before if before and before.epoch == epoch else None
+        )
         now = shares.go_on(self._ranks()["num_replicas"], epoch, position, window)
         self._resumed = now.resumed
         return position if now is shares else now.begin
@@ -472,7 +392,7 @@ class ChatDataModule(LightningDataModule):
         for split, plan in self.plans.items():
             self._plan(split, np.sort(plan.documents))
 
-    def _batching(self) -> Options:
+    def _batching(self) -> DataConfig:
         """The options, with what ``max_tokens_per_batch: auto`` has come to."""
         decided = self._tokens_per_batch
         return self.options if decided is None else replace(self.options, max_tokens_per_batch=decided)
@@ -542,7 +462,7 @@ class ChatDataModule(LightningDataModule):
         saved, self._saved_order = self._saved_order, None
         if saved and self.trainer is not None:
             progress = self.trainer.fit_loop.epoch_loop.batch_progress
-            now = self._order() | ({} if self._regrouped else {"ranks": self._ranks()["num_replicas"]})
+            now = self._order() | ({} if self._resharded else {"ranks": self._ranks()["num_replicas"]})
             within = progress.current.ready > 0 and not progress.is_last_batch
             if changed := compare_orders(saved, now, within_epoch=within):
                 rank_zero_info(f"The order of batches is new from this epoch on: {changed}.")

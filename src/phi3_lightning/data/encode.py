@@ -16,13 +16,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, PlainText
+from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText, TokenizedDocument
 from phi3_lightning.data.formats import parse_prompt, parse_row
 from phi3_lightning.data.keys import group_hash, row_id, token_hashes
-from phi3_lightning.data.options import RowOptions
-from phi3_lightning.data.overlong import split, truncate_end, truncate_turns
 from phi3_lightning.data.readers import Row, decode_line
 from phi3_lightning.data.template import ChatTemplate
+from phi3_lightning.data.truncation import split, truncate_end, truncate_turns
 
 
 class Job(NamedTuple):
@@ -73,7 +73,7 @@ class Chunk(NamedTuple):
     hashes: NDArray[np.int64]
 
 
-Parsed = Conversation | PlainText | Encoded | BadRowError
+Parsed = Conversation | PlainText | TokenizedDocument | BadRowError
 
 
 class _Keyed(NamedTuple):
@@ -122,7 +122,7 @@ class Encoder:
         Returns:
             Tokens of those that can be used, and why the others cannot.
         """
-        kept: list[tuple[_Keyed, Encoded]] = []
+        kept: list[tuple[_Keyed, TokenizedDocument]] = []
         bad: list[tuple[int, str]] = []
         dropped: Counter[str] = Counter()
         unused: Counter[str] = Counter()
@@ -153,51 +153,51 @@ class Encoder:
         except BadRowError as error:
             return _Keyed(number, error, None, 0)
 
-    def _encode(self, parsed: list[Parsed]) -> list[Encoded | BadRowError]:
+    def _encode(self, parsed: list[Parsed]) -> list[TokenizedDocument | BadRowError]:
         chats = [item for item in parsed if isinstance(item, Conversation)]
         texts = [item.text for item in parsed if isinstance(item, PlainText)]
         encoded_chats = iter(self.template.encode(chats, add_generation_prompt=self.prompts))
         encoded_texts = iter(self.template.encode_texts(texts))
-        results: list[Encoded | BadRowError] = []
+        results: list[TokenizedDocument | BadRowError] = []
         for item in parsed:
             if isinstance(item, Conversation):
                 results.append(next(encoded_chats))
             elif isinstance(item, PlainText):
                 results.append(next(encoded_texts))
             else:
-                results.append(self._known_tokens(item) if isinstance(item, Encoded) else item)
-            if self.prompts and isinstance(found := results[-1], Encoded):
+                results.append(self._known_tokens(item) if isinstance(item, TokenizedDocument) else item)
+            if self.prompts and isinstance(found := results[-1], TokenizedDocument):
                 results[-1] = self._whole_prompt(found)
         return results
 
-    def _known_tokens(self, document: Encoded) -> Encoded | BadRowError:
+    def _known_tokens(self, document: TokenizedDocument) -> TokenizedDocument | BadRowError:
         count = len(self.template.tokenizer)
         if not document.input_ids or max(document.input_ids) < count:
             return document
         return BadRowError("not tokens", f"id {max(document.input_ids)} is none of the tokenizer's {count}")
 
-    def _whole_prompt(self, prompt: Encoded) -> Encoded | BadRowError:
+    def _whole_prompt(self, prompt: TokenizedDocument) -> TokenizedDocument | BadRowError:
         length, limit = len(prompt.input_ids), self.options.max_length
         if length <= limit:
             return prompt
         return BadRowError("prompt too long", f"{length} tokens do not fit into {limit}; shorten it")
 
-    def _fit(self, item: Parsed, document: Encoded) -> list[Encoded]:
+    def _fit(self, item: Parsed, document: TokenizedDocument) -> list[TokenizedDocument]:
         """The document as it is, or what is left of one that is too long."""
         limit = self.options.max_length
         if len(document.input_ids) <= limit:
             return [document]
-        if self.options.overlong == "split":
+        if self.options.truncation == "split":
             return split(document, limit)
-        if self.options.overlong == "truncate_end":
+        if self.options.truncation == "truncate_end":
             return [truncate_end(document, limit)]
-        if self.options.overlong == "truncate_turns" and isinstance(item, Conversation):
+        if self.options.truncation == "truncate_turns" and isinstance(item, Conversation):
             shorter = truncate_turns(item, self.template, limit)
             return [] if shorter is None else [shorter]
         return []
 
 
-def _trains(document: Encoded) -> bool:
+def _trains(document: TokenizedDocument) -> bool:
     return any(end > max(start, 1) for start, end in document.spans)
 
 
@@ -258,7 +258,7 @@ def _fork_safe_tokenizers() -> Iterator[None]:
 
 def _chunk(
     job: Job,
-    kept: list[tuple[_Keyed, Encoded]],
+    kept: list[tuple[_Keyed, TokenizedDocument]],
     dropped: Counter[str],
     bad: list[tuple[int, str]],
     cut: int,

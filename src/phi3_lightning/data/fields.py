@@ -3,34 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from phi3_lightning.config.data import FIELDS, FORMATS, MASKS, SYSTEM, TOOLS
 from phi3_lightning.data.conversation import BadRowError, kind_of
 from phi3_lightning.data.decoding import decode_json
-
-FORMATS: Final[dict[str, tuple[str, ...]]] = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt_completion": ("prompt", "completion"),
-    "tokens": ("input_ids", "labels"),
-    "text": ("text",),
-}
-"""The fields that a row of each format has; a prompt needs the first of them only."""
-
-SYSTEM: Final = ("system", "system_prompt")
-TOOLS: Final = ("tools", "functions")  # the second is OpenAI's older name
-MASKS: Final = ("assistant_masks", "completion_mask", "loss_mask")
-_CHAT: Final = frozenset((*SYSTEM, *TOOLS))
-_LAYOUT: Final = ("attention_mask", "position_ids", "token_type_ids", "seq_lengths")
-
-FIELDS: Final[dict[str, frozenset[str]]] = {
-    "messages": _CHAT | {"messages"},
-    "sharegpt": _CHAT | {"conversations"},
-    "alpaca": _CHAT | {"instruction", "input", "output", "history"},
-    "prompt_completion": _CHAT | {"prompt", "completion"},
-    "tokens": frozenset(("input_ids", "labels", *_LAYOUT, *MASKS)),
-    "text": frozenset({"text"}),
-}
-"""The fields that a row of each format may have."""
 
 # Where several fit, the first is meant; a row with an answer goes before one without.
 _SHAPES: Final = (
@@ -42,7 +17,7 @@ _SHAPES: Final = (
     ("text", FORMATS["text"]),
     ("tokens", ("input_ids",)),
 )
-_CONTENT: Final = _CHAT | {"input", "history"}
+_CONTENT: Final = frozenset((*SYSTEM, *TOOLS)) | {"input", "history"}
 _MEDIA: Final = frozenset({"images", "videos", "audios"})
 _NAMED: Final = 20  # fields that a line of the log names
 
@@ -151,7 +126,7 @@ def check_weight(fields: Mapping[str, Any]) -> None:
     if not is_absent(weight) and weight not in (1, "1", "1.0"):
         raise BadRowError(
             "weight is not 1",
-            f"the row has weight {weight!r}, and rows count alike; leave the row out, or mix files with data.weights",
+            f"the row has weight {weight!r}, and rows count alike; leave the row out, or mix files with data.mixture",
         )
 
 
@@ -198,7 +173,7 @@ def _lost(fields: Mapping[str, Any], rest: list[str], name: str) -> str | None:
 def _remedy(field: str, name: str) -> str:
     if field in _MEDIA:
         return "cannot be used by a model that reads text alone; leave out the row or the field"
-    if field in _CHAT:
+    if field in SYSTEM or field in TOOLS:
         return (
             f"has no place in a row of format '{name}', which is trained as it stands; leave it out, or give "
             "the row as messages"

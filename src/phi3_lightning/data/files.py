@@ -11,7 +11,7 @@ from typing import Any, Final, NamedTuple
 import yaml
 from huggingface_hub import metadata_load
 
-from phi3_lightning.data.options import Split
+from phi3_lightning.config.data import Split
 from phi3_lightning.data.readers import SUFFIXES, data_suffix
 from phi3_lightning.errors import DataError
 

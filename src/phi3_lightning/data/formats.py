@@ -4,11 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, PlainText, kind_of
+from phi3_lightning.config.data import FORMATS, SYSTEM, TOOLS, RowOptions
+from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText, TokenizedDocument, kind_of
 from phi3_lightning.data.fields import (
-    FORMATS,
-    SYSTEM,
-    TOOLS,
     check_weight,
     is_absent,
     only,
@@ -20,7 +18,6 @@ from phi3_lightning.data.fields import (
 from phi3_lightning.data.keys import key_columns
 from phi3_lightning.data.message_fields import ROLES, read_message, role_of
 from phi3_lightning.data.messages import Turn, check_text, read_messages
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.tokens import read_tokens
 from phi3_lightning.data.turns import prompt_turns, training_turns
 
@@ -30,7 +27,7 @@ Items = list[tuple[str, dict[str, Any]]]
 
 def parse_row(
     row: object, options: RowOptions, unused: Counter[str] | None = None
-) -> Conversation | PlainText | Encoded:
+) -> Conversation | PlainText | TokenizedDocument:
     """Read a row for training.
 
     Args:
@@ -46,7 +43,7 @@ def parse_row(
     """
     fields, name, unread = _open(row, options)
     check_weight(fields)
-    parsed: Conversation | PlainText | Encoded
+    parsed: Conversation | PlainText | TokenizedDocument
     if name == "text":
         parsed = PlainText(_string(fields["text"], "text"))
     elif name == "tokens":
@@ -136,17 +133,17 @@ def suggest_table(columns: list[str]) -> str:
         The options to set, or an empty text.
     """
     hints = {
-        "conversation_id": ("conversation", "thread", "ticket", "session", "dialog", "chat", "case"),
-        "role": ("role", "author", "sender", "speaker", "from"),
-        "content": ("content", "message", "text", "body", "utterance"),
-        "order": ("order", "time", "date", "created", "index", "turn", "position"),
+        "conversation_column": ("conversation", "thread", "ticket", "session", "dialog", "chat", "case"),
+        "role_column": ("role", "author", "sender", "speaker", "from"),
+        "content_column": ("content", "message", "text", "body", "utterance"),
+        "order_column": ("order", "time", "date", "created", "index", "turn", "position"),
     }
     guess: dict[str, str] = {}
     for option, words in hints.items():
         fitting = (c for word in words for c in columns if word in c.lower() and c not in guess.values())
         if found := next(fitting, None):
             guess[option] = found
-    if not {"conversation_id", "role", "content"} <= guess.keys():
+    if not {"conversation_column", "role_column", "content_column"} <= guess.keys():
         return ""
     return "; one message a row? Try " + " ".join(f"--data.{option} {column}" for option, column in guess.items())
 

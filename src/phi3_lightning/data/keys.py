@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError
-from phi3_lightning.data.options import RowOptions
 
 ID: Final = "id"
 """The field of a row's own id."""

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches, Resumed
-from phi3_lightning.data.stream import StreamedBatches, StreamLoader
+from phi3_lightning.data.sampler import BatchLoader, BatchOrder, ElasticResume, PlannedBatches
+from phi3_lightning.data.streaming import StreamedBatches, StreamLoader
 
 
 def batch_loader(
@@ -16,7 +16,7 @@ def batch_loader(
     seed: int,
     shuffle: bool,
     position: Callable[[], int],
-    resumed: Callable[[], Resumed | None],
+    resumed: Callable[[], ElasticResume | None],
     num_replicas: int,
     rank: int,
     num_workers: int,

@@ -14,9 +14,9 @@ anything else                       counted as ``messages[].name``
 import json
 from typing import Any, Final
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, Role, kind_of
 from phi3_lightning.data.fields import is_absent, only, rename
-from phi3_lightning.data.options import RowOptions
 
 ROLES: Final[dict[str, Role]] = {
     "system": "system",
@@ -111,7 +111,7 @@ def role_of(message: dict[str, Any], options: RowOptions) -> object:
         A key of ``ROLES``, or what the message has instead.
     """
     role = message.get("role")
-    return (options.roles or {}).get(role, role) if isinstance(role, str) else role
+    return (options.role_map or {}).get(role, role) if isinstance(role, str) else role
 
 
 def is_trained(message: dict[str, Any], where: str) -> bool | None:
@@ -167,7 +167,7 @@ def _from_value(item: dict[str, Any], where: str, options: RowOptions) -> dict[s
     if is_absent(item.get("role")):
         message["role"] = message.pop("from", None)
     speaker = message["role"]
-    if isinstance(speaker, str) and speaker not in (options.roles or {}):
+    if isinstance(speaker, str) and speaker not in (options.role_map or {}):
         message["role"] = SPEAKERS.get(speaker, speaker)
     if speaker in ("function_call", "tool_call") and is_absent(item.get("tool_calls")):
         message |= {"content": "", "tool_calls": _calls(content, where)}

@@ -18,11 +18,11 @@ import json
 from dataclasses import dataclass
 from typing import Any, Final
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, Role, kind_of
 from phi3_lightning.data.decoding import decode_json, is_repr, python_repr
 from phi3_lightning.data.fields import is_absent, only
 from phi3_lightning.data.message_fields import CALLS, PARTS, REASONING, ROLES, is_trained, role_of
-from phi3_lightning.data.options import RowOptions
 
 TOOL_RESPONSE: Final = "<tool_response>"
 _TOOL_ROLES: Final = {"tool", "function"}
@@ -96,7 +96,7 @@ def _turn(item: dict[str, Any], where: str, options: RowOptions) -> Turn | None:
     role = role_of(item, options)
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
-        raise BadRowError("unknown role", f"{where}.role is {role!r}; known are {known}, others map with data.roles")
+        raise BadRowError("unknown role", f"{where}.role is {role!r}; known are {known}, others map with data.role_map")
     words, extras = _content(item, where)
     if extras or role in _TOOL_ROLES:
         _refuse_tools(options, where, tools=role in _TOOL_ROLES or any(kind == "call" for kind, _ in extras))

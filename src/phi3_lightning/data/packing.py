@@ -147,7 +147,7 @@ def _group(
     return batches
 
 
-def mix(items: Ints, weights: list[float], seed: int) -> Ints:
+def sample_mixture(items: Ints, weights: list[float], seed: int) -> Ints:
     """Choose documents so that sources have given shares. None is taken twice, and as many as possible are taken.
 
     Args:

@@ -19,10 +19,10 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from phi3_lightning.batch import Origin
+from phi3_lightning.config.data import RowOptions
+from phi3_lightning.contracts import Origin
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.encode import Chunk, Encoder, Job, encode_all
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.packing import Ints
 from phi3_lightning.data.sources import NOT_WRITTEN, Source
 from phi3_lightning.data.tables import source_rows
@@ -82,7 +82,7 @@ class Statistics:
 
 
 @dataclass(frozen=True)
-class Prepared:
+class TokenizedDataset:
     """A tokenised set, mapped from the disk.
 
     Args:
@@ -188,7 +188,7 @@ def prepare(
     on_bad_row: Literal["raise", "skip"],
     cache_dir: str | None = None,
     num_proc: int = 1,
-) -> Prepared:
+) -> TokenizedDataset:
     """Tokenise rows, or find them tokenised in the cache.
 
     Args:
@@ -224,7 +224,7 @@ def prepare(
         statistics = Statistics(**json.loads((cache / name / "statistics.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         raise DataError(f"{cache / name}: tokenised rows that cannot be read ({error}). Delete this folder.") from error
-    return Prepared(table.with_format("numpy", columns=["input_ids", "spans"]), statistics, sources)
+    return TokenizedDataset(table.with_format("numpy", columns=["input_ids", "spans"]), statistics, sources)
 
 
 @contextmanager

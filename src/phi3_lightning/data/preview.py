@@ -10,12 +10,12 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerFast
 
+from phi3_lightning.batch.segments import Segment, segments
+from phi3_lightning.config.data import Split
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.copies import Part, repeated, shared
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.data.fields import name_unused
-from phi3_lightning.data.options import Split
-from phi3_lightning.segments import Segment, segments
 
 _BARS = 24
 

@@ -2,8 +2,8 @@
 
 import html
 
+from phi3_lightning.batch.segments import Segment
 from phi3_lightning.data.preview import Preview
-from phi3_lightning.segments import Segment
 
 
 def render_html(preview: Preview, *, show_ids: bool = False) -> str:

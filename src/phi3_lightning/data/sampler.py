@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.packing import Ints, Plan
-from phi3_lightning.data.prepare import Prepared
+from phi3_lightning.data.prepare import TokenizedDataset
 from phi3_lightning.errors import CheckpointError
 
 FILLER: Final = -1
@@ -18,7 +18,7 @@ FILLER: Final = -1
 
 
 @dataclass(frozen=True)
-class Resumed:
+class ElasticResume:
     """Where an epoch went on with another number of ranks, or other windows, than it had begun with.
 
     Args:
@@ -33,7 +33,7 @@ class Resumed:
 
 
 @dataclass(frozen=True)
-class Shares:
+class RankAssignment:
     """Which rank takes which batch of an epoch's order.
 
     Args:
@@ -44,7 +44,7 @@ class Shares:
 
     count: int
     ranks: int
-    resumed: Resumed | None = None
+    resumed: ElasticResume | None = None
 
     @property
     def length(self) -> int:
@@ -84,7 +84,7 @@ class Shares:
         own = [start + rank if start + rank < end else None for start, end in pairwise(bounds)]
         return [FILLER if index is None else int(order[index]) for index in own]
 
-    def go_on(self, ranks: int, epoch: int, position: int, window: int) -> "Shares":
+    def go_on(self, ranks: int, epoch: int, position: int, window: int) -> "RankAssignment":
         """Let another number of ranks take what is left of an epoch.
 
         Args:
@@ -100,8 +100,8 @@ class Shares:
             return self
         seen = self.seen(position)
         if seen == self.count:
-            return Shares(self.count, ranks)  # the next epoch is shared out as any other
-        return Shares(self.count, ranks, Resumed(epoch, seen // ranks // window * window, seen))
+            return RankAssignment(self.count, ranks)  # the next epoch is shared out as any other
+        return RankAssignment(self.count, ranks, ElasticResume(epoch, seen // ranks // window * window, seen))
 
     @property
     def begin(self) -> int:
@@ -131,7 +131,7 @@ class BatchOrder(DistributedSampler[int]):
         num_replicas: int = 1,
         rank: int = 0,
         position: Callable[[], int] = lambda: 0,
-        resumed: Callable[[], Resumed | None] = lambda: None,
+        resumed: Callable[[], ElasticResume | None] = lambda: None,
     ) -> None:
         super().__init__(batches, num_replicas=num_replicas, rank=rank, shuffle=shuffle, seed=seed)  # type: ignore[arg-type]
         self._count = len(batches)
@@ -139,7 +139,7 @@ class BatchOrder(DistributedSampler[int]):
         self._resumed = resumed
 
     def __len__(self) -> int:
-        return Shares(self._count, self.num_replicas).length
+        return RankAssignment(self._count, self.num_replicas).length
 
     def __iter__(self) -> Iterator[int]:
         order = np.arange(self._count)
@@ -147,7 +147,7 @@ class BatchOrder(DistributedSampler[int]):
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self._count)
         position, resumed = self._position(), self._resumed()
         here = resumed if resumed is not None and resumed.epoch == self.epoch else None
-        yield from Shares(self._count, self.num_replicas, here).of(self.rank, order, position)
+        yield from RankAssignment(self._count, self.num_replicas, here).of(self.rank, order, position)
 
 
 class BatchLoader(DataLoader[Any]):
@@ -185,7 +185,7 @@ class PlannedBatches(Dataset[Any]):
         collate: Makes a batch from the documents of its rows; no rows make a filler.
     """
 
-    def __init__(self, prepared: Prepared, plan: Plan, collate: Callable[[list[list[Document]]], Any]) -> None:
+    def __init__(self, prepared: TokenizedDataset, plan: Plan, collate: Callable[[list[list[Document]]], Any]) -> None:
         self._prepared = prepared
         self._plan = plan
         self._collate = collate

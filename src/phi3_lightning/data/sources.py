@@ -10,10 +10,10 @@ from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from phi3_lightning.config.data import Split
 from phi3_lightning.data.arrow import plain_rows
 from phi3_lightning.data.decoding import BOM
 from phi3_lightning.data.files import Selection, select_by_pattern, select_in_folder
-from phi3_lightning.data.options import Split
 from phi3_lightning.data.readers import SUFFIXES, Row, data_suffix, kind_of_file, open_file, read_rows
 from phi3_lightning.errors import DataError
 from phi3_lightning.files import local_path

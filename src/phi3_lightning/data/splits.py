@@ -6,17 +6,17 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from phi3_lightning.config.data import DataConfig, Split
+from phi3_lightning.data.context_length import ContextLength, read_context_length
 from phi3_lightning.data.encode import Encoder
-from phi3_lightning.data.options import Options, Split
-from phi3_lightning.data.packing import Ints, Plan, mix, plan_batches
-from phi3_lightning.data.prepare import Prepared, prepare
+from phi3_lightning.data.packing import Ints, Plan, plan_batches, sample_mixture
+from phi3_lightning.data.prepare import TokenizedDataset, prepare
 from phi3_lightning.data.sources import select_sources
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
-from phi3_lightning.data.window import Window, read_window
 from phi3_lightning.errors import ConfigError, DataError
 
 
-def model_window(options: Options) -> Window | None:
+def model_context_length(options: DataConfig) -> ContextLength | None:
     """Look up how long the model's inputs may be, and whether ``max_length`` fits.
 
     Args:
@@ -30,7 +30,7 @@ def model_window(options: Options) -> Window | None:
     """
     if options.tokenizer is None:
         return None
-    window = read_window(options.tokenizer, options.revision)
+    window = read_context_length(options.tokenizer, options.revision)
     if window is not None and options.max_length > window.longest:
         raise ConfigError(
             f"data.max_length: {options.max_length} is beyond the {window.longest} tokens that {options.tokenizer} can "
@@ -39,7 +39,7 @@ def model_window(options: Options) -> Window | None:
     return window
 
 
-def load_template(options: Options) -> ChatTemplate:
+def load_template(options: DataConfig) -> ChatTemplate:
     """Load tokenizer and chat template.
 
     Args:
@@ -57,7 +57,7 @@ def load_template(options: Options) -> ChatTemplate:
     return ChatTemplate(tokenizer, options.special_text)
 
 
-def make_encoder(split: Split, options: Options, template: ChatTemplate, window: Window | None) -> Encoder:
+def make_encoder(split: Split, options: DataConfig, template: ChatTemplate, window: ContextLength | None) -> Encoder:
     """Say how rows of a split become tokens.
 
     Args:
@@ -75,7 +75,7 @@ def make_encoder(split: Split, options: Options, template: ChatTemplate, window:
     return Encoder(template, options.row_options(max_length=limit, group_by=group_by), prompts=prompts)
 
 
-def prepare_split(split: Split, options: Options, encoder: Encoder) -> Prepared:
+def prepare_split(split: Split, options: DataConfig, encoder: Encoder) -> TokenizedDataset:
     """Tokenise a split, or find it in the cache.
 
     Args:
@@ -97,7 +97,7 @@ def prepare_split(split: Split, options: Options, encoder: Encoder) -> Prepared:
     return replace(prepared, left_out=sources.left_out)
 
 
-def share_out(split: Split, prepared: Prepared, options: Options, seed: int) -> dict[Split, Ints]:
+def share_out(split: Split, prepared: TokenizedDataset, options: DataConfig, seed: int) -> dict[Split, Ints]:
     """Divide documents; those of the training data may be mixed, and shared with validation.
 
     Args:
@@ -115,10 +115,10 @@ def share_out(split: Split, prepared: Prepared, options: Options, seed: int) -> 
     documents = np.arange(len(prepared.table))
     if split != "train":
         return {split: documents}
-    if options.weights is not None:
-        documents = mix(prepared.items(), options.weights, seed)
+    if options.mixture is not None:
+        documents = sample_mixture(prepared.items(), options.mixture, seed)
         if not len(documents):
-            raise DataError("data.weights: no row is left of one of data.train; mend it, or leave it out.")
+            raise DataError("data.mixture: no row is left of one of data.train; mend it, or leave it out.")
     if options.val is not None or options.val_fraction == 0 or len(documents) < 2:
         return {split: documents}
     size = min(max(round(len(documents) * options.val_fraction), 1), len(documents) - 1)
@@ -155,7 +155,7 @@ def choose_groups(groups: Ints, size: int, seed: int) -> NDArray[np.bool_]:
     return np.isin(groups, names[chosen or [int(order[counts[order].argmin()])]])
 
 
-def data_seed(options: Options) -> int:
+def data_seed(options: DataConfig) -> int:
     """Return the seed of split, mixture and order.
 
     Args:
@@ -164,7 +164,7 @@ def data_seed(options: Options) -> int:
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if options.seed is None else int(options.seed)
 
 
-def plan_split(split: Split, lengths: Ints, options: Options, window: Window | None, seed: int) -> Plan:
+def plan_split(split: Split, lengths: Ints, options: DataConfig, window: ContextLength | None, seed: int) -> Plan:
     """Lay down the batches of a split.
 
     Args:
@@ -188,7 +188,9 @@ def plan_split(split: Split, lengths: Ints, options: Options, window: Window | N
     )
 
 
-def plan_documents(split: Split, prepared: Prepared, documents: Ints, options: Options, window: Window | None) -> Plan:
+def plan_documents(
+    split: Split, prepared: TokenizedDataset, documents: Ints, options: DataConfig, window: ContextLength | None
+) -> Plan:
     """Lay down the batches of some documents.
 
     Args:

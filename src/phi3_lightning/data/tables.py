@@ -13,9 +13,9 @@ from math import isfinite
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, kind_of
 from phi3_lightning.data.keys import ID
-from phi3_lightning.data.options import RowOptions
 from phi3_lightning.data.readers import Row, decode_line
 from phi3_lightning.data.sources import Source
 from phi3_lightning.errors import DataError
@@ -46,10 +46,12 @@ def source_rows(source: Source, options: RowOptions) -> Iterator[Row]:
     Raises:
         DataError: The source cannot be read, or is no such table.
     """
-    return source.rows() if options.conversation_id is None else gather(source.rows(), options, source.name())
+    return (
+        source.rows() if options.conversation_column is None else group_messages(source.rows(), options, source.name())
+    )
 
 
-def gather(rows: Iterable[Row], options: RowOptions, name: str) -> Iterator[Row]:
+def group_messages(rows: Iterable[Row], options: RowOptions, name: str) -> Iterator[Row]:
     """Gather the messages of each conversation, wherever in the table they are.
 
     The messages of one source are held in memory. Equal conversation ids in two sources are two conversations.
@@ -82,11 +84,11 @@ class _Table:
     """The messages of a table, by conversation."""
 
     def __init__(self, options: RowOptions, name: str) -> None:
-        named = (options.conversation_id, options.role, options.content)
+        named = (options.conversation_column, options.role_column, options.content_column)
         self._id, self._role, self._content = (column or "" for column in named)
-        self._order = options.order
+        self._order = options.order_column
         self._name = name
-        self._mapped = {*named, options.order}
+        self._mapped = {*named, options.order_column}
         self._renamed = options.columns or {}
         self._shared = {"system", "tools", *self._renamed.values()} | (
             {options.group_by} if options.group_by else set()
@@ -105,7 +107,12 @@ class _Table:
 
     def check(self) -> None:
         """Name what is wrong with all rows once."""
-        options = {"conversation_id": self._id, "role": self._role, "content": self._content, "order": self._order}
+        options = {
+            "conversation_column": self._id,
+            "role_column": self._role,
+            "content_column": self._content,
+            "order_column": self._order,
+        }
         renamed = {f"columns.{name}": column for name, column in self._renamed.items()}
         for option, column in (options | renamed).items():
             if column is not None and self._columns and column not in self._columns:
@@ -130,7 +137,7 @@ class _Table:
         for number, fields in messages if self._order is None else _sorted(messages, self._order):
             role = fields.get(self._role)
             if _missing(role):
-                raise BadRowError("no role", f"row {number} has nothing in {self._role!r} (data.role)")
+                raise BadRowError("no role", f"row {number} has nothing in {self._role!r} (data.role_column)")
             turn = {"role": role}
             if self._content in fields:
                 turn["content"] = fields[self._content]
@@ -157,10 +164,10 @@ def _conversation(value: object, column: str) -> object:
         return int(value)  # pandas writes the whole numbers of a column with gaps as floats
     known = isinstance(value, str | int | UUID | bytes) and not isinstance(value, bool) and value != b""
     if not known or (isinstance(value, str) and value.strip().lower() in _NO_VALUE):
-        fault = f"{column!r} (data.conversation_id) is {value!r}; give every conversation an id of its own"
+        fault = f"{column!r} (data.conversation_column) is {value!r}; give every conversation an id of its own"
         raise BadRowError("no conversation id", fault)
     if isinstance(value, str) and _ROUNDED.fullmatch(value.strip()):
-        fault = f"{column!r} (data.conversation_id) is {value!r}, rounded by a spreadsheet; export ids as text"
+        fault = f"{column!r} (data.conversation_column) is {value!r}, rounded by a spreadsheet; export ids as text"
         raise BadRowError("no conversation id", fault)
     return value
 
@@ -203,8 +210,8 @@ def _no_order(orders: list[object], column: str) -> str:
     kinds = [rank and rank[0] for rank in map(_rank, orders)]
     other = next((order for order, kind in zip(orders, kinds, strict=True) if kind != kinds[0]), orders[-1])
     return (
-        f"{column!r} (data.order) is {orders[0]!r} and {other!r}; an order is all numbers, or all times in ISO 8601 "
-        "such as 2024-09-02T09:05, with a zone or without. In pandas: "
+        f"{column!r} (data.order_column) is {orders[0]!r} and {other!r}; an order is all numbers, or all times in ISO "
+        "8601 such as 2024-09-02T09:05, with a zone or without. In pandas: "
         f"df[{column!r}] = pandas.to_datetime(df[{column!r}]).map(pandas.Timestamp.isoformat). "
-        "Where the file is in order, leave data.order out"
+        "Where the file is in order, leave data.order_column out"
     )

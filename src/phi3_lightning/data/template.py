@@ -12,11 +12,19 @@ from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
 from phi3_lightning.data.apart import Joined, encode_apart
-from phi3_lightning.data.conversation import BadRowError, Conversation, Encoded, Message
-from phi3_lightning.data.glue import Ending, Glue
-from phi3_lightning.data.marks import Rendered, free_marks, has_thoughts, lost, mark, unmark, unmark_ends
+from phi3_lightning.data.conversation import BadRowError, Conversation, Message, TokenizedDocument
+from phi3_lightning.data.sentinels import (
+    Rendered,
+    has_thoughts,
+    insert_sentinels,
+    lost,
+    remove_end_sentinels,
+    remove_sentinels,
+    unused_sentinels,
+)
+from phi3_lightning.data.template_separators import Ending, TemplateSeparators
 from phi3_lightning.data.template_text import read_template, templates_of, writes_tools
-from phi3_lightning.data.words import Pieces, Words, words_are_independent
+from phi3_lightning.data.word_cache import Pieces, WordCache, words_are_independent
 from phi3_lightning.errors import ConfigError
 
 _TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, KeyError)
@@ -71,8 +79,8 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, special_text: Literal["plain", "refuse"] = "plain") -> None:
         self.tokenizer = tokenizer
-        self._glue = Glue()
-        self._words = Words(tokenizer) if words_are_independent(tokenizer) else None
+        self._glue = TemplateSeparators()
+        self._words = WordCache(tokenizer) if words_are_independent(tokenizer) else None
         self._can_defuse = special_text == "plain"
         added = tokenizer.added_tokens_decoder
         self._special_ids = {index for index, token in added.items() if token.special}
@@ -105,7 +113,7 @@ class ChatTemplate:
 
     def encode(
         self, conversations: Sequence[Conversation], *, add_generation_prompt: bool = False
-    ) -> list[Encoded | BadRowError]:
+    ) -> list[TokenizedDocument | BadRowError]:
         """Tokenise many conversations at once.
 
         Args:
@@ -122,7 +130,7 @@ class ChatTemplate:
             for conversation, item in zip(conversations, rendered, strict=True)
         ]
 
-    def encode_texts(self, texts: Sequence[str]) -> list[Encoded | BadRowError]:
+    def encode_texts(self, texts: Sequence[str]) -> list[TokenizedDocument | BadRowError]:
         """Tokenise texts without turns; each ends with the end-of-text token, and all of it is supervised.
 
         Args:
@@ -138,11 +146,11 @@ class ChatTemplate:
         finally:
             backend.encode_special_tokens = False
         end = [] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id]
-        results: list[Encoded | BadRowError] = []
+        results: list[TokenizedDocument | BadRowError] = []
         for text, encoding in zip(texts, encodings, strict=True):
             special = None if self._can_defuse else self._special_text.search(text)
             ids = encoding.ids + end
-            results.append(_refused(special.group()) if special else Encoded(ids, [(0, len(ids))]))
+            results.append(_refused(special.group()) if special else TokenizedDocument(ids, [(0, len(ids))]))
         return results
 
     def _render(self, chats: list[list[Message]], add_generation_prompt: bool) -> list[Rendered | BadRowError]:
@@ -155,17 +163,23 @@ class ChatTemplate:
 
         def one(chat: list[Message]) -> Rendered | BadRowError:
             try:
-                marks = free_marks(chat)
-                plain, outer, inner = apply([chat, mark(chat, *marks), mark(chat, *marks, strip=True)])
-                if found := unmark(chat, plain, outer, marks) or unmark(chat, plain, inner, marks):
+                marks = unused_sentinels(chat)
+                plain, outer, inner = apply(
+                    [chat, insert_sentinels(chat, *marks), insert_sentinels(chat, *marks, strip=True)]
+                )
+                if found := remove_sentinels(chat, plain, outer, marks) or remove_sentinels(chat, plain, inner, marks):
                     self._glue.learn(chat, found, ending)
                     return found
                 if not has_thoughts(chat):
                     return lost(chat, plain)
-                outer, inner = apply([mark(chat, "", marks[1]), mark(chat, "", marks[1], strip=True)])
+                outer, inner = apply(
+                    [insert_sentinels(chat, "", marks[1]), insert_sentinels(chat, "", marks[1], strip=True)]
+                )
             except _TEMPLATE_ERRORS as error:
                 return BadRowError("the chat template refuses it", str(error))
-            found = unmark_ends(chat, plain, outer, marks[1]) or unmark_ends(chat, plain, inner, marks[1])
+            found = remove_end_sentinels(chat, plain, outer, marks[1]) or remove_end_sentinels(
+                chat, plain, inner, marks[1]
+            )
             return found or lost(chat, plain)
 
         try:
@@ -190,7 +204,7 @@ class ChatTemplate:
 
     def _supervise(
         self, chat: Conversation, rendered: Rendered, encoding: Encoding | Pieces | Joined
-    ) -> Encoded | BadRowError:
+    ) -> TokenizedDocument | BadRowError:
         found = (self._special_text.search(message["content"]) for message in chat.messages)
         if not self._can_defuse and (special := next(filter(None, found), None)):
             return _refused(special.group())
@@ -212,7 +226,7 @@ class ChatTemplate:
             # A role token may swallow the white space that a content begins with; it stays the template's.
             swallowed = chars[0] < start and encoding.ids[first] in self._special_ids
             spans.append((first + swallowed, last + 1))
-        return Encoded(encoding.ids, spans)
+        return TokenizedDocument(encoding.ids, spans)
 
     def _thoughtless(self, chat: Conversation, rendered: Rendered) -> BadRowError | None:
         """What is wrong with a chat of whose thoughts the template leaves some out."""

@@ -5,11 +5,12 @@ from itertools import groupby
 from typing import Any
 
 from phi3_lightning.batch import IGNORE_INDEX
-from phi3_lightning.data.conversation import BadRowError, Encoded
-from phi3_lightning.data.fields import MASKS, is_absent, read_list
+from phi3_lightning.config.data import MASKS
+from phi3_lightning.data.conversation import BadRowError, TokenizedDocument
+from phi3_lightning.data.fields import is_absent, read_list
 
 
-def read_tokens(fields: Mapping[str, Any]) -> Encoded:
+def read_tokens(fields: Mapping[str, Any]) -> TokenizedDocument:
     """Read a row of token ids.
 
     Args:
@@ -44,7 +45,7 @@ def read_tokens(fields: Mapping[str, Any]) -> Encoded:
         raise BadRowError(
             "labels differ from input_ids", f"a label is its own token, not the next one, or {IGNORE_INDEX}"
         )
-    return Encoded(tokens[start:end], _spans(trained))
+    return TokenizedDocument(tokens[start:end], _spans(trained))
 
 
 def _visible(fields: Mapping[str, Any], length: int) -> tuple[int, int]:

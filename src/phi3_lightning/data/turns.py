@@ -17,9 +17,9 @@ no assistant turn is to be trained     dropped and counted
 
 from dataclasses import replace
 
+from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.messages import Turn
-from phi3_lightning.data.options import RowOptions
 
 
 def training_turns(turns: list[Turn], options: RowOptions) -> Conversation:

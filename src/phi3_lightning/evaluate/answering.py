@@ -9,12 +9,12 @@ from lightning.pytorch.callbacks import RichProgressBar
 from lightning.pytorch.utilities import rank_zero_info
 from rich.progress import Progress
 
+from phi3_lightning.batch.padding import prompt_batch
 from phi3_lightning.evaluate.cases import Case, Tokenizer
 from phi3_lightning.evaluate.report import Answered
-from phi3_lightning.generate import prompt_batch
+from phi3_lightning.jsonl import PartialJsonl
 from phi3_lightning.metrics import Answer, AnswerMetrics
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.partial import PartialLines
 
 LINE_SECONDS = 10.0
 """Least time between two lines about progress where there is no terminal."""
@@ -38,7 +38,7 @@ class Answering:
         self.base_metrics = AnswerMetrics().to(module.device)
         self.tuned_metrics = AnswerMetrics().to(module.device)
 
-    def run(self, chosen: list[Case], batch_size: int, partial: PartialLines) -> list[Answered]:
+    def run(self, chosen: list[Case], batch_size: int, partial: PartialJsonl) -> list[Answered]:
         """Answer this rank's share; all ranks call it with the same cases.
 
         Which prompts share a batch follows from the prompts alone, so that greedy answers are the same to the bit for
@@ -49,7 +49,7 @@ class Answering:
             batch_size: Prompts that are answered together.
             partial: Keeps each answer as soon as it is there.
         """
-        order = sorted(chosen, key=lambda case: (-len(case.prompt), case.row_id))
+        order = sorted(chosen, key=lambda case: (-len(case.prompt), case.document_id))
         batches = [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
         own = batches[self.trainer.global_rank :: self.trainer.world_size]
         steps = -(-len(batches) // self.trainer.world_size)
@@ -64,8 +64,8 @@ class Answering:
         return answered
 
     def _batch(self, part: list[Case]) -> list[Answered]:
-        rows, prompts = [case.row_id for case in part], [case.prompt for case in part]
-        batch = prompt_batch(prompts, rows, self.stop_ids, self.module.device)
+        rows, prompts = [case.document_id for case in part], [case.prompt for case in part]
+        batch = prompt_batch(prompts, rows, self.stop_ids, device=self.module.device)
         with self.trainer.precision_plugin.predict_step_context():
             tuned = self._answers(part, self.module.predict_step(batch, 0))
             with self.module.base_answers():

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import numpy as np
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch
+from phi3_lightning.batch.documents import document_spans
 
 
 class Tokenizer(Protocol):
@@ -22,24 +23,17 @@ class Tokenizer(Protocol):
         """Turn ids into text."""
 
 
-@runtime_checkable
-class HasTokenizer(Protocol):
-    """A datamodule whose texts can be read."""
-
-    tokenizer: Tokenizer
-
-
 @dataclass(frozen=True)
 class Case:
     """A prompt, and the answer that it should get.
 
     Args:
-        row_id: Which document of the data.
+        document_id: Which document of the data.
         prompt: The tokens before the last trained turn, exactly as they were in training.
         reference: The tokens of that turn, with the one that ends it.
     """
 
-    row_id: int
+    document_id: int
     prompt: list[int]
     reference: list[int]
 
@@ -53,25 +47,21 @@ def cases(batch: Batch) -> list[Case]:
     Returns:
         A case a document; one without a trained turn has an empty reference.
     """
-    found: list[Case] = []
-    rows = zip(batch["input_ids"].tolist(), batch["labels"].cpu().numpy(), strict=True)
-    for (ids, labels), lengths, row_ids in zip(rows, batch["lengths"], batch["row_ids"], strict=True):
-        start = 0
-        for length, row_id in zip(lengths, row_ids, strict=True):
-            part = slice(start, start + length)
-            found.append(_case(row_id, ids[part], labels[part] != IGNORE_INDEX))
-            start += length
-    return found
+    ids, supervised = batch["input_ids"].cpu(), (batch["labels"] != IGNORE_INDEX).cpu().numpy()
+    return [
+        _case(document_id, ids[row, tokens].tolist(), supervised[row, tokens])
+        for row, tokens, document_id in document_spans(batch)
+    ]
 
 
-def _case(row_id: int, ids: list[int], supervised: np.ndarray[Any, np.dtype[np.bool_]]) -> Case:
+def _case(document_id: int, ids: list[int], supervised: np.ndarray[Any, np.dtype[np.bool_]]) -> Case:
     positions = np.flatnonzero(supervised)
     if not len(positions):
-        return Case(row_id, ids, [])
+        return Case(document_id, ids, [])
     end = int(positions[-1]) + 1
     gaps = np.flatnonzero(~supervised[:end])
     begin = int(gaps[-1]) + 1 if len(gaps) else 0
-    return Case(row_id, ids[:begin], ids[begin:end])
+    return Case(document_id, ids[:begin], ids[begin:end])
 
 
 def unusable(case: Case, tokenizer: Tokenizer) -> str | None:
@@ -111,17 +101,17 @@ def stop_ids(found: Iterable[Case], tokenizer: Tokenizer) -> list[int]:
     return sorted(ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
 
 
-def choose(row_ids: Iterable[int], count: int | None) -> list[int]:
+def choose(document_ids: Iterable[int], count: int | None) -> list[int]:
     """Choose rows, the same ones each time that the same rows are given.
 
     Args:
-        row_ids: The rows that can be asked, of all ranks, in any order.
+        document_ids: The rows that can be asked, of all ranks, in any order.
         count: How many at most; None: all.
 
     Returns:
         Their ids, in order.
     """
-    everyone = sorted(set(row_ids))
+    everyone = sorted(set(document_ids))
     if count is None or count >= len(everyone):
         return everyone
     return sorted(np.random.default_rng(0).choice(everyone, count, replace=False).tolist())

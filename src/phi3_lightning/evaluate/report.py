@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from phi3_lightning.batch import Origin
+from phi3_lightning.contracts import Origin
 from phi3_lightning.evaluate.bootstrap import FEWEST_ROWS, LEVEL, Comparison, Estimate, Statistics, compare
 from phi3_lightning.metrics import Answer
 from phi3_lightning.metrics.answers import Score, scores

@@ -7,14 +7,14 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
-from phi3_lightning.checkpoint import read_identity
+from phi3_lightning.checkpoint.identity import read_identity
 from phi3_lightning.event_files import read_scalars
 from phi3_lightning.export.certificate import ROUNDINGS, Certificate
 from phi3_lightning.export.curve import draw
 
 CURVE = "loss.svg"
 FINAL = ("val/loss", "val/perplexity", "val/token_accuracy", "train/loss")
-SHOWN_DATA = ("max_length", "packing", "batch_size", "max_tokens_per_batch", "train_on", "overlong", "weights")
+SHOWN_DATA = ("max_length", "packing", "batch_size", "max_tokens_per_batch", "train_on", "truncation", "mixture")
 """Options of the data that shaped the training; names of files and folders stay where they are."""
 
 USE = {

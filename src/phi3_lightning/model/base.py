@@ -13,7 +13,7 @@ from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM, PreTra
 from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from phi3_lightning.errors import ModelError
-from phi3_lightning.model.documents import DOCUMENTS
+from phi3_lightning.model.packed_attention import PACKED
 
 DType = Literal["bfloat16", "float16", "float32"]
 Initialisation = Literal["pretrained", "random"]
@@ -201,7 +201,7 @@ def choose_attention(wanted: Attention, device: torch.device) -> str:
             f"model.attn_implementation: flash_attention_2 needs a CUDA device and the package flash-attn, "
             f"and this run uses {device.type}; use documents"
         )
-    return DOCUMENTS if wanted == "auto" else wanted
+    return PACKED if wanted == "auto" else wanted
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.model.checkpointing import mode_of, recomputed_share
+from phi3_lightning.model.activation_checkpointing import mode_of, recomputed_share
 
 
 @dataclass(frozen=True)

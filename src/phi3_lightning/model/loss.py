@@ -4,7 +4,6 @@ The head runs on supervised positions only, in chunks, so that (positions x voca
 once.
 """
 
-from itertools import pairwise
 from typing import Any, cast
 
 import torch
@@ -14,6 +13,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch
+from phi3_lightning.batch.documents import document_spans
 
 CHUNK = 256
 """Supervised positions whose logits exist at one time (33 MB in float32 for a vocabulary of 32,064).
@@ -151,19 +151,16 @@ def by_document(hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
         batch: The batch that the hidden states were computed from.
 
     Returns:
-        For each document, in the order of ``row_ids``: the sum of its token losses, its supervised tokens that are the
-        argmax of their logits, and all its supervised tokens; shape (documents, 3), float64.
+        For each document, in the order of ``document_ids``: the sum of its token losses, its supervised tokens that
+        are the argmax of their logits, and all its supervised tokens; shape (documents, 3), float64.
     """
     owner = torch.zeros_like(batch["labels"])
-    document = 0
-    for row, row_lengths in enumerate(batch["lengths"]):
-        ends = torch.tensor([0, *row_lengths]).cumsum(0).tolist()
-        for start, end in pairwise(ends):
-            owner[row, start:end] = document
-            document += 1
+    spans = list(document_spans(batch))
+    for index, (row, tokens, _) in enumerate(spans):
+        owner[row, tokens] = index
     states, targets = supervised_positions(hidden, batch)
     owners = owner[:, 1:][batch["labels"][:, 1:] != IGNORE_INDEX]
-    found = torch.zeros(document, 3, dtype=torch.float64, device=hidden.device)
+    found = torch.zeros(len(spans), 3, dtype=torch.float64, device=hidden.device)
     size = _chunk(states)
     for chunk, labels, of in zip(states.split(size), targets.split(size), owners.split(size), strict=True):
         logits = head(chunk).float()

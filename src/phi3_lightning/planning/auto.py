@@ -4,9 +4,9 @@ import math
 from dataclasses import replace
 
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.model.checkpointing import CheckpointingMode
-from phi3_lightning.model.documents import SHORT_DOCUMENT_TOKENS
+from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.model.loss import GPU_CHUNK
+from phi3_lightning.model.packed_attention import SHORT_DOCUMENT_TOKENS
 from phi3_lightning.planning.memory import CPU_PROCESS_BYTES, FIRST_STEP_LIBRARY_BYTES, Memory, MemoryPredictor
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.model.checkpointing import CheckpointingMode, checkpoint_activations, recomputed_share
+from phi3_lightning.model.activation_checkpointing import CheckpointingMode, checkpoint_activations, recomputed_share
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape, build_meta_model, take_step
 

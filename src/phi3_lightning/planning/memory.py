@@ -5,8 +5,8 @@ from functools import cached_property
 
 from torch import Tensor, nn
 
+from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.model.base import Quantization
-from phi3_lightning.model.checkpointing import CheckpointingMode
 from phi3_lightning.model.loss import CHUNK, GPU_CHUNK
 from phi3_lightning.planning.dry_run import FakeModule
 from phi3_lightning.planning.spec import RunSpec

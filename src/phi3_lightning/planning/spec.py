@@ -8,9 +8,9 @@ from lightning.pytorch.plugins import MixedPrecision
 from transformers import Phi3Config
 
 from phi3_lightning.config import LoRA, Optimizer
+from phi3_lightning.distributed.fsdp2 import FSDP2Strategy
+from phi3_lightning.model.activation_checkpointing import Checkpointing, CheckpointingMode
 from phi3_lightning.model.base import Attention, DType, Quantization
-from phi3_lightning.model.checkpointing import Checkpointing, CheckpointingMode
-from phi3_lightning.strategy import FSDP2Strategy
 
 
 @dataclass(frozen=True)

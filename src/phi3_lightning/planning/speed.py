@@ -8,7 +8,7 @@ from statistics import median
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.model.checkpointing import CheckpointingMode, checkpoint_activations, recomputed_share
+from phi3_lightning.model.activation_checkpointing import CheckpointingMode, checkpoint_activations, recomputed_share
 from phi3_lightning.model.flops import step_flops
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape, build_meta_model, take_step

@@ -11,7 +11,7 @@ from transformers import Phi3ForCausalLM
 
 from phi3_lightning import adapters
 from phi3_lightning.batch import IGNORE_INDEX, Batch
-from phi3_lightning.model import documents, loss, precision
+from phi3_lightning.model import loss, packed_attention, precision
 from phi3_lightning.model.base import skeleton
 from phi3_lightning.planning.spec import RunSpec
 
@@ -32,7 +32,7 @@ class BatchShape:
         Args:
             batch: The batch.
         """
-        return cls(batch["lengths"], int((batch["labels"] != IGNORE_INDEX).sum()))
+        return cls(batch["document_lengths"], int((batch["labels"] != IGNORE_INDEX).sum()))
 
     @property
     def tokens(self) -> int:
@@ -53,9 +53,9 @@ def build_meta_model(spec: RunSpec, layers: int | None = None) -> Phi3ForCausalL
     config = deepcopy(spec.config)
     config.num_hidden_layers = layers or config.num_hidden_layers
     kernel = spec.attn_implementation
-    attention = documents.DOCUMENTS if kernel in ("auto", "flash_attention_2") else kernel
+    attention = packed_attention.PACKED if kernel in ("auto", "flash_attention_2") else kernel
     model = skeleton(config, getattr(torch, spec.dtype), attention)
-    adapters.attach(model, replace(spec.lora, adapter=None, init_lora_weights=True))  # those are about values
+    adapters.attach(model, replace(spec.lora, init_from=None, init_lora_weights=True))  # those are about values
     model.model.rotary_emb.rope_type = "default"  # longrope looks at positions; its angles have the same shape
     return cast("Phi3ForCausalLM", model.train())
 
@@ -80,13 +80,13 @@ def take_step(
     Raises:
         ConfigError: If a document is longer than what the base reads.
     """
-    documents.check_lengths(shape.lengths, spec.config, spec.base)
+    packed_attention.check_lengths(shape.lengths, spec.config, spec.base)
     places = len(shape.lengths), max(map(sum, shape.lengths))
     zeros = torch.zeros(places, dtype=torch.int64, device=device)
-    batch = Batch(input_ids=zeros, labels=zeros, position_ids=zeros, lengths=shape.lengths, row_ids=[])
+    batch = Batch(input_ids=zeros, labels=zeros, position_ids=zeros, document_lengths=shape.lengths, document_ids=[])
     mixed = torch.autocast(device, torch.bfloat16) if spec.mixed else nullcontext()
     with mixed, precision.autocast(model, device):
-        hidden = documents.last_hidden_state(model, batch)
+        hidden = packed_attention.last_hidden_state(model, batch)
         on_phase()
         # as many as are supervised; which ones is a question of values
         states = hidden.flatten(0, 1).index_select(0, torch.arange(shape.supervised, device=device))

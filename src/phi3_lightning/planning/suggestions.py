@@ -5,12 +5,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 from phi3_lightning.config import LoRA
+from phi3_lightning.distributed.fsdp2 import check_shardable
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.model.checkpointing import CheckpointingMode
+from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.planning.memory import Memory, MemoryPredictor, quantized, sharded
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape
-from phi3_lightning.strategy import check_shardable
 
 FSDP2_DEVICES = 8
 """Devices over which FSDP2 is tried where the run has one."""

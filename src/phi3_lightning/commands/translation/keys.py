@@ -99,7 +99,7 @@ TRAINING: Final[dict[str, Entry]] = {
     "max_length": ("data.max_length", _count),
     "max_seq_length": ("data.max_length", _count),
     "packing": ("data.packing", {True: True, False: False}),
-    "packing_strategy": ("data.overlong", {"bfd": None, "bfd_split": "split"}),
+    "packing_strategy": ("data.truncation", {"bfd": None, "bfd_split": "split"}),
     "assistant_only_loss": _ANSWERS,
     "completion_only_loss": _ANSWERS,
     "chat_template_path": ("data.chat_template", _text),

@@ -8,7 +8,9 @@ from typing import Any, Final, NamedTuple
 
 from phi3_lightning.commands.translation.keys import CALLS, Entry
 from phi3_lightning.commands.translation.script import NOT_LITERAL, Argument, Call
-from phi3_lightning.config import PHI3_FUSED_LAYERS, LoRA, Optimizer, Schedule, section
+from phi3_lightning.config import LoRA, Optimizer, Schedule
+from phi3_lightning.config.checks import section
+from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 from phi3_lightning.errors import ConfigError
 
 KNOWN: Final = (*(name for names, _ in CALLS for name in names), "load_dataset")

@@ -1,0 +1,195 @@
+"""Starting from an adapter that exists: PEFT's files, loralib's, or a checkpoint of this package."""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from phi3_lightning.adapters import adapter_config, convert, targets
+from phi3_lightning.adapters.adapter import Adapter, PeftForm
+from phi3_lightning.adapters.adapter_config import AdapterConfig
+from phi3_lightning.adapters.targets import Target
+from phi3_lightning.checkpoint.identity import changed_adapter, read_identity
+from phi3_lightning.checkpoint.io import read_checkpoint
+from phi3_lightning.config import LoRA
+from phi3_lightning.errors import CheckpointError
+
+KEY = "model.lora.init_from"
+WEIGHTS = "adapter_model.safetensors"
+PICKLED = "adapter_model.bin"
+NO_SCALE = "the file does not record how its updates are scaled, and lora_alpha / r of model.lora counts"
+"""Of a file of loralib's, without the lora.json that ``export`` writes beside it."""
+
+
+def load_into(adapter: Adapter, model: nn.Module, lora: LoRA, base: str | None) -> None:
+    """Set a fresh adapter to the values of ``lora.init_from``.
+
+    Args:
+        adapter: The adapter.
+        model: The model that carries it.
+        lora: The section; its rank, scale and targets must be those of what is read.
+        base: Name of the base model, if it has one.
+
+    Raises:
+        CheckpointError: If nothing can be read there, or it is another adapter or of another base.
+    """
+    source = str(lora.init_from)
+    where = f"{KEY}: {source}"
+    suffix = Path(source).suffix
+    if suffix in (".ckpt", ".pt"):
+        state = _of_checkpoint(source, lora, adapter) if suffix == ".ckpt" else _of_loralib(source, lora, adapter)
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        convert.check_tensors(state, trained, where)
+        model.load_state_dict(state, strict=False)
+    else:
+        found = read_config(lora, base)
+        assert found is not None  # it is neither of the others
+        adapter.load_peft(PeftForm(found.to_peft(), _peft_tensors(source)), where)
+    rank_zero_info(f"adapter: starting from {source}")
+
+
+def read_config(lora: LoRA, base: str | None) -> AdapterConfig | None:
+    """Read what an adapter in PEFT's format says of itself; None where the section names no such adapter.
+
+    Args:
+        lora: The section.
+        base: Name of the base model, if it has one.
+
+    Raises:
+        CheckpointError: If it cannot be read, is of a kind that is not computed here, or is of another base.
+    """
+    source = lora.init_from
+    if source is None or Path(source).suffix in (".ckpt", ".pt"):
+        return None
+    found = adapter_config.read(source, KEY)
+    if base and found.base and found.base != base and not Path(found.base).exists():
+        raise CheckpointError(
+            f"{KEY}: {source} was trained on {found.base}, and model.base is {base}; use that base, or, where it is "
+            f"the same model under another name, set model.base_id: {found.base}"
+        )
+    return found
+
+
+def check_origin(lora: LoRA, fingerprint: str) -> None:
+    """See that a checkpoint to start from was trained on the same base weights.
+
+    Args:
+        lora: The section.
+        fingerprint: Hash of the base's weights, which are read after the adapter is attached where they are sharded.
+
+    Raises:
+        CheckpointError: If it was not.
+    """
+    if lora.init_from is None or Path(lora.init_from).suffix != ".ckpt":
+        return
+    identity = _checkpoint(lora.init_from)[1]
+    if identity["fingerprint"] != fingerprint:
+        raise CheckpointError(
+            f"{KEY}: {lora.init_from} belongs to another base ({identity['base'] or 'a local folder'}), or to this one "
+            "in another dtype or quantization; an adapter in PEFT's format moves between those"
+        )
+
+
+def _checkpoint(source: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """A checkpoint of this package, and its identity block."""
+    try:
+        content = read_checkpoint(Path(source))
+        return content, read_identity(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{KEY}: {source}: {str(error).removeprefix(f'{Path(source)}: ')}") from error
+
+
+def _of_checkpoint(source: str, lora: LoRA, adapter: Adapter) -> dict[str, Tensor]:
+    content, identity = _checkpoint(source)
+    mine = {**asdict(lora), "slices": targets.partial(adapter.targets)}
+    layers = Counter(target.name for target in adapter.targets)
+    if changes := changed_adapter(identity, {"lora": mine, "layers": layers}):
+        raise CheckpointError(f"{KEY}: {source} holds another adapter: {changes}; write the same")
+    prefix = "model."
+    return {n.removeprefix(prefix): tensor for n, tensor in content["state_dict"].items() if n.startswith(prefix)}
+
+
+def _of_loralib(source: str, lora: LoRA, adapter: Adapter) -> dict[str, Tensor]:
+    content = _read_torch(source)
+    where = f"{KEY}: {source}"
+    if lora.backend != "loralib":
+        raise CheckpointError(f"{where} is a file of loralib's; set model.lora.backend: loralib")
+    foreign = [
+        str(name) for name, value in content.items() if "lora_" not in str(name) or not isinstance(value, Tensor)
+    ]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise CheckpointError(
+            f"{where}: {foreign[0]}{more}: no tensor of an adapter; save what loralib.lora_state_dict(model) returns"
+        )
+    _check_layers(Path(source).with_suffix(".json"), adapter.targets, where)
+    return dict(content)
+
+
+def _check_layers(described: Path, adapted: list[Target], where: str) -> None:
+    """See that layers are scaled as they were trained, which a file of loralib's alone does not tell."""
+    if not described.is_file():
+        scales = ", ".join(f"{scaling:g}" for scaling in sorted({target.scaling for target in adapted}))
+        rank_zero_info(f"{where}: {NO_SCALE}, {scales}")
+        return
+    try:
+        layers = json.loads(described.read_text(encoding="utf-8"))
+        found = {
+            path: (layer["lora_alpha"] / layer["r"], layer.get("enable_lora", [True])) for path, layer in layers.items()
+        }
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where}: {described} does not describe its layers ({error!r})") from error
+    for target in adapted:
+        scaling, enabled = found.get(target.path, (target.scaling, list(target.enabled)))
+        if not math.isclose(scaling, target.scaling) or enabled != list(target.enabled):
+            raise CheckpointError(
+                f"{where}: {described.name} has {target.path} scaled by {scaling:g} with slices {enabled}, and by "
+                f"model.lora it is {target.scaling:g} with {list(target.enabled)}; write the same"
+            )
+
+
+def _read_torch(source: str) -> Mapping[str, Any]:
+    if not Path(source).is_file():
+        raise CheckpointError(f"{KEY}: there is no file {source}")
+    try:
+        content = torch.load(source, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a file that is cut or foreign
+        raise CheckpointError(
+            f"{KEY}: {source} is not a whole checkpoint of tensors and plain types ({type(error).__name__})"
+        ) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{KEY}: {source} holds a {type(content).__name__} and no tensors by name")
+    return content
+
+
+def _peft_tensors(source: str) -> dict[str, Tensor]:
+    folder = Path(source)
+    if (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file():
+        raise CheckpointError(
+            f"{KEY}: {source} has {PICKLED}, which can run code when it is read. Where you trust it, write it anew: "
+            f"PeftModel.from_pretrained(BASE, {source!r}).save_pretrained({source!r}) of PEFT makes {WEIGHTS}"
+        )
+    try:
+        tensors: dict[str, Tensor] = load_file(
+            folder / WEIGHTS if folder.is_dir() else hf_hub_download(source, WEIGHTS)
+        )
+    except (OSError, ValueError, SafetensorError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{KEY}: {source}: {WEIGHTS} cannot be read ({error})") from error
+    ours = [name for name in tensors if ".base_layer." in name]
+    if ours:
+        raise CheckpointError(
+            f"{KEY}: {source}: {WEIGHTS} holds weights of the base ({ours[0]}), which stay as they are here; save it "
+            "again with save_pretrained(FOLDER, save_embedding_layers=False) of PEFT"
+        )
+    return tensors

@@ -1,0 +1,43 @@
+"""Cutting a batch into its documents."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from phi3_lightning.batch.types import Batch
+
+
+class DocumentSpan(NamedTuple):
+    """Where a document lies in a batch."""
+
+    row: int
+    tokens: slice
+    document_id: int
+
+
+def document_spans(batch: Batch) -> Iterator[DocumentSpan]:
+    """Yield the place of each document of a batch, row by row.
+
+    Args:
+        batch: Rows of one or more documents.
+    """
+    for row, (lengths, document_ids) in enumerate(zip(batch["document_lengths"], batch["document_ids"], strict=True)):
+        start = 0
+        for length, document_id in zip(lengths, document_ids, strict=True):
+            yield DocumentSpan(row, slice(start, start + length), document_id)
+            start += length
+
+
+def single_documents(batch: Batch) -> Iterator[Batch]:
+    """Yield each document of a batch as a batch of its own.
+
+    Args:
+        batch: Rows of one or more documents.
+    """
+    for row, tokens, document_id in document_spans(batch):
+        yield Batch(
+            input_ids=batch["input_ids"][row : row + 1, tokens],
+            labels=batch["labels"][row : row + 1, tokens],
+            position_ids=batch["position_ids"][row : row + 1, tokens],
+            document_lengths=[[tokens.stop - tokens.start]],
+            document_ids=[[document_id]],
+        )

@@ -1,0 +1,60 @@
+"""Prompts one above the other, ending together."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from phi3_lightning.batch.types import PromptBatch
+
+
+def left_pad(
+    prompts: Sequence[Sequence[int]], pad_token_id: int = 0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids on the left.
+
+    Args:
+        prompts: Token ids, at least one prompt.
+        pad_token_id: What stands before shorter ones; the mask says where, never this id.
+        device: Where the tensors are to be; None: in the host's memory.
+
+    Returns:
+        ``input_ids`` and ``attention_mask`` as in :class:`~phi3_lightning.batch.PromptBatch`.
+    """
+    width = max(map(len, prompts))
+    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, width - len(prompt) :] = torch.as_tensor(prompt, dtype=torch.int64)
+        mask[row, width - len(prompt) :] = 1
+    return ids.to(device), mask.to(device)
+
+
+def prompt_batch(
+    prompts: Sequence[Sequence[int]],
+    document_ids: list[int],
+    stop_ids: list[int],
+    pad_token_id: int = 0,
+    device: torch.device | None = None,
+) -> PromptBatch:
+    """Make a batch of prompts, as long as its longest one.
+
+    Args:
+        prompts: Token ids; none at all gives a filler batch of one prompt without an id.
+        document_ids: A number for each prompt.
+        stop_ids: The tokens that end an answer.
+        pad_token_id: What stands before shorter prompts.
+        device: Where the batch is to be; None: in the host's memory.
+    """
+    # the filler is not masked: a row without any token has no attention to compute
+    input_ids, attention_mask = left_pad(prompts or [[pad_token_id] * 2], pad_token_id, device)
+    return PromptBatch(input_ids=input_ids, attention_mask=attention_mask, document_ids=document_ids, stop_ids=stop_ids)
+
+
+def unpadded(batch: PromptBatch) -> list[list[int]]:
+    """Return the tokens of each prompt.
+
+    Args:
+        batch: Prompts.
+    """
+    return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]

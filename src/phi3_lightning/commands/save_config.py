@@ -1,0 +1,27 @@
+"""The configuration of a run, in its folder and on its board."""
+
+import lightning.pytorch as pl
+from lightning.pytorch.cli import SaveConfigCallback
+from typing_extensions import override
+
+from phi3_lightning.callbacks.tensorboard import boards
+from phi3_lightning.run_folder import RunFolder
+
+
+class SaveRunConfig(SaveConfigCallback):
+    """Keeps what the user asked for in the run's folder, once the run has really begun."""
+
+    @override
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        pass
+
+    @override
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if trainer.is_global_zero:
+            config = self.config.clone()
+            for key in ("ckpt_path", "resume", "weights_only"):  # of one call, not of the run
+                config.pop(key, None)
+            text = self.parser.dump(config, skip_none=False, skip_validation=True)
+            RunFolder.of(config).keep_config(text)
+            for writer in boards(trainer):
+                writer.add_text("config", f"```yaml\n{text}\n```", trainer.global_step)

@@ -1,0 +1,148 @@
+"""Whether a value is one that its option takes, and sections given as mappings."""
+
+import difflib
+from collections.abc import Iterable, Mapping
+from numbers import Integral, Real
+from types import NoneType, UnionType
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+from phi3_lightning import renamed
+from phi3_lightning.errors import ConfigError
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise a ConfigError that names ``key`` unless ``condition`` holds.
+
+    Args:
+        condition: What must be true of the value.
+        key: The key path as the user writes it, for example ``model.lora.r``.
+        value: What was given.
+        remedy: What to write instead.
+
+    Raises:
+        ConfigError: If ``condition`` is false.
+    """
+    if not condition:
+        raise ConfigError(f"{key}: {value!r} cannot be used: {remedy}")
+
+
+def require_choice(key: str, value: object, kind: Any) -> None:
+    """Raise a ConfigError that names ``key`` unless ``value`` is one of the choices of a ``Literal``.
+
+    The command line checks types as well; a script has only this, and a misspelt choice must not pass for another.
+
+    Args:
+        key: The key path as the user writes it.
+        value: What was given.
+        kind: The ``Literal``.
+
+    Raises:
+        ConfigError: If ``value`` is no choice.
+    """
+    choices = get_args(kind)
+    valid = any(value == choice and type(value) is type(choice) for choice in choices)
+    require(valid, key, value, f"choose {' or '.join(map(str, choices))}")
+
+
+def require_types(key: str, given: object) -> None:
+    """Raise a ConfigError unless each field of a section holds a value of its type, or one of its choices.
+
+    Args:
+        key: The key path of the section.
+        given: The section, a dataclass.
+
+    Raises:
+        ConfigError: If a field holds something else.
+    """
+    for name, kind in get_type_hints(type(given)).items():
+        _require_type(f"{key}.{name}", getattr(given, name), kind)
+
+
+def _require_type(key: str, value: object, kind: Any) -> None:
+    if get_origin(kind) is Literal:
+        require_choice(key, value, kind)
+    elif get_origin(kind) is dict and isinstance(value, Mapping):
+        for name, item in value.items():
+            _require_type(f"{key}.{name}", item, get_args(kind)[1])
+    else:
+        require(_is_of(value, kind), key, value, f"give {_words(kind)}")
+
+
+def _is_of(value: object, kind: Any) -> bool:
+    """Whether a value is of a type, with a whole number for a number, and any sequence or set for a list."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_is_of(value, one) for one in arguments)
+    if origin is Literal:
+        return value in arguments
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple | set) and all(_is_of(item, arguments[0]) for item in value)
+    if kind in (int, float):
+        return isinstance(value, Integral if kind is int else Real) and not isinstance(value, bool)
+    return isinstance(value, origin or kind)
+
+
+def _words(kind: Any) -> str:
+    """A type in the user's words."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return " or ".join(map(_words, arguments))
+    if origin is Literal:
+        return " or ".join(map(str, arguments))
+    if origin in (list, tuple):
+        return f"a list, each of it {_words(arguments[0])}"
+    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    return words.get(kind, "a mapping")
+
+
+Section = TypeVar("Section")
+
+if TYPE_CHECKING:
+    Given: TypeAlias = Section | Mapping[str, Any]
+    """A section, or a mapping of its keys, as scripts and checkpoints give it."""
+else:
+
+    class Given:
+        """The section alone: what the command line makes options of."""
+
+        def __class_getitem__(cls, kind):
+            return kind
+
+
+def section(kind: type[Section], given: Section | Mapping[str, Any]) -> Section:
+    """Return a section of the configuration that was given as itself or as a mapping, as scripts and checkpoints do.
+
+    Args:
+        kind: The dataclass.
+        given: An instance, or a mapping of its fields.
+
+    Raises:
+        ConfigError: If the mapping has a key that ``kind`` lacks, or a value out of range.
+    """
+    if isinstance(given, kind):
+        return given
+    key = f"model.{kind.__name__.lower()}"
+    require(isinstance(given, Mapping), key, given, "give a mapping of its options")
+    given = cast("Mapping[str, Any]", given)
+    check_names(key, kind, given)
+    return kind(**given)
+
+
+def check_names(key: str, kind: type, given: Iterable[str]) -> None:
+    """Refuse options that a section lacks.
+
+    Args:
+        key: The key path of the section.
+        kind: Its dataclass.
+        given: The names of the options that were given.
+
+    Raises:
+        ConfigError: If one is unknown.
+    """
+    renamed.check_keys(key, given)
+    known = list(get_type_hints(kind))
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"
+            raise ConfigError(f"{key}.{name}: there is no such option; {hint}")

@@ -1,0 +1,40 @@
+"""How long a model's inputs may be, read from its config.json."""
+
+from typing import NamedTuple
+
+from transformers import PretrainedConfig
+
+
+class ContextLength(NamedTuple):
+    """The positions that a model knows.
+
+    Args:
+        longest: Tokens of the longest input.
+        short: Tokens up to which a longrope model uses its short factors; None for other models.
+    """
+
+    longest: int
+    short: int | None
+
+
+def read_context_length(name: str, revision: str | None = None) -> ContextLength | None:
+    """Look into the config.json beside a tokenizer.
+
+    Args:
+        name: Folder or hub id.
+        revision: Branch, tag or commit on the hub.
+
+    Returns:
+        The window, or None where no config.json says it.
+    """
+    try:
+        config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
+    except OSError:
+        return None
+    if "max_position_embeddings" not in config:
+        return None
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # `su` is what the first 128k models call longrope
+    long = rope.get("rope_type", rope.get("type")) in {"longrope", "su"}
+    short = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
+    return ContextLength(config["max_position_embeddings"], short if long else None)

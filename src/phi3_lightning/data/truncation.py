@@ -1,0 +1,70 @@
+"""What becomes of documents longer than they may be. No end-of-turn token is ever made up."""
+
+from phi3_lightning.data.conversation import BadRowError, Conversation, TokenizedDocument
+from phi3_lightning.data.messages import TOOL_RESPONSE
+from phi3_lightning.data.template import ChatTemplate
+
+
+def truncate_end(document: TokenizedDocument, limit: int) -> TokenizedDocument:
+    """Keep the beginning.
+
+    Args:
+        document: The document.
+        limit: Tokens to keep at most.
+
+    Returns:
+        Its first tokens.
+    """
+    return _slice(document, 0, limit)
+
+
+def split(document: TokenizedDocument, limit: int) -> list[TokenizedDocument]:
+    """Cut into pieces.
+
+    Args:
+        document: The document.
+        limit: Tokens of a piece at most.
+
+    Returns:
+        All of it, in order.
+    """
+    return [_slice(document, start, start + limit) for start in range(0, len(document.input_ids), limit)]
+
+
+def truncate_turns(conversation: Conversation, template: ChatTemplate, limit: int) -> TokenizedDocument | None:
+    """Leave out whole exchanges from the beginning, as few as possible; a system message before them stays.
+
+    Args:
+        conversation: The chat.
+        template: Renders it.
+        limit: Tokens to keep at most.
+
+    Returns:
+        What the template makes of the shorter chat; None where even the last exchange is too long.
+    """
+    messages = conversation.messages
+    starts = [
+        index
+        for index, message in enumerate(messages)
+        if message["role"] == "user" and not message["content"].startswith(TOOL_RESPONSE)
+    ]
+    if not starts:
+        return None
+    head = starts[0]
+    shortest = None
+    low, high = 1, len(starts)  # the fewest exchanges to leave out lie in [low, high); one exchange is always kept
+    while low < high:
+        middle = (low + high) // 2
+        kept = [*range(head), *range(starts[middle], len(messages))]
+        shorter = Conversation([messages[i] for i in kept], [conversation.trained[i] for i in kept])
+        [encoded] = template.encode([shorter])
+        if isinstance(encoded, BadRowError) or len(encoded.input_ids) > limit:
+            low = middle + 1
+        else:
+            shortest, high = encoded, middle
+    return shortest
+
+
+def _slice(document: TokenizedDocument, start: int, end: int) -> TokenizedDocument:
+    spans = [(max(first, start) - start, min(last, end) - start) for first, last in document.spans]
+    return TokenizedDocument(document.input_ids[start:end], [(first, last) for first, last in spans if first < last])

@@ -1,0 +1,1 @@
+"""Answers, batch by batch or token by token."""

@@ -1,0 +1,105 @@
+"""What a layer's forward pass keeps for its backward pass, and what is computed again.
+
+See Chen et al. 2016, https://arxiv.org/abs/1604.06174.
+"""
+
+from functools import partial
+from typing import Any, Final, Literal
+
+import torch
+import torch.nn.attention.varlen  # registers the last operator below
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from transformers import Phi3ForCausalLM
+
+from phi3_lightning.config.checks import require, require_choice
+
+CheckpointingMode = Literal["none", "selective", "full", "offload"]
+Named = Literal["auto", "none", "selective", "full", "offload"]
+Checkpointing = Named | int
+
+SAVED_OPERATORS: Final = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.torch_attn._varlen_attn.default,
+]
+"""Operators whose results ``selective`` keeps: products with a matrix, and attention by a kernel (Korthikanti et al.
+2022, https://arxiv.org/abs/2205.05198, keep and recompute by operator). An adapter's second product is an ``addmm``: a
+result as large as that of the layer for next to no work, which is not kept."""
+
+
+def check(wanted: object) -> None:
+    """Refuse a value that is no checkpointing mode.
+
+    Args:
+        wanted: What the user wrote as ``model.gradient_checkpointing``.
+
+    Raises:
+        ConfigError: If it is none.
+    """
+    if isinstance(wanted, int) and not isinstance(wanted, bool):
+        remedy = "a number says that every so many layers one is recomputed; give 2 or more, or full for each of them"
+        require(wanted >= 2, "model.gradient_checkpointing", wanted, remedy)
+    else:
+        require_choice("model.gradient_checkpointing", wanted, Named)
+
+
+def _full(function: Any, *args: Any) -> Any:
+    # the reentrant variant gives no gradient where the input needs none
+    return checkpoint(function, *args, use_reentrant=False)
+
+
+def _selective(function: Any, *args: Any) -> Any:
+    context = partial(create_selective_checkpoint_contexts, SAVED_OPERATORS)
+    return checkpoint(function, *args, use_reentrant=False, context_fn=context)
+
+
+def _offloaded(function: Any, *args: Any) -> Any:
+    with save_on_cpu(pin_memory=True):  # takes the layer's input alone: what is within is recomputed
+        return checkpoint(function, *args, use_reentrant=False)
+
+
+def checkpoint_activations(model: Phi3ForCausalLM, mode: CheckpointingMode | int) -> None:
+    """Decide what the layers keep in training mode; the last call counts.
+
+    Args:
+        model: The model, in training or evaluation.
+        mode: ``none`` keeps everything; ``selective`` what :data:`SAVED_OPERATORS` computes; ``full`` one hidden state
+            a layer, and ``offload`` the same in the host's memory; a number n recomputes every n-th layer.
+    """
+    every = mode if isinstance(mode, int) else 1
+    for index, layer in enumerate(model.model.layers):
+        # as transformers' own activation_checkpointing_enable does it, which no release before 5.20 has
+        layer.gradient_checkpointing = mode != "none" and index % every == 0
+        layer._gradient_checkpointing_func = {"selective": _selective, "offload": _offloaded}.get(str(mode), _full)
+
+
+def mode_of(model: Phi3ForCausalLM) -> CheckpointingMode | int:
+    """Return what :func:`checkpoint_activations` was told.
+
+    Args:
+        model: The model.
+    """
+    again = [index for index, layer in enumerate(model.model.layers) if layer.gradient_checkpointing]
+    if not again:
+        return "none"
+    function = model.model.layers[0]._gradient_checkpointing_func
+    if function is not _full:
+        return "selective" if function is _selective else "offload"
+    if len(again) == len(model.model.layers):
+        return "full"
+    return again[1] if len(again) > 1 else len(model.model.layers)
+
+
+def recomputed_share(mode: CheckpointingMode | int, depth: int) -> float:
+    """Return the share of the layers whose products are computed once more in the backward pass.
+
+    Args:
+        mode: As for :func:`checkpoint_activations`.
+        depth: Layers of the model.
+    """
+    if isinstance(mode, int):
+        return len(range(0, depth, mode)) / depth
+    return 0.0 if mode in ("none", "selective") else 1.0

@@ -1,0 +1,338 @@
+"""Starting from an adapter that exists, in each of its formats, and refusing what is another one."""
+
+import json
+import logging
+
+import loralib
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+
+import synthetic
+from adapters.conftest import frozen_base, logits, randomise, trained
+from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.adapters import attach
+from phi3_lightning.config import LoRA
+from phi3_lightning.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+
+BATCH = synthetic.batch_of([[synthetic.document(12, 6, seed)] for seed in range(2)])
+SMALL = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+
+
+def section(**options) -> LoRA:
+    return LoRA(**SMALL | options)
+
+
+def by_plain_peft(base: str, folder, **options) -> torch.Tensor:
+    """Save an adapter as PEFT does; return the answers of the model that carries it."""
+    targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    model = get_peft_model(frozen_base(base), LoraConfig(**SMALL | {"target_modules": targets} | options))
+    randomise(trained(model).values())
+    model.save_pretrained(folder)
+    return logits(model.eval()).detach()
+
+
+@pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
+def test_a_folder_that_peft_saved(tiny_base, tmp_path, options):
+    expected = by_plain_peft(tiny_base, tmp_path, **options)
+    model = frozen_base(tiny_base)
+    attach(model, section(init_from=str(tmp_path), **options))
+    torch.testing.assert_close(logits(model), expected)
+    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
+
+
+def test_a_folder_that_peft_saved_as_slices_of_loralib(tiny_base, tmp_path):
+    expected = by_plain_peft(tiny_base, tmp_path)
+    model = frozen_base(tiny_base)
+    attach(model, section(init_from=str(tmp_path), backend="loralib"))
+    torch.testing.assert_close(logits(model), expected)
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+def test_what_a_backend_gives_to_peft_it_takes_back(tiny_base, tmp_path, backend):
+    options = {"backend": backend, "rank_pattern": {"o_proj": 2}}
+    model = frozen_base(tiny_base)
+    adapter = attach(model, section(**options))
+    randomise(adapter.parameters())
+    form = adapter.to_peft()
+    form.config.save_pretrained(tmp_path)
+    save_file(form.tensors, tmp_path / "adapter_model.safetensors")
+    if backend == "peft":  # whose layers take the one rank as it is
+        options = {"backend": backend, "alpha_pattern": {}, "lora_alpha": form.config.lora_alpha}
+    again = frozen_base(tiny_base)
+    attach(again, section(init_from=str(tmp_path), **options))
+    torch.testing.assert_close(logits(again), logits(model))
+
+
+def by_loralib(base: str, folder, **options) -> torch.Tensor:
+    """Save an adapter as loralib does; return the answers of the model that carries it."""
+    model = frozen_base(base)
+    randomise(attach(model, section(backend="loralib", **options)).parameters())
+    torch.save(loralib.lora_state_dict(model), folder / "lora.pt")
+    return logits(model).detach()
+
+
+def test_a_file_of_plain_loralib(tiny_base, tmp_path, caplog):
+    expected = by_loralib(tiny_base, tmp_path)
+    again = frozen_base(tiny_base)
+    with caplog.at_level(logging.INFO):
+        attach(again, section(backend="loralib", init_from=str(tmp_path / "lora.pt")))
+    assert torch.equal(logits(again), expected)
+    assert "lora.pt: the file does not record how its updates are scaled" in caplog.text
+    assert "lora_alpha / r of model.lora counts, 2" in caplog.text
+
+
+VALUE_SLICE = {"layer": "MergedLinear", "r": 4, "lora_alpha": 8, "enable_lora": [False, False, True]}
+
+
+@pytest.mark.parametrize(
+    ("written", "told"),
+    [
+        ({"lora_alpha": 16}, r"lora\.json has model\.layers\.0\.self_attn\.qkv_proj scaled by 4 .* it is 2"),
+        ({"enable_lora": [False, True, False]}, r"with slices \[False, True, False\].* with \[False, False, True\]"),
+        ({"r": 0}, r"lora\.json does not describe its layers"),
+    ],
+)
+def test_what_an_export_says_of_a_loralib_file_is_compared(tiny_base, tmp_path, written, told):
+    options = {"target_modules": ["v_proj"]}
+    expected = by_loralib(tiny_base, tmp_path, **options)
+    paths = [f"model.layers.{number}.self_attn.qkv_proj" for number in range(2)]
+    mine = section(backend="loralib", init_from=str(tmp_path / "lora.pt"), **options)
+    (tmp_path / "lora.json").write_text(json.dumps(dict.fromkeys(paths, VALUE_SLICE)))
+    again = frozen_base(tiny_base)
+    attach(again, mine)
+    assert torch.equal(logits(again), expected)
+    (tmp_path / "lora.json").write_text(json.dumps(dict.fromkeys(paths, VALUE_SLICE | written)))
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: .*{told}"):
+        attach(frozen_base(tiny_base), mine)
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        (lambda model: model.state_dict(), r"model\.embed_tokens\.weight and \d+ more: no tensor of an adapter"),
+        (lambda model: loralib.lora_state_dict(model) | {"epoch": 3}, "epoch: no tensor of an adapter"),
+        (lambda model: loralib.lora_state_dict(model) | {"lora_alpha": 8}, "lora_alpha: no tensor of an adapter"),
+        (
+            lambda model: {f"module.{name}": tensor for name, tensor in loralib.lora_state_dict(model).items()},
+            "other layers than model.lora asks for",
+        ),
+    ],
+    ids=["whole model", "a number", "no tensor", "prefix"],
+)
+def test_what_nothing_reads_of_a_loralib_file_is_named(tiny_base, tmp_path, content, told):
+    model = frozen_base(tiny_base)
+    attach(model, section(backend="loralib"))
+    torch.save(content(model), tmp_path / "lora.pt")
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}/lora\.pt: .*{told}"):
+        attach(frozen_base(tiny_base), section(backend="loralib", init_from=str(tmp_path / "lora.pt")))
+
+
+def checkpoint(base: str, tmp_path, **lora) -> tuple[str, Phi3LoRAModule]:
+    module = synthetic.randomised(Phi3LoRAModule(base, dtype="float32", lora=SMALL | lora, optimizer={"lr": 1e-2}))
+    trainer = synthetic.trainer(tmp_path, max_steps=1)
+    trainer.fit(module, synthetic.loader([BATCH]))
+    trainer.save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
+    return str(tmp_path / "a.ckpt"), module
+
+
+@pytest.mark.parametrize(
+    "lora",
+    [{}, {"backend": "loralib", "target_modules": ["q_proj", "o_proj"]}, {"modules_to_save": ["lm_head"]}],
+    ids=["peft", "loralib", "whole"],
+)
+def test_a_checkpoint_of_ours(tiny_base, tmp_path, lora):
+    path, module = checkpoint(tiny_base, tmp_path, **lora)
+    again = Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | lora | {"init_from": path})
+    again.configure_model()
+    assert torch.equal(again.eval()(BATCH), module.eval()(BATCH))
+
+
+def test_a_run_that_started_from_an_adapter_needs_it_no_more(tiny_base, tmp_path):
+    by_plain_peft(tiny_base, tmp_path / "start")
+    path, module = checkpoint(tiny_base, tmp_path, init_from=str(tmp_path / "start"))
+    (tmp_path / "start" / "adapter_config.json").unlink()
+    again = Phi3LoRAModule.load_from_checkpoint(path, weights_only=True)
+    assert torch.equal(again.eval()(BATCH), module.eval()(BATCH))
+
+
+REFUSED = {
+    "rank": ({"r": 8, "lora_alpha": 16}, {}, r"lora_A.weight has shape \(8, 32\) and not \(4, 32\): its rank is not"),
+    "scale": ({"lora_alpha": 16}, {}, "is scaled by 4 and model.lora scales it by 2; its r is 4 and its lora_alpha 16"),
+    "targets": ({"target_modules": ["qkv_proj"]}, {}, "other layers than model.lora asks for: missing .*and 8 more"),
+    "more targets": ({}, {"target_modules": ["qkv_proj"]}, "other layers than model.lora asks for: unexpected"),
+    "dora": ({"use_dora": True}, {}, "unexpected .*lora_magnitude_vector"),
+    "rslora": ({"use_rslora": True}, {}, "is scaled by 4 and model.lora scales it by 2"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_another_adapter_is_refused(tiny_base, tmp_path, name):
+    theirs, mine, told = REFUSED[name]
+    by_plain_peft(tiny_base, tmp_path, **theirs)
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}: .*{told}"):
+        attach(frozen_base(tiny_base), section(init_from=str(tmp_path), **mine))
+
+
+def test_an_adapter_of_a_smaller_base_is_refused(tiny_base, tmp_path):
+    other = synthetic.save_tiny(tmp_path / "other", hidden_size=64)
+    by_plain_peft(other, tmp_path / "adapter")
+    with pytest.raises(CheckpointError, match=r"has shape .*or its base not model\.base"):
+        attach(frozen_base(tiny_base), section(init_from=str(tmp_path / "adapter")))
+
+
+def test_an_adapter_that_records_another_base_is_refused_with_both_names(tiny_base, tmp_path):
+    by_plain_peft(tiny_base, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/other-model"}))
+    lora = SMALL | {"init_from": str(tmp_path)}
+    with pytest.raises(CheckpointError, match=r"trained on some/other-model, .*set model\.base_id: some/other-model"):
+        Phi3LoRAModule(tiny_base, base_id="our/model", lora=lora).configure_model()
+    Phi3LoRAModule(tiny_base, base_id="some/other-model", lora=lora).configure_model()
+    Phi3LoRAModule(tiny_base, lora=lora).configure_model()  # a local folder: nobody can tell
+
+
+@pytest.mark.parametrize(
+    ("lora", "told"),
+    [
+        ({"lora_alpha": 9}, "model.lora.lora_alpha is 9 and was 8"),
+        ({"backend": "loralib"}, "model.lora.backend is loralib and was peft"),
+        (
+            {"target_modules": ["o_proj"]},
+            "target_modules adapts o_proj in 2 layers and adapted o_proj in 2 layers",
+        ),
+        ({"layers_to_transform": [0]}, "target_modules adapts o_proj in 1 layers, .* and adapted o_proj in 2 layers"),
+        ({"alpha_pattern": {"o_proj": 9}}, "model.lora.alpha_pattern is {'o_proj': 9} and was {}"),
+    ],
+)
+def test_another_checkpoint_is_refused(tiny_base, tmp_path, lora, told):
+    path, _ = checkpoint(tiny_base, tmp_path)
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: .*{told}"):
+        Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | lora | {"init_from": path}).configure_model()
+
+
+def test_a_checkpoint_of_another_base_is_refused(tiny_base, tmp_path):
+    path, _ = checkpoint(tiny_base, tmp_path)
+    with pytest.raises(CheckpointError, match=r"belongs to another base \(a local folder\)"):
+        Phi3LoRAModule(tiny_base, dtype="bfloat16", lora=SMALL | {"init_from": path}).configure_model()
+
+
+def test_the_same_shapes_of_other_slices_are_another_adapter(tiny_base, tmp_path):
+    """k and v have equally many rows: a name alone tells them apart."""
+    path, _ = checkpoint(tiny_base, tmp_path, backend="loralib", target_modules=["k_proj"])
+    lora = SMALL | {"backend": "loralib", "target_modules": ["v_proj"]}
+    with pytest.raises(CheckpointError, match=r"slices is .*v_proj.* and was .*k_proj"):
+        Phi3LoRAModule(tiny_base, dtype="float32", lora=lora | {"init_from": path}).configure_model()
+    other, trainer = Phi3LoRAModule(tiny_base, dtype="float32", lora=lora), synthetic.trainer(tmp_path)
+    with pytest.raises(CheckpointError, match=r"slices is .*v_proj.* and was .*k_proj"):
+        trainer.validate(other, synthetic.loader([BATCH]), ckpt_path=path, weights_only=True)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".ckpt", ""])
+def test_what_is_not_there_is_named(tiny_base, tmp_path, suffix):
+    source = str(tmp_path / f"nowhere{suffix}")
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: .*{source}"):
+        attach(frozen_base(tiny_base), section(backend="loralib", init_from=source))
+
+
+def test_a_file_that_could_run_code_is_never_opened(tiny_base, tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return exec, ("raise SystemExit('ran')",)
+
+    for name in ("a.pt", "a.ckpt"):
+        torch.save({"state_dict": {}, "x": Trap()}, tmp_path / name)
+        with pytest.raises(CheckpointError, match="not a whole checkpoint of tensors and plain types"):
+            attach(frozen_base(tiny_base), section(backend="loralib", init_from=str(tmp_path / name)))
+    by_plain_peft(tiny_base, tmp_path / "folder")
+    (tmp_path / "folder/adapter_model.safetensors").rename(tmp_path / "folder/adapter_model.bin")
+    with pytest.raises(CheckpointError, match=r"adapter_model\.bin, which can run code"):
+        attach(frozen_base(tiny_base), section(init_from=str(tmp_path / "folder")))
+
+
+def test_a_loralib_file_needs_its_backend(tiny_base, tmp_path):
+    torch.save({}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"set model\.lora\.backend: loralib"):
+        attach(frozen_base(tiny_base), section(init_from=str(tmp_path / "a.pt")))
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_an_adapter_in_two_bytes_is_as_peft_reads_it(tiny_base, tmp_path, backend, dtype):
+    by_plain_peft(tiny_base, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
+    expected = logits(PeftModel.from_pretrained(frozen_base(tiny_base), tmp_path).eval()).detach()
+    model = frozen_base(tiny_base)
+    attach(model, section(init_from=str(tmp_path), backend=backend))
+    torch.testing.assert_close(logits(model), expected)
+    assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
+
+
+LAYER = "base_model.model.model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize("backend", ["peft", "loralib"])
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        ({f"{LAYER}.lora_magnitude_vector": torch.ones(32)}, "unexpected .*lora_magnitude_vector"),
+        ({f"{LAYER}.lora_B.bias": torch.ones(32)}, r"unexpected .*lora_B\.bias"),
+        ({"base_model.model.lm_head.weight": torch.ones(96, 32)}, r"unexpected .*lm_head\.weight"),
+        ({f"{LAYER}.lora_A.default.weight": torch.ones(4, 32)}, r"unexpected .*lora_A\.default"),
+        ({f"{LAYER}.base_layer.weight": torch.ones(32, 32)}, "holds weights of the base .*save_embedding_layers=False"),
+        ({f"{LAYER}.lora_A.weight": torch.full((4, 32), torch.nan)}, r"lora_A(\.weight)? is not finite"),
+        ({f"{LAYER}.lora_B.weight": torch.full((32, 4), torch.inf)}, r"lora_B(\.weight)? is not finite"),
+    ],
+    ids=["magnitude", "bias", "whole module", "adapter name", "base", "nan", "inf"],
+)
+def test_a_tensor_that_nothing_reads_is_named(tiny_base, tmp_path, backend, more, told):
+    by_plain_peft(tiny_base, tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(load_file(file) | more, file)
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}: .*{told}"):
+        attach(frozen_base(tiny_base), section(init_from=str(tmp_path), backend=backend))
+
+
+def test_a_folder_of_several_adapters_names_them(tiny_base, tmp_path):
+    for name in ("first", "second"):
+        by_plain_peft(tiny_base, tmp_path / name)
+    with pytest.raises(CheckpointError, match=rf"in folders of their own; give one: {tmp_path}/first, {tmp_path}/sec"):
+        attach(frozen_base(tiny_base), section(init_from=str(tmp_path)))
+
+
+def rewritten(path: str, **identity) -> None:
+    content = torch.load(path, weights_only=True)
+    content["phi3_lightning"] |= identity
+    torch.save(content, path)
+
+
+@pytest.mark.parametrize("version", [0, 99])
+def test_a_checkpoint_of_an_unknown_format_is_refused(tiny_base, tmp_path, version):
+    path, _ = checkpoint(tiny_base, tmp_path)
+    rewritten(path, format_version=version)
+    with pytest.raises(
+        CheckpointError, match=rf"^model\.lora\.init_from: {path}: .* has format version {version}, and"
+    ):
+        Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | {"init_from": path}).configure_model()
+
+
+def test_a_checkpoint_of_the_first_format_is_read(tiny_base, tmp_path):
+    path, module = checkpoint(tiny_base, tmp_path)
+    content = torch.load(path, weights_only=True)
+    block = content["phi3_lightning"]
+    first = {key: block[key] for key in ("base", "fingerprint")} | {"format_version": 1}
+    first["lora"] = {key: block["lora"][key] for key in ("backend", "r", "lora_alpha", "lora_dropout")}
+    torch.save(content | {"phi3_lightning": first}, path)
+    again = Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | {"init_from": path})
+    again.configure_model()
+    assert torch.equal(again.eval()(BATCH), module.eval()(BATCH))
+
+
+def test_a_checkpoint_of_another_origin_is_refused(tiny_base, tmp_path):
+    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
+    with pytest.raises(CheckpointError, match=r"^model\.lora\.init_from: .*a\.ckpt: .*not written by phi3_lightning"):
+        attach(frozen_base(tiny_base), section(init_from=str(tmp_path / "a.ckpt")))

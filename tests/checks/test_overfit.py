@@ -1,0 +1,78 @@
+"""Who is at fault: rows, settings or base."""
+
+import random
+import string
+
+import pytest
+
+from phi3_lightning.checks import overfit
+from phi3_lightning.checks.overfit_diagnosis import (
+    GOOD_GOOD,
+    GOOD_MINE,
+    MINE_GOOD,
+    MINE_MINE,
+    ROUND_TRIP,
+    OverfitDiagnosis,
+)
+from phi3_lightning.checks.rows import packaged_rows, read_sample
+
+
+def results(made, rows):
+    lessons = OverfitDiagnosis(made.bench, made.template, made.clip, made.folder, lambda name: None, lambda: None)
+    plan = [[[index] for index in range(len(rows))]]
+    good = packaged_rows(made.template)
+    found = list(lessons.run(lessons.lesson(rows, plan), lessons.lesson(good, [[[i] for i in range(len(good))]])))
+    return {result.name: result for result in found}
+
+
+@pytest.mark.slow
+def test_a_learning_rate_that_is_too_low_is_the_settings_fault(suite):
+    made = suite(optimizer={"lr": 1e-9}, dtype="bfloat16", precision="bf16-mixed")
+    found = results(made, read_sample(made.options, made.template, made.window).rows)
+    assert {name: result.outcome for name, result in found.items()} == {
+        GOOD_GOOD: "ok", MINE_GOOD: "ok", GOOD_MINE: "FAIL", MINE_MINE: "skipped", ROUND_TRIP: "ok",
+    }  # fmt: skip
+    assert "model.optimizer.lr" in found[GOOD_MINE].remedy
+
+
+@pytest.mark.slow
+def test_answers_that_follow_from_nothing_are_the_data_s_fault(suite, tmp_path):
+    noise = random.Random(0)
+    lines = [
+        f'{{"prompt": "Question {number}?", "completion": "{"".join(noise.choices(string.ascii_letters, k=90))}"}}'
+        for number in range(8)
+    ]
+    (tmp_path / "noise.jsonl").write_text("\n".join(lines))
+    made = suite({"train": str(tmp_path / "noise.jsonl")}, dtype="bfloat16", precision="bf16-mixed")
+    found = results(made, read_sample(made.options, made.template, made.window).rows)
+    assert {name: result.outcome for name, result in found.items()} == {
+        GOOD_GOOD: "ok", MINE_GOOD: "FAIL", GOOD_MINE: "ok", MINE_MINE: "skipped", ROUND_TRIP: "ok",
+    }  # fmt: skip
+    assert "preview" in found[MINE_GOOD].remedy
+    assert "or a base too small for them (1.67 million parameters; these answers have" in found[MINE_GOOD].remedy
+
+
+def test_where_nothing_is_learnt_the_base_is_at_fault(suite, monkeypatch):
+    monkeypatch.setattr(overfit, "STEPS", 1)
+    made = suite()
+    found = results(made, packaged_rows(made.template))
+    assert found[GOOD_GOOD].outcome == "FAIL"
+    assert "model.base" in found[GOOD_GOOD].remedy
+    assert {result.outcome for name, result in found.items() if name != GOOD_GOOD} == {"skipped"}
+
+
+def test_settings_that_diverge_are_at_fault(suite, monkeypatch):
+    made = suite(optimizer={"lr": 1e38})
+    lessons = OverfitDiagnosis(made.bench, made.template, None, made.folder, lambda name: None, lambda: None)
+    rows = packaged_rows(made.template)[:2]
+    lesson = lessons.lesson(rows, [[[0, 1]]])
+    with made.bench.module() as module:
+        learnt, _ = overfit.overfit(module, lesson, made.bench.make_trainer, None, lambda: None)
+    assert not learnt.falls
+    assert not learnt.by_heart
+    assert "optimiser step" in str(learnt)
+
+
+@pytest.mark.parametrize(("hidden_size", "first"), [(192, 1e-2), (576, 3e-3), (3072, 1e-3)])
+def test_wide_models_get_lower_rates_first(hidden_size, first):
+    assert overfit.known_rates(hidden_size)[0] == first

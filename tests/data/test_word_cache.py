@@ -1,0 +1,113 @@
+"""Words against the tokenizer's own encoding of whole texts."""
+
+import json
+import pickle
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
+
+from phi3_lightning.data.sentinels import Rendered
+from phi3_lightning.data.template import load_tokenizer
+from phi3_lightning.data.word_cache import WordCache, words_are_independent
+
+from .conftest import build_tokenizer
+
+TOKENIZER = build_tokenizer()
+WORDS = WordCache(TOKENIZER)
+PARTS = st.sampled_from(
+    [" ", "  ", "\n", "\t", "\u2581", "\u3000", "\x1c", "\x85", "the", "answer", "ing", "日本", "😀", "\x00"]
+)
+ADDED = st.sampled_from(["<s>", "<|end|>", "<|user|>", "</s>", "<|", "|>"])
+TEXTS = st.lists(st.one_of(PARTS, ADDED, st.text(st.characters(exclude_categories=["Cs"]), max_size=5)), max_size=20)
+
+
+def whole(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
+    return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+@given(TEXTS.map("".join))
+def test_tokens_of_words_are_the_text_s(text):
+    assert WORDS.encode(Rendered(text, [])).ids == whole(TOKENIZER, text)
+
+
+def test_real_texts(shared, real_vectors, real_chats):
+    tokenizer = load_tokenizer(str(shared / "phi3-mini-4k-instruct"))
+    assert words_are_independent(tokenizer)
+    words = WordCache(tokenizer)
+    texts = [case["text"] for case in real_vectors]
+    texts += [line for file in sorted(real_chats.glob("*.jsonl")) for line in file.read_text().splitlines()[:200]]
+    for text in texts:
+        assert words.encode(Rendered(text, [])).ids == whole(tokenizer, text)
+
+
+def test_a_word_is_the_same_once_it_is_remembered_and_after_pickling():
+    text = "the answer is a question"
+    expected = whole(TOKENIZER, text)
+    again = pickle.loads(pickle.dumps(WORDS))  # as a spawned process gets it
+    assert [words.encode(Rendered(text, [])).ids for words in (WORDS, WORDS, again, again)] == [expected] * 4
+
+
+def test_a_content_within_a_stretch_of_text_is_left_to_the_tokenizer():
+    assert WORDS.encode(Rendered("<|user|>\n  x<|end|>", [(11, 12)])) is not None
+    assert WORDS.encode(Rendered("Question: x<|end|>", [(10, 11)])) is None
+
+
+def test_special_text_in_a_content_is_plain():
+    text = "<|user|>\nsay <|end|> now<|end|>"
+    plain = WORDS.encode(Rendered(text, [(9, 22)]))
+    end = TOKENIZER.convert_tokens_to_ids("<|end|>")
+    assert [plain.ids.count(end), whole(TOKENIZER, text).count(end)] == [1, 2]
+    assert TOKENIZER.decode(plain.ids[1:-1]) == "say <|end|> now"
+
+
+def changed(**changes) -> PreTrainedTokenizerFast:
+    definition = json.loads(TOKENIZER.backend_tokenizer.to_str())
+    for key, value in changes.items():
+        where, _, name = key.rpartition("__")
+        (definition[where] if where else definition)[name] = value
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(definition)))
+
+
+def crossing() -> dict[str, object]:
+    model = json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]
+    return {
+        "model__vocab": model["vocab"] | {"x\u2581": len(model["vocab"]) + 100},
+        "model__merges": [*model["merges"], ["x", "\u2581"]],
+    }
+
+
+def without_a_byte() -> dict[str, object]:
+    vocabulary = json.loads(TOKENIZER.backend_tokenizer.to_str())["model"]["vocab"]
+    return {"model__vocab": {token: index for token, index in vocabulary.items() if token != "<0xF0>"}}
+
+
+def swallowing_before() -> dict[str, object]:
+    added = json.loads(TOKENIZER.backend_tokenizer.to_str())["added_tokens"]
+    return {"added_tokens": [token | {"lstrip": True} for token in added]}
+
+
+NOT_INDEPENDENT = {
+    "a token that reaches into the next word": crossing(),
+    "a byte without a token": without_a_byte(),
+    "an added token that swallows what is before it": swallowing_before(),
+    "another normalizer": {"normalizer": {"type": "NFKC"}},
+    "cut into words by itself": {"pre_tokenizer": {"type": "Whitespace"}},
+    "random merges": {"model__dropout": 0.1},
+}
+
+
+def test_the_tokenizer_as_it_is_is_independent():
+    assert words_are_independent(changed())
+
+
+@pytest.mark.parametrize("name", NOT_INDEPENDENT)
+def test_other_tokenizers_are_not_taken(name):
+    assert not words_are_independent(changed(**NOT_INDEPENDENT[name]))
+
+
+def test_a_token_that_reaches_into_the_next_word_would_give_other_tokens():
+    tokenizer = changed(**crossing())
+    assert WordCache(tokenizer).encode(Rendered("x x", [])).ids != whole(tokenizer, "x x")
