@@ -1,9 +1,10 @@
 # Each target makes .venv by itself where it is missing.
 PYTHON ?= python3
 BIN := .venv/bin
+EXTRAS ?= dev,docs
 INSTALLED := .venv/.installed
 
-.PHONY: setup quickstart test test-fast test-slow test-part lowest newest kill-test test-distributed bench docs dist lint \
+.PHONY: setup quickstart test test-fast test-project test-part lowest newest kill-test test-distributed bench docs dist lint \
 	clean
 
 setup: $(INSTALLED)
@@ -12,20 +13,24 @@ $(INSTALLED): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --editable '.[dev,docs]'
+	$(BIN)/python -m pip install --quiet --editable '.[$(EXTRAS)]'
 	@touch $(INSTALLED)
 
 quickstart: setup
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml
 
-test: test-fast test-slow
+# all but the tests of the project itself (documentation, examples, benchmarks, releases), which run each week
+TESTS := $(BIN)/python -m pytest --ignore=tests/project
+
+test: setup
+	$(TESTS) -m 'not alone' --numprocesses 2
+	$(TESTS) -m alone
 
 test-fast: setup
-	$(BIN)/python -m pytest -m 'not slow' --numprocesses 2
+	$(TESTS) -m 'not slow and not alone' --numprocesses 2
 
-# one after the other: they measure memory, or need both cores
-test-slow: setup
-	$(BIN)/python -m pytest -m slow
+test-project: setup
+	$(BIN)/python -m pytest tests/project --numprocesses 2
 
 # what leans most on other packages and on the interpreter, a few minutes on one core
 PART := tests/adapters tests/data tests/export tests/invariants tests/metrics tests/model \

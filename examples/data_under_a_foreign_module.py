@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=1)
     given = parser.parse_args()
 
-    data = ChatDataModule(given.chats, tokenizer=given.tokenizer, max_length=512, num_workers=0)
+    data = ChatDataModule(train=given.chats, tokenizer=given.tokenizer, max_length=512, num_workers=0)
     data.prepare_data()
     data.setup("fit")
     trainer = pl.Trainer(max_epochs=given.epochs, accelerator="cpu", logger=False, enable_checkpointing=False,

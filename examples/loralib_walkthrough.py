@@ -45,7 +45,7 @@ def main() -> None:
     # 3. Train. model.eval() merges there and model.train() subtracts again, which rounds the weights at each
     #    validation; here merge_weights is False, and the base stays as it is, to the bit.
     frozen = {name: p.clone() for name, p in module.named_parameters() if not p.requires_grad}
-    data = ChatDataModule(given.chats, tokenizer=given.base, max_length=256, batch_size=2, num_workers=0)
+    data = ChatDataModule(train=given.chats, tokenizer=given.base, max_length=256, batch_size=2, num_workers=0)
     pl.Trainer(max_steps=given.steps, max_epochs=-1, limit_val_batches=1, logger=False, enable_checkpointing=False,
                enable_progress_bar=False, accelerator="cpu").fit(module, data)  # fmt: skip
     assert all(torch.equal(parameter, frozen[name]) for name, parameter in module.named_parameters() if name in frozen)

@@ -39,7 +39,7 @@ def main() -> None:
         module = Phi3LoRAModule(
             base, lora={"r": rank, "lora_alpha": 2 * rank}, optimizer={"lr": lr}, gradient_checkpointing="none"
         )
-        data = ChatDataModule(given.chats, tokenizer=given.base, max_length=512, batch_size=2, num_workers=0)
+        data = ChatDataModule(train=given.chats, tokenizer=given.base, max_length=512, batch_size=2, num_workers=0)
         trainer = pl.Trainer(
             max_steps=given.steps, max_epochs=-1, val_check_interval=given.steps, check_val_every_n_epoch=None,
             accelerator="auto", devices=1, logger=logger, callbacks=[RunCheckpoint(str(given.folder / name))],

@@ -29,7 +29,7 @@ def run(task: Task, options: dict[str, dict[str, Any]], clock: Clock) -> None:
     pl.seed_everything(task.seed)
     rows = {"max_length": task.row_tokens, "packing": True, "batch_size": 1, "num_workers": 0, "seed": task.seed}
     data = ChatDataModule(
-        task.rows,
+        train=task.rows,
         tokenizer=task.base,
         format="tokens",
         val_fraction=0.0,

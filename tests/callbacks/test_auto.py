@@ -37,7 +37,7 @@ def fitting(monkeypatch):
 def chats(tmp_path, **options) -> ChatDataModule:
     options = {"max_length": 256, "num_workers": 0, "val_fraction": 0.1, "batch_size": 2, "seed": 1} | options
     return ChatDataModule(
-        str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(tmp_path / "cache"), **options
+        train=str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(tmp_path / "cache"), **options
     )
 
 

@@ -71,7 +71,7 @@ class Limited(Phi3LoRAModule):
 def chats(tmp_path) -> ChatDataModule:
     options = {"max_length": 256, "packing": False, "batch_size": 1, "num_workers": 0, "val_fraction": 0.0}
     return ChatDataModule(
-        str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(tmp_path / "cache"), **options
+        train=str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(tmp_path / "cache"), **options
     )
 
 

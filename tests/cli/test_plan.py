@@ -83,7 +83,7 @@ def test_a_gpu_that_is_not_here_is_not_asked(cli):
     assert "auto asks the GPU, and there is none here; give a number" in refused
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_measured_steps_stand_beside_the_prediction(cli, tmp_path):
     text = cli("plan", *QUICKSTART, "--measure", f"--data.cache_dir={tmp_path}/cache").text
     assert re.search(r"peak memory, GB *│ *[\d.]+ │ *[\d.]+ │ *[+-][\d.]+%", text)

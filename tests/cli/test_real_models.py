@@ -34,14 +34,15 @@ def run(*args: str) -> tuple[str, float]:
     return text, usage.ru_maxrss * 1024 / 1e9
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_full_size_phi3_mini_trains_within_13_gb_and_saves_its_adapter_alone(shared, real_chats, tmp_path):
     _, peak = run(
         "fit", "--config=configs/phi3_mini_4k_lora.yaml", f"--model.base={shared}/phi3-mini-4k-instruct",
         "--model.init=random", f"--data.train={real_chats}/messages_multiturn.jsonl", "--data.max_length=512",
-        "--data.batch_size=1", "--trainer.accelerator=cpu", "--trainer.max_steps=3",
-        f"--trainer.default_root_dir={tmp_path}", "--trainer.limit_val_batches=1",
-        "--trainer.accumulate_grad_batches=1", "--model.gradient_checkpointing=full",
+        "--data.batch_size=1", "--trainer.accelerator=cpu", "--trainer.max_steps=2",
+        f"--trainer.default_root_dir={tmp_path}", "--trainer.limit_val_batches=1", "--trainer.num_sanity_val_steps=0",
+        "--trainer.accumulate_grad_batches=1", "--model.gradient_checkpointing=full", "--monitor.base_drift=false",
+        "--monitor.samples=0",
     )  # fmt: skip
     print(f"peak memory {peak:.1f} GB")
     assert peak < 13
@@ -70,7 +71,7 @@ def real_base(shared, tmp_path_factory) -> Path:
     return folder / "base"
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_real_model_learns_from_real_chats(real_chats, real_base, tmp_path):
     files = f"[{real_chats}/messages_system.jsonl, {real_chats}/prompt_completion.jsonl]"
     text, peak = run(
@@ -121,7 +122,8 @@ def test_the_stop_rate_tells_a_model_that_never_learnt_to_end(endless_base, tmp_
     rates = {}
     for kind in (Phi3LoRAModule, WithoutEnds):
         data = ChatDataModule(
-            f"{TINY}/chats_train.jsonl", test=f"{TINY}/chats_val.jsonl", val_fraction=0.0, tokenizer=str(endless_base),
+            train=f"{TINY}/chats_train.jsonl", test=f"{TINY}/chats_val.jsonl", val_fraction=0.0,
+            tokenizer=str(endless_base),
             max_length=256, packing=False, batch_size=8, num_workers=0, cache_dir=str(tmp_path / "cache"), seed=0,
         )  # fmt: skip
         module = kind(

@@ -22,7 +22,12 @@ def datamodule(write: Callable[..., str], tokenizer_folder: str, tmp_path: Path)
     rows = [chat("<script>alert(1)</script> 😀", "the answer"), {"messages": 5}]
     path = write([*rows, *(chat("word " * index) for index in range(30))])
     datamodule = ChatDataModule(
-        path, tokenizer=tokenizer_folder, max_length=256, on_bad_row="skip", cache_dir=str(tmp_path), val_fraction=0.0
+        train=path,
+        tokenizer=tokenizer_folder,
+        max_length=256,
+        on_bad_row="skip",
+        cache_dir=str(tmp_path),
+        val_fraction=0.0,
     )
     datamodule.prepare_data()
     datamodule.setup()
@@ -61,7 +66,7 @@ def test_text_is_shown_as_it_was_written(
     texts = ["Do you sell ink?", "你好 😀 two  blanks", "a [b] <c>"]
     path = write([{"text": text} for text in texts])
     made = ChatDataModule(
-        path, tokenizer=tokenizer_folder, max_length=256, cache_dir=str(tmp_path), val_fraction=0.0, packing=False
+        train=path, tokenizer=tokenizer_folder, max_length=256, cache_dir=str(tmp_path), val_fraction=0.0, packing=False
     )
     made.prepare_data()
     made.setup()
@@ -90,7 +95,12 @@ def test_what_was_read_and_what_is_there_twice_is_said(
     (tmp_path / "x/notes.txt").write_text("no data")
     folder = str(tmp_path / "x")
     made = ChatDataModule(
-        folder, val=folder, test=folder, tokenizer=tokenizer_folder, max_length=64, cache_dir=str(tmp_path / "cache")
+        train=folder,
+        val=folder,
+        test=folder,
+        tokenizer=tokenizer_folder,
+        max_length=64,
+        cache_dir=str(tmp_path / "cache"),
     )
     made.prepare_data()
     made.setup()

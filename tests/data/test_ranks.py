@@ -47,7 +47,7 @@ class FileRecorder(Recorder):
 def test_two_processes(write: Callable[..., str], tokenizer_folder: str, tmp_path: Path) -> None:
     path = write([chat(f"question {index}", "word " * index) for index in range(23)])
     datamodule = ChatDataModule(
-        path,
+        train=path,
         predict=path,
         tokenizer=tokenizer_folder,
         max_length=128,

@@ -33,7 +33,7 @@ def chats(tmp_path_factory) -> Path:
 
 def data(chats: Path, cache: Path, batch_size: int) -> ChatDataModule:
     return ChatDataModule(
-        str(chats), val=str(chats), test=str(chats), predict=str(chats), tokenizer=str(TINY), max_length=128,
+        train=str(chats), val=str(chats), test=str(chats), predict=str(chats), tokenizer=str(TINY), max_length=128,
         batch_size=batch_size, predict_batch_size=batch_size, packing=False, num_workers=0, cache_dir=str(cache),
     )  # fmt: skip
 

@@ -1,6 +1,5 @@
 """What the README and the guides name is there: files, headings, tests, public names, upstream internals."""
 
-import ast
 import importlib
 import re
 import sys
@@ -119,45 +118,3 @@ def test_the_reference_has_every_option():
     }
     assert options <= listed, options - listed
     assert "| `r` | `int` | `16` | Rank of the update" in sections["model.lora"]
-
-
-# ---------------------------------------------------------------------- upstream internals
-
-
-def private_names() -> set[str]:
-    """Names with an underscore that the code uses and does not define itself."""
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in PACKAGE.rglob("*.py")]
-    nodes = [node for tree in trees for node in ast.walk(tree)]
-    own = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and not _overrides(node)}
-    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
-    own |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
-    used = {node.attr for node in nodes if isinstance(node, ast.Attribute)}
-    used |= {alias.name for node in nodes if isinstance(node, ast.ImportFrom) for alias in node.names}
-    used |= {node.name for node in nodes if isinstance(node, ast.FunctionDef) and _overrides(node)}
-    used |= {node.value for node in nodes if isinstance(node, ast.Constant) and isinstance(node.value, str)}
-    return {name for name in used - own if re.fullmatch(r"_[a-z]\w+|_[A-Z]\w+", name) and not name.startswith("__")}
-
-
-def _overrides(node: ast.AST) -> bool:
-    decorators = getattr(node, "decorator_list", [])
-    return any(isinstance(decorator, ast.Name) and decorator.id == "override" for decorator in decorators)
-
-
-NO_INTERNALS = {"_exit", "_fields", "_Placed"}
-"""``os._exit`` and ``NamedTuple._fields`` are documented; the last is a type of our own, in quotes."""
-
-
-def test_upstream_internals_are_listed():
-    listed = set(re.findall(r"[`.](_\w+)", page("upstream_internals.md")))
-    missing = private_names() - NO_INTERNALS - listed
-    assert missing == set()
-
-
-def test_what_is_listed_is_used():
-    code = "".join(path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py"))
-    rows = re.findall(r"^\| (`?[^|]+) \| ([^|]+) \| [^|]+ \| [^|]+ \|$", page("upstream_internals.md"), re.MULTILINE)
-    for names, files in rows:
-        sources = [(PACKAGE / file).read_text(encoding="utf-8") for file in re.findall(r"`([\w/]+\.py)`", files)]
-        for name in re.findall(r"(_\w+)`", names):
-            assert name in code
-            assert any(name in source for source in sources), f"{name} is in none of {files}"

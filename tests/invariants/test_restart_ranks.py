@@ -46,7 +46,7 @@ def run(folder: Path, ranks: int, accumulate: int, max_steps: int, resume: bool,
     pl.seed_everything(5, verbose=False)
     module = Phi3LoRAModule(TINY, lora={"r": 2}, schedule={"name": "constant"}, gradient_checkpointing="none")
     data = ChatDataModule(
-        str(chats), tokenizer=TINY, batch_size=1, max_length=64, packing=False, num_workers=0, val_fraction=0.0,
+        train=str(chats), tokenizer=TINY, batch_size=1, max_length=64, packing=False, num_workers=0, val_fraction=0.0,
         cache_dir=str(folder / "cache"),
     )  # fmt: skip
     trainer = pl.Trainer(

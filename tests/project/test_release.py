@@ -14,7 +14,7 @@ from packaging.version import Version
 
 import phi3_lightning
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 PROJECT = tomllib.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 CHANGELOG = (REPOSITORY / "CHANGELOG.md").read_text(encoding="utf-8")
 WORKFLOWS = sorted((REPOSITORY / ".github/workflows").glob("*.yml"))

@@ -10,7 +10,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 ASSETS = REPOSITORY / "src/phi3_lightning/assets/tiny_phi3"
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<jupyter_start>", "<jupyter_text>", "<jupyter_script>"]
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]

@@ -11,7 +11,7 @@ from jinja2 import UndefinedError
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer, Phi3ForCausalLM, PreTrainedTokenizerBase
 
-REPOSITORY = Path(__file__).parent.parent
+REPOSITORY = Path(__file__).parents[2]
 ASSETS = REPOSITORY / "src/phi3_lightning/assets/tiny_phi3"
 FILES = {"train": "chats_train.jsonl", "val": "chats_val.jsonl", "prompts": "prompts.jsonl"}
 CONVERSATIONS = [
