@@ -61,8 +61,9 @@ def frozen_products(module: Phi3LoRAModule, tokens: int, supervised: int) -> Cal
 
 def step_of(module: Phi3LoRAModule, batch: Batch) -> Callable[[], None]:
     """Return a function that trains once on a batch."""
-    named = [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
-    optimizer = optim.make_optimizer(named, module.optimizer_config, fused=True)
+    role = module.adapter.role
+    trained = [(role(name), parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    optimizer = optim.make_optimizer(trained, module.optimizer_config, fused=True)
 
     def step() -> None:
         with module.autocast():

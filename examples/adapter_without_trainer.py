@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from phi3_lightning import adapters
 from phi3_lightning.config import LoRA
-from phi3_lightning.export.adapter_files import short_names, write_peft
+from phi3_lightning.export.adapter_files import write_peft
 
 TINY = "src/phi3_lightning/assets/tiny_phi3"
 CHAT = [
@@ -46,8 +46,7 @@ def main() -> None:
         print(f"the base alone: {model(ids, labels=ids, use_cache=False).loss.item():.3f}")
 
     given.folder.mkdir(parents=True, exist_ok=True)
-    form = adapter.to_peft()
-    write_peft(form, short_names(model, form), "base/name", None, given.folder)
+    write_peft(adapter.to_peft(), "base/name", None, given.folder)
     with torch.no_grad():
         live = model(ids, use_cache=False).logits
         base = adapter.detach()  # as it was loaded, for the next adapter

@@ -211,6 +211,45 @@ def test_what_all_share_imports_no_room(base):
     assert others <= {f"{NAME}.errors", f"{NAME}.files", f"{NAME}.renamed"}
 
 
+INSERTED = ("base_layer", "original_module", "lora_A", "lora_B", "lora_embedding", "lora_magnitude")
+"""What the backends insert into the names of parameters."""
+
+
+def key_names(source: str) -> set[str]:
+    """The names of adapters' keys that a file spells, as text (in docstrings too) or as an attribute."""
+    spelled = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            spelled |= {name for name in INSERTED if name in node.value}
+        elif isinstance(node, ast.Attribute):
+            spelled |= {name for name in INSERTED if node.attr == name}
+    return spelled
+
+
+def test_no_room_but_the_adapters_knows_the_name_of_a_key():
+    spelled = {name: keys for name in SOURCES if not within(name, "adapters") if (keys := key_names(SOURCES[name]))}
+    assert spelled == {f"{NAME}.optim": {"lora_A", "lora_B"}}  # as roles, after which groups of parameters are called
+
+
+def test_quantised_weights_are_known_by_name_in_one_file():
+    assert [name for name, source in SOURCES.items() if '"SCB"' in source] == [f"{NAME}.checkpoint.identity"]
+
+
+@pytest.mark.parametrize(
+    ("source", "key"),
+    [
+        ('name.replace(".base_layer", "")', "base_layer"),
+        ("layer.base_layer.weight", "base_layer"),
+        ('f"{path}.original_module.weight"', "original_module"),
+        ('hasattr(module, "lora_A")', "lora_A"),
+        ('".lora_B" in name and ".embed_tokens." not in name', "lora_B"),
+    ],
+)
+def test_the_name_of_a_key_is_found(source, key):
+    assert key in key_names(source)
+    assert key_names("model.embed_tokens.weight; adapter.lora_AB(target); 'model.embed_tokens.weight'") == set()
+
+
 def test_no_import_goes_unseen():
     source = "def late():\n    from phi3_lightning.data.template import x\n    import phi3_lightning.cli\n"
     found = imports_of(source)

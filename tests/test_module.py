@@ -128,9 +128,9 @@ def refusals(tiny_base, folder) -> dict[str, dict]:
     save_file(other.adapter.to_peft().tensors, folder / "peft/adapter_model.safetensors")
     return {
         "no such layer": {"target_modules": ["q_project"]},
-        "no such file": {"adapter": str(folder / "nowhere")},
-        "another rank": {"r": 2, "adapter": str(folder / "peft")},
-        "another base": {"adapter": str(folder / "other.ckpt")},
+        "no such file": {"init_from": str(folder / "nowhere")},
+        "another rank": {"r": 2, "init_from": str(folder / "peft")},
+        "another base": {"init_from": str(folder / "other.ckpt")},
     }
 
 

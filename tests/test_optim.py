@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,18 +13,21 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from transformers import Phi3ForCausalLM
 
+import phi3_lightning
 import synthetic
-from phi3_lightning import Phi3LoRAModule
+from phi3_lightning import ChatDataModule, Phi3LoRAModule
+from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import Optimizer, Schedule
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.optim import apply_config_to_restored_optimizer, make_optimizer, make_schedule, warmup_steps
 
 LR = 0.5
+TINY = str(Path(phi3_lightning.__file__).parent / "assets/tiny_phi3")
 
 
 def rates(schedule: Schedule, total: float, steps: int) -> list[float]:
     """The learning rate of each optimiser step."""
-    optimizer = make_optimizer([("w", nn.Parameter(torch.ones(2, 2)))], Optimizer(lr=LR), fused=False)
+    optimizer = make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer(lr=LR), fused=False)
     scheduler = make_schedule(optimizer, schedule, total)
     seen = []
     for _ in range(steps):
@@ -93,7 +97,8 @@ def test_weight_decay_shrinks_matrices_only():
     parameters = {
         name: nn.Parameter(torch.full(shape, 3.0)) for name, shape in {"matrix": (2, 3), "bias": (3,)}.items()
     }
-    optimizer = make_optimizer(parameters.items(), Optimizer(lr=0.1, weight_decay=0.2), fused=False)
+    trained = [(None, parameter) for parameter in parameters.values()]
+    optimizer = make_optimizer(trained, Optimizer(lr=0.1, weight_decay=0.2), fused=False)
     for parameter in parameters.values():
         parameter.grad = torch.zeros_like(parameter)  # so that decay alone moves it
     optimizer.step()
@@ -108,7 +113,7 @@ def test_steps_are_those_of_torch(fused):
     config = Optimizer(lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
     ours, theirs = nn.Parameter(start.clone()), nn.Parameter(start.clone())
     optimizers = [
-        make_optimizer([("w", ours)], config, fused),
+        make_optimizer([(None, ours)], config, fused),
         torch.optim.AdamW([theirs], lr=0.01, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6),
     ]
     for gradient in gradients:
@@ -129,7 +134,8 @@ def test_lora_plus_has_the_learning_rates_of_peft(tiny_base):
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     options = {"lr": 0.01, "loraplus_lr_ratio": 16.0}
     theirs = create_loraplus_optimizer(model, torch.optim.AdamW, **options, loraplus_weight_decay=0.1)
-    ours = make_optimizer(trained.items(), Optimizer(**options, weight_decay=0.1), fused=True)
+    roles = [(PeftAdapter.role(name), parameter) for name, parameter in trained.items()]
+    ours = make_optimizer(roles, Optimizer(**options, weight_decay=0.1), fused=True)
 
     def settings(optimizer) -> dict[int, tuple[float, float]]:
         return {
@@ -142,11 +148,11 @@ def test_lora_plus_has_the_learning_rates_of_peft(tiny_base):
 
 def test_paged_adamw_needs_a_gpu():
     with pytest.raises(ConfigError, match=r"model\.optimizer\.name: 'paged_adamw_8bit' .* needs a GPU; use adamw"):
-        make_optimizer([("w", nn.Parameter(torch.ones(2, 2)))], Optimizer("paged_adamw_8bit"), fused=True)
+        make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer("paged_adamw_8bit"), fused=True)
 
 
 def test_a_run_does_not_go_on_with_another_optimiser_s_state():
-    optimizer = make_optimizer([("w", nn.Parameter(torch.ones(2, 2)))], Optimizer(), fused=False)
+    optimizer = make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer(), fused=False)
     scheduler = make_schedule(optimizer, Schedule(warmup=0), 10)
     with pytest.raises(ConfigError, match=r"model\.optimizer\.name: .* begun with adamw"):
         apply_config_to_restored_optimizer(optimizer, scheduler, Optimizer("paged_adamw_8bit"))
@@ -154,8 +160,8 @@ def test_a_run_does_not_go_on_with_another_optimiser_s_state():
 
 def test_a_restored_optimiser_follows_the_present_configuration():
     def made(config: Optimizer) -> tuple:
-        parameters = {name: nn.Parameter(torch.ones(2, 2)) for name in ("x.lora_A", "x.lora_B")}
-        parameters["bias"] = nn.Parameter(torch.ones(2))
+        parameters = {role: nn.Parameter(torch.ones(2, 2)) for role in ("lora_A", "lora_B")}
+        parameters["magnitude"] = nn.Parameter(torch.ones(2))
         optimizer = make_optimizer(parameters.items(), config, fused=False)
         return parameters, optimizer, make_schedule(optimizer, Schedule("linear", 0), 10)
 
@@ -178,30 +184,36 @@ def test_a_restored_optimiser_follows_the_present_configuration():
         assert group["lr"] == pytest.approx(ratio * 0.3 * 0.6)
         assert (group["betas"], group["eps"]) == ((0.5, 0.6), 1e-3)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.2, 0.2, 0.0]
-    assert optimizer.state[parameters["x.lora_A"]]["step"] == 4
+    assert optimizer.state[parameters["lora_A"]]["step"] == 4
     step(parameters, optimizer, scheduler)
     assert (matrices["lr"], b_matrices["lr"]) == (pytest.approx(0.3 * 0.5), pytest.approx(0.6 * 0.5))
 
 
 @pytest.mark.parametrize("older", [False, True])
-def test_a_learning_rate_monitor_shows_each_group_by_its_name(tmp_path, tiny_base, older):
-    data = synthetic.loader([synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(2)])
-
-    def fit(epochs: int, ckpt=None) -> set[str]:
-        module = Phi3LoRAModule(tiny_base, dtype="float32", lora={"use_dora": True}, optimizer={"loraplus_lr_ratio": 4})
-        logger = CSVLogger(tmp_path, name="logs")
+def test_a_learning_rate_monitor_shows_each_group_by_its_name(tmp_path, older):
+    def fit(epochs: int, ckpt=None) -> tuple[set[str], set[float]]:
+        module = Phi3LoRAModule(TINY, dtype="float32", lora={"use_dora": True}, optimizer={"loraplus_lr_ratio": 4})
+        data = ChatDataModule(
+            train=f"{TINY}/chats_train.jsonl", tokenizer=TINY, cache_dir=str(tmp_path), max_length=64, num_workers=0
+        )
         trainer = synthetic.trainer(
-            tmp_path, callbacks=[LearningRateMonitor()], logger=logger, max_epochs=epochs, log_every_n_steps=1
+            tmp_path,
+            callbacks=[LearningRateMonitor()],
+            logger=CSVLogger(tmp_path, name="logs"),
+            max_epochs=epochs,
+            limit_train_batches=2,
+            log_every_n_steps=1,
         )
         trainer.fit(module, data, ckpt_path=ckpt, weights_only=True)
         trainer.save_checkpoint(tmp_path / "last.ckpt")
-        return {name for name in trainer.callback_metrics if name.startswith("lr-")}
+        steps = {moments["step"].item() for moments in trainer.optimizers[0].state.values()}
+        return {name for name in trainer.callback_metrics if name.startswith("lr-")}, steps
 
     names = {"lr-AdamW/lora_A", "lr-AdamW/lora_B", "lr-AdamW/vectors"}
-    assert fit(1) == names
+    assert fit(1) == (names, {2.0})
     if older:  # groups were called as the optimiser is
         saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
         for group in saved["optimizer_states"][0]["param_groups"]:
             group["name"] = group.pop("kind")
         torch.save(saved, tmp_path / "last.ckpt")
-    assert fit(2, tmp_path / "last.ckpt") == names
+    assert fit(2, tmp_path / "last.ckpt") == (names, {4.0})

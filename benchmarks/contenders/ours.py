@@ -55,6 +55,5 @@ def run(task: Task, options: dict[str, dict[str, Any]], clock: Clock) -> None:
         **plain | options.get("trainer", {}),
     )
     trainer.fit(module, data)
-    form = module.adapter.to_peft()
     folder = Path(task.out)
-    adapter_files.write_peft(form, adapter_files.short_names(module.model, form), task.base, None, folder)
+    adapter_files.write_peft(module.adapter.to_peft(), task.base, None, folder)

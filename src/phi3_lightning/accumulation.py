@@ -24,7 +24,7 @@ __all__ = ["TokenWeightedModule"]
 
 @dataclass
 class MicroBatch:
-    """What one micro-batch adds to its window."""
+    """The contribution of a micro-batch to its window."""
 
     loss_sum: Tensor
     """Sum of the token losses, without a graph, a scalar."""
@@ -53,7 +53,6 @@ class AccumulationWindow:
 
         Args:
             gradients: The gradients of the trained parameters, scaled in place.
-            all_reduce: Sums a tensor over all ranks.
             world_size: Number of ranks, over which the gradients have been averaged.
         """
         losses = torch.stack([micro_batch.loss_sum.double() for micro_batch in self.micro_batches])
@@ -83,15 +82,12 @@ class TokenWeightedModule(pl.LightningModule):
         return (parameter for parameter in self.parameters() if parameter.requires_grad)
 
     def weighted_mean(self, loss_sum: Tensor, count: Tensor | float, document_ids: list[int]) -> Tensor:
-        """Return the mean loss of the micro-batch, and remember the weight that its gradient gets.
+        """Return the mean loss of the micro-batch, and store the weight of its gradient.
 
         Args:
             loss_sum: Sum of the losses, a scalar with a graph.
             count: Number of terms in the sum; 0 is allowed and gives a zero gradient.
-            document_ids: The documents of the batch, which an error would name.
-
-        Returns:
-            ``loss_sum / count``, a scalar with a graph; 0 where ``count`` is 0.
+            document_ids: The documents of the batch, for errors.
         """
         count = torch.as_tensor(count, device=loss_sum.device)
         self._micro_batch = MicroBatch(loss_sum.detach(), count, document_ids)

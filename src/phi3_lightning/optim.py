@@ -4,11 +4,14 @@ import math
 from collections.abc import Iterable
 from typing import Any, cast
 
+import lightning.pytorch as pl
+from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
 from torch.optim import AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
+from phi3_lightning.adapters.adapter import Role
 from phi3_lightning.config import Optimizer as OptimizerConfig
 from phi3_lightning.config import Schedule
 from phi3_lightning.config.checks import require
@@ -18,40 +21,39 @@ GROUPS = {"A": "lora_A", "B": "lora_B", "vector": "vectors"}
 """Names of the groups of parameters, which learning-rate monitors show."""
 
 
-def make_optimizer(parameters: Iterable[tuple[str, nn.Parameter]], config: OptimizerConfig, fused: bool) -> Optimizer:
+def may_fuse(trainer: pl.Trainer) -> bool:
+    """Return whether AdamW may update in one kernel: Lightning clips no gradients that a fused one might unscale."""
+    plugin = trainer.precision_plugin
+    return not isinstance(plugin, MixedPrecision) or (plugin.scaler is None and not trainer.gradient_clip_val)
+
+
+def make_optimizer(
+    parameters: Iterable[tuple[Role | None, nn.Parameter]], config: OptimizerConfig, fused: bool
+) -> Optimizer:
     """Return AdamW over the trained parameters, with weight decay on matrices only.
 
     Args:
-        parameters: Names and parameters.
-        config: The optimiser section.
+        parameters: Each with its role in the adapter, as :meth:`~.adapters.adapter.Adapter.role` tells it.
         fused: Whether AdamW updates in one kernel, which a gradient scaler does not allow together with clipping.
 
     Raises:
         ConfigError: If the optimiser does not work on the parameters' device, or its package is missing.
     """
-    trained = list(parameters)
-    parts = {
-        "A": [p for name, p in trained if p.ndim >= 2 and not _is_b(name)],
-        "B": [p for name, p in trained if p.ndim >= 2 and _is_b(name)],
-        "vector": [p for _, p in trained if p.ndim < 2],
-    }
+    members: dict[str, list[nn.Parameter]] = {name: [] for name in GROUPS}
+    for role, parameter in parameters:
+        members["vector" if parameter.ndim < 2 else "B" if role == "lora_B" else "A"].append(parameter)
     groups: list[dict[str, Any]] = [
-        {"params": part, "role": role, "name": GROUPS[role], "kind": config.name, **_settings(config, role)}
-        for role, part in parts.items()
-        if part
+        {"params": params, "role": key, "name": GROUPS[key], "kind": config.name, **_settings(config, key)}
+        for key, params in members.items()
+        if params
     ]
     if config.name == "adamw":
         return AdamW(groups, fused=fused)
     return _paged(groups)
 
 
-def _is_b(name: str) -> bool:
-    # of an embedding's two matrices it is A that begins as zero, and neither is meant by LoRA+
-    return ".lora_B" in name and ".embed_tokens." not in name
-
-
 def _settings(config: OptimizerConfig, role: str) -> dict[str, Any]:
-    """What the configuration says about one group of parameters."""
+    """The settings of one group of parameters."""
     return {
         "lr": config.lr * (config.loraplus_lr_ratio if role == "B" else 1.0),
         "weight_decay": 0.0 if role == "vector" else config.weight_decay,
@@ -76,11 +78,7 @@ def warmup_steps(schedule: Schedule, total_steps: float) -> int:
     """Return the number of optimiser steps of warm-up.
 
     Args:
-        schedule: The schedule section.
         total_steps: Optimiser steps of the run, possibly infinite.
-
-    Raises:
-        ConfigError: If the warm-up does not end before the run does.
     """
     if isinstance(schedule.warmup, int):
         steps = schedule.warmup
@@ -102,13 +100,8 @@ def warmup_steps(schedule: Schedule, total_steps: float) -> int:
 def make_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: float) -> LambdaLR:
     """Return the learning-rate schedule, which moves once an optimiser step.
 
-    Args:
-        optimizer: The optimiser.
-        schedule: The schedule section.
-        total_steps: Optimiser steps of the run, possibly infinite.
-
     Raises:
-        ConfigError: If a schedule that ends is asked for a run that does not, or warm-up outlasts the run.
+        ConfigError: If the schedule needs the end of a run that has none, or warm-up outlasts the run.
     """
     if schedule.name != "constant" and math.isinf(total_steps):
         raise ConfigError(
@@ -123,29 +116,19 @@ def make_schedule(optimizer: Optimizer, schedule: Schedule, total_steps: float) 
 
 
 def name_groups(optimizer_states: list[dict[str, Any]]) -> None:
-    """Give the groups of an older checkpoint, which were all called as the optimiser is, the names that they have now.
-
-    Args:
-        optimizer_states: As a checkpoint holds them; changed in place.
-    """
+    """Rename the groups of an older checkpoint, which all had the name of the optimiser, in place."""
     for group in (group for state in optimizer_states for group in state["param_groups"]):
         if group.get("role") in GROUPS and "kind" not in group:
             group |= {"kind": group["name"], "name": GROUPS[group["role"]]}
 
 
 def apply_config_to_restored_optimizer(optimizer: Optimizer, scheduler: Any, config: OptimizerConfig) -> None:
-    """Set what a checkpoint brought back from its own configuration to the present one.
+    """Set learning rate, weight decay, betas and eps of a restored optimiser to the present configuration.
 
-    Moments and the position in the schedule stay; learning rate, weight decay, betas and eps are as written now.
-
-    Args:
-        optimizer: The restored optimiser.
-        scheduler: The restored schedule, a ``LambdaLR``.
-        config: The optimiser section.
-
-    Raises:
-        ConfigError: If the state is another optimiser's.
+    Moments and the position in the schedule stay. A scheduler of Lightning's learning-rate finder is left alone.
     """
+    if not isinstance(scheduler, LambdaLR):
+        return
     former = optimizer.param_groups[0]["kind"]
     require(
         former == config.name, "model.optimizer.name", config.name, f"the run was begun with {former}; go on with it"

@@ -2,6 +2,7 @@
 
 import copy
 import importlib.util
+from collections import Counter
 
 import pytest
 import torch
@@ -89,6 +90,16 @@ def test_a_detached_base_takes_another_adapter(tiny_base, backend):
     attach(model, small(backend)).detach()
     attach(model, small(backend, r=2, target_modules=["o_proj"]))
     assert {parameter.shape[0] for name, parameter in trained(model).items() if "lora_A" in name} == {2}
+
+
+def test_every_parameter_has_a_name_in_the_base_or_a_role_in_the_adapter(base, backend):
+    model = frozen_base(base)
+    names = {name for name, _ in model.named_parameters()}
+    adapter = attach(model, small(backend, target_modules=EVERYWHERE))
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert {adapter.base_name(name) for name in frozen} == names
+    assert {adapter.role(name) for name in frozen} == {None}
+    assert Counter(map(adapter.role, trained(model))) == {"embedding": 2, "lora_A": 8, "lora_B": 8}
 
 
 @pytest.mark.parametrize("default", [torch.float32, torch.bfloat16])

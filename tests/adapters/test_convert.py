@@ -135,8 +135,8 @@ def plain_form(base: str, **options) -> PeftForm:
 
 
 WRONG = {
-    "an update of all that is none of each": ({"r": 12, "lora_alpha": 24}, {}, "no update of rank 4 for each"),
-    "a slice that is off": ({}, {"target_modules": ["q_proj"]}, "no update of rank 4 for each"),
+    "a LoRA delta of all that is none of each": ({"r": 12, "lora_alpha": 24}, {}, "no LoRA delta of rank 4 for each"),
+    "a slice that is off": ({}, {"target_modules": ["q_proj"]}, "no LoRA delta of rank 4 for each"),
     "two slices that are on": ({}, {"target_modules": ["q_proj", "v_proj"]}, "enable all, or set backend to peft"),
     "a larger rank": ({"r": 6, "lora_alpha": 12}, {}, "has rank 6 and model.lora gives its slices 4"),
     "another scale": ({"lora_alpha": 16}, {}, "scaled by 4 and model.lora scales it by 2; its r is 4"),

@@ -81,7 +81,7 @@ def test_a_file_of_plain_loralib(tiny_base, tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         attach(again, section(backend="loralib", init_from=str(tmp_path / "lora.pt")))
     assert torch.equal(logits(again), expected)
-    assert "lora.pt: the file does not record how its updates are scaled" in caplog.text
+    assert "lora.pt: the file does not record how its LoRA deltas are scaled" in caplog.text
     assert "lora_alpha / r of model.lora counts, 2" in caplog.text
 
 
@@ -216,7 +216,7 @@ def test_another_checkpoint_is_refused(tiny_base, tmp_path, lora, told):
 
 def test_a_checkpoint_of_another_base_is_refused(tiny_base, tmp_path):
     path, _ = checkpoint(tiny_base, tmp_path)
-    with pytest.raises(CheckpointError, match=r"belongs to another base \(a local folder\)"):
+    with pytest.raises(CheckpointError, match=r"belongs to another base model: it was trained on a local folder \("):
         Phi3LoRAModule(tiny_base, dtype="bfloat16", lora=SMALL | {"init_from": path}).configure_model()
 
 

@@ -1,6 +1,7 @@
 """LoraConfig in full: DoRA, starts, patterns and modules that are trained whole, against plain PEFT."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
@@ -156,11 +157,21 @@ def test_false_starts_from_values_that_change_the_answers(tiny_base):
 def test_a_name_is_a_name(tiny_base):
     """PEFT takes 'norm' for the end of 'input_layernorm' as well."""
     model = frozen_base(tiny_base)
-    assert attach(model, section(modules_to_save=["norm"])).trained_whole == ["model.norm"]
+    assert attach(model, section(modules_to_save=["norm"])).modules_to_save == ["model.norm"]
     theirs = get_peft_model(
         frozen_base(tiny_base), LoraConfig(target_modules=["o_proj"], modules_to_save=["norm"], task_type="CAUSAL_LM")
     )
     assert len([name for name in trained(theirs) if "norm.modules_to_save" in name]) == 5
+
+
+def test_copies_and_magnitudes_have_roles(tiny_base):
+    model = frozen_base(tiny_base)
+    names = {name for name, _ in model.named_parameters()}
+    adapter = attach(model, section(use_dora=True, modules_to_save=["lm_head"]))
+    assert {adapter.base_name(name) for name, p in model.named_parameters() if not p.requires_grad} == names
+    assert Counter(map(adapter.role, trained(model))) == {
+        "lora_A": 8, "lora_B": 8, "magnitude": 8, "modules_to_save": 1
+    }  # fmt: skip
 
 
 REFUSED = {

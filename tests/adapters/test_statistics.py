@@ -1,4 +1,4 @@
-"""Norms and ranks of updates, against the dense update that they are never made of."""
+"""Norms and ranks of LoRA deltas, against the dense delta that they are never made of."""
 
 import importlib.util
 
@@ -8,8 +8,9 @@ import torch
 import synthetic
 from adapters.conftest import frozen_base, logits, randomise, trained
 from phi3_lightning.adapters import attach
-from phi3_lightning.adapters.convert import peft_keys, scaling_of
+from phi3_lightning.adapters.convert import peft_keys
 from phi3_lightning.adapters.statistics import Statistics
+from phi3_lightning.adapters.targets import rank_and_scaling
 from phi3_lightning.config import LoRA
 from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 
@@ -38,14 +39,14 @@ def dense(adapter, weights):
     sizes = {"qkv_proj": (32, 2 * head, 2 * head), "gate_up_proj": (64, 64)}
     for target in adapter.targets:
         down, up = (form.tensors[key].double() for key in peft_keys(target))
-        update = scaling_of(form.config, target.path) * up @ down
+        delta = rank_and_scaling(form.config, target.path)[1] * up @ down
         weight = weights[f"{target.path}.weight"].double()
         if target.embedding:
-            yield target.path, target.name, weight, update
+            yield target.path, target.name, weight, delta
             continue
         names = PHI3_FUSED_LAYERS.get(target.name, (target.name,))
         rows = sizes.get(target.name, (len(weight),))
-        for name, matrix, change in zip(names, weight.split(rows), update.split(rows), strict=True):
+        for name, matrix, change in zip(names, weight.split(rows), delta.split(rows), strict=True):
             if change.any():
                 yield target.path, name, matrix, change
 
@@ -54,7 +55,7 @@ def dense(adapter, weights):
 def test_norm_and_effective_rank_are_those_of_the_dense_update(tiny_base, options):
     weights = frozen_base(tiny_base).state_dict()
     model, adapter = attached(tiny_base, **options)
-    found = Statistics(model, adapter).updates()
+    found = Statistics(model, adapter).deltas()
     expected = list(dense(adapter, weights))
     assert [(update.layer, update.slice) for update in found] == [(path, name) for path, name, *_ in expected]
     for update, (_, _, weight, change) in zip(found, expected, strict=True):
@@ -70,19 +71,19 @@ def test_norm_and_effective_rank_are_those_of_the_dense_update(tiny_base, option
 def test_no_update_has_no_norm_and_no_rank(tiny_base, options):
     model = frozen_base(tiny_base)
     adapter = attach(model, LoRA(**{"r": 4} | options))
-    assert {(u.relative_norm, u.effective_rank) for u in Statistics(model, adapter).updates()} == {(0.0, 0.0)}
+    assert {(u.relative_norm, u.effective_rank) for u in Statistics(model, adapter).deltas()} == {(0.0, 0.0)}
 
 
 def test_directions_are_counted(tiny_base):
     model, adapter = attached(tiny_base, target_modules=["o_proj"])
     for target in adapter.targets:
-        down, up = adapter.factors(target)
+        down, up = adapter.lora_AB(target)
         torch.nn.init.orthogonal_(down.data)
         torch.nn.init.orthogonal_(up.data)
-    assert [u.effective_rank for u in Statistics(model, adapter).updates()] == pytest.approx([4.0, 4.0])
+    assert [u.effective_rank for u in Statistics(model, adapter).deltas()] == pytest.approx([4.0, 4.0])
     for target in adapter.targets:
-        adapter.factors(target)[1].data[:, 1:] = 0
-    assert [u.effective_rank for u in Statistics(model, adapter).updates()] == pytest.approx([1.0, 1.0])
+        adapter.lora_AB(target)[1].data[:, 1:] = 0
+    assert [u.effective_rank for u in Statistics(model, adapter).deltas()] == pytest.approx([1.0, 1.0])
 
 
 @pytest.mark.parametrize("options", [SECTIONS["peft"], SECTIONS["loralib"]], ids=["peft", "loralib"])
@@ -102,12 +103,12 @@ def test_weights_are_measured_once_and_nothing_is_written(tiny_base):
     model, adapter = attached(tiny_base)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     statistics = Statistics(model, adapter)
-    first = statistics.updates()
+    first = statistics.deltas()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     for parameter in model.parameters():
         if not parameter.requires_grad:
             parameter.data.zero_()
-    assert statistics.updates() == first
+    assert statistics.deltas() == first
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the extra qlora is not installed")
@@ -123,7 +124,7 @@ def test_a_quantised_base_is_measured_in_4_bits_and_left_out_in_8(tmp_path, quan
     plain = frozen_base(folder)
     reference = attach(plain, LoRA(r=4, lora_dropout=0.0, backend=backend))
     randomise(trained(plain).values())
-    found, expected = Statistics(model, adapter).updates(), Statistics(plain, reference).updates()
+    found, expected = Statistics(model, adapter).deltas(), Statistics(plain, reference).deltas()
     for mine, other in zip(found, expected, strict=True):
         assert mine.effective_rank == pytest.approx(other.effective_rank, rel=1e-5)
         if quantization == "int8":

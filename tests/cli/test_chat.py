@@ -151,7 +151,7 @@ def test_an_adapter_of_loralib_answers(trained):
     shape = ("--model.lora.r=4", "--model.lora.lora_alpha=8", f"--model.base={TINY}")
     said = chat(trained, "--ckpt_path=lora.pt", *shape, TOKENS, "--prompt=Hello")
     assert said.out == template.tokenizer.decode(ids, skip_special_tokens=True) + "\n"
-    assert "lora.pt: taken; the file does not record how its updates are scaled" in said.err
+    assert "lora.pt: taken; the file does not record how its LoRA deltas are scaled" in said.err
 
 
 def test_a_merged_model_is_a_base(trained):

@@ -12,7 +12,7 @@ from export.conftest import FOUR, peft_model
 from phi3_lightning.adapters import attach
 from phi3_lightning.config import LoRA
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.export.adapter_files import serving_hint, short_names, write_loralib, write_peft
+from phi3_lightning.export.adapter_files import serving_hint, write_loralib, write_peft
 
 
 def tiny() -> Phi3ForCausalLM:
@@ -30,14 +30,15 @@ def tiny() -> Phi3ForCausalLM:
         (r"model\.layers\.0\..*o_proj", ["model.layers.0.self_attn.o_proj"]),
     ],
 )
-def test_targets_are_short_where_that_says_the_same(targets, expected):
-    model, form = peft_model(tiny(), target_modules=targets)
-    assert short_names(model.base_model.model, form) == expected
+def test_targets_are_short_where_that_says_the_same(tmp_path, targets, expected):
+    adapter = attach(tiny(), LoRA(r=4, target_modules=targets))
+    write_peft(adapter.to_peft(), "owner/name", None, tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == expected
 
 
 def test_the_folder_names_the_base_and_holds_the_adapter_alone(tmp_path):
     _, form = peft_model(tiny(), use_rslora=True)
-    write_peft(form, ["qkv_proj"], "owner/name", "v1", tmp_path)
+    write_peft(form, "owner/name", "v1", tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "v1")
     assert (config["r"], config["lora_alpha"], config["use_rslora"]) == (4, 8, True)

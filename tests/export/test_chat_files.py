@@ -93,7 +93,8 @@ def test_every_stop_token_is_named(tmp_path, given, expected):
     out.mkdir()
     if given is not None:
         (base / "generation_config.json").write_text(json.dumps(given | {"use_cache": False}))
-    write_generation_config(chat(TINY), base, {"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}, out)
+    (base / "config.json").write_text(json.dumps({"eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}))
+    write_generation_config(chat(TINY), base, out)
     found = GenerationConfig.from_pretrained(out)
     assert found.eos_token_id == expected
     assert (found.bos_token_id, found.pad_token_id, found.use_cache) == (1, 0, True)

@@ -259,5 +259,6 @@ def test_the_fingerprint_ignores_adapters(tiny_base):
     model = base.load(tiny_base)
     before = base.fingerprint(model)
     adapter = PeftAdapter(model, LoRA())
-    assert base.fingerprint(model) == before
+    assert base.fingerprint(model, adapter.base_name) == before
+    assert base.fingerprint(model) != before
     assert base.fingerprint(adapter.detach()) == before

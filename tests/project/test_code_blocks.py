@@ -91,7 +91,7 @@ def _loralib_state(base: Path) -> dict[str, Any]:
     names = ["qkv_proj", "o_proj"]
     model = base_model.load(str(base))
     adapter = adapters.attach(model, LoRA(backend="loralib", target_modules=names))
-    halves = {target.path: adapter.factors(target) for target in adapter.targets}
+    halves = {target.path: adapter.lora_AB(target) for target in adapter.targets}
     state = {f"{path}.lora_{half}": pair["AB".index(half)] for path, pair in halves.items() for half in "AB"}
     return {"state": state, "targets": adapter.targets, "names": names}
 

@@ -20,11 +20,7 @@ def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> 
 
     Args:
         model: The base model; its target layers are changed in place.
-        config: What to attach, and by which library.
-        base: Name of the base model, which an existing adapter must have been trained on.
-
-    Returns:
-        The adapter.
+        base: Name of the base model, on which an existing adapter must have been trained.
 
     Raises:
         ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.
@@ -41,19 +37,11 @@ def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> 
 
 
 def check(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> None:
-    """Find what would stop :func:`attach`, as far as a model without weights tells.
-
-    Args:
-        model: The base model; it may be on the meta device.
-        config: What is to be attached.
-        base: Name of the base model, which an existing adapter must have been trained on.
-
-    Raises:
-        ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.
-        CheckpointError: If ``config.init_from`` describes an adapter that is not computed here, or of another base.
-    """
+    """Raise what :func:`attach` would raise, as far as a model without weights (or on the meta device) tells."""
     _backend(config)
-    modules_to_save.resolve(model, config, targets.resolve(model, config))
+    if any(hasattr(module, "lora_A") for module in model.modules()):
+        raise ModelError("model.base: the model carries an adapter already; detach it first (detach_adapter)")
+    modules_to_save.find_modules(model, config, targets.resolve(model, config))
     init_from.read_config(config, base)
 
 

@@ -1,4 +1,4 @@
-"""``adapter_config.json`` of PEFT: every key of it is taken, changes no answer, or is refused by name."""
+"""``adapter_config.json`` of PEFT, of which every key is taken, changes no output, or is refused by name."""
 
 import json
 from collections.abc import Mapping
@@ -30,7 +30,7 @@ HARMLESS: Final = frozenset((
     "corda_config", "loftq_config", "lora_ga_config", "megatron_core", "qalora_group_size",  # of what is refused below
     "lora_dtype", "lorap_emb_lr", "lorap_lr_ratio",  # ms-swift: how it is trained
 ))  # fmt: skip
-"""Keys that change no answer of a trained adapter, whatever their value."""
+"""Keys that change no output of a trained adapter, whatever their value."""
 
 REFUSED: Final = {
     "alora_invocation_tokens": "the adapter acts on the tokens after an invocation alone",
@@ -39,9 +39,9 @@ REFUSED: Final = {
     "ensure_weight_tying": "it ties the adapters of embed_tokens and lm_head; where neither is adapted, write false",
     "kasa_config": "it cuts singular values off the base weights",
     "layer_replication": "it adds layers to the base",
-    "lora_bias": "it adds a bias to each update",
+    "lora_bias": "it adds a bias to each LoRA delta",
     "megatron_config": "it is for Megatron's layers",
-    "monteclora_config": "it draws the update at random",
+    "monteclora_config": "it draws the LoRA delta at random",
     "target_parameters": "it adapts parameters, and layers are adapted here",
     "trainable_token_indices": "it replaces rows of the embedding",
     "use_bdlora": "its matrices are block-diagonal",
@@ -59,7 +59,7 @@ STARTS: Final = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 
 @dataclass(frozen=True)
 class AdapterConfig:
-    """What is taken of ``adapter_config.json``."""
+    """The keys of ``adapter_config.json`` that are used."""
 
     lora: Mapping[str, Any]
     """The keys of ``model.lora`` that describe the adapter, with PEFT's defaults where the file has none."""
@@ -69,25 +69,17 @@ class AdapterConfig:
     """Branch, tag or commit of the base."""
 
     def to_peft(self) -> LoraConfig:
-        """Return what PEFT makes of these keys."""
+        """Return PEFT's configuration with these keys."""
         return LoraConfig(**self.lora, base_model_name_or_path=self.base, revision=self.revision)
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder, or a folder in it, holds an adapter in PEFT's format.
-
-    Args:
-        folder: The folder.
-    """
+    """Whether a folder, or a folder in it, holds an adapter in PEFT's format."""
     return (folder / NAME).is_file() or (folder.is_dir() and any(folder.glob(f"*/{NAME}")))
 
 
 def read(source: str, option: str) -> AdapterConfig:
     """Read ``adapter_config.json``.
-
-    Args:
-        source: A folder, or the id of a repository on the hub.
-        option: The option that names it, for errors.
 
     Raises:
         CheckpointError: If it cannot be read, or describes another adapter than LoRA as it is computed here.
@@ -104,13 +96,13 @@ def read(source: str, option: str) -> AdapterConfig:
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(content.get(key), str | None):
             raise CheckpointError(f"{where}: {key}: {content[key]!r} is no text")
-    found = AdapterConfig(lora, content.get("base_model_name_or_path") or None, content.get("revision"))
+    config = AdapterConfig(lora, content.get("base_model_name_or_path") or None, content.get("revision"))
     try:
         section(LoRA, lora)
-        found.to_peft()
+        config.to_peft()
     except (ConfigError, TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: {str(error).removeprefix('model.lora.')}") from None
-    return found
+    return config
 
 
 def _content(source: str, option: str) -> dict[str, Any]:
@@ -154,7 +146,9 @@ def _check_key(key: str, value: object, where: str) -> None:
         return
     if key in REFUSED:
         raise CheckpointError(f"{where}: {key}: {value!r} cannot be used: {REFUSED[key]}, which is not done here")
-    if not _is_off(value) and value != _defaults().get(key):
+    # the installed PEFT may know more keys than are listed here
+    defaults = {field.name: field.default for field in fields(LoraConfig) if field.default is not MISSING}
+    if not _is_off(value) and value != defaults.get(key):
         raise CheckpointError(
             f"{where}: {key}: {value!r} is not known here, and may change what the adapter does; where it is what PEFT "
             "writes by itself, take the line out"
@@ -162,10 +156,5 @@ def _check_key(key: str, value: object, where: str) -> None:
 
 
 def _is_off(value: object) -> bool:
-    """Whether a value is what a key has that was not set."""
+    """Whether a value is that of a key that was not set."""
     return value is None or value is False or value in ([], {}, "")
-
-
-def _defaults() -> dict[str, Any]:
-    """The defaults of the PEFT that is installed, which may know more keys than are listed here."""
-    return {field.name: field.default for field in fields(LoraConfig) if field.default is not MISSING}

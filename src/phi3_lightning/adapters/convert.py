@@ -1,8 +1,8 @@
 """loralib's tensors <-> PEFT's, both ways, exact. Pure functions on dictionaries of tensors.
 
-loralib keeps an update for each slice of a fused layer; PEFT has one for the whole layer. The slices' ``A`` stacked and
-their ``B`` on the diagonal of a larger ``B`` are the same update. A whole adapter gets ONE rank and ONE scale, smaller
-updates padded with zeros: there are servers that read no rank or alpha patterns.
+loralib keeps a LoRA delta for each slice of a fused layer; PEFT has one for the full layer. The slices' ``A`` stacked
+and their ``B`` on the diagonal of a larger ``B`` are the same delta. An adapter gets one rank and one scale, smaller
+deltas padded with zeros, because there are servers that read no rank or alpha patterns.
 """
 
 import math
@@ -11,23 +11,21 @@ from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from peft import LoraConfig
-from peft.utils.other import get_pattern_key
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 
 from phi3_lightning.adapters.adapter import PeftForm
-from phi3_lightning.adapters.targets import Target
+from phi3_lightning.adapters.targets import Target, rank_and_scaling
 from phi3_lightning.errors import CheckpointError
 
 
 def block_diagonal(up: Tensor, slices: Sequence[int], enabled: Sequence[bool]) -> Tensor:
-    """Place the slices' ``B`` so that stacked ``A`` and this are the update of the whole layer.
+    """Place the slices' ``B`` so that stacked ``A`` and this are the delta of the full layer.
 
     Args:
         up: lora_B, shape (rows of the enabled slices, rank).
         slices: Rows of each slice.
-        enabled: Whether each slice is adapted.
 
     Returns:
         Shape (rows of all slices, enabled slices x rank); exactly zero on the rows of disabled slices.
@@ -38,22 +36,14 @@ def block_diagonal(up: Tensor, slices: Sequence[int], enabled: Sequence[bool]) -
     return diagonal
 
 
-def on_cpu(tensor: Tensor) -> Tensor:
-    """Return a float32 copy on the CPU; of a tensor that FSDP2 shards, all of it, which every rank asks for at once.
-
-    Args:
-        tensor: A weight of an adapter.
-    """
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return whole.detach().float().cpu().clone()
+def to_cpu_float32(tensor: Tensor) -> Tensor:
+    """Return a float32 copy on the CPU; of a sharded tensor all of it, in a collective of all ranks."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().float().cpu().clone()
 
 
 def peft_keys(target: Target) -> tuple[str, str]:
-    """Return the names of a layer's ``A`` and ``B`` in PEFT's files.
-
-    Args:
-        target: The layer.
-    """
+    """Return the names of a layer's ``A`` and ``B`` in PEFT's files."""
     if target.embedding:
         return f"base_model.model.{target.path}.lora_embedding_A", f"base_model.model.{target.path}.lora_embedding_B"
     return f"base_model.model.{target.path}.lora_A.weight", f"base_model.model.{target.path}.lora_B.weight"
@@ -67,15 +57,13 @@ def to_peft(
     *,
     patterns: bool = False,
 ) -> PeftForm:
-    """Turn what a loralib file holds into what PEFT's files hold.
+    """Convert the content of a loralib file to that of PEFT's files.
 
     Scales that differ between layers are folded into ``B``, which is exact for powers of two.
 
     Args:
         state: ``lora_A`` and ``lora_B`` of each target, under the layer's path.
-        targets: The adapted layers.
-        names: What ``target_modules`` of the configuration says.
-        dropout: What ``lora_dropout`` of the configuration says.
+        names: The ``target_modules`` of the configuration.
         patterns: Keep each layer's own rank and scale, in ``rank_pattern`` and ``alpha_pattern``.
 
     Returns:
@@ -86,17 +74,17 @@ def to_peft(
     ranks: dict[str, int] = {}
     alphas: dict[str, float] = {}
     for target in targets:
-        down, up = (on_cpu(state[f"{target.path}.lora_{half}"]) for half in "AB")
+        down, up = (to_cpu_float32(state[f"{target.path}.lora_{half}"]) for half in "AB")
         up = block_diagonal(up, list(target.slices.values()), target.enabled)
         if patterns:
-            ranks[target.path], alphas[target.path] = _rank(target), _plain(target.scaling * _rank(target))
+            ranks[target.path], alphas[target.path] = _rank(target), _int_if_whole(target.scaling * _rank(target))
         else:
             down = F.pad(down, (0, 0, 0, rank - len(down)))
             up = F.pad(up * (target.scaling / scaling), (0, rank - up.shape[1]))
         tensors |= dict(zip(peft_keys(target), (down.clone(), up.clone()), strict=True))
     config = LoraConfig(
         r=rank,
-        lora_alpha=_plain(scaling * rank),  # type: ignore[arg-type]  # PEFT computes with floats as well
+        lora_alpha=_int_if_whole(scaling * rank),  # type: ignore[arg-type]  # PEFT computes with floats as well
         lora_dropout=dropout,
         target_modules=names,
         task_type="CAUSAL_LM",
@@ -107,22 +95,13 @@ def to_peft(
 
 
 def from_peft(form: PeftForm, targets: Collection[Target], source: str) -> dict[str, Tensor]:
-    """Turn what PEFT's files hold into what a loralib file holds.
+    """Convert the content of PEFT's files to that of a loralib file.
 
-    An update that was made of slices is taken apart again; one of a whole fused layer, at most as large as the slices'
-    rank, becomes its ``A`` for each slice with the slice's rows of its ``B``. Both are exact, and anything else is
-    refused.
-
-    Args:
-        form: The files' content.
-        targets: The layers of the adapter that is wanted.
-        source: Where it comes from, for errors.
+    A LoRA delta that was made of slices is split again; one of a full fused layer, of at most the slices' rank,
+    becomes its ``A`` for each slice with the slice's rows of its ``B``. Both are exact, and anything else is refused.
 
     Returns:
         ``lora_A`` and ``lora_B`` of each target, under the layer's path.
-
-    Raises:
-        CheckpointError: If layers, ranks or scales differ from those of ``targets``.
     """
     keys = {key for target in targets for key in peft_keys(target)}
     check_names(form.tensors, keys, source)
@@ -131,88 +110,48 @@ def from_peft(form: PeftForm, targets: Collection[Target], source: str) -> dict[
         down, up = (form.tensors[key].float() for key in peft_keys(target))
         up = up * _unfold(form.config, target, targets, source)
         try:
-            pair = _taken_apart(down, up, target) if len(target.slices) > 1 else _cut(down, up, target.r)
+            pair = _split(down, up, target) if len(target.slices) > 1 else _cut(down, up, target.r)
         except ValueError as error:
             raise CheckpointError(f"{source}: {target.path} {error}") from None
         state |= {f"{target.path}.lora_{half}": tensor.contiguous() for half, tensor in zip("AB", pair, strict=True)}
     return state
 
 
-def scaling_of(config: LoraConfig, path: str) -> float:
-    """Return the factor with which PEFT applies the update of a layer.
-
-    Args:
-        config: The adapter's configuration.
-        path: The layer.
-    """
-    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
-    r = ranks.get(get_pattern_key(list(ranks), path), config.r)
-    alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
-    return float(alpha / math.sqrt(r) if config.use_rslora else alpha / r)
-
-
 def check_scaling(config: LoraConfig, target: Target, source: str) -> None:
-    """Refuse an adapter whose update of a layer has another factor.
-
-    Args:
-        config: The adapter's configuration.
-        target: The layer as it is wanted.
-        source: Where the adapter comes from.
-
-    Raises:
-        CheckpointError: If the factors differ.
-    """
-    found = scaling_of(config, target.path)
-    if not math.isclose(found, target.scaling):
+    """Refuse an adapter that scales the delta of a layer by another factor."""
+    _, scaling = rank_and_scaling(config, target.path)
+    if not math.isclose(scaling, target.scaling):
         raise CheckpointError(
-            f"{source}: the update of {target.path} is scaled by {found:g} and model.lora scales it by "
+            f"{source}: the LoRA delta of {target.path} is scaled by {scaling:g} and model.lora scales it by "
             f"{target.scaling:g}; its r is {config.r} and its lora_alpha {config.lora_alpha:g}, write the same"
         )
 
 
-def check_names(found: Collection[str], expected: Collection[str], source: str) -> None:
-    """Refuse an adapter that has not the wanted tensors.
-
-    Args:
-        found: Names of its tensors.
-        expected: Names of the wanted ones.
-        source: Where it comes from.
-
-    Raises:
-        CheckpointError: If a name is missing or unexpected.
-    """
-    wrong = [f"missing {n}" for n in expected if n not in found] + [
-        f"unexpected {n}" for n in found if n not in expected
+def check_names(names: Collection[str], expected: Collection[str], source: str) -> None:
+    """Refuse an adapter that lacks a tensor or has an unexpected one."""
+    wrong = [f"missing {n}" for n in expected if n not in names] + [
+        f"unexpected {n}" for n in names if n not in expected
     ]
     if wrong:
         listed = "; ".join(sorted(wrong)[:4]) + (f"; and {len(wrong) - 4} more" if len(wrong) > 4 else "")
         raise CheckpointError(f"{source}: the adapter has other layers than model.lora asks for: {listed}")
 
 
-def check_tensors(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
-    """Refuse an adapter whose tensors have not the wanted names and shapes.
-
-    Args:
-        found: Its tensors.
-        expected: Tensors of the wanted shapes.
-        source: Where it comes from.
-
-    Raises:
-        CheckpointError: If a tensor is missing, unexpected or of another shape, or holds NaN or infinity.
-    """
-    check_names(found, expected, source)
+def check_tensors(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], source: str) -> None:
+    """Refuse an adapter whose tensors have other names or shapes, or hold NaN or infinity."""
+    check_names(tensors, expected, source)
     for name, tensor in expected.items():
-        if not found[name].float().isfinite().all():
-            raise CheckpointError(f"{source}: {name} is not finite; the adapter is spoilt, give another one")
-        if found[name].shape != tensor.shape:
+        if not tensors[name].float().isfinite().all():
+            raise CheckpointError(f"{source}: {name} is not finite; the adapter is broken, give another one")
+        if tensors[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{source}: {name} has shape {tuple(found[name].shape)} and not {tuple(tensor.shape)}: its rank is not "
-                "model.lora.r, or its base not model.base"
+                f"{source}: {name} has shape {tuple(tensors[name].shape)} and not {tuple(tensor.shape)}: its rank "
+                "is not model.lora.r, or its base not model.base"
             )
 
 
-def _taken_apart(down: Tensor, up: Tensor, target: Target) -> tuple[Tensor, Tensor]:
-    """One update of a fused layer as one for each slice; ValueError where that is not exact."""
+def _split(down: Tensor, up: Tensor, target: Target) -> tuple[Tensor, Tensor]:
+    """The delta of a fused layer as one for each slice; ValueError where that is not exact."""
     r, rows = target.r, list(target.slices.values())
     if len(up) != sum(rows):
         raise ValueError(f"has {len(up)} rows, and in this model {sum(rows)}")
@@ -225,11 +164,11 @@ def _taken_apart(down: Tensor, up: Tensor, target: Target) -> tuple[Tensor, Tens
         if torch.equal(block_diagonal(pair[1], rows, target.enabled), up):
             return pair
         raise ValueError(
-            f"has one update for all of {', '.join(target.slices)}, which is no update of rank {r} for each; "
+            f"has one LoRA delta for all of {', '.join(target.slices)}, which is no LoRA delta of rank {r} for each; "
             f"set model.lora.r to its rank, or backend to peft"
         )
     if not all(target.enabled):
-        raise ValueError(f"has an update of all of {', '.join(target.slices)}; enable all, or set backend to peft")
+        raise ValueError(f"has a LoRA delta of all of {', '.join(target.slices)}; enable all, or set backend to peft")
     if len(down) > r:
         raise ValueError(f"has rank {len(down)} and model.lora gives its slices {r}")
     down, up = F.pad(down, (0, 0, 0, r - len(down))), F.pad(up, (0, r - up.shape[1]))
@@ -237,7 +176,7 @@ def _taken_apart(down: Tensor, up: Tensor, target: Target) -> tuple[Tensor, Tens
 
 
 def _cut(down: Tensor, up: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """Take padding away, or add it; ValueError where more than padding would go."""
+    """Remove padding, or add it; ValueError where more than padding would be lost."""
     if bool((down[r:] != 0).any()) or bool((up[:, r:] != 0).any()):
         raise ValueError(f"has rank {len(down)} and model.lora gives it {r}")
     missing = max(r - len(down), 0)
@@ -247,15 +186,15 @@ def _cut(down: Tensor, up: Tensor, r: int) -> tuple[Tensor, Tensor]:
 def _unfold(config: LoraConfig, target: Target, targets: Collection[Target], source: str) -> float:
     """The factor that makes a file's ``B`` that of ``target``."""
     common = _common_scaling(targets)
-    folded = math.isclose(scaling_of(config, target.path), common) and not (config.rank_pattern or config.alpha_pattern)
-    if folded:
+    patterns = config.rank_pattern or config.alpha_pattern
+    if not patterns and math.isclose(rank_and_scaling(config, target.path)[1], common):
         return common / target.scaling
     check_scaling(config, target, source)
     return 1.0
 
 
 def _rank(target: Target) -> int:
-    """Rank of the update of the whole layer."""
+    """Rank of the delta of the full layer."""
     return target.r * sum(target.enabled)
 
 
@@ -263,6 +202,6 @@ def _common_scaling(targets: Collection[Target]) -> float:
     return Counter(target.scaling for target in targets).most_common(1)[0][0]
 
 
-def _plain(number: float) -> float:
-    """An int where it is one: configuration files hold alphas as such."""
+def _int_if_whole(number: float) -> float:
+    """An int where the number is one, as configuration files hold alphas."""
     return int(number) if float(number).is_integer() else number

@@ -12,46 +12,38 @@ from phi3_lightning.adapters.targets import Target
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the adapters of one kind of layer or slice come to."""
+    """The adapters of one kind of layer or slice."""
 
     layer: str
     """Name of the layer without its path, or of a slice and its layer."""
     adapted: int
-    """How many of them carry an adapter, or are trained whole."""
+    """How many of them carry an adapter, or are trained in full."""
     existing: int
     """How many of them the model has."""
     ranks: tuple[int, ...]
-    """The ranks of their adapters; empty where they are trained whole."""
+    """The ranks of their adapters; empty where they are trained in full."""
     parameters: int
     """Trainable values of all of them."""
 
 
 def coverage(model: nn.Module, adapter: Adapter) -> list[Coverage]:
-    """Sum an adapter up by kind of layer or slice.
-
-    Args:
-        model: The model with the adapter.
-        adapter: The adapter.
-
-    Returns:
-        One entry for each kind that is trained.
-    """
+    """Summarise an adapter by kind of layer or slice."""
     existing = Counter(name.rpartition(".")[2] for name, _ in model.named_modules())
-    found: dict[tuple[str, str], list[tuple[int, int]]] = {}
+    kinds: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for target in adapter.targets:
-        for part, parameters in _parts(model, target).items():
+        for part, parameters in _by_slice(model, target).items():
             label = part if part == target.name else f"{part} of {target.name}"
-            found.setdefault((label, target.name), []).append((target.r, parameters))
-    for path in adapter.trained_whole:
+            kinds.setdefault((label, target.name), []).append((target.r, parameters))
+    for path in adapter.modules_to_save:
         name = path.rpartition(".")[2]
-        found.setdefault((f"{name} (whole)", name), []).append((0, _trainable(model.get_submodule(path))))
+        kinds.setdefault((f"{name} (whole)", name), []).append((0, _trainable(model.get_submodule(path))))
     return [
         Coverage(label, len(each), existing[name], tuple(sorted({r for r, _ in each if r})), sum(n for _, n in each))
-        for (label, name), each in found.items()
+        for (label, name), each in kinds.items()
     ]
 
 
-def _parts(model: nn.Module, target: Target) -> dict[str, int]:
+def _by_slice(model: nn.Module, target: Target) -> dict[str, int]:
     """Trainable values of each adapted slice."""
     layer: Any = model.get_submodule(target.path)
     if len(target.slices) == 1:

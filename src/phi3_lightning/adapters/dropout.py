@@ -29,7 +29,7 @@ class _Drop(torch.autograd.Function):
 
 
 class Dropout(nn.Dropout):
-    """``nn.Dropout`` that is cheap on a CPU, where drawing numbers takes a tenth of a LoRA step; elsewhere as it is."""
+    """``nn.Dropout``, cheaper on a CPU, where drawing numbers takes a tenth of a LoRA step."""
 
     @override
     def forward(self, x: Tensor) -> Tensor:

@@ -1,10 +1,8 @@
-"""Starting from an adapter that exists: PEFT's files, loralib's, or a checkpoint of this package."""
+"""Starting from an existing adapter: PEFT's files, loralib's, or a checkpoint of this package."""
 
 import json
 import math
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from phi3_lightning.adapters import adapter_config, convert, targets
 from phi3_lightning.adapters.adapter import Adapter, PeftForm
 from phi3_lightning.adapters.adapter_config import AdapterConfig
 from phi3_lightning.adapters.targets import Target
-from phi3_lightning.checkpoint.identity import changed_adapter, read_identity
+from phi3_lightning.checkpoint.identity import changed_adapter, changed_base, read_identity
 from phi3_lightning.checkpoint.io import read_checkpoint
 from phi3_lightning.config import LoRA
 from phi3_lightning.errors import CheckpointError
@@ -28,22 +26,12 @@ from phi3_lightning.errors import CheckpointError
 KEY = "model.lora.init_from"
 WEIGHTS = "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"
-NO_SCALE = "the file does not record how its updates are scaled, and lora_alpha / r of model.lora counts"
+NO_SCALE = "the file does not record how its LoRA deltas are scaled, and lora_alpha / r of model.lora counts"
 """Of a file of loralib's, without the lora.json that ``export`` writes beside it."""
 
 
 def load_into(adapter: Adapter, model: nn.Module, lora: LoRA, base: str | None) -> None:
-    """Set a fresh adapter to the values of ``lora.init_from``.
-
-    Args:
-        adapter: The adapter.
-        model: The model that carries it.
-        lora: The section; its rank, scale and targets must be those of what is read.
-        base: Name of the base model, if it has one.
-
-    Raises:
-        CheckpointError: If nothing can be read there, or it is another adapter or of another base.
-    """
+    """Set a fresh adapter to the values of ``lora.init_from``, which must have its rank, scale and targets."""
     source = str(lora.init_from)
     where = f"{KEY}: {source}"
     suffix = Path(source).suffix
@@ -53,18 +41,14 @@ def load_into(adapter: Adapter, model: nn.Module, lora: LoRA, base: str | None) 
         convert.check_tensors(state, trained, where)
         model.load_state_dict(state, strict=False)
     else:
-        found = read_config(lora, base)
-        assert found is not None  # it is neither of the others
-        adapter.load_peft(PeftForm(found.to_peft(), _peft_tensors(source)), where)
+        config = read_config(lora, base)
+        assert config is not None  # it is neither of the others
+        adapter.load_peft(PeftForm(config.to_peft(), _peft_tensors(source)), where)
     rank_zero_info(f"adapter: starting from {source}")
 
 
 def read_config(lora: LoRA, base: str | None) -> AdapterConfig | None:
-    """Read what an adapter in PEFT's format says of itself; None where the section names no such adapter.
-
-    Args:
-        lora: The section.
-        base: Name of the base model, if it has one.
+    """Read the configuration of an adapter in PEFT's format; None where the section names no such adapter.
 
     Raises:
         CheckpointError: If it cannot be read, is of a kind that is not computed here, or is of another base.
@@ -72,36 +56,29 @@ def read_config(lora: LoRA, base: str | None) -> AdapterConfig | None:
     source = lora.init_from
     if source is None or Path(source).suffix in (".ckpt", ".pt"):
         return None
-    found = adapter_config.read(source, KEY)
-    if base and found.base and found.base != base and not Path(found.base).exists():
+    config = adapter_config.read(source, KEY)
+    if base and config.base and config.base != base and not Path(config.base).exists():
         raise CheckpointError(
-            f"{KEY}: {source} was trained on {found.base}, and model.base is {base}; use that base, or, where it is "
-            f"the same model under another name, set model.base_id: {found.base}"
+            f"{KEY}: {source} was trained on {config.base}, and model.base is {base}; use that base, or, where it is "
+            f"the same model under another name, set model.base_id: {config.base}"
         )
-    return found
+    return config
 
 
-def check_origin(lora: LoRA, fingerprint: str) -> None:
-    """See that a checkpoint to start from was trained on the same base weights.
+def check_origin(lora: LoRA, base: str | None, revision: str | None, fingerprint: str) -> None:
+    """Refuse a checkpoint to start from that was trained on other base weights.
 
-    Args:
-        lora: The section.
-        fingerprint: Hash of the base's weights, which are read after the adapter is attached where they are sharded.
-
-    Raises:
-        CheckpointError: If it was not.
+    It is a step of its own: sharded weights are read after the adapter is attached.
     """
     if lora.init_from is None or Path(lora.init_from).suffix != ".ckpt":
         return
-    identity = _checkpoint(lora.init_from)[1]
-    if identity["fingerprint"] != fingerprint:
-        raise CheckpointError(
-            f"{KEY}: {lora.init_from} belongs to another base ({identity['base'] or 'a local folder'}), or to this one "
-            "in another dtype or quantization; an adapter in PEFT's format moves between those"
-        )
+    former = _read_checkpoint(lora.init_from)[1]
+    if change := changed_base(former, {"base": base, "revision": revision, "fingerprint": fingerprint}):
+        remedy = "or export it to PEFT's format, which fits any dtype and quantization of its base"
+        raise CheckpointError(f"{KEY}: {lora.init_from}: {change}, {remedy}")
 
 
-def _checkpoint(source: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+def _read_checkpoint(source: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     """A checkpoint of this package, and its identity block."""
     try:
         content = read_checkpoint(Path(source))
@@ -111,10 +88,8 @@ def _checkpoint(source: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
 
 
 def _of_checkpoint(source: str, lora: LoRA, adapter: Adapter) -> dict[str, Tensor]:
-    content, identity = _checkpoint(source)
-    mine = {**asdict(lora), "slices": targets.partial(adapter.targets)}
-    layers = Counter(target.name for target in adapter.targets)
-    if changes := changed_adapter(identity, {"lora": mine, "layers": layers}):
+    content, former = _read_checkpoint(source)
+    if changes := changed_adapter(former, targets.describe_adapter(lora, adapter.targets)):
         raise CheckpointError(f"{KEY}: {source} holds another adapter: {changes}; write the same")
     prefix = "model."
     return {n.removeprefix(prefix): tensor for n, tensor in content["state_dict"].items() if n.startswith(prefix)}
@@ -138,20 +113,20 @@ def _of_loralib(source: str, lora: LoRA, adapter: Adapter) -> dict[str, Tensor]:
 
 
 def _check_layers(described: Path, adapted: list[Target], where: str) -> None:
-    """See that layers are scaled as they were trained, which a file of loralib's alone does not tell."""
+    """Refuse layers with another scale than in training, which a file of loralib's alone does not record."""
     if not described.is_file():
         scales = ", ".join(f"{scaling:g}" for scaling in sorted({target.scaling for target in adapted}))
         rank_zero_info(f"{where}: {NO_SCALE}, {scales}")
         return
     try:
         layers = json.loads(described.read_text(encoding="utf-8"))
-        found = {
+        recorded = {
             path: (layer["lora_alpha"] / layer["r"], layer.get("enable_lora", [True])) for path, layer in layers.items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
         raise CheckpointError(f"{where}: {described} does not describe its layers ({error!r})") from error
     for target in adapted:
-        scaling, enabled = found.get(target.path, (target.scaling, list(target.enabled)))
+        scaling, enabled = recorded.get(target.path, (target.scaling, list(target.enabled)))
         if not math.isclose(scaling, target.scaling) or enabled != list(target.enabled):
             raise CheckpointError(
                 f"{where}: {described.name} has {target.path} scaled by {scaling:g} with slices {enabled}, and by "
@@ -186,10 +161,10 @@ def _peft_tensors(source: str) -> dict[str, Tensor]:
         )
     except (OSError, ValueError, SafetensorError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{KEY}: {source}: {WEIGHTS} cannot be read ({error})") from error
-    ours = [name for name in tensors if ".base_layer." in name]
-    if ours:
+    frozen = [name for name in tensors if ".base_layer." in name]
+    if frozen:
         raise CheckpointError(
-            f"{KEY}: {source}: {WEIGHTS} holds weights of the base ({ours[0]}), which stay as they are here; save it "
+            f"{KEY}: {source}: {WEIGHTS} holds weights of the base ({frozen[0]}), which stay as they are here; save it "
             "again with save_pretrained(FOLDER, save_embedding_layers=False) of PEFT"
         )
     return tensors

@@ -1,4 +1,4 @@
-"""The sum of a frozen layer's output and an adapter's update."""
+"""The sum of a frozen layer's output and a LoRA delta."""
 
 from collections.abc import Sequence
 from itertools import compress
@@ -19,14 +19,13 @@ def add_lora_delta(result: Tensor, x: Tensor, down: Tensor, up: Tensor, scaling:
         x: Input, shape (..., in).
         down: lora_A, shape (rank, in).
         up: lora_B, shape (out, rank).
-        scaling: Factor of the update.
     """
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(down.dtype)
     low = F.linear(x, down)
     if low.dtype != result.dtype:
         return (result + F.linear(low, up) * scaling).to(result.dtype)
-    # one kernel for product, factor and sum: nothing of the size of the result is held besides
+    # one kernel for product, factor and sum, which allocates nothing else of the result's size
     rows = result.reshape(-1, result.shape[-1])
     summed = torch.addmm(rows, low.reshape(-1, low.shape[-1]), up.T, alpha=scaling)
     return summed if result.ndim == 2 else summed.view_as(result)  # FSDP2 warns of a unit that returns a view
@@ -37,16 +36,13 @@ def add_block_deltas(
 ) -> Tensor:
     """Return ``result`` with ``scaling * x @ A_i.T @ B_i.T`` added to the columns of each enabled slice i.
 
-    The types are those of :func:`add_update`. Only the blocks are computed: no matrix with zeros between them is built.
+    Types are as in :func:`add_lora_delta`. Only the blocks are computed: no matrix with zeros between them is built.
 
     Args:
         result: Output of the frozen fused layer, shape (..., sum of slices).
-        x: Input, shape (..., in).
         down: The A of each enabled slice, one below the other, shape (enabled slices x rank, in).
         up: The B of each enabled slice, one below the other, shape (rows of the enabled slices, rank).
         slices: Rows of each slice.
-        enabled: Whether each slice is adapted.
-        scaling: Factor of the update.
     """
     if not torch.is_autocast_enabled(x.device.type):
         x = x.to(down.dtype)

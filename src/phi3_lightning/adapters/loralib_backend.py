@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning.adapters import convert, loralib_layers, targets
-from phi3_lightning.adapters.adapter import PeftForm
+from phi3_lightning.adapters.adapter import PeftForm, Role
 from phi3_lightning.adapters.targets import Target
 from phi3_lightning.config import LoRA
 
@@ -18,19 +18,13 @@ from phi3_lightning.config import LoRA
 class LoralibAdapter:
     """LoRA layers of loralib on a model.
 
-    The adapter's weights are float32 whatever the type of the base and of torch's default. Base weights are never
-    written, and keep their names: ``qkv_proj.weight`` beside ``qkv_proj.lora_A`` and ``qkv_proj.lora_B``.
-
-    Args:
-        model: The frozen base model; its target layers become loralib's, in place.
-        config: Rank, scale, dropout, targets and slices.
-
-    Raises:
-        ModelError: If a target does not exist in ``model``.
+    The target layers become loralib's, in place. The adapter's weights are float32 whatever the type of the base and
+    of torch's default. Base weights are never written, and keep their names: ``qkv_proj.weight`` beside
+    ``qkv_proj.lora_A`` and ``qkv_proj.lora_B``.
     """
 
-    trained_whole: list[str] = []
-    """loralib trains no module whole."""
+    modules_to_save: list[str] = []
+    """loralib trains no module in full."""
 
     def __init__(self, model: Phi3ForCausalLM, config: LoRA) -> None:
         self.targets: list[Target] = targets.resolve(model, config)
@@ -49,6 +43,19 @@ class LoralibAdapter:
         """Yield the trainable parameters of the adapter."""
         return (parameter for layer in self._layers() for parameter in (layer.lora_A, layer.lora_B))
 
+    @staticmethod
+    def base_name(name: str) -> str:
+        """Return the name that a frozen parameter has in the base model, which loralib's layers keep."""
+        return name
+
+    @staticmethod
+    def role(name: str) -> Role | None:
+        """Return what a parameter is in the adapter; None where it is no part of it."""
+        path, _, last = name.rpartition(".")
+        if last not in ("lora_A", "lora_B"):
+            return None
+        return "embedding" if path.endswith("embed_tokens") else cast("Role", last)
+
     def lora_AB(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the live ``A`` and ``B`` of a layer: of each adapted slice, one below the other."""
         layer: Any = self._model.get_submodule(target.path)
@@ -56,31 +63,23 @@ class LoralibAdapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Let the model answer as its base does, while the context lasts."""
-        self._let(merged=True)  # a layer that takes itself for merged adds nothing, and none ever merges
+        """Switch the adapter off, so that the model computes what its base does, while the context lasts."""
+        self._set_merged(merged=True)  # loralib's flag for a layer that adds nothing; none ever merges
         try:
             yield
         finally:
-            self._let(merged=False)
+            self._set_merged(merged=False)
 
-    def _let(self, merged: bool) -> None:
+    def _set_merged(self, merged: bool) -> None:
         for layer in self._layers():
             layer.merged = merged
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Return the adapter as loralib's files hold it."""
+        """Return the adapter in the form of loralib's files."""
         return cast("dict[str, Tensor]", loralib.lora_state_dict(self._model))
 
     def load(self, state: Mapping[str, Tensor], source: str) -> None:
-        """Set the adapter to what a loralib file holds.
-
-        Args:
-            state: What :meth:`state_dict` gives.
-            source: Where it comes from, for errors.
-
-        Raises:
-            CheckpointError: If a tensor is missing, unexpected or of another shape.
-        """
+        """Set the adapter to the content of a loralib file, as :meth:`state_dict` returns it."""
         convert.check_tensors(state, self.state_dict(), source)
         self._model.load_state_dict(state, strict=False)
 
@@ -90,29 +89,17 @@ class LoralibAdapter:
 
     @torch.no_grad()
     def set_lora_A(self, directions: Mapping[str, Tensor]) -> None:
-        """Set ``A`` of each slice to a layer's first directions.
-
-        Args:
-            directions: By the layer's path, shape (at least the rank, in); layers that are not named stay as they are.
-        """
+        """Set ``A`` of each slice to a layer's first directions, shape (at least the rank, in), by the layer's path."""
         for target, layer in zip(self.targets, self._layers(), strict=True):
             if target.path in directions:
                 layer.lora_A.copy_(directions[target.path][: target.r].repeat(len(target.adapted), 1))
 
     def load_peft(self, form: PeftForm, source: str) -> None:
-        """Set the adapter to what PEFT's files hold.
-
-        Args:
-            form: The files' content.
-            source: Where it comes from, for errors.
-
-        Raises:
-            CheckpointError: If it is another adapter than this one.
-        """
+        """Set the adapter to the content of PEFT's files; errors name their ``source``."""
         self.load(convert.from_peft(form, self.targets, source), source)
 
     def detach(self) -> Phi3ForCausalLM:
-        """Take the adapter out of the model again, and return it, every weight as it was."""
+        """Remove the adapter's layers from the model and return it, every weight as it was."""
         for layer in self._layers():
             loralib_layers.restore(layer)
         return self._model

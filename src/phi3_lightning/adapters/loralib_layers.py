@@ -1,9 +1,9 @@
 """loralib's layers, on frozen layers of any kind.
 
-A frozen layer becomes a loralib layer by a change of its class, as :func:`torch.distributed.fsdp.fully_shard` does it:
-the layer, its weight and its name stay what they are, whether it is an ``nn.Linear`` or one of bitsandbytes' in 4 or 8
-bits, and what the layer's own class computes is the base's answer. ``merge_weights`` is always false: loralib's merging
-in place would round the frozen weights at every validation.
+A frozen layer becomes a loralib layer by a change of its class, as in :func:`torch.distributed.fsdp.fully_shard`. The
+layer, its weight and its name stay as they are, for an ``nn.Linear`` as for bitsandbytes' layers in 4 or 8 bits, and
+its own class computes the base's output. ``merge_weights`` is always false: loralib's merging in place would round the
+frozen weights at every validation.
 """
 
 import math
@@ -24,11 +24,7 @@ class Linear(loralib.Linear):  # type: ignore[misc]  # loralib has no types
     """``loralib.Linear`` over any linear layer, also outside autocast and over quantised weights."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output with the update added.
-
-        Args:
-            x: Input, shape (..., in).
-        """
+        """Return the layer's output with the LoRA delta added."""
         result = cast("Tensor", super(loralib.Linear, self).forward(x))
         if self.merged:
             return result
@@ -45,15 +41,11 @@ class FusedLinear(loralib.MergedLinear):  # type: ignore[misc]
     slices: tuple[int, ...]
 
     def merge_AB(self) -> Tensor:  # noqa: N802, which is loralib's name
-        """Return the dense update without its factor, shape (out, in); zero on the rows of disabled slices."""
+        """Return the dense LoRA delta without its factor, shape (out, in); zero on the rows of disabled slices."""
         return cast("Tensor", block_diagonal(self.lora_B, self.slices, self.enable_lora) @ self.lora_A)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the layer's output with each enabled slice's update added to its rows.
-
-        Args:
-            x: Input, shape (..., in).
-        """
+        """Return the layer's output with each enabled slice's LoRA delta added to its rows."""
         result = cast("Tensor", super(loralib.MergedLinear, self).forward(x))
         if self.merged:
             return result
@@ -66,16 +58,14 @@ class FusedLinear(loralib.MergedLinear):  # type: ignore[misc]
 
 @cache
 def _over(ours: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
-    """The class whose base answers as ``base`` does; ``ours`` itself where it derives from ``base`` already."""
+    """A loralib class whose output without adapter is that of ``base``; ``ours`` itself where it derives from it."""
     return ours if issubclass(ours, base) else type(ours.__name__, (ours, base), {})
 
 
 def adapt(layer: Any, target: Target, dropout: float) -> None:
-    """Make a frozen layer a loralib layer, in place, with float32 adapter weights that change no answer yet.
+    """Make a frozen layer a loralib layer, in place, with float32 adapter weights that change no output yet.
 
     Args:
-        layer: An ``nn.Linear``, a quantised one, or an ``nn.Embedding``.
-        target: What is adapted of it.
         dropout: Probability with which an input value of the adapter is dropped; embeddings have none in loralib.
     """
     kind = type(layer)
@@ -108,11 +98,7 @@ def adapt(layer: Any, target: Target, dropout: float) -> None:
 
 
 def restore(layer: Any) -> None:
-    """Make a layer what it was before :func:`adapt`.
-
-    Args:
-        layer: The loralib layer.
-    """
+    """Undo :func:`adapt`."""
     layer.__class__ = layer.frozen_class
     for name in ("r", "lora_alpha", "lora_dropout", "merged", "merge_weights", "scaling", "lora_A", "lora_B"):
         delattr(layer, name)

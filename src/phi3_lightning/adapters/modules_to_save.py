@@ -1,4 +1,4 @@
-"""Modules that are trained whole beside the adapter, as float32 copies (PEFT's ``modules_to_save``)."""
+"""Modules that are trained in full beside the adapter, as float32 copies (PEFT's ``modules_to_save``)."""
 
 from collections.abc import Collection
 from functools import partial
@@ -15,32 +15,24 @@ from phi3_lightning.errors import ModelError
 KEY = "model.lora.modules_to_save"
 
 
-def resolve(model: Phi3ForCausalLM, lora: LoRA, targets: Collection[Target]) -> list[str]:
+def find_modules(model: Phi3ForCausalLM, lora: LoRA, targets: Collection[Target]) -> list[str]:
     """Return the paths of the modules that ``modules_to_save`` names.
 
-    PEFT compares the ends of paths as text, so that ``norm`` would be every ``input_layernorm`` too; here a name is a
-    name.
-
-    Args:
-        model: The base model; it may be on the meta device.
-        lora: The LoRA section.
-        targets: The layers that carry an adapter.
-
-    Raises:
-        ModelError: If a name matches nothing, or a match cannot be trained whole.
+    PEFT compares the ends of paths as text, so that ``norm`` would match every ``input_layernorm`` too; here a name
+    matches whole components of a path.
     """
     leaves = {path: module for path, module in model.named_modules() if module._parameters}
-    found = []
+    paths: list[str] = []
     for name in lora.modules_to_save or []:
         matched = [path for path in leaves if ends_with(path, name)]
         if not matched:
             existing = ", ".join(sorted({path.rpartition(".")[2] for path in leaves}))
             raise ModelError(f"{KEY}: {name} matches no layer; there are {existing}")
-        found += matched
+        paths += matched
     adapted = {target.path for target in targets}
-    for path in found:
+    for path in paths:
         _check(model, path, leaves[path], adapted)
-    return found
+    return paths
 
 
 def _check(model: Phi3ForCausalLM, path: str, module: nn.Module, adapted: Collection[str]) -> None:
@@ -59,22 +51,18 @@ def _check(model: Phi3ForCausalLM, path: str, module: nn.Module, adapted: Collec
 
 
 def in_float32(copy: nn.Module) -> None:
-    """Keep a trained copy in float32, whatever the type of what comes in, and answer in the type of the base.
-
-    Args:
-        copy: The copy, in the type of the base.
-    """
+    """Keep a trained copy in float32 whatever the type of its input, with an output in the type of the base."""
     dtype = next(copy.parameters()).dtype
     copy.float()
-    copy.register_forward_pre_hook(_as_float32)
-    copy.register_forward_hook(partial(_as, dtype))
+    copy.register_forward_pre_hook(_cast_inputs)
+    copy.register_forward_hook(partial(_cast_output, dtype))
 
 
-def _as_float32(copy: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _cast_inputs(copy: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
     if torch.is_autocast_enabled(next(copy.parameters()).device.type):
         return args
     return tuple(arg.float() if isinstance(arg, Tensor) and arg.is_floating_point() else arg for arg in args)
 
 
-def _as(dtype: torch.dtype, _copy: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+def _cast_output(dtype: torch.dtype, _copy: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
     return output.to(dtype)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning.adapters import convert, modules_to_save, peft_patches, targets
-from phi3_lightning.adapters.adapter import PeftForm
+from phi3_lightning.adapters.adapter import PeftForm, Role
 from phi3_lightning.adapters.targets import Target
 from phi3_lightning.config import LoRA
 from phi3_lightning.errors import ModelError
@@ -20,26 +20,31 @@ from phi3_lightning.errors import ModelError
 ADAPTER = "default"
 """The name under which PEFT keeps the one adapter."""
 
+FROZEN = (".base_layer", ".original_module")
+"""What PEFT inserts into the name of a frozen parameter: in an adapted layer, and beside a copy that is trained."""
+
+ROLES: dict[str, Role] = {
+    ".lora_A.": "lora_A",
+    ".lora_B.": "lora_B",
+    ".lora_embedding_": "embedding",
+    ".lora_magnitude_vector.": "magnitude",
+    ".modules_to_save.": "modules_to_save",
+}
+"""What PEFT inserts into the name of a trained parameter."""
+
 
 class PeftAdapter:
     """LoRA layers of PEFT on a model.
 
-    The adapter's weights are float32 whatever the type of the base and of torch's default: updates of the size that
-    LoRA makes are lost in bfloat16. Base weights are never written.
-
-    Args:
-        model: The frozen base model; its target layers are replaced in place.
-        config: Rank, scale, dropout and targets.
-
-    Raises:
-        ModelError: If a target does not exist in ``model``, or cannot be trained.
+    The adapter's weights are float32 whatever the type of the base and of torch's default: steps of the size that LoRA
+    takes are lost in bfloat16. Target layers are replaced in place; base weights are never written.
     """
 
     def __init__(self, model: Phi3ForCausalLM, config: LoRA) -> None:
         self.targets = targets.resolve(model, config)
         """The adapted layers."""
-        self.trained_whole = modules_to_save.resolve(model, config, self.targets)
-        """Paths of the modules that are trained whole beside them."""
+        self.modules_to_save = modules_to_save.find_modules(model, config, self.targets)
+        """Paths of the modules that are trained in full beside them."""
         paths = [target.path for target in self.targets]
         in_8_bits = any(model.get_submodule(path).weight.dtype == torch.int8 for path in paths)
         if config.use_dora and in_8_bits:  # PEFT reads the weights to measure them, and the layers lose their scales
@@ -56,7 +61,7 @@ class PeftAdapter:
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
             init_lora_weights=True if orthogonal or eva else config.init_lora_weights,  # type: ignore[arg-type]
-            modules_to_save=self.trained_whole or None,
+            modules_to_save=self.modules_to_save or None,
             task_type=config.task_type,
         )
         with peft_patches.float32_default(), peft_patches.tied_input_is_meant():
@@ -65,7 +70,7 @@ class PeftAdapter:
             peft_patches.patch_layer(layer, ADAPTER)
             if orthogonal:
                 peft_patches.start_orthogonal(layer, ADAPTER)
-        for path in self.trained_whole:
+        for path in self.modules_to_save:
             modules_to_save.in_float32(self._copy_of(path))
 
     def _layers(self) -> Iterator[Any]:
@@ -76,8 +81,20 @@ class PeftAdapter:
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """Yield the trainable parameters of the adapter."""
-        trained = [*self._layers(), *map(self._copy_of, self.trained_whole)]
+        trained = [*self._layers(), *map(self._copy_of, self.modules_to_save)]
         return (parameter for module in trained for parameter in module.parameters() if parameter.requires_grad)
+
+    @staticmethod
+    def base_name(name: str) -> str:
+        """Return the name that a frozen parameter has in the base model."""
+        for insert in FROZEN:
+            name = name.replace(insert, "")
+        return name
+
+    @staticmethod
+    def role(name: str) -> Role | None:
+        """Return what a parameter is in the adapter; None where it is no part of it."""
+        return next((role for insert, role in ROLES.items() if insert in name), None)
 
     def lora_AB(self, target: Target) -> tuple[nn.Parameter, nn.Parameter]:
         """Return the live ``A`` and ``B`` of a layer, shapes (rank, in) and (rows, rank)."""
@@ -88,7 +105,7 @@ class PeftAdapter:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Let the model answer as its base does, while the context lasts."""
+        """Switch the adapter off, so that the model computes what its base does, while the context lasts."""
         self._tuner.disable_adapter_layers()
         try:
             yield
@@ -97,14 +114,14 @@ class PeftAdapter:
 
     def _tensors(self) -> dict[str, Tensor]:
         tuner: Any = self._tuner  # PEFT takes any model that has a peft_config
-        found = get_peft_model_state_dict(tuner, adapter_name=ADAPTER, save_embedding_layers=False)
-        return {f"base_model.{name}": tensor for name, tensor in found.items()}
+        state = get_peft_model_state_dict(tuner, adapter_name=ADAPTER, save_embedding_layers=False)
+        return {f"base_model.{name}": tensor for name, tensor in state.items()}
 
     def to_peft(self) -> PeftForm:
         """Return the adapter in the form of PEFT's files, with one rank and one scale for all layers."""
         config = copy.copy(cast("LoraConfig", self._tuner.peft_config[ADAPTER]))
         config.target_modules = self._names
-        tensors = {name: convert.on_cpu(tensor) for name, tensor in self._tensors().items()}
+        tensors = {name: convert.to_cpu_float32(tensor) for name, tensor in self._tensors().items()}
         if not (config.rank_pattern or config.alpha_pattern):
             return PeftForm(config, tensors)
         state = {
@@ -119,26 +136,14 @@ class PeftAdapter:
 
     @torch.no_grad()
     def set_lora_A(self, directions: Mapping[str, Tensor]) -> None:
-        """Set each ``A`` to its layer's first directions.
-
-        Args:
-            directions: By the layer's path, shape (at least the rank, in); layers that are not named stay as they are.
-        """
+        """Set each ``A`` to its layer's first directions, shape (at least the rank, in), by the layer's path."""
         for target in self.targets:
             if target.path in directions:
                 layer: Any = self._tuner.model.get_submodule(target.path)
                 layer.lora_A[ADAPTER].weight.copy_(directions[target.path][: target.r])
 
     def load_peft(self, form: PeftForm, source: str) -> None:
-        """Set the adapter to what PEFT's files hold.
-
-        Args:
-            form: The files' content.
-            source: Where it comes from, for errors.
-
-        Raises:
-            CheckpointError: If it is another adapter than this one.
-        """
+        """Set the adapter to the content of PEFT's files; errors name their ``source``."""
         convert.check_tensors(form.tensors, self._tensors(), source)
         for target in self.targets:
             convert.check_scaling(form.config, target, source)
@@ -148,12 +153,8 @@ class PeftAdapter:
         )
 
     def detach(self) -> Phi3ForCausalLM:
-        """Take the adapter's layers out of the model again.
-
-        Returns:
-            The base model, every weight as it was.
-        """
+        """Remove the adapter's layers from the model and return it, every weight as it was."""
         model: Any = self._tuner.model
-        for path in self.trained_whole:
+        for path in self.modules_to_save:
             model.set_submodule(path, model.get_submodule(path).original_module)  # PEFT would leave the trained copy
         return cast("Phi3ForCausalLM", self._tuner.unload())

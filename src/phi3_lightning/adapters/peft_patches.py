@@ -1,4 +1,4 @@
-"""What PEFT's layers need to be right on a base in bfloat16 or 4 bits with an adapter in float32."""
+"""Corrections of PEFT's layers for a float32 adapter on a base in bfloat16 or 4 bits."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,8 +16,7 @@ from phi3_lightning.adapters.lora_delta import add_lora_delta
 class _WithoutAutocast:
     """True where PEFT must cast a layer's input to float32 itself.
 
-    Under autocast the small weights are cast to the activations' type, and casting the activations first would be
-    a round trip for nothing.
+    Under autocast the small weights are cast to the activations' type, and casting the activations first is useless.
     """
 
     def __bool__(self) -> bool:
@@ -25,16 +24,10 @@ class _WithoutAutocast:
 
 
 class Linear(lora.Linear):
-    """PEFT's layer with product, factor and sum in one kernel: nothing of the size of the answer is made besides."""
+    """PEFT's layer with product, factor and sum in one kernel, which allocates nothing else of the output's size."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the frozen layer's answer with the update added.
-
-        Args:
-            x: Input, shape (..., in).
-            args: As PEFT has them.
-            kwargs: As PEFT has them.
-        """
+        """Return the frozen layer's output with the LoRA delta added."""
         if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or args or kwargs:
             return super().forward(x, *args, **kwargs)
         (adapter,) = self.active_adapters
@@ -43,12 +36,7 @@ class Linear(lora.Linear):
 
 
 def patch_layer(layer: Any, adapter: str) -> None:
-    """Make an adapter's weights float32, and its computation right over any base, and cheap.
-
-    Args:
-        layer: A ``peft.tuners.lora.LoraLayer``.
-        adapter: The adapter's name.
-    """
+    """Make the weights of a ``LoraLayer`` float32, and its computation correct over any base, and cheap."""
     for parameter in layer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -64,7 +52,7 @@ def patch_layer(layer: Any, adapter: str) -> None:
 
 
 def _in_float32(weight_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """DoRA divides its magnitude by this: rounded to bfloat16, a fresh adapter would move answers by 0.4 per cent."""
+    """DoRA divides its magnitude by this norm: in bfloat16, a fresh adapter would move outputs by 0.4 per cent."""
 
     def float32_norm(weight: Tensor, lora_weight: Tensor, scaling: float, adapter_name: str | None = None) -> Tensor:
         return weight_norm(weight.float(), lora_weight.float(), scaling=scaling, adapter_name=adapter_name)
@@ -76,12 +64,8 @@ def _in_float32(weight_norm: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def start_orthogonal(layer: Any, adapter: str) -> None:
     """Start ``A`` and ``B`` from orthogonal directions, so that their product is zero.
 
-    As ``LoraLayer.orthogonal_init`` of PEFT, which rounds to the type of the base: in bfloat16 the product is zero no
-    more, and in 4 bits nothing is left.
-
-    Args:
-        layer: A ``peft.tuners.lora.LoraLayer``; an embedding is left as it is.
-        adapter: The adapter's name.
+    ``LoraLayer.orthogonal_init`` of PEFT rounds to the type of the base: in bfloat16 the product is no longer zero, and
+    in 4 bits nothing is left. Embeddings stay as they are.
     """
     if adapter not in layer.lora_A:
         return
@@ -105,7 +89,7 @@ def float32_default() -> Iterator[None]:
 
 @contextmanager
 def tied_input_is_meant() -> Iterator[None]:
-    """Adapt embed_tokens where lm_head shares its weight, without PEFT's warning: the input side alone is meant."""
+    """Adapt embed_tokens where lm_head shares its weight, without PEFT's warning: only the input side is meant."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
         yield

@@ -1,4 +1,4 @@
-"""How large an adapter's updates are beside the weights, and of how many directions, without a dense update."""
+"""Norm and effective rank of an adapter's LoRA deltas, without a dense delta."""
 
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,8 +17,8 @@ from phi3_lightning.adapters.targets import Target
 
 
 @dataclass(frozen=True)
-class Update:
-    """The update of one matrix."""
+class LoraDelta:
+    """The LoRA delta of one matrix."""
 
     layer: str
     """Path of the layer."""
@@ -28,17 +28,13 @@ class Update:
     """Frobenius norm of ``scaling * B @ A`` over that of the matrix; None over a base in 8 bits."""
     effective_rank: float
     """Exponential of the entropy of the normalised singular values (Roy and Vetterli 2007, "The effective rank"):
-    1 for one direction, the rank for as many that are equally strong, 0 for no update."""
+    1 for one direction, the rank for as many that are equally strong, 0 for no LoRA delta."""
 
 
 class Statistics:
-    """Measures the updates of an adapter, and the gradients that it gets.
+    """Measures the LoRA deltas of an adapter, and its gradients.
 
-    Norms of the frozen matrices are taken once. Over a sharded model each call is a collective: every rank makes it.
-
-    Args:
-        model: The model with the adapter.
-        adapter: The adapter.
+    Norms of the frozen matrices are computed once. Over a sharded model each call is a collective for all ranks.
     """
 
     def __init__(self, model: Phi3ForCausalLM, adapter: Adapter) -> None:
@@ -47,8 +43,8 @@ class Statistics:
         self._norms: dict[str, Tensor | None] = {}
 
     @torch.no_grad()
-    def updates(self) -> list[Update]:
-        """Return what the updates come to, one entry for each adapted matrix."""
+    def deltas(self) -> list[LoraDelta]:
+        """Return one entry for each adapted matrix."""
         names: list[tuple[Target, str]] = []
         grams: list[Tensor] = []
         weights: list[float] = []
@@ -63,7 +59,7 @@ class Statistics:
         singular = _singular_values(padded[:, 0], padded[:, 1])
         relative = singular.norm(dim=-1) / torch.tensor(weights)
         entries = zip(names, relative.tolist(), _effective_rank(singular).tolist(), strict=True)
-        return [Update(t.path, name, None if norm != norm else norm, rank) for (t, name), norm, rank in entries]
+        return [LoraDelta(t.path, name, None if norm != norm else norm, rank) for (t, name), norm, rank in entries]
 
     @torch.no_grad()
     def gradient_norms(self) -> dict[str, float]:
@@ -76,7 +72,7 @@ class Statistics:
 
     def _slices(self, target: Target) -> list[tuple[str, Tensor, Tensor]]:
         """Name, ``A`` and ``B`` of each adapted matrix of a layer, float64."""
-        down, up = (_whole(factor).double() for factor in self._adapter.lora_AB(target))
+        down, up = (_full_tensor(factor).double() for factor in self._adapter.lora_AB(target))
         if len(target.slices) > 1:  # each has its own A
             rows = list(target.adapted.values())
             return list(zip(target.adapted, down.split(target.r), up.split(rows), strict=True))
@@ -94,7 +90,7 @@ class Statistics:
     def _measure(self, target: Target, layer: Any) -> Tensor | None:
         if layer.weight.dtype == torch.int8:  # its scales move from the weight to the layer when it is first used
             return None
-        weight = _whole(dequantize_module_weight(layer) if layer.weight.dtype == torch.uint8 else layer.weight)
+        weight = _full_tensor(dequantize_module_weight(layer) if layer.weight.dtype == torch.uint8 else layer.weight)
         if target.embedding:
             parts, adapted = {target.name: weight}, target.slices
         else:
@@ -106,7 +102,7 @@ class Statistics:
 
 
 def _singular_values(down: Tensor, up: Tensor) -> Tensor:
-    """Singular values of ``B @ A`` from ``A @ A.T`` and ``B.T @ B``, shapes (updates, rank, rank), float64.
+    """Singular values of ``B @ A`` from ``A @ A.T`` and ``B.T @ B``, shapes (LoRA deltas, rank, rank), float64.
 
     They are the roots of the eigenvalues of the product, which is that of a symmetric matrix once a root of the first
     is put on either side of the second.
@@ -123,8 +119,8 @@ def _effective_rank(singular: Tensor) -> Tensor:
     return torch.where(total[:, 0] > 0, torch.special.entr(share).sum(-1).exp(), 0.0)
 
 
-def _whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded, with its shards on the CPU or not."""
+def _full_tensor(tensor: Tensor) -> Tensor:
+    """All of a tensor, which may be sharded, with its shards on the CPU or not."""
     if not isinstance(tensor, DTensor):
         return tensor
     return cast("DTensor", tensor.to(tensor.device_mesh.device_type)).full_tensor()

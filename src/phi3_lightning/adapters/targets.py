@@ -1,11 +1,13 @@
-"""From the names that the user writes to the layers, and slices of layers, that exist."""
+"""From names and expressions of the user to the layers, and slices of layers, of a model."""
 
 import math
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import cast
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, cast
 
+from peft import LoraConfig
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import Phi3Config, Phi3ForCausalLM
@@ -22,13 +24,13 @@ class Target:
     path: str
     """As ``named_modules`` gives it."""
     slices: dict[str, int]
-    """Name and rows of each matrix in the layer that has an update of its own; PEFT gives one to the whole layer."""
+    """Name and rows of each matrix in the layer that has a LoRA delta of its own; PEFT gives one to the full layer."""
     enabled: tuple[bool, ...]
     """Whether each slice is adapted."""
     r: int
-    """Rank of each slice's update."""
+    """Rank of each slice's LoRA delta."""
     scaling: float
-    """Factor of the update."""
+    """Factor of the LoRA delta."""
 
     @property
     def name(self) -> str:
@@ -47,14 +49,10 @@ class Target:
 
 
 def resolve(model: Phi3ForCausalLM, lora: LoRA) -> list[Target]:
-    """Return the layers and slices that a LoRA section names.
+    """Return the layers and slices that a LoRA section names, in the order of ``named_modules``.
 
     Args:
-        model: The base model; it may be on the meta device.
         lora: The section. Names of layers and of slices match the ends of paths; an expression matches whole paths.
-
-    Returns:
-        One entry a layer, in the order of ``named_modules``.
 
     Raises:
         ModelError: If a name matches nothing, a target lies inside another, or a match cannot carry an adapter.
@@ -67,21 +65,21 @@ def resolve(model: Phi3ForCausalLM, lora: LoRA) -> list[Target]:
             "and an adapter on one would not be on the other; leave lm_head out"
         )
     excluded = _excluded(named, lora)
-    found: dict[str, set[str]] = {}
+    chosen: dict[str, set[str]] = {}
     for part in named:
         if part not in excluded:
-            found.setdefault(part.layer, set()).add(part.slice)
-    if not found:
+            chosen.setdefault(part.layer, set()).add(part.slice)
+    if not chosen:
         raise ModelError(f"model.lora.exclude_modules: {lora.exclude_modules} leaves no target; exclude less")
-    _check_enable_lora(found, lora)
-    targets = [_target(model, path, slices, lora) for path, slices in found.items()]
+    _check_enable_lora(chosen, lora)
+    targets = [_target(model, path, slices, lora) for path, slices in chosen.items()]
     _check_patterns(targets, lora)
     return targets
 
 
 @dataclass(frozen=True)
 class _Part:
-    """What a name may stand for: a slice of a fused layer, or all of another one."""
+    """What a name may match: a slice of a fused layer, or all of another layer."""
 
     layer: str
     """Path of the layer."""
@@ -95,7 +93,7 @@ class _Part:
 
 
 def _parts(model: nn.Module, lora: LoRA) -> list[_Part]:
-    """Every part of the model that can carry an adapter, in the blocks that are asked for."""
+    """Every part of the model that can carry an adapter, in the chosen blocks."""
     layers = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | nn.Embedding)]
     chosen = lora.layers_to_transform
     if chosen is not None:
@@ -115,59 +113,62 @@ def _named(parts: list[_Part], lora: LoRA) -> list[_Part]:
     names = lora.target_modules
     if names == "all-linear":
         return [part for part in parts if ".layers." in part.layer]
-    if isinstance(names, str):
-        found = [part for part in parts if _matches(names, part)]
-        _check_matched("target_modules", [] if found else [names], parts)
-        return found
-    _check_matched("target_modules", [n for n in names if not any(_stands_for(n, part) for part in parts)], parts)
-    for part in parts:
+    named = _select("target_modules", names, parts)
+    for part in [] if isinstance(names, str) else parts:
         by_slice = next((name for name in names if ends_with(part.path, name) and part.path != part.layer), None)
         by_layer = next((name for name in names if ends_with(part.layer, name)), None)
         if by_slice and by_layer:
             raise ModelError(f"model.lora.target_modules: {by_slice} is a slice of {by_layer}; name one of them")
-    return [part for part in parts if any(_stands_for(name, part) for name in names)]
+    return named
 
 
 def _excluded(named: list[_Part], lora: LoRA) -> set[_Part]:
     """The parts among ``named`` that ``exclude_modules`` or ``enable_lora`` leaves out."""
-    names = lora.exclude_modules
-    if isinstance(names, str):
-        found = {part for part in named if _matches(names, part)}
-        _check_matched("exclude_modules", [] if found else [names], named)
-    else:
-        names = names or []
-        found = {part for part in named if any(_stands_for(name, part) for name in names)}
-        _check_matched("exclude_modules", [n for n in names if not any(_stands_for(n, p) for p in named)], named)
+    excluded = set(_select("exclude_modules", lora.exclude_modules or [], named))
     for part in named:
         enabled = lora.enable_lora.get(_name(part.layer))
         if enabled and not enabled[PHI3_FUSED_LAYERS[_name(part.layer)].index(part.slice)]:
-            found.add(part)
-    return found
+            excluded.add(part)
+    return excluded
 
 
-def _target(model: Phi3ForCausalLM, path: str, found: set[str], lora: LoRA) -> Target:
+def _select(key: str, names: str | list[str], parts: list[_Part]) -> list[_Part]:
+    """The parts that an expression or a list of names matches, each of which has to match one."""
+    match = _matches if isinstance(names, str) else _stands_for
+    expressions = [names] if isinstance(names, str) else names
+    if unmatched := [name for name in expressions if not any(match(name, part) for part in parts)]:
+        existing = sorted({_name(part.layer) for part in parts})
+        slices = sorted({part.slice for part in parts} - set(existing))
+        message = f"model.lora.{key}: {', '.join(unmatched)} matches no layer; there are {', '.join(existing)}"
+        message += f", and the slices {', '.join(slices)}" if slices else ""
+        raise ModelError(f"{message}. A list holds names, a single value is an expression for whole paths")
+    return [part for part in parts if any(match(name, part) for name in expressions)]
+
+
+def _target(model: Phi3ForCausalLM, path: str, names: set[str], lora: LoRA) -> Target:
     slices = _slices(model.get_submodule(path), _name(path), model.config)
     if lora.backend == "peft":
-        if absent := slices.keys() - found:
+        if absent := slices.keys() - names:
             raise ModelError(
                 f"model.lora.target_modules: {_name(path)} would be adapted without {', '.join(sorted(absent))}, and "
                 f"backend peft adapts it as one matrix; set model.lora.backend: loralib, or name {_name(path)}"
             )
         slices = {_name(path): sum(slices.values())}
-        found = set(slices)
-    r = lora.rank_pattern.get(get_pattern_key(list(lora.rank_pattern), path), lora.r)
-    alpha = lora.alpha_pattern.get(get_pattern_key(list(lora.alpha_pattern), path), lora.lora_alpha)
-    scaling = alpha / math.sqrt(r) if lora.use_rslora else alpha / r
-    return Target(path, slices, tuple(name in found for name in slices), r, scaling)
+        names = set(slices)
+    r, scaling = rank_and_scaling(lora, path)
+    return Target(path, slices, tuple(name in names for name in slices), r, scaling)
+
+
+def rank_and_scaling(config: LoRA | LoraConfig, path: str) -> tuple[int, float]:
+    """Return rank and factor of a layer's LoRA delta, by the patterns of a section or of PEFT's configuration."""
+    ranks, alphas = config.rank_pattern or {}, config.alpha_pattern or {}
+    r = ranks.get(get_pattern_key(list(ranks), path), config.r)
+    alpha = alphas.get(get_pattern_key(list(alphas), path), config.lora_alpha)
+    return r, float(alpha / math.sqrt(r) if config.use_rslora else alpha / r)
 
 
 def fused(model: Phi3ForCausalLM, target: Target) -> dict[str, int]:
-    """Return name and rows of each matrix in a layer, also where one update is that of all of them.
-
-    Args:
-        model: The model.
-        target: The layer.
-    """
+    """Return name and rows of each matrix in a layer, also where one LoRA delta is that of all of them."""
     if target.name not in PHI3_FUSED_LAYERS:
         return target.slices
     return _slices(model.get_submodule(target.path), target.name, model.config)
@@ -183,15 +184,6 @@ def _slices(layer: nn.Module, name: str, config: Phi3Config) -> dict[str, int]:
     return {name: layer.embedding_dim if isinstance(layer, nn.Embedding) else cast("nn.Linear", layer).out_features}
 
 
-def _check_matched(key: str, unmatched: list[str], parts: Iterable[_Part]) -> None:
-    if unmatched:
-        existing = sorted({_name(part.layer) for part in parts})
-        slices = sorted({part.slice for part in parts} - set(existing))
-        message = f"model.lora.{key}: {', '.join(unmatched)} matches no layer; there are {', '.join(existing)}"
-        message += f", and the slices {', '.join(slices)}" if slices else ""
-        raise ModelError(f"{message}. A list holds names, a single value is an expression for whole paths")
-
-
 def _check_patterns(targets: list[Target], lora: LoRA) -> None:
     for key, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
         used = {get_pattern_key(list(pattern), target.path) for target in targets}
@@ -200,13 +192,13 @@ def _check_patterns(targets: list[Target], lora: LoRA) -> None:
             raise ModelError(f"model.lora.{key}: {', '.join(unused)} decides for no target; adapted are {layers}")
 
 
-def _check_enable_lora(found: dict[str, set[str]], lora: LoRA) -> None:
+def _check_enable_lora(chosen: dict[str, set[str]], lora: LoRA) -> None:
     for layer, enabled in lora.enable_lora.items():
-        wanted = {name for name, on in zip(PHI3_FUSED_LAYERS[layer], enabled, strict=True) if on}
-        chosen = [slices for path, slices in found.items() if _name(path) == layer]
-        if not chosen or any(slices != wanted for slices in chosen):
+        expected = {name for name, on in zip(PHI3_FUSED_LAYERS[layer], enabled, strict=True) if on}
+        slices = [names for path, names in chosen.items() if _name(path) == layer]
+        if not slices or any(names != expected for names in slices):
             raise ModelError(
-                f"model.lora.enable_lora.{layer}: {enabled} enables {', '.join(sorted(wanted))}, and target_modules "
+                f"model.lora.enable_lora.{layer}: {enabled} enables {', '.join(sorted(expected))}, and target_modules "
                 f"and exclude_modules say otherwise; name {layer} as a target, or leave enable_lora.{layer} out"
             )
 
@@ -220,12 +212,7 @@ def _stands_for(name: str, part: _Part) -> bool:
 
 
 def ends_with(path: str, name: str) -> bool:
-    """Whether ``name`` is a path, or the end of it after a dot.
-
-    Args:
-        path: The path of a module.
-        name: What the user wrote.
-    """
+    """Whether ``name`` is a path, or its end after a dot."""
     return path == name or path.endswith(f".{name}")
 
 
@@ -233,22 +220,15 @@ def _name(path: str) -> str:
     return path.rpartition(".")[2]
 
 
-def partial(targets: Iterable[Target]) -> dict[str, list[str]]:
-    """Return which slices are adapted where not all are: shapes alone do not tell a ``k_proj`` from a ``v_proj``.
-
-    Args:
-        targets: The adapted layers.
-    """
-    return {target.path: list(target.adapted) for target in targets if not all(target.enabled)}
+def describe_adapter(lora: LoRA, targets: Collection[Target]) -> dict[str, Any]:
+    """Return an adapter as a checkpoint's identity block holds it: its section, its slices and its layers by name."""
+    # shapes alone do not tell a k_proj from a v_proj
+    slices = {target.path: list(target.adapted) for target in targets if not all(target.enabled)}
+    return {"lora": {**asdict(lora), "slices": slices}, "layers": Counter(target.name for target in targets)}
 
 
 def short_names(model: nn.Module, paths: Iterable[str]) -> list[str]:
-    """Return names for ``paths`` as short as they can be: the layer's alone where all such layers are meant.
-
-    Args:
-        model: The model.
-        paths: Paths of layers.
-    """
+    """Return the shortest names for ``paths``: a layer's own where ``paths`` has all such layers."""
     paths = list(paths)
     kinds: dict[str, list[str]] = {}
     for name, module in model.named_modules():

@@ -19,7 +19,7 @@ class AdapterStatistics(pl.Callback):
     """Logs size and effective rank of the updates, and the norm of the gradient before clipping, now and then.
 
     ``adapter/relative_norm/q_proj`` is the mean over the layers of the norm of the update of ``q_proj`` over that of
-    its weight, ``adapter/effective_rank/q_proj`` that of :attr:`~.statistics.Update.effective_rank`, and
+    its weight, ``adapter/effective_rank/q_proj`` that of :attr:`~.statistics.LoraDelta.effective_rank`, and
     ``adapter/grad_norm/qkv_proj`` the norm of the gradient of all adapters on such layers, which is that of the step:
     over the whole window and all ranks. ``adapter_layers/...`` has the same for each layer, by its number.
     With DoRA the update is that of the direction; the length is trained besides.
@@ -57,11 +57,11 @@ def scalars(statistics: Statistics) -> dict[str, float]:
     """
     single: dict[str, float] = {}
     kinds: dict[str, list[float]] = defaultdict(list)
-    for update in statistics.updates():
-        for name, value in (("relative_norm", update.relative_norm), ("effective_rank", update.effective_rank)):
+    for delta in statistics.deltas():
+        for name, value in (("relative_norm", delta.relative_norm), ("effective_rank", delta.effective_rank)):
             if value is not None:
-                kinds[f"{name}/{update.slice}"].append(value)
-                single[f"{name}/{_short(update.layer, update.slice)}"] = value
+                kinds[f"{name}/{delta.slice}"].append(value)
+                single[f"{name}/{_short(delta.layer, delta.slice)}"] = value
     means = {name: fmean(values) for name, values in kinds.items()}
     norms: dict[str, list[float]] = defaultdict(list)
     for path, norm in statistics.gradient_norms().items():

@@ -1,4 +1,4 @@
-"""Lightning's ``WeightAveraging`` and ``EMAWeightAveraging`` over what is trained, beside a frozen base.
+"""Lightning's ``WeightAveraging`` and ``EMAWeightAveraging`` over trained weights, beside a frozen base.
 
 The callback copies the whole module, averages every parameter and buffer, and exchanges the copy with the module at
 each validation. Rounded averages of frozen weights and of rotary angles are other weights and angles. So the copy
@@ -26,9 +26,6 @@ PREFIX = "module."
 def check_averaging(trainer: pl.Trainer) -> None:
     """Refuse averaging that cannot work, before anything is loaded.
 
-    Args:
-        trainer: The Trainer.
-
     Raises:
         ConfigError: If a callback copies a module that is not built yet, or of which each rank has a part.
     """
@@ -41,18 +38,13 @@ def check_averaging(trainer: pl.Trainer) -> None:
             )
         if isinstance(callback, WeightAveraging) and isinstance(trainer.strategy, ModelParallelStrategy):
             raise ConfigError(
-                f"trainer.callbacks: {type(callback).__name__} copies the module whole, and a rank of FSDP2 has a "
+                f"trainer.callbacks: {type(callback).__name__} copies the whole module, and a rank of FSDP2 has a "
                 "part of it; use trainer.strategy: ddp"
             )
 
 
 def average_trained_alone(trainer: pl.Trainer, module: pl.LightningModule) -> None:
-    """Have the averaging callbacks of a Trainer average what is trained and nothing else.
-
-    Args:
-        trainer: The Trainer, whose callbacks are set up.
-        module: The module that they average; its copies share the frozen parameters.
-    """
+    """Restrict the averaging callbacks of a Trainer to trained weights; their copies share the frozen ones."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, WeightAveraging) and callback._average_model is not None:
             _restrict(callback._average_model, module)
@@ -74,40 +66,30 @@ def _restrict(average: AveragedModel, module: pl.LightningModule) -> None:
     average.register_load_state_dict_post_hook(not_missing)
 
 
-def _skipping_shared(average: AveragedModel) -> Callable[[Any, Any, Tensor | int], None]:
-    """What averages lists of tensors, all but those that are one and the same in both."""
-    single, several = average.avg_fn or get_swa_avg_fn(), average.multi_avg_fn
+def _skipping_shared(model: AveragedModel) -> Callable[[Any, Any, Tensor | int], None]:
+    """Averages lists of tensors, except those that both lists share."""
+    single, several = model.avg_fn or get_swa_avg_fn(), model.multi_avg_fn
 
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
         pairs = [pair for pair in zip(averaged, current, strict=True) if pair[0].data_ptr() != pair[1].data_ptr()]
         if several is not None and pairs:
-            several([mine for mine, _ in pairs], [theirs for _, theirs in pairs], count)
+            several([average for average, _ in pairs], [weight for _, weight in pairs], count)
             return
-        for mine, theirs in pairs:
-            mine.copy_(single(mine, theirs, count))
+        for average, weight in pairs:
+            average.copy_(single(average, weight, count))
 
     return update
 
 
 def settle_averages(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Put averaged and current weights where they belong in a checkpoint that is being written.
-
-    Args:
-        trainer: The Trainer that writes it.
-        checkpoint: The checkpoint, as the callbacks have left it; changed in place.
-    """
-    # a validation has them exchanged until it ends, and one that was broken off does not end
+    """Put averaged and current weights where they belong in a checkpoint that is being written, in place."""
+    # a validation exchanges them until it ends, and one that was interrupted does not end
     if CURRENT in checkpoint and trainer.validating and trainer.interrupted:
         checkpoint["state_dict"], checkpoint[CURRENT] = checkpoint[CURRENT], checkpoint["state_dict"]
 
 
 def choose_weights(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Let a run that averages no longer go on from the weights that were being trained.
-
-    Args:
-        trainer: The Trainer that is about to fit.
-        checkpoint: The checkpoint that it loads; changed in place.
-    """
+    """Let a run that no longer averages resume from the weights that were being trained, in place."""
     callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if CURRENT in checkpoint and not any(isinstance(callback, WeightAveraging) for callback in callbacks):
         checkpoint["state_dict"] = checkpoint.pop(CURRENT)

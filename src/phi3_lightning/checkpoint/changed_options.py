@@ -1,4 +1,4 @@
-"""How what is typed now differs from what a checkpoint was trained with, option by option."""
+"""How the present options differ from those that a checkpoint was trained with."""
 
 import os
 from collections.abc import Iterator, Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 HONOURED = ("model.optimizer", "model.schedule", "model.neftune_noise_alpha", "model.lora.lora_dropout")
-"""Options that a run which goes on takes from this start; it is the same run with them."""
+"""Options whose present values a resumed run takes; it is the same run with them."""
 
 IRRELEVANT = (
     "model.base_id", "model.attn_implementation", "model.gradient_checkpointing", "model.torch_compile",
@@ -14,11 +14,10 @@ IRRELEVANT = (
     "data.val", "data.test", "data.predict", "data.predict_batch_size", "data.num_workers", "data.num_proc",
     "data.on_bad_row", "data.cache_dir",
 )  # fmt: skip
-"""Options that decide nothing about what is learnt."""
-
+"""Options that do not influence what is learnt."""
 
 SECTIONS = ("model", "data", "model.lora", "model.optimizer", "model.schedule")
-"""What is compared key by key; any other dictionary is one value."""
+"""Sections that are compared key by key; any other dictionary is one value."""
 
 
 class Changed(NamedTuple):
@@ -27,27 +26,21 @@ class Changed(NamedTuple):
     option: str
     """Its key path."""
     now: Any
-    """What is typed now."""
+    """Its present value."""
     former: Any
-    """What the checkpoint was trained with."""
+    """The value that the checkpoint was trained with."""
 
     def __str__(self) -> str:
         return f"{self.option} is {self.now} and was {self.former}"
 
     @property
     def makes_another_run(self) -> bool:
-        """Whether a run with it is another one, and not the same that goes on differently."""
+        """Whether a run with it is another run, rather than the same one resumed with another setting."""
         return not _within(self.option, HONOURED)
 
 
 def changed_options(checkpoint: Mapping[str, Any], model: Mapping[str, Any], data: Mapping[str, Any]) -> list[Changed]:
-    """Return the options that decide about what is learnt and are not as they were.
-
-    Args:
-        checkpoint: A loaded checkpoint; what an older version did not store is not compared.
-        model: The module's hyper-parameters now.
-        data: The datamodule's.
-    """
+    """Return the options that influence what is learnt and have changed; what a checkpoint lacks is not compared."""
     changed = [
         *_pairs("model", model, checkpoint.get("hyper_parameters", {})),
         *_pairs("data", data, checkpoint.get("datamodule_hyper_parameters", {})),

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and what is checked when it is read. Pure functions on dictionaries."""
+"""What ties a checkpoint to its base and its adapter, and how it is checked; pure functions on dictionaries."""
 
 from collections.abc import Collection, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -11,10 +11,7 @@ from phi3_lightning.config.lora import STRUCTURAL_LORA_KEYS
 from phi3_lightning.errors import CheckpointError
 
 FORMAT_VERSION = 2
-"""Raised when the identity block changes; :func:`read_identity` migrates what an older version wrote.
-
-1 had no revision, tokenizer, template, layers and packages. 2 has them.
-"""
+"""Version 1 has no revision, tokenizer, template, layers and packages; :func:`read_identity` migrates it."""
 
 IDENTITY = "phi3_lightning"
 """Key of the identity block."""
@@ -22,7 +19,7 @@ IDENTITY = "phi3_lightning"
 PACKAGES = ("phi3-lightning", "torch", "lightning", "transformers", "peft")
 
 FIXED = (*STRUCTURAL_LORA_KEYS, "slices")
-"""What of the LoRA section decides which weights exist and how they are scaled; dropout and spelling may change."""
+"""Keys of the LoRA section that decide which weights exist and how they are scaled; others may change."""
 
 NEW_RUN = "start a new run, from these weights with model.lora.init_from, or configure the module as it was"
 
@@ -36,15 +33,7 @@ def identity(
     layers: Mapping[str, int],
     revision: str | None = None,
 ) -> dict[str, Any]:
-    """Return the block that ties a checkpoint to its base model.
-
-    Args:
-        base: The name of the base, never a local path; None where there is none.
-        fingerprint: Hash of the frozen weights.
-        lora: The LoRA section of the configuration, and the slices that are adapted of fused layers.
-        layers: How many layers of each name are adapted.
-        revision: Branch, tag or commit of the base.
-    """
+    """Return the block that ties a checkpoint to its base, by a name that is never a local path, and its adapter."""
     return {
         "format_version": FORMAT_VERSION,
         "base": base,
@@ -68,9 +57,6 @@ def _version(package: str) -> str:
 def read_identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the identity block of a checkpoint, migrated where an older version wrote it.
 
-    Args:
-        checkpoint: A loaded checkpoint.
-
     Raises:
         CheckpointError: If the checkpoint is of another origin, or of a version that this package does not know.
     """
@@ -92,55 +78,47 @@ def read_identity(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     return dict(block)
 
 
-def check_identity(checkpoint: Mapping[str, Any], mine: Mapping[str, Any], on_mismatch: Mismatch = "refuse") -> None:
-    """Refuse a checkpoint that was written for another base, tokenizer or adapter.
+def check_identity(checkpoint: Mapping[str, Any], present: Mapping[str, Any], on_mismatch: Mismatch = "refuse") -> None:
+    """Refuse a checkpoint that was written for another base, tokenizer or adapter than the module has, or warn of it.
 
-    What either side does not know is not compared: a checkpoint of an older version, a module without a datamodule.
-
-    Args:
-        checkpoint: A loaded checkpoint.
-        mine: The identity block of the module that wants to read it.
-        on_mismatch: Whether a difference is an error, or a warning. Shapes that do not fit are an error in any case.
-
-    Raises:
-        CheckpointError: If the checkpoint is of another origin or version, or something differs.
+    What either block lacks is not compared, as in a checkpoint of an older version or without a datamodule.
     """
-    problems = _differences(read_identity(checkpoint), mine)
+    problems = _differences(read_identity(checkpoint), present)
     if problems and on_mismatch == "refuse":
         raise CheckpointError("; ".join(problems))
     for problem in problems:
         rank_zero_warn(f"{problem}. It is loaded all the same, as checkpoint.on_mismatch: warn asks for")
 
 
-def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> list[str]:
-    problems = []
-    if theirs["fingerprint"] != mine["fingerprint"]:
-        problems.append(
-            f"the checkpoint belongs to another base model: it was trained on {_base(theirs)}, and model.base is "
-            f"{_base(mine)}; set model.base, revision, dtype and quantization as they were"
-        )
+def _differences(former: Mapping[str, Any], present: Mapping[str, Any]) -> list[str]:
+    problems = [problem] if (problem := changed_base(former, present)) else []
     for key, where in (("tokenizer", "data.tokenizer"), ("template", "data.chat_template")):
-        if None not in (theirs[key], mine[key]) and theirs[key] != mine[key]:
+        if None not in (former[key], present[key]) and former[key] != present[key]:
             problems.append(
-                f"the checkpoint was trained with another {key} ({theirs[key][:12]}) than this one ({mine[key][:12]}), "
-                f"which makes other tokens of the same chat; set {where} as it was"
+                f"the checkpoint was trained with another {key} ({former[key][:12]}) than this one "
+                f"({present[key][:12]}), which makes other tokens of the same chat; set {where} as it was"
             )
-    if changes := changed_adapter(theirs, mine):
+    if changes := changed_adapter(former, present):
         problems.append(f"the checkpoint holds another adapter: {changes}; {NEW_RUN}")
     return problems
 
 
-def changed_adapter(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
-    """Say in what two adapters differ; empty where they have the same weights with the same effect.
+def changed_base(former: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Describe how two bases differ; empty where their weights are the same."""
+    if former["fingerprint"] == present["fingerprint"]:
+        return ""
+    return (
+        f"the checkpoint belongs to another base model: it was trained on {_base(former)}, and model.base is "
+        f"{_base(present)}; set model.base, revision, dtype and quantization as they were"
+    )
 
-    Args:
-        theirs: The identity block of a checkpoint, as :func:`read_identity` returns it.
-        mine: ``lora`` and ``layers`` of the module's own, as :func:`identity` takes them.
-    """
-    changed = [key for key in FIXED if (theirs["lora"].get(key) or None) != (mine["lora"].get(key) or None)]
-    changes = [f"{key} is {mine['lora'].get(key)} and was {theirs['lora'].get(key)}" for key in changed]
-    if theirs["layers"] is not None and theirs["layers"] != mine["layers"]:
-        changes.append(f"target_modules adapts {_layers(mine)} and adapted {_layers(theirs)}")
+
+def changed_adapter(former: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Describe how two adapters differ; empty where the same weights have the same effect in both."""
+    changed = [key for key in FIXED if (former["lora"].get(key) or None) != (present["lora"].get(key) or None)]
+    changes = [f"{key} is {present['lora'].get(key)} and was {former['lora'].get(key)}" for key in changed]
+    if former["layers"] is not None and former["layers"] != present["layers"]:
+        changes.append(f"target_modules adapts {_layers(present)} and adapted {_layers(former)}")
     return f"model.lora.{', '.join(changes)}" if changes else ""
 
 
@@ -154,21 +132,12 @@ def _layers(block: Mapping[str, Any]) -> str:
 
 
 def plain_name(name: str) -> str:
-    """Return the name of a tensor without the mark that :func:`torch.compile` leaves where it wraps a module.
-
-    Args:
-        name: A key of a state dictionary.
-    """
+    """Return the name of a tensor without what :func:`torch.compile` inserts where it wraps a module."""
     return name.replace("_orig_mod.", "")
 
 
 def without_frozen(state: Mapping[str, Tensor], frozen: Collection[str]) -> dict[str, Tensor]:
-    """Return the tensors that training can change: all but the frozen parameters, and the scales of quantised ones.
-
-    Args:
-        state: The state dictionary of a module.
-        frozen: Names of its frozen parameters.
-    """
+    """Return the tensors that training can change: neither frozen parameters nor scales of quantised ones."""
     return {name: tensor for name, tensor in state.items() if _of_parameter(name) not in frozen}
 
 
@@ -181,47 +150,32 @@ def _of_parameter(name: str) -> str:
     return f"{layer}.weight" if inside else name
 
 
-def check_state(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    """Refuse a state dictionary that does not fit, tensor by tensor.
-
-    Args:
-        found: What the checkpoint holds.
-        expected: What the module would save now.
-
-    Raises:
-        CheckpointError: If a tensor is missing, unexpected, of another shape, or holds NaN or infinity.
-    """
-    problems = [f"missing {name}" for name in expected if name not in found]
-    problems += [f"unexpected {name}" for name in found if name not in expected]
+def check_state(state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Refuse a state dictionary with a tensor that is missing, unexpected, of another shape, or not finite."""
+    problems = [f"missing {name}" for name in expected if name not in state]
+    problems += [f"unexpected {name}" for name in state if name not in expected]
     problems += [
-        f"{name} has shape {tuple(found[name].shape)} instead of {tuple(expected[name].shape)}"
+        f"{name} has shape {tuple(state[name].shape)} instead of {tuple(expected[name].shape)}"
         for name in expected
-        if name in found and found[name].shape != expected[name].shape
+        if name in state and state[name].shape != expected[name].shape
     ]
-    problems += [f"{name} is not finite" for name in found if name in expected and not found[name].isfinite().all()]
+    problems += [f"{name} is not finite" for name in state if name in expected and not state[name].isfinite().all()]
     if problems:
         listed = "; ".join(problems[:5]) + (f"; and {len(problems) - 5} more" if len(problems) > 5 else "")
         raise CheckpointError(f"the checkpoint does not fit the adapter: {listed}. Hint: {NEW_RUN}")
 
 
 def check_moments(optimizer_states: list[dict[str, Any]]) -> None:
-    """Refuse optimiser states that would spoil the weights at the first step.
-
-    Args:
-        optimizer_states: As a checkpoint holds them.
-
-    Raises:
-        CheckpointError: If a moment holds NaN or infinity.
-    """
-    spoilt = [
+    """Refuse optimiser states with NaN or infinity, which would destroy the weights at the first step."""
+    broken = [
         f"{name} of parameter {index}"
         for states in optimizer_states
         for index, moments in states["state"].items()
         for name, value in moments.items()
         if isinstance(value, Tensor) and not value.isfinite().all()
     ]
-    if spoilt:
+    if broken:
         raise CheckpointError(
-            f"the checkpoint's optimiser state is not finite ({', '.join(spoilt[:5])}); give another one, such as "
+            f"the checkpoint's optimiser state is not finite ({', '.join(broken[:5])}); give another one, such as "
             "best.ckpt beside it"
         )

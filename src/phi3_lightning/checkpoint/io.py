@@ -1,4 +1,4 @@
-"""Reading and writing checkpoint files so that a crash never costs the one before."""
+"""Reading and writing checkpoint files so that a crash never destroys the previous one."""
 
 import os
 from contextlib import suppress
@@ -16,7 +16,7 @@ from phi3_lightning.renamed import translate
 __all__ = ["SafeCheckpointIO", "read_checkpoint"]
 
 BARE = "bare_state_dict"
-"""Marks what is no checkpoint: the weights that ``ddp_fork``, ``ddp_notebook`` and ``ddp_spawn`` send to the parent."""
+"""Marks bare weights, which ``ddp_fork``, ``ddp_notebook`` and ``ddp_spawn`` send to the parent process."""
 
 
 class SafeCheckpointIO(TorchCheckpointIO):
@@ -27,16 +27,7 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     @override
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any | None = None) -> None:
-        """Write a checkpoint; whatever happens, ``path`` is a whole file: the former one, or the new one.
-
-        Args:
-            checkpoint: What to write.
-            path: Where to.
-            storage_options: Refused, as in Lightning's own class.
-
-        Raises:
-            CheckpointError: If the file cannot be written.
-        """
+        """Write a checkpoint; whatever happens, ``path`` is a complete file, the former or the new one."""
         if storage_options is not None:
             raise TypeError("SafeCheckpointIO takes no storage_options")
         if "state_dict" not in checkpoint:
@@ -63,26 +54,13 @@ class SafeCheckpointIO(TorchCheckpointIO):
 
     @override
     def load_checkpoint(self, path: str | Path, map_location: Any = "cpu", weights_only: bool | None = True) -> Any:
-        """Read what was saved; nothing in the file can run code.
-
-        Args:
-            path: The file.
-            map_location: As in :func:`torch.load`.
-            weights_only: Must not be false.
-
-        Raises:
-            CheckpointError: If the file is missing, incomplete, or holds more than tensors and plain types.
-        """
+        """Read a checkpoint; nothing in the file can run code."""
         checkpoint = read_checkpoint(Path(path), map_location)
         return checkpoint["state_dict"] if BARE in checkpoint else checkpoint
 
 
 def read_checkpoint(path: Path, map_location: Any = "cpu") -> dict[str, Any]:
     """Return the checkpoint in ``path``, which may hold tensors and plain types alone.
-
-    Args:
-        path: The file.
-        map_location: As in :func:`torch.load`.
 
     Raises:
         CheckpointError: If the file is missing, incomplete, or holds something else.

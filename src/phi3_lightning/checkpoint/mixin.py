@@ -1,4 +1,4 @@
-"""Checkpoints that hold what training can change and nothing else, for any LightningModule with a frozen base."""
+"""Checkpoints without frozen weights, for any LightningModule with a frozen base."""
 
 from collections.abc import Mapping
 from copy import deepcopy
@@ -32,8 +32,7 @@ class TrainableStateMixin(pl.LightningModule):
     """A LightningModule whose checkpoints leave out its frozen parameters, and restart exactly.
 
     Its ``state_dict`` holds what training can change, wherever Lightning or torch asks for it, and a copy of it shares
-    the frozen parameters. Modules are built in the constructor or in ``configure_model``, which may be called more
-    than once.
+    the frozen parameters. Modules are built in the constructor or in ``configure_model``, which may run more than once.
     """
 
     on_mismatch: Mismatch = "refuse"
@@ -55,7 +54,7 @@ class TrainableStateMixin(pl.LightningModule):
         return identity(None, fingerprint(self), {}, {})
 
     def _identity(self) -> dict[str, Any]:
-        """The identity block, with what the datamodule adds where there is one that knows."""
+        """The identity block, with what the datamodule adds."""
         data = None if self._trainer is None else self._trainer.datamodule  # type: ignore[attr-defined]
         return self.checkpoint_identity() | (data.checkpoint_identity() if isinstance(data, PlannedData) else {})
 
@@ -66,26 +65,18 @@ class TrainableStateMixin(pl.LightningModule):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
-        """What DDP need not send at its start, since every rank has read it: the frozen parameters."""
+        """The frozen parameters, which DDP need not send at its start, since every rank has read them."""
         return self._frozen_names()
 
     def setup(self, stage: str) -> None:
-        """Note with which options this start's callbacks were made, and have weights averaged beside frozen ones.
-
-        Raises:
-            ConfigError: If a callback averages weights in a way that cannot work.
-        """
+        """Record the options of the callbacks, and restrict averaging callbacks to trained weights."""
         if stage == "fit":
             self._callback_options = plain_options(self.trainer)
             averaging.check_averaging(self.trainer)
             averaging.average_trained_alone(self.trainer, self)
 
     def on_fit_start(self) -> None:
-        """Refuse frozen weights that differ between ranks: each rank reads its own, and nothing evens them out.
-
-        Raises:
-            ModelError: If this rank's are not those of rank 0.
-        """
+        """Refuse frozen weights that differ between ranks: each rank reads its own, and nothing synchronises them."""
         if self._trainer is not None and self.trainer.world_size > 1:
             own = self.checkpoint_identity()["fingerprint"]
             if self.trainer.strategy.broadcast(own) != own:
@@ -95,11 +86,11 @@ class TrainableStateMixin(pl.LightningModule):
                 )
 
     def on_train_start(self) -> None:
-        """Let loggers go on at the step that was reached."""
+        """Set the step of loggers to the one that was reached."""
         resume.align_steps(self.trainer)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say whose the frozen weights were that are left out, and put the position where a restart goes on exactly."""
+        """Leave frozen weights out, add their identity, and move the position to where a run resumes exactly."""
         averaging.settle_averages(self.trainer, checkpoint)
         for key in {"state_dict", averaging.CURRENT} & checkpoint.keys():
             checkpoint[key] = {plain_name(name): tensor for name, tensor in self._trained(checkpoint[key]).items()}
@@ -111,11 +102,7 @@ class TrainableStateMixin(pl.LightningModule):
         return without_frozen(state, self._frozen_names())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or adapter before anything of it is used.
-
-        Raises:
-            CheckpointError: If the checkpoint does not belong to this module.
-        """
+        """Refuse a checkpoint of another base or adapter before anything of it is used."""
         translate(checkpoint)
         self.configure_model()
         check_identity(checkpoint, self._identity(), self.on_mismatch)
@@ -125,7 +112,7 @@ class TrainableStateMixin(pl.LightningModule):
         if fitting and "optimizer_states" not in checkpoint:
             raise CheckpointError(
                 "the checkpoint was saved with save_weights_only and has no optimiser state to go on from; validate, "
-                "test and predict take it, and fit needs one that was saved whole"
+                "test and predict take it, and fit needs a full checkpoint"
             )
         if fitting:
             check_moments(checkpoint["optimizer_states"])
@@ -136,22 +123,13 @@ class TrainableStateMixin(pl.LightningModule):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> _IncompatibleKeys:
-        """Load what training can change, once the model is built; frozen weights are never read and never written.
-
-        Args:
-            state_dict: All trainable tensors and buffers, as a checkpoint holds them.
-            strict: Whether each of them must be there, with its shape, and nothing else.
-            assign: As in :meth:`torch.nn.Module.load_state_dict`.
-
-        Raises:
-            CheckpointError: If ``strict`` and the tensors do not fit.
-        """
+        """Load what training can change, once the model is built; frozen weights are neither read nor written."""
         self.configure_model()
-        mine, frozen = self.state_dict(), self._frozen_names()
-        compiled = {plain_name(name): name for name in mine}
+        expected, frozen = self.state_dict(), self._frozen_names()
+        compiled = {plain_name(name): name for name in expected}
         state_dict = {compiled.get(plain_name(name), name): tensor for name, tensor in state_dict.items()}
         if strict:
-            check_state(state_dict, mine)
+            check_state(state_dict, expected)
         keys = super().load_state_dict(without_frozen(state_dict, frozen), strict=False, assign=assign)
         return _IncompatibleKeys([key for key in keys.missing_keys if key not in frozen], keys.unexpected_keys)
 

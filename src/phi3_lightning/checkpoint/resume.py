@@ -1,24 +1,23 @@
-"""The position that a checkpoint of Lightning holds, put where a restart goes on to the same bits.
+"""The position that a checkpoint of Lightning holds, corrected so that a resumed run ends in the same bits.
 
-Lightning saves from hooks in the middle of its loops, and restarted there it leaves out a validation, takes half a
-window for a whole one, or counts an epoch twice. What follows are mends of the saved position, not of the loops.
+Lightning saves from hooks in the middle of its loops. Resumed there, it skips a validation, takes half a window for a
+full one, or counts an epoch twice. These functions change the saved position (the ``loops`` of a checkpoint, in place)
+and not the loops.
 """
 
+import os
 from collections.abc import Mapping
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 
 from phi3_lightning.contracts import PlannedData
 
 
 def reshard_progress(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Move the position of a checkpoint that is being loaded to where it is for the ranks and windows of this run.
-
-    Args:
-        trainer: The trainer that loads it.
-        checkpoint: The checkpoint; its ``loops`` entry is changed in place.
-    """
+    """Convert the position of a checkpoint that is being loaded to the ranks and windows of this run."""
     data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
     state = checkpoint.get(type(data).__qualname__)
     if not state or not isinstance(data, PlannedData):
@@ -34,12 +33,7 @@ def reshard_progress(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None
 
 
 def align_loops(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
-    """Put the position of a checkpoint that is being written where a restart goes on exactly.
-
-    Args:
-        trainer: The trainer that writes it, from whichever hook.
-        loops: The ``loops`` entry of the checkpoint; changed in place.
-    """
+    """Move the position of a checkpoint that is being written to where a run resumes exactly."""
     if trainer.fit_loop._combined_loader is None:  # Lightning's tuners save before there is a position
         return
     loop = trainer.fit_loop.epoch_loop
@@ -54,11 +48,7 @@ def align_loops(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
 
 
 def align_steps(trainer: pl.Trainer) -> None:
-    """Let loggers go on at the step that was reached; Lightning's own count is one ahead beside a validation.
-
-    Args:
-        trainer: The Trainer that is about to train.
-    """
+    """Set the step of loggers to the one that was reached; Lightning's count is one ahead beside a validation."""
     loop = trainer.fit_loop.epoch_loop
     if trainer.lightning_module.automatic_optimization:  # a batch that steps is a step
         # Lightning takes such a batch for one that steps once more, after the validation or without repeating it
@@ -66,16 +56,17 @@ def align_steps(trainer: pl.Trainer) -> None:
         loop._batches_that_stepped = trainer.global_step - again
 
 
+def seed_by_position(epoch: int, batch: int, rank: int) -> None:
+    """Seed torch by the position in the run, so that a resumed run needs no random state."""
+    seed = [int(os.environ.get("PL_GLOBAL_SEED", "0")), epoch, batch, rank]
+    torch.manual_seed(int(np.random.SeedSequence(seed).generate_state(1, np.uint64)[0]))
+
+
 def complete_batch(loops: dict[str, Any], stepped: bool, validates: bool) -> None:
-    """Move a position that was saved in ``on_train_batch_end`` to where the batch is over.
+    """Move a position that was saved in ``on_train_batch_end`` to the end of the batch.
 
-    Restarted from within that hook, Lightning leaves out the validation that would have followed, and miscounts the
-    epochs where the batch was the last one.
-
-    Args:
-        loops: The ``loops`` entry of a checkpoint; changed in place.
-        stepped: Whether the batch ended in an optimiser step.
-        validates: Whether a validation follows the batch.
+    Resumed within that hook, Lightning skips the validation that would have followed, and miscounts the epochs where
+    the batch was the last one.
     """
     epoch_loop = {key.removeprefix("epoch_loop."): value for key, value in loops["fit_loop"].items()}
     progress = epoch_loop["batch_progress"]
@@ -89,11 +80,7 @@ def complete_batch(loops: dict[str, Any], stepped: bool, validates: bool) -> Non
 
 
 def reopen_epoch(loops: dict[str, Any]) -> None:
-    """Undo that Lightning counts an epoch that ``max_steps`` or early stopping cut as a whole one.
-
-    Args:
-        loops: The ``loops`` entry of a checkpoint that was written before the last batch; changed in place.
-    """
+    """Undo that Lightning counts an epoch that ``max_steps`` or early stopping has cut as a complete one."""
     progress = loops["fit_loop"]["epoch_progress"]
     for scope in ("current", "total"):
         ready = progress[scope]["ready"]
@@ -101,13 +88,7 @@ def reopen_epoch(loops: dict[str, Any]) -> None:
 
 
 def close_epoch(loops: dict[str, Any]) -> None:
-    """Move a position at the end of an epoch without a validation to the start of the next.
-
-    Lightning would take one more batch for the epoch that is over.
-
-    Args:
-        loops: The ``loops`` entry of a checkpoint; changed in place.
-    """
+    """Move a position at the end of an epoch without a validation to the next start, which Lightning would miss."""
     epochs, batches = loops["fit_loop"]["epoch_progress"], loops["fit_loop"]["epoch_loop.batch_progress"]
     for scope in ("current", "total"):
         epochs[scope] = dict.fromkeys(epochs[scope], epochs[scope]["ready"])
@@ -116,32 +97,17 @@ def close_epoch(loops: dict[str, Any]) -> None:
 
 
 def rewind_to_window_start(loops: dict[str, Any], accumulate_grad_batches: int) -> None:
-    """Move a saved position back to the start of the accumulation window that it cuts.
-
-    The gradients of a half-full window are not saved, so its micro-batches have to be seen again.
-
-    Args:
-        loops: The ``loops`` entry of a checkpoint; changed in place.
-        accumulate_grad_batches: Micro-batches of a window.
-    """
+    """Move a saved position back to the start of the window that it cuts, whose gradients are not saved."""
     progress = loops["fit_loop"]["epoch_loop.batch_progress"]
     cut = progress["current"]["ready"] % accumulate_grad_batches
     if cut == 0 or progress["is_last_batch"]:
         return
     for scope in ("current", "total"):
-        position = progress[scope]["ready"] - cut
-        for state in ("ready", "started", "processed", "completed"):
-            progress[scope][state] = position
+        progress[scope] |= dict.fromkeys(("ready", "started", "processed", "completed"), progress[scope]["ready"] - cut)
 
 
 def repeat_validation(loops: dict[str, Any]) -> None:
-    """Make a restart begin with the validation that follows the last batch, from its start.
-
-    Lightning would skip it, or take the part that is left for the whole.
-
-    Args:
-        loops: The ``loops`` entry of a checkpoint; changed in place.
-    """
+    """Make a resumed run begin with the validation after the last batch, which Lightning would skip or cut."""
     progress = loops["fit_loop"]["epoch_loop.val_loop.batch_progress"]
     progress["current"] = {"ready": 0, "started": 0, "processed": 0, "completed": 0}
     # the state in which Lightning sees a validation that has begun and not ended

@@ -206,14 +206,14 @@ def _gradients(module: Phi3LoRAModule) -> Iterator[tuple[str, list[Tensor | None
     assert adapter is not None
     for target in adapter.targets:
         layer: Any = model.get_submodule(target.path)
-        halves = {name: p.grad for name, p in layer.named_parameters() if "lora_" in name}
-        if len(target.slices) == 1 or None in halves.values():
-            yield target.path, list(halves.values())
+        down, up = (half.grad for half in adapter.lora_AB(target))
+        if len(target.slices) == 1 or down is None or up is None:
+            yield target.path, [p.grad for p in layer.parameters() if p.requires_grad]
             continue
-        down, up = halves["lora_A"].split(target.r), halves["lora_B"].split(list(target.adapted.values()))
-        for name, *pair in zip(target.adapted, down, up, strict=True):
+        slices = down.split(target.r), up.split(list(target.adapted.values()))
+        for name, *pair in zip(target.adapted, *slices, strict=True):
             yield f"{target.path} ({name})", pair
-    for path in adapter.trained_whole:
+    for path in adapter.modules_to_save:
         yield path, [p.grad for p in model.get_submodule(path).parameters() if p.requires_grad]
 
 

@@ -30,28 +30,14 @@ REMEDY = "use ddp where the base fits on one device, and class_path: phi3_lightn
 
 
 def check_strategy(strategy: Strategy) -> None:
-    """Refuse strategies that would move or save the frozen base, or gather it on one rank.
-
-    Args:
-        strategy: The Trainer's.
-
-    Raises:
-        ConfigError: If it is FSDP1, DeepSpeed, or a ModelParallelStrategy that is no :class:`FSDP2Strategy`.
-    """
+    """Refuse FSDP1, DeepSpeed and others that would move or save the frozen base, or gather it on one rank."""
     foreign = isinstance(strategy, ModelParallelStrategy) and not isinstance(strategy, FSDP2Strategy)
     if foreign or isinstance(strategy, FSDPStrategy | DeepSpeedStrategy):
         raise ConfigError(f"trainer.strategy: {type(strategy).__name__} is not supported: {REMEDY}")
 
 
 def check_launcher(strategy: Strategy) -> None:
-    """Refuse processes that would be sent the command line, which cannot be sent.
-
-    Args:
-        strategy: The Trainer's.
-
-    Raises:
-        ConfigError: If it starts processes that share nothing with this one, as ``ddp_spawn`` does.
-    """
+    """Refuse processes that share nothing with this one, as of ``ddp_spawn``: the command line cannot be sent."""
     launcher = strategy.launcher
     if isinstance(launcher, _MultiProcessingLauncher) and not launcher.is_interactive_compatible:
         raise ConfigError(
@@ -61,59 +47,34 @@ def check_launcher(strategy: Strategy) -> None:
 
 
 def check_shardable(loaded: bool, quantization: str | None, lora: LoRA, optimizer: OptimizerConfig) -> None:
-    """Refuse what a base that is read shard by shard, after the adapter is attached, cannot have.
-
-    Args:
-        loaded: Whether the module was given a loaded model.
-        quantization: How the base is quantised.
-        lora: The LoRA section.
-        optimizer: The optimiser section.
-
-    Raises:
-        ConfigError: If FSDP2 and the rest of the configuration do not go together.
-    """
-    remedy = "use trainer.strategy: ddp"
-    require(
-        not loaded,
-        "model.base",
-        "a loaded model",
-        f"a rank of FSDP2 reads only what it keeps; give its folder, or {remedy}",
-    )
-    require(
-        quantization is None, "model.quantization", quantization, f"FSDP2 shards the rows of plain weights; {remedy}"
-    )
-    for name in ("use_dora", "modules_to_save"):
-        value = getattr(lora, name)
-        require(
-            not value,
-            f"model.lora.{name}",
-            value,
-            f"it begins with the base's weights, which FSDP2 reads later; {remedy}",
-        )
+    """Refuse options that cannot work on a base whose shards are read after the adapter is attached."""
+    later = "it begins with the base's weights, which FSDP2 reads later;"
     start = lora.init_lora_weights
-    require(start != "eva", "model.lora.init_lora_weights", start, f"ranks would gather layers out of step; {remedy}")
-    require(
-        optimizer.name == "adamw", "model.optimizer.name", optimizer.name, f"bitsandbytes takes no shards; {remedy}"
-    )
+    for allowed, key, value, reason in (
+        (not loaded, "base", "a loaded model", "a rank of FSDP2 reads only what it keeps; give its folder, or"),
+        (quantization is None, "quantization", quantization, "FSDP2 shards the rows of plain weights;"),
+        (not lora.use_dora, "lora.use_dora", lora.use_dora, later),
+        (not lora.modules_to_save, "lora.modules_to_save", lora.modules_to_save, later),
+        (start != "eva", "lora.init_lora_weights", start, "ranks would gather layers out of step;"),
+        (optimizer.name == "adamw", "optimizer.name", optimizer.name, "bitsandbytes takes no shards;"),
+    ):
+        require(allowed, f"model.{key}", value, f"{reason} use trainer.strategy: ddp")
 
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Shards the frozen base over all ranks, and reads and writes checkpoints of the adapter alone.
 
-    A checkpoint is one file, as any other strategy writes it: an adapter has 100 to 300 MB. Use
-    the strategy where the base does not fit on one device; where it does, ``ddp`` sends less.
+    A checkpoint is one file, as any other strategy writes it: an adapter has 100 to 300 MB. Use the strategy where the
+    base does not fit on one device; where it does, ``ddp`` sends less.
 
     Args:
-        reshard_after_forward: Give up a layer's weights after its forward pass and gather them again for the backward
-            pass. false: keep them until then, which sends a third less and holds the whole base meanwhile.
+        reshard_after_forward: Free a layer's weights after its forward pass and gather them again for the backward
+            pass. false: keep them until then, which sends a third less and holds the full base meanwhile.
         cpu_offload: Keep weights, gradients and optimiser state in the host's memory, and bring a layer to the GPU
             when it runs.
         process_group_backend: Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs.
         timeout: How long a rank waits for another before it gives up.
         save_distributed_checkpoint: Refused: a checkpoint is one file.
-
-    Raises:
-        ConfigError: ``save_distributed_checkpoint`` is true.
     """
 
     def __init__(
@@ -165,8 +126,6 @@ class FSDP2Strategy(ModelParallelStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         reshard_all(cast("torch.nn.Module", self.model))
 
-    # ------------------------------------------------------------------ checkpoints
-
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
@@ -174,15 +133,11 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def lightning_module_state_dict(self) -> dict[str, Any]:
-        """Return what training can change; the base is not gathered.
-
-        Returns:
-            Whole tensors, on rank 0 alone.
-        """
+        """Return what training can change, in full on rank 0 alone; the base is not gathered."""
         options = StateDictOptions(
             full_state_dict=True,
             cpu_offload=True,
-            # a TrainableStateMixin's own has left them out, and torch fails on what is not there
+            # a TrainableStateMixin has left them out, and torch fails where they are missing
             ignore_frozen_params=not isinstance(self.lightning_module, TrainableStateMixin),
         )
         return get_model_state_dict(cast("torch.nn.Module", self.model), options=options)
@@ -190,29 +145,22 @@ class FSDP2Strategy(ModelParallelStrategy):
     @override
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module = cast("pl.LightningModule", self.lightning_module)
-        mine = {plain_name(name): parameter for name, parameter in module.named_parameters()}
+        parameters = {plain_name(name): parameter for name, parameter in module.named_parameters()}
         shares = {
-            name: distribute_like(tensor, mine.get(plain_name(name), tensor))
+            name: distribute_like(tensor, parameters.get(plain_name(name), tensor))
             for name, tensor in checkpoint["state_dict"].items()
         }
         module.load_state_dict(shares, strict=strict)
 
     @override
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
-        """Return the state of an optimiser in the form of torch's own, which any other strategy can load.
-
-        Returns:
-            Whole tensors, on rank 0 alone.
-        """
+        """Return the state of an optimiser as torch's own and any other strategy has it, in full on rank 0 alone."""
         state = optimizer.state_dict()
-        whole = {
-            index: {key: self._part_to_save(value) for key, value in values.items()}
+        gathered = {
+            index: {name: v.full_tensor().cpu() if isinstance(v, DTensor) else v for name, v in values.items()}
             for index, values in state["state"].items()
         }
-        return {**state, "state": whole} if self.is_global_zero else {}
-
-    def _part_to_save(self, value: Any) -> Any:
-        return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+        return {**state, "state": gathered} if self.is_global_zero else {}
 
     @override
     def load_optimizer_state_dict(self, checkpoint: Mapping[str, Any]) -> None:

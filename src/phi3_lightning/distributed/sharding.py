@@ -1,11 +1,11 @@
-"""What is sharded where: a frozen base over the ranks of FSDP2, of which no rank ever holds the whole.
+"""A frozen base sharded over the ranks of FSDP2, of which none ever holds all of it.
 
 Each decoder layer, the embedding and the head are a unit of their own, whose weights are gathered when the unit runs.
 The base is built without weights, its adapters are attached, the units are sharded, and then each rank reads its own
 rows of each weight. See Zhao et al. 2023, https://arxiv.org/abs/2304.11277, and ``torch.distributed.fsdp.fully_shard``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import Phi3ForCausalLM
+from transformers import Phi3Config, Phi3ForCausalLM
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from phi3_lightning.errors import ModelError
@@ -33,7 +33,7 @@ class Sharding:
     device: torch.device
     """Where this rank computes."""
     reshard_after_forward: bool
-    """Whether a layer's weights are given up after its forward pass and gathered again for its backward pass."""
+    """Whether a layer's weights are freed after its forward pass and gathered again for its backward pass."""
     cpu_offload: bool
     """Whether this rank's share, its gradients and optimiser state stay in the memory of the host."""
 
@@ -44,26 +44,14 @@ class Sharding:
 
 
 def build_placeholder_model(
-    base: str, revision: str | None, dtype: torch.dtype, attention: str, device: torch.device
+    config: Phi3Config, dtype: torch.dtype, attention: str, device: torch.device
 ) -> Phi3ForCausalLM:
     """Return a frozen model whose weights have shape, type and device, and take no memory.
 
-    They are one value, seen as a whole matrix: adapters can be attached as if the weights were there.
-
-    Args:
-        base: A folder or a hub id.
-        revision: Branch, tag or commit of the hub repository.
-        dtype: Type of the weights.
-        attention: The attention kernel, as transformers names it.
-        device: Where the model will run.
+    Each is one value, expanded to a matrix: adapters can be attached as if the weights were there.
     """
-    model = base_model.skeleton(base_model.read_config(base, revision), dtype, attention)
-    stand_ins: dict[nn.Parameter, nn.Parameter] = {}  # a tied weight stays one
-    for module, name, parameter in _own_parameters(model):
-        if parameter not in stand_ins:
-            value = torch.zeros((), dtype=parameter.dtype, device=device).expand(parameter.shape)
-            stand_ins[parameter] = nn.Parameter(value, requires_grad=False)
-        setattr(module, name, stand_ins[parameter])
+    model = base_model.skeleton(config, dtype, attention)
+    _replace_frozen(model, lambda weight: torch.zeros((), dtype=weight.dtype, device=device).expand(weight.shape))
     for module in list(model.modules()):
         if any(buffer.is_meta for buffer in module.buffers(recurse=False)):
             module.to_empty(device=device, recurse=False)
@@ -71,27 +59,23 @@ def build_placeholder_model(
     return model
 
 
-def _own_parameters(model: nn.Module) -> Iterator[tuple[nn.Module, str, nn.Parameter]]:
+def _replace_frozen(model: nn.Module, replacement: Callable[[Tensor], Tensor]) -> None:
+    """Replace each frozen weight; one that is shared stays shared."""
+    replaced: dict[nn.Parameter, nn.Parameter] = {}
     for module in list(model.modules()):
         for name, parameter in list(module.named_parameters(recurse=False)):
-            yield module, name, parameter
+            if not parameter.requires_grad:
+                if parameter not in replaced:
+                    replaced[parameter] = nn.Parameter(replacement(parameter), requires_grad=False)
+                setattr(module, name, replaced[parameter])
 
 
 def shard(model: Phi3ForCausalLM, sharding: Sharding) -> None:
-    """Spread a hollow model with adapters over the ranks; base weights are still to be read.
+    """Spread a placeholder model with adapters over the ranks; base weights are still to be read.
 
-    A weight that embedding and head share is needed from the first layer to the last, and stays whole on each rank.
-
-    Args:
-        model: What :func:`hollow` returned, with adapters; changed in place.
-        sharding: How.
+    A weight that embedding and head share is needed from the first layer to the last, and is not sharded.
     """
-    metas: dict[nn.Parameter, nn.Parameter] = {}
-    for module, name, parameter in _own_parameters(model):
-        if not parameter.requires_grad:
-            if parameter not in metas:
-                metas[parameter] = nn.Parameter(torch.empty_like(parameter, device="meta").contiguous(), False)
-            setattr(module, name, metas[parameter])
+    _replace_frozen(model, lambda weight: torch.empty_like(weight, device="meta").contiguous())
     tied = model.lm_head.weight if model.config.tie_word_embeddings else None
     dtype = model.model.embed_tokens.weight.dtype
     offload = CPUOffloadPolicy(pin_memory=sharding.device.type == "cuda")
@@ -108,7 +92,7 @@ def shard(model: Phi3ForCausalLM, sharding: Sharding) -> None:
         fully_shard(layer, reshard_after_forward=sharding.reshard_after_forward, **options)
     if tied is None:
         fully_shard(model.model.embed_tokens, reshard_after_forward=True, **options)
-        # the loss calls the head once a chunk: gathered by the first call, given up after the backward pass
+        # the loss calls the head once a chunk: gathered by the first call, freed after the backward pass
         cast(
             "FSDPModule", fully_shard(model.lm_head, reshard_after_forward=False, **options)
         ).set_reshard_after_backward(False, recurse=False)
@@ -116,77 +100,64 @@ def shard(model: Phi3ForCausalLM, sharding: Sharding) -> None:
 
 
 def load_sharded_weights(
-    model: Phi3ForCausalLM, sharding: Sharding, init: base_model.Initialisation, base: str, revision: str | None
+    model: Phi3ForCausalLM,
+    sharding: Sharding,
+    init: base_model.Initialisation,
+    base: str,
+    revision: str | None,
+    base_name: Callable[[str], str],
 ) -> None:
-    """Give a sharded model its base weights.
-
-    Args:
-        model: What :func:`shard` has spread over the ranks.
-        sharding: How.
-        init: Whether the weights are read, or random.
-        base: A folder or a hub id.
-        revision: Branch, tag or commit of the hub repository.
+    """Give a sharded model its base weights; ``base_name`` removes what an adapter inserts into their names.
 
     Raises:
         ModelError: If there are no safetensors, or a weight is missing or of another shape.
     """
     if init == "random":
-        _draw_random(model, sharding)
+        state = _draw_random(model, sharding, base_name)
     else:
-        _read_pretrained(model, sharding, base, revision)
+        state = _read_pretrained(model, sharding, base, revision, base_name)
+    model.load_state_dict(state, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.tie_weights()
 
 
-def _read_pretrained(model: Phi3ForCausalLM, sharding: Sharding, base: str, revision: str | None) -> None:
-    """Read this rank's rows of each base weight from the safetensors files.
-
-    Args:
-        model: A sharded model whose base weights are missing.
-        sharding: How it is sharded.
-        base: A folder or a hub id.
-        revision: Branch, tag or commit of the hub repository.
-
-    Raises:
-        ModelError: If there are no safetensors, or a weight is missing or of another shape.
-    """
+def _read_pretrained(
+    model: Phi3ForCausalLM, sharding: Sharding, base: str, revision: str | None, base_name: Callable[[str], str]
+) -> dict[str, Tensor]:
+    """This rank's rows of each base weight, from the safetensors files."""
     state: dict[str, Tensor] = {}
     with ExitStack() as files:
         pieces: dict[str, Any] = {}
         for path in _weight_files(base, revision):
             file = files.enter_context(safe_open(path, framework="pt"))
-            pieces |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # it is no mapping
+            pieces |= {key: file.get_slice(key) for key in file.keys()}  # noqa: SIM118  # not a mapping
         for name, parameter in model.named_parameters():
             if not parameter.is_meta:
                 continue
-            key = name.replace(".base_layer", "")
-            found = tuple(pieces[key].get_shape()) if key in pieces else None
-            if found != tuple(parameter.shape):
+            key = base_name(name)
+            shape = tuple(pieces[key].get_shape()) if key in pieces else None
+            if shape != tuple(parameter.shape):
                 raise ModelError(
-                    f"model.base: {base} has {key} with shape {found} and its config.json asks for "
+                    f"model.base: {base} has {key} with shape {shape} and its config.json asks for "
                     f"{tuple(parameter.shape)}; the files do not belong together"
                 )
             rows = _own_rows(parameter)
             state[name] = _placed(pieces[key][rows.start : rows.stop], parameter, sharding)
-    _assign(model, state)
+    return state
 
 
-def _draw_random(model: Phi3ForCausalLM, sharding: Sharding) -> None:
-    """Give the base the random weights that it has on one device, one whole weight at a time.
-
-    Args:
-        model: A sharded model whose base weights are missing.
-        sharding: How it is sharded.
-    """
+def _draw_random(model: Phi3ForCausalLM, sharding: Sharding, base_name: Callable[[str], str]) -> dict[str, Tensor]:
+    """This rank's rows of the random weights that the base has on one device, drawn one full weight at a time."""
     donor = base_model.skeleton(model.config, model.model.embed_tokens.weight.dtype, "sdpa")
     missing = {
-        name.replace(".base_layer", ""): (name, parameter)
+        base_name(name): (name, parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)
         if parameter.is_meta
     }
     state: dict[str, Tensor] = {}
     with base_model.fixed_seed():
         for prefix, module in donor.named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            if not own:
+            if not dict(module.named_parameters(recurse=False)):
                 continue
             module.to_empty(device=sharding.device, recurse=False)
             donor._init_weights(module)
@@ -197,13 +168,7 @@ def _draw_random(model: Phi3ForCausalLM, sharding: Sharding) -> None:
             module.to(device="meta")
     if model.config.tie_word_embeddings:  # the last draw counts, as on one device
         state["model.embed_tokens.weight"] = state["lm_head.weight"]
-    _assign(model, state)
-
-
-def _assign(model: Phi3ForCausalLM, state: dict[str, Tensor]) -> None:
-    model.load_state_dict(state, strict=False, assign=True)
-    if model.config.tie_word_embeddings:
-        model.tie_weights()
+    return state
 
 
 def _weight_files(base: str, revision: str | None) -> list[str]:
@@ -224,7 +189,7 @@ def _weight_files(base: str, revision: str | None) -> list[str]:
 
 
 def _own_rows(parameter: Tensor) -> slice:
-    """The rows of a sharded parameter that this rank keeps, as :func:`torch.chunk` deals them out."""
+    """The rows of a sharded parameter that this rank keeps, as :func:`torch.chunk` splits them."""
     if not isinstance(parameter, DTensor):
         return slice(0, parameter.shape[0])
     count, ranks = parameter.shape[0], parameter.device_mesh.size()
@@ -243,24 +208,17 @@ def _placed(rows: Tensor, parameter: Tensor, sharding: Sharding) -> nn.Parameter
     return nn.Parameter(sharded, requires_grad=False)
 
 
-def distribute_like(whole: Tensor, mine: Tensor) -> Tensor:
-    """Return this rank's share of a tensor that every rank has whole; nothing is sent.
-
-    Args:
-        whole: The tensor.
-        mine: A tensor of the same shape, sharded or not, that says how.
-    """
-    if not isinstance(mine, DTensor) or isinstance(whole, DTensor) or whole.shape != mine.shape:
-        return whole
-    return distribute_tensor(whole.to(mine.device), mine.device_mesh, mine.placements, src_data_rank=None)
+def distribute_like(tensor: Tensor, reference: Tensor) -> Tensor:
+    """Return this rank's share, sharded as ``reference`` is, of a tensor that every rank holds; nothing is sent."""
+    if not isinstance(reference, DTensor) or isinstance(tensor, DTensor) or tensor.shape != reference.shape:
+        return tensor
+    return distribute_tensor(
+        tensor.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None
+    )
 
 
 def reshard_all(model: nn.Module) -> None:
-    """Free the weights that units have gathered and kept.
-
-    Args:
-        model: A model, sharded or not.
-    """
+    """Free the weights that units have gathered."""
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()

@@ -16,16 +16,7 @@ SINGLE = "model.safetensors"
 
 
 def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
-    """Return the folder that holds the files of a hub id or of a folder.
-
-    Args:
-        name: Folder or hub id.
-        revision: Branch, tag or commit on the hub.
-        patterns: Which files are needed; those in the hub's cache are not fetched again.
-
-    Raises:
-        ModelError: If there is no such folder, and no such repository on the hub or in its cache.
-    """
+    """Return the folder with the files of a hub id or of a folder; files in the hub's cache are not fetched again."""
     if Path(name).is_dir():
         return Path(name)
     try:
@@ -35,11 +26,7 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
 
 
 class BaseWeights:
-    """The weights of a base model on the disk; one tensor at a time comes into memory.
-
-    Args:
-        base: Folder or hub id.
-        revision: Branch, tag or commit on the hub.
+    """The weights of a base model (folder or hub id) on the disk; one tensor at a time is read into memory.
 
     Attributes:
         folder: Where the files are.
@@ -81,10 +68,6 @@ class BaseWeights:
         return {name: result[name] for name in self._files}
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor, on the CPU in its own type.
-
-        Args:
-            name: Its name in the files.
-        """
+        """Return one tensor, on the CPU in its own type."""
         with safe_open(self._files[name], framework="pt") as file:
             return cast("Tensor", file.get_tensor(name))

@@ -1,4 +1,4 @@
-"""Whether an exported model answers as the live one does, in figures."""
+"""How far an exported model's logits are from the live model's, and how far they may be."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from phi3_lightning.errors import ModelError
 
 ROUNDINGS = 4.0
-"""How many times the effect of one rounding a layer an export may be away from the live model.
+"""Tolerance of an export, in multiples of the effect of one rounding in each layer.
 
 Live and exported model round each adapted layer's output at most five times in different places: the live one the
 base's product, the adapter's product and their sum; a merged one its weights and its product. Independent roundings add
@@ -21,40 +22,34 @@ up in squares: sqrt(5) = 2.2 times the effect of one. The rest is for the maximu
 
 @dataclass(frozen=True)
 class Difference:
-    """How far the logits of two models are apart, over all positions of the prompts.
-
-    Args:
-        max_logit: The largest difference of two logits.
-        kl: Mean Kullback-Leibler divergence of the next token, in nats.
-        greedy: The share of positions at which both hold the same token for the likeliest.
-    """
+    """How far the logits of two models are apart, over all positions of the prompts."""
 
     max_logit: float
+    """The largest difference of two logits."""
     kl: float
+    """Mean Kullback-Leibler divergence of the next token, in nats."""
     greedy: float
+    """The share of positions at which the argmax is the same."""
 
 
 @dataclass(frozen=True)
 class Certificate:
-    """What was compared, and what came of it.
-
-    Args:
-        compared: The two models, in words.
-        positions: Tokens after which the models were asked for the next.
-        export: Exported to live model.
-        rounding: One rounding in each adapted layer to none: the yardstick.
-        adapter: Live model to base: what the adapter does.
-    """
+    """The result of a comparison."""
 
     compared: str
+    """The two models, in words."""
     positions: int
+    """Number of compared positions."""
     export: Difference
+    """Exported against live model."""
     rounding: Difference
+    """One more rounding in each adapted layer against none: the unit of the tolerance."""
     adapter: Difference
+    """Live model against base: the effect of the adapter."""
 
     @property
     def holds(self) -> bool:
-        """Whether the export is as near to the live model as rounding lets it be."""
+        """Whether the export is within the tolerance."""
         near = self.export.max_logit <= ROUNDINGS * self.rounding.max_logit
         return near and self.export.kl <= ROUNDINGS**2 * self.rounding.kl + FLOAT32_KL
 
@@ -63,15 +58,11 @@ class Certificate:
         return {**asdict(self), "roundings_allowed": ROUNDINGS, "holds": self.holds}
 
     def check(self) -> None:
-        """Refuse an export that does not answer as the live model does.
-
-        Raises:
-            ModelError: If the figures are beyond what rounding explains.
-        """
+        """Refuse an export that does not answer as the live model does."""
         if not self.holds:
             raise ModelError(
                 f"the export does not answer as the live model does ({self.compared}): logits differ by up to "
-                f"{self.export.max_logit:.3g} (KL {self.export.kl:.2g}, same likeliest token at "
+                f"{self.export.max_logit:.3g} (KL {self.export.kl:.2g}, same argmax at "
                 f"{self.export.greedy:.1%} of {self.positions} positions), and rounding explains "
                 f"{ROUNDINGS:g} x {self.rounding.max_logit:.3g}; nothing was written. The adapter itself moves logits "
                 f"by up to {self.adapter.max_logit:.3g}"
@@ -79,43 +70,27 @@ class Certificate:
 
 
 FLOAT32_KL = 1e-6
-"""The KL below which float32 sums over a vocabulary tell nothing (32,064 terms of relative error 6e-8, and margin)."""
+"""Rounding error of the KL in float32 (sums of 32,064 terms of relative error 6e-8, and margin)."""
 
 
 @torch.inference_mode()
 def logits(model: nn.Module, prompts: list[list[int]], context: AbstractContextManager[Any]) -> Tensor:
-    """Return the logits after every token of the prompts.
-
-    Args:
-        model: A causal language model; its mode is left as it was.
-        prompts: Token ids.
-        context: What to compute in, such as autocast.
-
-    Returns:
-        Shape (tokens of all prompts, vocabulary), float32, on the CPU.
-    """
+    """Return the logits after every token of the prompts, shape (tokens, vocabulary), float32, on the CPU."""
     device = next(model.parameters()).device
-    width = max(map(len, prompts))
-    ids = torch.tensor([prompt + [0] * (width - len(prompt)) for prompt in prompts], device=device)
-    mask = torch.tensor([[1] * len(prompt) + [0] * (width - len(prompt)) for prompt in prompts], device=device)
+    ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], batch_first=True).to(device)
+    mask = pad_sequence([torch.ones(len(prompt), dtype=torch.int64) for prompt in prompts], batch_first=True).to(device)
     training = model.training
     model.eval()
     try:
         with context:
-            found: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            output: Tensor = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
     finally:
         model.train(training)
-    return found[mask.bool()].float().cpu()
+    return output[mask.bool()].float().cpu()
 
 
 def rounded(model: nn.Module, layers: Iterable[str], dtype: torch.dtype) -> AbstractContextManager[Any]:
-    """Return a context in which each of the layers' outputs is rounded once more, at random.
-
-    Args:
-        model: The model.
-        layers: Paths of the layers.
-        dtype: The type whose rounding it is.
-    """
+    """Return a context in which each of the layers' outputs is rounded once more, at random, to ``dtype``."""
     unit = torch.finfo(dtype).eps / 2
     generator = torch.Generator().manual_seed(0)
 
@@ -130,12 +105,7 @@ def rounded(model: nn.Module, layers: Iterable[str], dtype: torch.dtype) -> Abst
 
 
 def difference(reference: Tensor, other: Tensor) -> Difference:
-    """Compare logits.
-
-    Args:
-        reference: Shape (positions, vocabulary), float32.
-        other: The same shape.
-    """
+    """Compare logits, shape (positions, vocabulary), float32."""
     log_p, log_q = reference.log_softmax(-1), other.log_softmax(-1)
     kl = (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
     greedy = (reference.argmax(-1) == other.argmax(-1)).float().mean().item()
@@ -144,31 +114,24 @@ def difference(reference: Tensor, other: Tensor) -> Difference:
 
 @dataclass(frozen=True)
 class Reference:
-    """What an export is held against, measured while the live model is in memory.
-
-    Args:
-        compared: The two models, in words.
-        live: Logits, shape (positions, vocabulary), float32.
-        rounding: The yardstick.
-        adapter: What the adapter does.
-    """
+    """The live model's logits and the tolerance, with which an export is compared."""
 
     compared: str
+    """The two models, in words."""
     live: Tensor
+    """Logits, shape (positions, vocabulary), float32."""
     rounding: Difference
+    """The effect of one more rounding in each adapted layer."""
     adapter: Difference
+    """The effect of the adapter."""
 
     def certify(self, exported: Tensor) -> Certificate:
-        """Hold an export's logits against the live model's.
-
-        Args:
-            exported: Logits, shape (positions, vocabulary), float32.
-        """
+        """Compare an export's logits with the live model's."""
         export = difference(self.live, exported)
         return Certificate(self.compared, len(self.live), export, self.rounding, self.adapter)
 
 
-def refer(
+def measure_reference(
     compared: str,
     model: nn.Module,
     prompts: list[list[int]],
@@ -177,17 +140,7 @@ def refer(
     autocast: Callable[[], AbstractContextManager[Any]],
     disabled: Callable[[], AbstractContextManager[Any]],
 ) -> Reference:
-    """Measure the live model.
-
-    Args:
-        compared: The two models, in words.
-        model: The live model.
-        prompts: Token ids.
-        layers: Paths of the adapted layers.
-        dtype: The coarsest type that either model is rounded to.
-        autocast: What it computes in.
-        disabled: Switches the adapter off.
-    """
+    """Measure the live model; ``dtype`` is the coarsest type that either model is rounded to."""
     live = logits(model, prompts, autocast())
     with rounded(model, layers, dtype):
         rounding = difference(live, logits(model, prompts, autocast()))

@@ -1,4 +1,4 @@
-"""What a folder needs besides weights so that answers come out right: tokenizer, template, stop tokens."""
+"""The files besides weights that a chat needs: tokenizer, template, stop tokens."""
 
 import json
 import shutil
@@ -15,33 +15,25 @@ GENERATION_CONFIG = "generation_config.json"
 
 @dataclass(frozen=True)
 class Chat:
-    """How the model was talked to in training.
-
-    Args:
-        tokenizer: Folder or hub id of the tokenizer.
-        revision: Its branch, tag or commit on the hub.
-        template: The Jinja text of a template that is not the tokenizer's own; None: its own.
-        stop_ids: The tokens that end an answer.
-        prompts: Token ids of prompts to compare models on.
-    """
+    """The chat format of the training."""
 
     tokenizer: str
+    """Folder or hub id of the tokenizer."""
     revision: str | None
+    """Its branch, tag or commit on the hub."""
     template: str | None
+    """The Jinja text of a template that is not the tokenizer's own; None: its own."""
     stop_ids: list[int]
+    """The tokens that end an answer."""
     prompts: list[list[int]]
+    """Token ids of prompts to compare models on."""
 
 
 def write_tokenizer(chat: Chat, folder: Path, *, bare: bool) -> None:
     """Copy the tokenizer's files, so that ``AutoTokenizer`` reads them right.
 
-    Left as they are in a folder without a config.json, Llama's class would be made of them, which replaces the
-    normaliser: other ids for every text. Beside a config.json the class stays the base's, which converters look at.
-
-    Args:
-        chat: The tokenizer, and a template if it is not its own.
-        folder: Where to.
-        bare: Whether the folder gets no config.json.
+    In a ``bare`` folder, without a config.json, transformers would make Llama's class of them, which replaces the
+    normaliser: other ids for every text. Beside a config.json the class stays the base's, which converters read.
     """
     source = fetch(chat.tokenizer, chat.revision, [*COPIED, TOKENIZER_CONFIG])
     for name in COPIED:
@@ -58,21 +50,15 @@ def write_tokenizer(chat: Chat, folder: Path, *, bare: bool) -> None:
     (folder / TOKENIZER_CONFIG).write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
 
 
-def write_generation_config(chat: Chat, base: Path, model: dict[str, Any], folder: Path) -> None:
-    """Write the base's generation defaults, with every token that ends an answer.
-
-    Args:
-        chat: The stop tokens.
-        base: The folder of the base's files.
-        model: The model's configuration.
-        folder: Where to.
-    """
+def write_generation_config(chat: Chat, base: Path, folder: Path) -> None:
+    """Write the generation defaults of the base in a folder, with every token that ends an answer."""
+    model: dict[str, Any] = json.loads((base / "config.json").read_text(encoding="utf-8"))
     path = base / GENERATION_CONFIG
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     for name in ("bos_token_id", "pad_token_id"):
         if model.get(name) is not None:
             config.setdefault(name, model[name])
-    before = config.get("eos_token_id", model.get("eos_token_id"))
-    ends = [*chat.stop_ids, *(before if isinstance(before, list) else [] if before is None else [before])]
+    default = config.get("eos_token_id", model.get("eos_token_id"))
+    ends = [*chat.stop_ids, *(default if isinstance(default, list) else [] if default is None else [default])]
     config |= {"eos_token_id": list(dict.fromkeys(ends)), "use_cache": True}
     (folder / GENERATION_CONFIG).write_text(json.dumps(config, indent=2), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""A checkpoint's adapter as a folder that others read, compared with the live model before it gets its name."""
+"""A checkpoint's adapter as a folder for others, compared with the live model before it gets its name."""
 
 import gc
 import json
@@ -20,141 +20,136 @@ from phi3_lightning.errors import ConfigError
 from phi3_lightning.export import adapter_files, chat_files
 from phi3_lightning.export.base_files import BaseWeights, fetch
 from phi3_lightning.export.card import Origin, write_card
-from phi3_lightning.export.certificate import Certificate, Reference, logits, refer
+from phi3_lightning.export.certificate import Certificate, Reference, logits, measure_reference
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.loralib_model import with_loralib
-from phi3_lightning.export.merge import Merger, attach, write_merged
+from phi3_lightning.export.merge import Merger, attach_by_peft, write_merged
 from phi3_lightning.model import base as base_model
 from phi3_lightning.module import Phi3LoRAModule
 
 Format = Literal["peft", "merged", "loralib"]
 DType = Literal["bfloat16", "float16", "float32"]
 
+COMPARED = {
+    "peft": "adapter in PEFT to live model",
+    "merged": "merged to live model",
+    "loralib": "loralib to live model",
+}
+
 
 @dataclass(frozen=True)
 class Export:
-    """What is written.
-
-    Args:
-        format: ``peft``: the adapter, for PEFT and servers; ``merged``: a whole model; ``loralib``: a state dict of
-            loralib's layers.
-        dtype: Type of a merged model's weights; None: that of the base's files.
-        max_shard_size: Largest file of a merged model.
-    """
+    """What is written."""
 
     format: Format = "peft"
+    """``peft``: the adapter, for PEFT and servers; ``merged``: a whole model; ``loralib``: a state dict of loralib's
+    layers."""
     dtype: DType | None = None
+    """Type of a merged model's weights; None: that of the base's files."""
     max_shard_size: str = "1GB"
+    """Largest file of a merged model."""
 
 
 @dataclass(frozen=True)
 class Exported:
-    """What came of an export.
-
-    Args:
-        certificate: The comparison with the live model.
-        serving: How vLLM serves it, or why it does not; None: as any model.
-    """
+    """The result of an export."""
 
     certificate: Certificate
+    """The comparison with the live model."""
     serving: str | None
+    """How vLLM serves it, or why it does not; None: as any model."""
 
 
 def export(module: Phi3LoRAModule, chat: Chat, origin: Origin, what: Export, target: Path) -> Exported:
     """Write a folder, read it again with the libraries that others use, and compare it with the live model.
 
-    The folder gets its name when the comparison holds; ``target`` is untouched before.
+    The folder gets its name when the comparison is within the tolerance; ``target`` is untouched before.
 
     Args:
         module: The model with its adapter, on the CPU or a GPU; it holds no model afterwards.
-        chat: Tokenizer, stop tokens, and prompts to compare on.
-        origin: Where the model comes from.
-        what: Format and types.
         target: The folder to make; what it holds is replaced.
-
-    Returns:
-        The comparison, and how to serve the folder.
 
     Raises:
         ModelError: If base and adapter cannot be merged, or the export does not answer as the live model does.
     """
+    if what.format == "merged" and module.init == "random":
+        raise ConfigError("--format merged: model.init: random has no files to merge into; export it as peft")
+    weights = BaseWeights(module.base, module.revision) if what.format == "merged" else None
+    form = _adapter(module).to_peft()
     with _new_folder(target) as folder:
-        form = _live(module)[1].to_peft()
-        chat_files.write_tokenizer(chat, folder, bare=what.format != "merged")
-        if what.format == "merged":
-            certificate = _merged(module, form, chat, what, folder)
+        chat_files.write_tokenizer(chat, folder, bare=weights is None)
+        if weights is None:
+            certificate = _write_adapter(module, form, chat, origin.base, what.format, folder)
         else:
-            certificate = _adapter(module, form, chat, origin.base, what.format, folder)
+            certificate = _write_merged(module, form, chat, weights, what, folder)
         serving = adapter_files.serving_hint(form, origin.base, target.name) if what.format == "peft" else None
-        files = fetch(module.base, module.revision, ["*.json"])
-        config = json.loads((files / "config.json").read_text(encoding="utf-8"))
-        chat_files.write_generation_config(chat, files, config, folder)
+        chat_files.write_generation_config(chat, fetch(module.base, module.revision, ["*.json"]), folder)
         (folder / "certificate.json").write_text(json.dumps(certificate.content(), indent=2), encoding="utf-8")
         write_card(origin, what.format, certificate, serving, folder, target.name)
         certificate.check()
     return Exported(certificate, serving)
 
 
-def _adapter(module: Phi3LoRAModule, form: PeftForm, chat: Chat, base: str, kind: Format, folder: Path) -> Certificate:
-    reference = _refer(module, chat, "adapter in PEFT to live model" if kind == "peft" else "loralib to live model")
-    live, adapter = _live(module)
-    names = adapter_files.short_names(live, form)
-    model = module.detach_adapter()  # plain transformers, every weight as it was loaded
+def _adapter(module: Phi3LoRAModule) -> Adapter:
+    return cast("Adapter", module.adapter)
+
+
+def _write_adapter(
+    module: Phi3LoRAModule, form: PeftForm, chat: Chat, base_id: str, kind: Format, folder: Path
+) -> Certificate:
+    targets = _adapter(module).targets
+    reference = _measure(module, chat, COMPARED[kind], module.loaded_model.dtype)
+    base = module.detach_adapter()  # plain transformers, every weight as it was loaded
     if kind == "peft":
-        adapter_files.write_peft(form, names, base, module.revision, folder)
-        exported = cast("nn.Module", PeftModel.from_pretrained(model, str(folder)))
+        adapter_files.write_peft(form, base_id, module.revision, folder)
+        exported = cast("nn.Module", PeftModel.from_pretrained(base, str(folder)))
     else:
-        adapter_files.write_loralib(form, adapter.targets, folder)
-        exported = with_loralib(model, folder)
+        adapter_files.write_loralib(form, targets, folder)
+        exported = with_loralib(base, folder)
     return reference.certify(logits(exported, chat.prompts, nullcontext()))
 
 
-def _merged(module: Phi3LoRAModule, form: PeftForm, chat: Chat, what: Export, folder: Path) -> Certificate:
-    if module.init == "random":
-        raise ConfigError("--format merged: model.init: random has no files to merge into; export it as peft")
-    weights = BaseWeights(module.base, module.revision)
-    asked = None if what.dtype is None else getattr(torch, what.dtype)
-    attention, dtype = _live(module)[0].config._attn_implementation, _dtype(module)
-    coarsest = dtype if asked is None or torch.finfo(asked).eps < torch.finfo(dtype).eps else asked
+def _write_merged(
+    module: Phi3LoRAModule, form: PeftForm, chat: Chat, weights: BaseWeights, what: Export, folder: Path
+) -> Certificate:
+    dtype, attention = module.loaded_model.dtype, module.loaded_model.config._attn_implementation
+    written = dtype if what.dtype is None else getattr(torch, what.dtype)
+    coarsest = max(dtype, written, key=lambda kind: torch.finfo(kind).eps)
     if module.quantization is None:
-        reference = _refer(module, chat, "merged to live model", coarsest)
+        reference = _measure(module, chat, COMPARED["merged"], coarsest)
         module.detach_adapter()
-    else:  # a merged model has no quantised weights: it is held against the adapter on the base in full
-        reference = _refer_in_full(module, form, chat, coarsest)
+    else:
+        paths = [target.path for target in _adapter(module).targets]
+        module.detach_adapter()
+        gc.collect()
+        reference = _measure_in_full(module, form, chat, paths, coarsest)
     gc.collect()
-    config = base_model.read_config(module.base, module.revision)
-    write_merged(weights, Merger(base_model.skeleton(config), form), folder, asked, what.max_shard_size)
+    merger = Merger(base_model.skeleton(base_model.read_config(module.base, module.revision)), form)
+    write_merged(weights, merger, folder, None if what.dtype is None else written, what.max_shard_size)
     exported = AutoModelForCausalLM.from_pretrained(
         folder, dtype=dtype, attn_implementation=attention, device_map={"": module.device}
     )
     return reference.certify(logits(exported, chat.prompts, nullcontext()))
 
 
-def _live(module: Phi3LoRAModule) -> tuple[Phi3ForCausalLM, Adapter]:
-    module.configure_model()
-    return cast("Phi3ForCausalLM", module.model), cast("Adapter", module.adapter)
+def _measure(module: Phi3LoRAModule, chat: Chat, compared: str, dtype: torch.dtype) -> Reference:
+    """Measure the live model."""
+    adapter = _adapter(module)
+    paths = [target.path for target in adapter.targets]
+    return measure_reference(
+        compared, module.loaded_model, chat.prompts, paths, dtype, module.autocast, adapter.disabled
+    )
 
 
-def _dtype(module: Phi3LoRAModule) -> torch.dtype:
-    return _live(module)[0].dtype  # of the first parameter: the frozen embedding
-
-
-def _refer(module: Phi3LoRAModule, chat: Chat, compared: str, dtype: torch.dtype | None = None) -> Reference:
-    model, adapter = _live(module)
-    coarsest = dtype or _dtype(module)
-    targets = [target.path for target in adapter.targets]
-    return refer(compared, model, chat.prompts, targets, coarsest, module.autocast, adapter.disabled)
-
-
-def _refer_in_full(module: Phi3LoRAModule, form: PeftForm, chat: Chat, dtype: torch.dtype) -> Reference:
-    targets = [target.path for target in _live(module)[1].targets]
-    module.detach_adapter()
-    gc.collect()
+def _measure_in_full(
+    module: Phi3LoRAModule, form: PeftForm, chat: Chat, paths: list[str], dtype: torch.dtype
+) -> Reference:
+    """Measure the adapter on its base without quantisation, since a merged model has none."""
     full = base_model.load(module.base, revision=module.revision, dtype=module.dtype_name, device=module.device)
-    model = attach(full, form)
+    model = attach_by_peft(full, form)
     inner = cast("Phi3ForCausalLM", model.base_model.model)
     compared = f"merged to the adapter on the base without {module.quantization}"
-    return refer(compared, inner, chat.prompts, targets, dtype, nullcontext, model.disable_adapter)
+    return measure_reference(compared, inner, chat.prompts, paths, dtype, nullcontext, model.disable_adapter)
 
 
 @contextmanager

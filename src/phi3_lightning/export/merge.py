@@ -26,12 +26,8 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 _LINE_SECONDS = 10.0  # between two lines about progress where there is no terminal
 
 
-def attach(base: Phi3ForCausalLM, form: PeftForm) -> PeftModel:
-    """Put an adapter on a base by PEFT alone, whatever backend trained it.
-
-    Args:
-        base: The model; with weights on the meta device, only the adapter has content.
-        form: The adapter.
+def attach_by_peft(base: Phi3ForCausalLM, form: PeftForm) -> PeftModel:
+    """Put an adapter on a base, which may be on the meta device, by PEFT alone, whatever backend trained it.
 
     Raises:
         ModelError: If a tensor of the adapter has no place in the model, or a place stays empty.
@@ -47,18 +43,14 @@ def attach(base: Phi3ForCausalLM, form: PeftForm) -> PeftModel:
             layer.modules_to_save.to_empty(device="cpu")
     result: Any = set_peft_model_state_dict(model, form.tensors)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    wrong = [*result.unexpected_keys, *(trained & set(result.missing_keys))]
-    if wrong:
-        raise ModelError(f"the adapter does not fit the base: {', '.join(wrong[:5])}")
+    misfits = [*result.unexpected_keys, *(trained & set(result.missing_keys))]
+    if misfits:
+        raise ModelError(f"the adapter does not fit the base: {', '.join(misfits[:5])}")
     return model.eval()
 
 
 class Merger:
-    """Adds an adapter's updates to base weights, by PEFT's own arithmetic, one weight at a time.
-
-    Args:
-        skeleton: The base model on the meta device.
-        form: The adapter.
+    """Adds an adapter's LoRA deltas to base weights, by PEFT's own arithmetic, one weight at a time.
 
     Attributes:
         unties: Whether embedding and head, which share one weight in the base, become two.
@@ -66,7 +58,7 @@ class Merger:
 
     def __init__(self, skeleton: Phi3ForCausalLM, form: PeftForm) -> None:
         tied = bool(skeleton.config.tie_word_embeddings)
-        model = cast("nn.Module", attach(skeleton, form).base_model.model)
+        model = cast("nn.Module", attach_by_peft(skeleton, form).base_model.model)
         self._layers: dict[str, Any] = {
             name: module
             for name, module in model.named_modules()
@@ -77,11 +69,7 @@ class Merger:
 
     @torch.no_grad()
     def merged(self, name: str, weight: Tensor) -> Tensor:
-        """Return a weight with the adapter's update, in float32; as it is where there is none.
-
-        Args:
-            name: Its name in the base's files.
-            weight: The base's, in any floating-point type.
+        """Return a weight with the adapter's LoRA delta, in float32; as it is where there is none.
 
         Raises:
             ModelError: If the weight is not that of the config, or the sum is not finite.
@@ -92,16 +80,17 @@ class Merger:
             return weight
         if isinstance(layer, ModulesToSaveWrapper):
             return layer.modules_to_save["default"].get_parameter(kind).detach().float()
-        expected = layer.base_layer.weight.shape
+        frozen = layer.get_base_layer()
+        expected = frozen.weight.shape
         if weight.shape != expected:
             raise ModelError(f"{name}: the base's file has shape {tuple(weight.shape)}, its config {tuple(expected)}")
-        layer.base_layer.weight = nn.Parameter(weight.float(), requires_grad=False)
+        frozen.weight = nn.Parameter(weight.float(), requires_grad=False)
         try:
             layer.merge(safe_merge=True)
         except ValueError as error:
             raise ModelError(f"{name}: the sum of base and adapter is not finite ({error})") from error
-        result: Tensor = layer.base_layer.weight.data
-        layer.base_layer.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+        result: Tensor = frozen.weight.data
+        frozen.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
         layer.merged_adapters.clear()
         return result
 
@@ -114,14 +103,8 @@ def write_merged(
     In memory are the adapter and the tensors of one file, so ``max_shard_size`` bounds it.
 
     Args:
-        weights: The base.
-        merger: The adapter on it.
-        folder: Where to.
         dtype: Type of the written weights; None: that of the base's files.
         max_shard_size: Largest file, such as ``2GB``.
-
-    Returns:
-        The type of the written weights.
     """
     shapes = weights.shapes()
     if merger.unties:
@@ -166,12 +149,12 @@ def _progress(total: int) -> Iterator[int]:
     """Count tensors, in a bar where there is a terminal and in lines where there is none."""
     bar = Progress()
     bar.disable = not bar.console.is_terminal
-    said = time.monotonic()
+    last_line = time.monotonic()
     with bar:
         task = bar.add_task("merging", total=total)
-        for done in range(total):
-            yield done
+        for index in range(total):
+            yield index
             bar.advance(task)
-            if bar.disable and time.monotonic() - said > _LINE_SECONDS:
-                said = time.monotonic()
-                rank_zero_info(f"merging: {done + 1} of {total} tensors")
+            if bar.disable and time.monotonic() - last_line > _LINE_SECONDS:
+                last_line = time.monotonic()
+                rank_zero_info(f"merging: {index + 1} of {total} tensors")

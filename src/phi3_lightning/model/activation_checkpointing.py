@@ -1,4 +1,4 @@
-"""What a layer's forward pass keeps for its backward pass, and what is computed again.
+"""What a layer's forward pass keeps for its backward pass, and what is recomputed.
 
 See Chen et al. 2016, https://arxiv.org/abs/1604.06174.
 """
@@ -30,20 +30,23 @@ SAVED_OPERATORS: Final = [
 result as large as that of the layer for next to no work, which is not kept."""
 
 
-def check(wanted: object) -> None:
-    """Refuse a value that is no checkpointing mode.
-
-    Args:
-        wanted: What the user wrote as ``model.gradient_checkpointing``.
-
-    Raises:
-        ConfigError: If it is none.
-    """
-    if isinstance(wanted, int) and not isinstance(wanted, bool):
+def check(mode: object) -> None:
+    """Refuse a value that is not a checkpointing mode."""
+    if isinstance(mode, int) and not isinstance(mode, bool):
         remedy = "a number says that every so many layers one is recomputed; give 2 or more, or full for each of them"
-        require(wanted >= 2, "model.gradient_checkpointing", wanted, remedy)
+        require(mode >= 2, "model.gradient_checkpointing", mode, remedy)
     else:
-        require_choice("model.gradient_checkpointing", wanted, Named)
+        require_choice("model.gradient_checkpointing", mode, Named)
+
+
+def check_device(mode: Checkpointing, device_type: str) -> None:
+    """Refuse ``offload`` on a CPU."""
+    require(
+        mode != "offload" or device_type == "cuda",
+        "model.gradient_checkpointing",
+        mode,
+        "a CPU keeps everything in the host's memory anyway; use full",
+    )
 
 
 def _full(function: Any, *args: Any) -> Any:
@@ -62,10 +65,9 @@ def _offloaded(function: Any, *args: Any) -> Any:
 
 
 def checkpoint_activations(model: Phi3ForCausalLM, mode: CheckpointingMode | int) -> None:
-    """Decide what the layers keep in training mode; the last call counts.
+    """Set what the layers keep in training mode; the last call counts.
 
     Args:
-        model: The model, in training or evaluation.
         mode: ``none`` keeps everything; ``selective`` what :data:`SAVED_OPERATORS` computes; ``full`` one hidden state
             a layer, and ``offload`` the same in the host's memory; a number n recomputes every n-th layer.
     """
@@ -77,29 +79,20 @@ def checkpoint_activations(model: Phi3ForCausalLM, mode: CheckpointingMode | int
 
 
 def mode_of(model: Phi3ForCausalLM) -> CheckpointingMode | int:
-    """Return what :func:`checkpoint_activations` was told.
-
-    Args:
-        model: The model.
-    """
-    again = [index for index, layer in enumerate(model.model.layers) if layer.gradient_checkpointing]
-    if not again:
+    """Return the mode that :func:`checkpoint_activations` has set."""
+    recomputed = [index for index, layer in enumerate(model.model.layers) if layer.gradient_checkpointing]
+    if not recomputed:
         return "none"
     function = model.model.layers[0]._gradient_checkpointing_func
     if function is not _full:
         return "selective" if function is _selective else "offload"
-    if len(again) == len(model.model.layers):
+    if len(recomputed) == len(model.model.layers):
         return "full"
-    return again[1] if len(again) > 1 else len(model.model.layers)
+    return recomputed[1] if len(recomputed) > 1 else len(model.model.layers)
 
 
 def recomputed_share(mode: CheckpointingMode | int, depth: int) -> float:
-    """Return the share of the layers whose products are computed once more in the backward pass.
-
-    Args:
-        mode: As for :func:`checkpoint_activations`.
-        depth: Layers of the model.
-    """
+    """Return the share of the layers whose products are computed once more in the backward pass."""
     if isinstance(mode, int):
         return len(range(0, depth, mode)) / depth
     return 0.0 if mode in ("none", "selective") else 1.0

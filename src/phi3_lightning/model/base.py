@@ -1,7 +1,7 @@
-"""The frozen Phi-3: which models are taken, and how one is made ready."""
+"""The frozen Phi-3: which models are accepted, and how one is loaded."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal, cast
@@ -27,18 +27,13 @@ RELATIVES = {
     "phi4mm": "Phi-4-multimodal takes images and sound",
     "phi": "Phi-1 and Phi-2 have another architecture",
 }
-"""Models that people take for a ``Phi3ForCausalLM``, and why they are none."""
+"""Models that are easily mistaken for a ``Phi3ForCausalLM``, and why they are none."""
 
 
 def read_config(base: str, revision: str | None = None) -> Phi3Config:
     """Read the configuration of a base model, and refuse what is not a ``Phi3ForCausalLM``.
 
-    Args:
-        base: A folder or a hub id.
-        revision: Branch, tag or commit of the hub repository.
-
-    Returns:
-        The configuration, with the rope type ``su`` of early 128k models under its present name ``longrope``.
+    The rope type ``su`` of early 128k models gets its present name ``longrope``.
 
     Raises:
         ModelError: If there is no configuration, or it describes another architecture.
@@ -67,13 +62,7 @@ def read_config(base: str, revision: str | None = None) -> Phi3Config:
 def skeleton(
     config: Phi3Config, dtype: torch.dtype = torch.float32, attn_implementation: str = "sdpa"
 ) -> Phi3ForCausalLM:
-    """Return the model of ``config`` without weights, frozen, in evaluation mode, on the meta device.
-
-    Args:
-        config: The model's configuration.
-        dtype: Type of the weights.
-        attn_implementation: The attention kernel, as transformers names it.
-    """
+    """Return the model of ``config`` without weights, frozen, in evaluation mode, on the meta device."""
     with torch.device("meta"):
         model = Phi3ForCausalLM._from_config(config, dtype=dtype, attn_implementation=attn_implementation)
     return cast("Phi3ForCausalLM", model.requires_grad_(False).eval())
@@ -97,20 +86,12 @@ def load(
     quantization: Quantization | None = None,
     device: torch.device | str = "cpu",
 ) -> Phi3ForCausalLM:
-    """Load a base model, or make one with random weights from its configuration.
+    """Load a frozen base model, or make one with random weights from its configuration.
 
     Args:
-        base: A folder or a hub id.
-        revision: Branch, tag or commit of the hub repository.
         init: ``pretrained`` reads the safetensors; ``random`` needs config.json alone.
-        dtype: Type of the weights.
-        attn_implementation: The attention kernel; ``auto`` is ``documents``.
         quantization: Keep the linear layers' weights in 4 bits (``nf4`` with double quantisation, Dettmers et al. 2023,
             https://arxiv.org/abs/2305.14314) or 8 bits (``int8``) and compute in ``dtype``.
-        device: Where the weights are made.
-
-    Returns:
-        The frozen model, in evaluation mode.
 
     Raises:
         ModelError: If the model cannot be used, or the attention kernel is not available.
@@ -140,7 +121,7 @@ def load(
             ) from error
     if quantized is not None:
         for parameter in model.parameters():
-            if parameter.is_floating_point():  # a norm that stays as read keeps the pages of its whole file in memory
+            if parameter.is_floating_point():  # a norm that is not copied keeps the pages of its whole file in memory
                 parameter.data = parameter.data.clone()
     return model.requires_grad_(False)
 
@@ -160,10 +141,7 @@ def _quantization_config(kind: Quantization, init: Initialisation, dtype: torch.
 def keep_as_quantized(model: nn.Module) -> None:
     """Keep bitsandbytes from repacking 4-bit weights for its inference kernel on a CPU, at the first evaluation.
 
-    The repacked weights have rounded scales, and a training step that follows gets no gradient through them.
-
-    Args:
-        model: The model; one that is not in 4 bits is left as it is.
+    The repacked weights have rounded scales, and later training steps get no gradient through them.
     """
     if getattr(model, "is_loaded_in_4bit", False):
         from bitsandbytes.nn.modules import Linear4bit  # an extra
@@ -183,40 +161,25 @@ def _random(config: Phi3Config, dtype: torch.dtype, attention: str, device: torc
     return model
 
 
-def choose_attention(wanted: Attention, device: torch.device) -> str:
-    """Return the attention kernel that transformers is asked for.
-
-    Args:
-        wanted: What the user wrote.
-        device: Where the model will run.
-
-    Returns:
-        The name of a kernel that runs on ``device``.
-
-    Raises:
-        ModelError: If flash attention is asked for and cannot run.
-    """
-    if wanted == "flash_attention_2" and not (device.type == "cuda" and is_flash_attn_2_available()):
+def choose_attention(kernel: Attention, device: torch.device) -> str:
+    """Return the name of an attention kernel, as transformers has it, that runs on a device."""
+    if kernel == "flash_attention_2" and not (device.type == "cuda" and is_flash_attn_2_available()):
         raise ModelError(
             f"model.attn_implementation: flash_attention_2 needs a CUDA device and the package flash-attn, "
             f"and this run uses {device.type}; use documents"
         )
-    return PACKED if wanted == "auto" else wanted
+    return PACKED if kernel == "auto" else kernel
 
 
 @torch.no_grad()
-def fingerprint(model: nn.Module, samples: int = 64) -> str:
-    """Return a hash that tells base models apart at the cost of a glance.
+def fingerprint(model: nn.Module, base_name: Callable[[str], str] = lambda name: name, samples: int = 64) -> str:
+    """Return a hash of 64 hexadecimal digits that tells base models apart in well under a second for 7.6 GB.
 
-    It covers the name, shape and dtype of each frozen parameter and ``samples`` evenly spaced values of it,
-    so that it takes well under a second for 7.6 GB.
+    It covers the name, shape and dtype of each frozen parameter and ``samples`` evenly spaced values of it. Trainable
+    parameters do not count.
 
     Args:
-        model: A model, with or without adapters: trainable parameters do not count.
-        samples: Values read of each parameter.
-
-    Returns:
-        64 hexadecimal digits.
+        base_name: Gives a frozen parameter the name that it has without an adapter.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
@@ -224,8 +187,7 @@ def fingerprint(model: nn.Module, samples: int = 64) -> str:
             continue
         count = min(samples, parameter.numel())
         positions = torch.arange(count, device=parameter.device) * (parameter.numel() - 1) // max(count - 1, 1)
-        name = name.replace(".base_layer", "").replace(".original_module", "")
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}".encode())
+        digest.update(f"{base_name(name)} {tuple(parameter.shape)} {parameter.dtype}".encode())
         digest.update(_values(parameter.detach(), positions).cpu().numpy().tobytes())
     return digest.hexdigest()
 
@@ -237,10 +199,10 @@ def _values(parameter: Tensor, positions: Tensor) -> Tensor:
     local = parameter.to_local().reshape(-1)
     first = -(-parameter.shape[0] // parameter.device_mesh.size()) * parameter.device_mesh.get_local_rank()
     inside = positions - first * parameter.stride(0)
-    mine = (inside >= 0) & (inside < local.numel())
+    own = (inside >= 0) & (inside < local.numel())
     # as whole numbers: adding zeros would lose the sign of a zero
     bits = torch.zeros(positions.shape, dtype=torch.int32, device=positions.device)
-    bits[mine] = local[inside[mine]].float().view(torch.int32)
+    bits[own] = local[inside[own]].float().view(torch.int32)
     bits = bits.to(parameter.device_mesh.device_type)
     torch.distributed.all_reduce(bits, group=parameter.device_mesh.get_group())
     return bits.view(torch.float32)

@@ -1,8 +1,8 @@
 """Decoder layers compiled by ``torch.compile`` for training on a GPU.
 
 Between its matrix products a layer is a long row of small kernels: norms, rotary angles, gates, dropout, casts. They
-become a few. All layers share one compilation, in which lengths are symbols. Evaluation and generation stay as they
-are: without gradients, or with a cache, a layer would be compiled once more for little.
+become a few. All layers share one compilation, in which lengths are symbols. Evaluation and generation are not
+compiled: without gradients, or with a cache, a layer would be compiled once more for little gain.
 """
 
 from functools import cache
@@ -20,31 +20,24 @@ from phi3_lightning.model.activation_checkpointing import mode_of
 Compilation = Literal["auto", "layers", "none"]
 
 MIN_COMPILED_MICRO_BATCHES = 500
-"""Micro-batches that win compiling back: half a minute, for a third of each (Phi-3-mini on an H200, 4,096 tokens)."""
+"""Micro-batches that amortise compilation: half a minute, for a third of each (Phi-3-mini, H200, 4,096 tokens)."""
 
 
-def choose_compilation(model: Phi3ForCausalLM, wanted: Compilation, micro_batches: float, *, dora: bool = False) -> str:
-    """Compile the layers of a model, or not, for a run in the present autocast context.
-
-    Args:
-        model: The model, where it will be trained.
-        wanted: What the user wrote.
-        micro_batches: How many the run has.
-        dora: Whether the adapter is DoRA's, by PEFT's code, which breaks a layer into many graphs.
-
-    Returns:
-        What was done, and why, in words.
+def choose_compilation(
+    model: Phi3ForCausalLM, compilation: Compilation, micro_batches: float, *, dora: bool = False
+) -> str:
+    """Compile the layers of a model or not, in the present autocast context; say in words what was done, and why.
 
     Raises:
-        ConfigError: If compiled layers are asked for and cannot be had.
+        ConfigError: If ``layers`` cannot be compiled.
     """
     uncompile_layers(model)
-    if wanted == "none":
+    if compilation == "none":
         return "not compiled"
     kernel = model.config._attn_implementation
     able = kernel == packed_attention.PACKED and packed_attention.takes_varlen(model, model.device)
     by_operator = mode_of(model) == "selective"
-    if wanted == "layers":
+    if compilation == "layers":
         if not able:
             raise ConfigError(
                 "model.torch_compile: layers needs model.attn_implementation: documents in 16 bits on a GPU since "
@@ -79,24 +72,17 @@ def choose_compilation(model: Phi3ForCausalLM, wanted: Compilation, micro_batche
 
 
 def compile_layers(model: Phi3ForCausalLM) -> None:
-    """Let the decoder layers run compiled code in training; they are compiled when they first run.
+    """Let the decoder layers run compiled code in training; the first forward pass compiles them.
 
-    A layer changes its class, as :func:`torch.distributed.fsdp.fully_shard` does it: what recomputes or gathers a layer
-    stays around the compiled code.
-
-    Args:
-        model: The model.
+    A layer changes its class, as in :func:`torch.distributed.fsdp.fully_shard`: what recomputes or gathers it stays
+    around the compiled code.
     """
     for layer in model.model.layers:
         layer.__class__ = _over(type(layer))  # type: ignore[arg-type]  # mypy: a class is not hashable
 
 
 def uncompile_layers(model: Phi3ForCausalLM) -> None:
-    """Undo :func:`compile_layers`; does nothing where there is nothing to undo.
-
-    Args:
-        model: The model.
-    """
+    """Undo :func:`compile_layers`, where it has run."""
     for layer in model.model.layers:
         if isinstance(layer, _Compiled):
             layer.__class__ = type(layer).__bases__[1]

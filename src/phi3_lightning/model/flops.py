@@ -20,16 +20,12 @@ class StepFlops:
 
 
 def step_flops(model: Phi3ForCausalLM) -> StepFlops:
-    """Return what a token costs.
+    """Return the cost of a token.
 
     A frozen weight takes 2 operations in the forward pass and 2 for the gradient of its input, and none for its own; a
     trained one 2 more; gradient checkpointing computes the forward pass again, 2 more, and so does a head that is
     trained or sharded.
-    This is the formula 6N of Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361) without the gradient of what is
-    frozen.
-
-    Args:
-        model: The model with its adapter.
+    This is the formula 6N of Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361) without gradients of frozen weights.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not layer.weight.requires_grad]
     frozen = sum(layer.in_features * layer.out_features for layer in layers)  # bitsandbytes packs what numel counts

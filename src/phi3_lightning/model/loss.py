@@ -27,15 +27,10 @@ def _chunk(states: Tensor) -> int:
 
 
 def supervised_positions(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Select the positions that predict a supervised token.
+    """Return the states that predict a supervised token, shape (tokens, hidden size), and those tokens, int64.
 
     Args:
         hidden: Last hidden states, shape (rows, length, hidden size).
-        batch: The batch that they were computed from.
-
-    Returns:
-        The hidden states that predict a supervised token, shape (tokens, hidden size), and those tokens,
-        shape (tokens,), int64.
     """
     targets = batch["labels"][:, 1:]
     supervised = targets != IGNORE_INDEX
@@ -43,32 +38,20 @@ def supervised_positions(hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def cross_entropy(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Return the summed loss of the supervised tokens, and their number.
+    """Return the summed loss of the supervised tokens, a float32 scalar, and their number, an int64 scalar.
 
     A batch without a supervised token has the loss 0 with a graph, so that its backward pass gives zeros.
-
-    Args:
-        hidden: Last hidden states, shape (rows, length, hidden size).
-        head: Maps hidden states to logits over the vocabulary.
-        batch: The batch that the hidden states were computed from.
-
-    Returns:
-        The sum of the token losses, a float32 scalar, and the number of supervised tokens, an int64 scalar.
     """
     states, targets = supervised_positions(hidden, batch)
     return summed_loss(states, targets, head), torch.tensor(targets.numel(), device=hidden.device)
 
 
 def summed_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
-    """Return the sum of the losses of tokens whose predicting states are selected already.
+    """Return the sum of token losses, a float32 scalar with a graph, also where there is no token.
 
     Args:
-        states: Hidden states, shape (tokens, hidden size).
+        states: Hidden states that predict the tokens, shape (tokens, hidden size).
         targets: The tokens, shape (tokens,), int64.
-        head: Maps hidden states to logits over the vocabulary.
-
-    Returns:
-        A float32 scalar with a graph, also where there is no token.
     """
     if not any(parameter.requires_grad or isinstance(parameter, DTensor) for parameter in head.parameters()):
         return cast("Tensor", _FrozenHead.apply(states, targets, head))  # type: ignore[no-untyped-call]
@@ -122,17 +105,7 @@ def _chunk_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def correct_tokens(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Count the supervised tokens, and those that the model finds likeliest.
-
-    Args:
-        hidden: Last hidden states, shape (rows, length, hidden size).
-        head: Maps hidden states to logits over the vocabulary.
-        batch: The batch that the hidden states were computed from.
-
-    Returns:
-        The number of supervised tokens that are the argmax of their logits, and of all supervised tokens,
-        int64 scalars.
-    """
+    """Count the supervised tokens that are the argmax of their logits, and all of them, int64 scalars."""
     states, targets = supervised_positions(hidden, batch)
     correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
     size = _chunk(states)
@@ -144,11 +117,6 @@ def correct_tokens(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tenso
 @torch.no_grad()
 def by_document(hidden: Tensor, head: nn.Module, batch: Batch) -> Tensor:
     """Measure each document of a batch.
-
-    Args:
-        hidden: Last hidden states, shape (rows, length, hidden size).
-        head: Maps hidden states to logits over the vocabulary.
-        batch: The batch that the hidden states were computed from.
 
     Returns:
         For each document, in the order of ``document_ids``: the sum of its token losses, its supervised tokens that

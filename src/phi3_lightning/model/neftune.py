@@ -8,22 +8,25 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def noisy_embeddings(embedding: nn.Module, lengths: list[list[int]], alpha: float) -> Iterator[None]:
-    """Add uniform noise to what an embedding returns, while the context lasts.
+def noisy_embeddings(embedding: nn.Module, lengths: list[list[int]], alpha: float | None) -> Iterator[None]:
+    """Add uniform noise to the output of an embedding, while the context lasts.
 
     The noise of a document of L tokens is within alpha / sqrt(L x hidden size), however it is packed or padded.
 
     Args:
         embedding: Maps ids to hidden states of shape (rows, length, hidden size).
         lengths: Documents' lengths in tokens, row by row, as the batch has them; the embedding may get them in one row.
-        alpha: Strength of the noise; the paper has 5, 10 and 15.
+        alpha: Strength of the noise; the paper has 5, 10 and 15. None: no noise.
     """
+    if alpha is None:
+        yield
+        return
 
     def add_noise(_module: nn.Module, _inputs: tuple[Tensor, ...], hidden: Tensor) -> Tensor:
         rows, length, size = hidden.shape
         bounds = torch.zeros(rows, length, 1)
-        laid = lengths if len(lengths) == rows else [[document for row in lengths for document in row]]
-        for row, documents in zip(bounds, map(torch.tensor, laid), strict=True):
+        by_row = lengths if len(lengths) == rows else [[document for row in lengths for document in row]]
+        for row, documents in zip(bounds, map(torch.tensor, by_row), strict=True):
             row[: int(documents.sum()), 0] = (alpha / (documents * size).sqrt()).repeat_interleave(documents)
         return hidden + torch.empty_like(hidden).uniform_(-1, 1) * bounds.to(hidden)
 

@@ -1,4 +1,4 @@
-"""The documents of a batch in one row without padding, blind to each other without a mask over the row.
+"""Attention within each document of a batch, without padding and without a mask over the row.
 
 A mask over a packed row of T tokens has T x T entries, and all of them are computed. Attention within one document at a
 time costs what the documents cost, however they are packed; padding is never computed at all.
@@ -43,18 +43,12 @@ def attend(
     """Attend within each document; an attention function of transformers.
 
     Args:
-        module: The attention layer.
         query: Shape (1, heads, tokens, head size).
         key: Shape (1, key-value heads, tokens, head size).
-        value: As ``key``.
         attention_mask: Used where no documents are given, as in generation.
-        scaling: Factor of the scores.
-        dropout: Probability with which a weight is dropped.
         sliding_window: How many tokens back a token sees, itself included; None: all.
         documents: Tokens of each document, which make up the row; attended one after the other.
         cu_seq_lens_q: Where documents begin and end, int32, shape (documents + 1,); attended by one kernel.
-        max_length_q: Tokens of the longest of these.
-        kwargs: What transformers passes on to every attention function.
 
     Returns:
         Shape (1, tokens, heads, head size), and no weights.
@@ -78,8 +72,8 @@ def _varlen(
     if q.shape[1] != k.shape[1]:  # torch 2.11 takes no groups here
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     q, k, v = (states[0].transpose(0, 1) for states in (q, k, v))
-    seen = (-1, 0) if window is None or longest <= window else (window - 1, 0)
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=seen)
+    span = (-1, 0) if window is None or longest <= window else (window - 1, 0)
+    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=span)
     return cast("Tensor", out)[None]
 
 
@@ -132,14 +126,9 @@ AttentionMaskInterface.register(PACKED, sdpa_mask)  # for generation; batches of
 
 
 def one_row(batch: Batch) -> tuple[Tensor, list[int]]:
-    """Find the tokens of a batch that are no padding.
+    """Return the places of a batch's tokens among all of its places, int64, and the documents' lengths.
 
-    Args:
-        batch: The batch.
-
-    Returns:
-        Their places among all places of the batch, row by row, int64, and the documents' lengths. A filler batch, which
-        has no document, is one document of padding.
+    A filler batch, which has no document, is one document of padding.
     """
     width = batch["input_ids"].shape[1]
     device = batch["input_ids"].device
@@ -153,11 +142,7 @@ def one_row(batch: Batch) -> tuple[Tensor, list[int]]:
 
 
 def in_one_row(batch: Batch) -> Batch:
-    """Return the same documents one after the other in one row, as most kernels read them.
-
-    Args:
-        batch: The batch.
-    """
+    """Return the same documents one after the other in one row, as most kernels read them."""
     places, documents = one_row(batch)
     input_ids, labels, position_ids = (
         batch[name].flatten()[places][None] for name in ("input_ids", "labels", "position_ids")
@@ -173,12 +158,7 @@ def in_one_row(batch: Batch) -> Batch:
 
 
 def takes_varlen(model: Phi3ForCausalLM, device: torch.device) -> bool:
-    """Return whether torch's flash attention can run: on GPUs since Ampere, in 16 bits, without dropout.
-
-    Args:
-        model: The model; under autocast, that type counts.
-        device: Where it runs.
-    """
+    """Return whether torch's flash attention can run: on GPUs since Ampere, in 16 bits, without dropout."""
     dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else model.dtype
     return (
         device.type == "cuda"
@@ -189,11 +169,7 @@ def takes_varlen(model: Phi3ForCausalLM, device: torch.device) -> bool:
 
 
 def describe(model: Phi3ForCausalLM) -> str:
-    """Say how a model attends in training, in the present autocast context.
-
-    Args:
-        model: The model, where it will be trained.
-    """
+    """Describe how a model attends in training, in the present autocast context."""
     kernel = str(model.config._attn_implementation)
     if kernel != PACKED:
         return kernel
@@ -202,16 +178,7 @@ def describe(model: Phi3ForCausalLM) -> str:
 
 
 def check_lengths(lengths: list[list[int]], config: Phi3Config, base: str) -> None:
-    """Refuse documents that are longer than what a model reads.
-
-    Args:
-        lengths: Tokens of each document, row by row.
-        config: The model's.
-        base: Name of the model, for the error.
-
-    Raises:
-        ConfigError: If a document is too long.
-    """
+    """Refuse documents that are longer than a model's context."""
     longest = max((length for row in lengths for length in row), default=0)
     if longest > config.max_position_embeddings:
         raise ConfigError(
@@ -222,15 +189,11 @@ def check_lengths(lengths: list[list[int]], config: Phi3Config, base: str) -> No
 def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:
     """Run a model up to its head on a batch whose documents do not see each other.
 
-    Kernels that take documents as they come get them one after the other in one row, without padding. The others get
-    the rows as they are, where transformers tells documents apart by positions that restart, and builds a mask.
-
-    Args:
-        model: The model.
-        batch: Rows of one or more documents.
+    Kernels that take documents get them one after the other in one row, without padding. The others get the rows, in
+    which transformers finds documents by positions that restart, and builds a mask.
 
     Returns:
-        Last hidden states, shape (rows, length, hidden size); on padding they mean nothing.
+        Last hidden states, shape (rows, length, hidden size); meaningless on padding.
     """
     kernel = model.config._attn_implementation
     if kernel not in (PACKED, "flash_attention_2"):
