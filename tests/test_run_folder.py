@@ -126,11 +126,19 @@ class EarlyStoppingX(Callback):
         return {"seen": 3}
 
 
+class EarlyStoppingWithOwnState(EarlyStopping):
+    """A subclass that stores something else than Lightning's state."""
+
+    def state_dict(self):
+        return {"seen": 3}
+
+
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, tiny_base) -> dict:
     epochs, checkpoint = trained(tmp_path_factory.mktemp("run"), tiny_base, 9, patience=1)
     assert epochs == 2
-    checkpoint["callbacks"]["EarlyStoppingX"] = {"seen": 3}
+    for callback in (EarlyStoppingX(), EarlyStoppingWithOwnState("val/loss")):
+        checkpoint["callbacks"][callback.state_key] = callback.state_dict()
     return checkpoint
 
 
@@ -179,6 +187,7 @@ def test_a_new_run_may_have_a_lock(folder):
         ([EarlyStopping("train/loss", patience=1)], False),
         ([EarlyStopping("val/loss", mode="max", patience=1)], False),
         ([EarlyStoppingX()], False),
+        ([EarlyStoppingWithOwnState("val/loss", patience=1)], False),
         ([], False),
     ],
 )

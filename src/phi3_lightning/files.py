@@ -1,4 +1,4 @@
-"""Paths that the user gives, and what the file system answers."""
+"""Paths of the user's, and errors of the file system."""
 
 import errno
 import os
@@ -28,20 +28,16 @@ _REMEDIES = {
 }  # fmt: skip
 
 _OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
-"""What nothing but a file system answers; other errors are one of its where they come with the name of a file."""
+"""Errors of a file system alone; others are errors of a file system if they name a file."""
 
 
-def local_path(option: str, given: str | os.PathLike[str]) -> Path:
-    """Return a path on this machine, with ``~`` for the home folder.
-
-    Args:
-        option: The option that gives it, as the user writes it.
-        given: What was given.
+def local_path(option: str, value: str | os.PathLike[str]) -> Path:
+    """Return the path on this machine that an option names, with ``~`` for the home folder.
 
     Raises:
-        ConfigError: If it is an address such as ``s3://bucket/folder``, of which a path makes a folder named ``s3:``.
+        ConfigError: If it is an address such as ``s3://bucket/folder``, which would become a folder named ``s3:``.
     """
-    text = os.fspath(given)
+    text = os.fspath(value)
     if _ADDRESS.match(text):
         local = re.sub("^file:/+(localhost/+)?", "/", text)
         remedy = "mount it or copy it, and give the local path" if local == text else f"give {local}"
@@ -50,25 +46,18 @@ def local_path(option: str, given: str | os.PathLike[str]) -> Path:
 
 
 def remedy(error: BaseException | None) -> str | None:
-    """Return what to do about an error of the file system; None for any other.
-
-    Args:
-        error: The exception.
-    """
+    """Return what to do about an error of the file system; None for any other."""
     if not isinstance(error, OSError) or error.errno not in _REMEDIES:
         return None
     return _REMEDIES[error.errno] if error.filename is not None or error.errno in _OF_DISKS else None
 
 
 def file_error(error: OSError, place: Path | None = None) -> str | None:
-    """Say which file the system refuses, why, and what to do.
+    """Say in one line which file the system refuses, why, and what to do; None for an error of another kind.
 
     Args:
         error: The exception.
         place: The folder that was being written, for an error that names no file.
-
-    Returns:
-        One line; None for an exception that is not the file system's.
     """
     what_to_do = remedy(error)
     if what_to_do is None:
@@ -79,10 +68,7 @@ def file_error(error: OSError, place: Path | None = None) -> str | None:
 
 @contextmanager
 def writing(place: Path) -> Iterator[None]:
-    """Turn what the file system refuses into an error of one line, which names a file or the place.
-
-    Args:
-        place: What is being written, for errors that name no file: a full disk.
+    """Turn an error of the file system into one line, which names its file, or the place for a full disk.
 
     Raises:
         ConfigError: If nothing can be written there.
@@ -90,19 +76,19 @@ def writing(place: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        answer = _answer(error)
-        line = None if answer is None else file_error(answer, place)
+        system_error = _system_error(error)
+        line = None if system_error is None else file_error(system_error, place)
         if line is None:
             raise
         raise ConfigError(line) from error
 
 
-def _answer(error: Exception) -> OSError | None:
-    """What the system answered to a library: in Rust (safetensors, tokenizers) it stands in the message alone."""
+def _system_error(error: Exception) -> OSError | None:
+    """The system's error behind a library's; libraries in Rust (safetensors, tokenizers) have it in the message."""
     if isinstance(error, OSError):
         return error
     number = re.search(r"\(os error (\d+)\)", str(error))
     if number is not None:
         return OSError(int(number[1]), os.strerror(int(number[1])))
-    # torch's writer of zip files says no more than that it failed
+    # torch's writer of zip files does not say why it failed
     return error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else None

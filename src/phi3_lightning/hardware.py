@@ -1,4 +1,4 @@
-"""Where the package runs (Linux and macOS on the CPU, and CUDA), and what a device has: memory and speed."""
+"""Where the package runs (Linux and macOS on the CPU, and CUDA), under what name, and what a device has."""
 
 import resource
 import sys
@@ -16,23 +16,21 @@ _PROBE = 1024
 
 
 def check_platform() -> None:
-    """Refuse an operating system that nothing here was tried on.
-
-    Raises:
-        ConfigError: On Windows.
-    """
+    """Refuse Windows, where nothing was tried, by a ConfigError."""
     if sys.platform == "win32":
         raise ConfigError("Windows is not supported: run phi3_lightning under WSL 2, which is Linux")
 
 
+def program() -> str:
+    """Return the words with which the user calls the command line."""
+    return "python cli.py" if sys.argv[0].endswith("cli.py") else "phi3-lightning"
+
+
 def check_accelerator(accelerator: str) -> None:
-    """Refuse a device that nothing here was tried on.
+    """Refuse Apple's MPS, where nothing was tried, by a ConfigError.
 
     Args:
         accelerator: The Trainer's accelerator as the user wrote it, or the type of a device.
-
-    Raises:
-        ConfigError: Where the run would use Apple's MPS.
     """
     if accelerator == "mps" or (accelerator in ("auto", "gpu") and torch.backends.mps.is_available()):
         raise ConfigError(
@@ -41,11 +39,7 @@ def check_accelerator(accelerator: str) -> None:
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:
-    """Return the memory of a device that is free, and all of it, in bytes; of a container what it may have.
-
-    Args:
-        device: CPU or CUDA device.
-    """
+    """Return the free and the total memory of a device, in bytes; in a container those within its limit."""
     if device.type == "cuda":
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
@@ -67,29 +61,20 @@ def resident_memory() -> float:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the most memory that this process has held so far, in bytes: on the GPU for a CUDA device.
-
-    Args:
-        device: CPU or CUDA device.
-    """
+    """Return the peak memory of this process so far, in bytes; for a CUDA device that on the GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status")
-    if status.exists():  # getrusage says no less than what the parent held when it started this process
+    if status.exists():  # getrusage counts no less than the parent held when it started this process
         fields = dict(line.split(":", 1) for line in status.read_text().splitlines())
         return 1024 * int(fields["VmHWM"].removesuffix("kB"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Return the most operations a second in matrix products of ``dtype``: a GPU's by its data sheet, a CPU's measured.
+    """Return the peak operations a second in matrix products: a GPU's by its data sheet, a CPU's measured.
 
-    Args:
-        device: CPU or CUDA device.
-        dtype: Type of the products.
-
-    Returns:
-        None for a GPU that Lightning's table lacks, which it warns of.
+    None for a GPU that Lightning's table lacks, which it warns of.
     """
     if device.type == "cuda":
         return get_available_flops(device, dtype)

@@ -22,20 +22,20 @@ from phi3_lightning.run_lock import LOCK
 
 Resume = Literal["auto", "never"]
 
-AT_ONCE = (
+IMMEDIATE_REASONS = (
     EarlyStoppingReason.STOPPING_THRESHOLD.value,
     EarlyStoppingReason.DIVERGENCE_THRESHOLD.value,
     EarlyStoppingReason.NON_FINITE_METRIC.value,
 )
-"""Why early stopping ends a run without waiting for its patience."""
+"""The reasons for which early stopping ends a run without waiting for its patience."""
 
 THRESHOLDS = ("stopping_threshold", "divergence_threshold", "check_finite")
-"""The options that decide about that."""
+"""The options that decide about them."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where a run keeps what it writes."""
+    """The folder of a run, and where it writes what."""
 
     path: Path
     """The folder."""
@@ -47,7 +47,7 @@ class RunFolder:
         """Return the folder of a run.
 
         Args:
-            name: The name of the run, one part of a path.
+            name: A plain folder name.
             root: The folder that holds ``runs``; None: the working directory.
             dirpath: The folder of the checkpoints; None: ``checkpoints`` in the run's folder.
 
@@ -61,29 +61,16 @@ class RunFolder:
 
     @classmethod
     def of(cls, config: Namespace) -> "RunFolder":
-        """Return the folder of the run that a configuration describes.
-
-        Args:
-            config: It has ``run`` and the sections ``trainer`` and ``checkpoint``, the latter perhaps empty.
-
-        Raises:
-            ConfigError: As :meth:`named`.
-        """
+        """Return the folder of the run that a configuration describes; its section ``checkpoint`` may be empty."""
         return cls.named(config.run, config.trainer.get("default_root_dir"), (config.checkpoint or {}).get("dirpath"))
 
     @property
     def predictions(self) -> Path:
-        """File of the answers that ``predict`` writes."""
+        """The file to which ``predict`` writes."""
         return self.path / "predictions.jsonl"
 
     def newest(self, resume: Resume) -> tuple[Path, dict[str, Any]] | None:
-        """Return the checkpoint from which training goes on, and its content.
-
-        Args:
-            resume: ``never`` refuses a folder that holds anything.
-
-        Returns:
-            Path and content; None where there is no checkpoint, so that training starts at step 0.
+        """Return path and content of the checkpoint from which training goes on; None: training starts at step 0.
 
         Raises:
             CheckpointError: If there is a checkpoint that cannot be read, or ``never`` meets a used folder.
@@ -93,7 +80,7 @@ class RunFolder:
                 raise CheckpointError(f"--resume never: {self.path} is not empty; give another name with --run")
             return None
         last = self.checkpoints / "last.ckpt"
-        if last.exists():  # a sharded one is a folder
+        if last.exists():
             return last, read_checkpoint(last)
         others = self._names()
         if others:
@@ -103,28 +90,25 @@ class RunFolder:
             )
         return None
 
-    def checkpoint(self, asked: str | Path | None) -> Path | None:
-        """Return the checkpoint that ``--ckpt_path`` means.
+    def checkpoint(self, ckpt_path: str | Path | None) -> Path | None:
+        """Return the checkpoint that ``--ckpt_path`` means; None where it names none and the run has none.
 
         Args:
-            asked: Lightning's words ``last``, ``best`` and ``hpc``, a path, or None for the best or else the newest.
-
-        Returns:
-            The path; None where none is named and the run has none.
+            ckpt_path: Lightning's words ``last``, ``best`` and ``hpc``, a path, or None for the best or else the last.
 
         Raises:
-            CheckpointError: If the one that is named is not there.
+            CheckpointError: If there is no such checkpoint.
             ConfigError: If it is an address.
         """
         best, last = self.checkpoints / "best.ckpt", self.checkpoints / "last.ckpt"
-        if asked is None:
+        if ckpt_path is None:
             return next((path for path in (best, last) if path.exists()), None)
-        if not str(asked):
+        if not str(ckpt_path):
             raise CheckpointError("--ckpt_path: nothing was given; leave the option out, or give last, best or a path")
         by_word = {"last": last, "best": best, "hpc": self._newest_of_lightning()}
-        path = by_word.get(str(asked)) or local_path("--ckpt_path", asked)
+        path = by_word.get(str(ckpt_path)) or local_path("--ckpt_path", ckpt_path)
         if not path.exists():
-            named = f"--ckpt_path {asked}: {path}" if str(asked) in by_word else str(path)
+            named = f"--ckpt_path {ckpt_path}: {path}" if str(ckpt_path) in by_word else str(path)
             rest = f"the run has {', '.join(self._names()) or 'no checkpoint'} in {self.checkpoints}"
             raise CheckpointError(f"{named}: there is no such checkpoint; {rest}; give last, best or a path")
         return path
@@ -133,20 +117,16 @@ class RunFolder:
         return sorted(file.name for file in self.checkpoints.glob("*.ckpt"))
 
     def _newest_of_lightning(self) -> Path:
-        """What Lightning itself writes when SLURM puts a job back into the queue (``trainer.default_root_dir``)."""
+        """The file that Lightning itself writes when SLURM puts a job back into the queue."""
         root = self.path.parent.parent
         numbers = [int(file.stem[9:]) for file in root.glob("hpc_ckpt_*.ckpt") if file.stem[9:].isdecimal()]
         return root / f"hpc_ckpt_{max(numbers, default=1)}.ckpt"
 
     def finished(self, why: str, changed: Sequence[Changed]) -> str:
-        """Say that the run is over, and what has not come of what is typed now.
-
-        Args:
-            why: Why nothing is left to do.
-            changed: The options that are not as the run had them.
+        """Return why the run is over, and which options of this start had no effect.
 
         Raises:
-            CheckpointError: If another run is meant than the one that is over.
+            CheckpointError: If the options that changed make it another run than the one that is over.
         """
         listed = "; ".join(map(str, changed))
         if any(each.makes_another_run for each in changed):
@@ -154,14 +134,10 @@ class RunFolder:
                 f"{self.path}: nothing was trained: the run there is over ({why}), and it is another one: {listed}. "
                 "Start this one with another --run"
             )
-        return f"{why}. Nothing has come of what is typed differently now: {listed}" if changed else why
+        return f"{why}. Changed options had no effect: {listed}" if changed else why
 
     def keep_config(self, text: str) -> None:
-        """Write ``config.yaml``; a different one that is there already is kept as ``config.1.yaml`` and so on.
-
-        Args:
-            text: The configuration as YAML.
-        """
+        """Write ``config.yaml``; a different earlier one is renamed to ``config.1.yaml`` and so on."""
         self.path.mkdir(parents=True, exist_ok=True)
         target = self.path / "config.yaml"
         if target.exists():
@@ -177,13 +153,13 @@ class RunFolder:
 def nothing_left(
     checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps: int, callbacks: Iterable[Callback] = ()
 ) -> str | None:
-    """Say why a run is over, or return None where it can go on.
+    """Return why a run is over, or None where it can go on.
 
     Args:
         checkpoint: The newest checkpoint.
         max_epochs: As the Trainer gets it.
         max_steps: As the Trainer gets it; -1 is no limit.
-        callbacks: Those of this start, whose options decide; what only the checkpoint knows of ends nothing.
+        callbacks: Those of this start, whose options decide; those of the checkpoint alone end nothing.
     """
     epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]["current"]["processed"]
     if 0 <= max_steps <= checkpoint["global_step"]:
@@ -192,12 +168,14 @@ def nothing_left(
         return f"trainer.max_epochs {max_epochs} is reached"
     states = checkpoint.get("callbacks", {})
     for callback in callbacks:
-        if isinstance(callback, EarlyStopping) and callback.state_key in states:
-            state = states[callback.state_key]
-            if state["wait_count"] >= callback.patience:
-                return f"early stopping ended it: no better {callback.monitor} for {state['wait_count']} validations"
-            former = checkpoint.get(OPTIONS, {}).get(callback.state_key, {})
-            as_before = all(name in former and former[name] == getattr(callback, name) for name in THRESHOLDS)
-            if as_before and state.get("stopping_reason") in AT_ONCE:
-                return f"early stopping ended it: {state['stopping_reason_message']}"
+        state = states.get(callback.state_key)
+        if not isinstance(callback, EarlyStopping) or not isinstance(state, Mapping):
+            continue
+        waited = state.get("wait_count", 0)  # a subclass may have a state of its own
+        if waited >= callback.patience:
+            return f"early stopping ended it: no better {callback.monitor} for {waited} validations"
+        former = checkpoint.get(OPTIONS, {}).get(callback.state_key, {})
+        unchanged = all(name in former and former[name] == getattr(callback, name) for name in THRESHOLDS)
+        if unchanged and state.get("stopping_reason") in IMMEDIATE_REASONS:
+            return f"early stopping ended it: {state['stopping_reason_message']}"
     return None

@@ -17,24 +17,21 @@ LOCK = ".lock"
 
 BEAT_SECONDS = 20.0
 PATIENCE_SECONDS = 120.0
-"""Where the file system has no locks: how often a writer shows that it lives, and when it counts as dead."""
+"""On a file system without locks: how often a writer touches the file, and after which silence it counts as dead."""
 
 
 class RunLock:
     """The right to write in a folder, which one process has at a time.
 
-    The system keeps it (``fcntl.lockf``) and takes it back however the process ends; forked processes do not inherit
-    it. On a file system without locks the holder touches the file instead, and one that has not done so for two
-    minutes is taken for dead.
-
-    Args:
-        folder: The folder; it is made where it is missing.
+    It is a lock of the system (``fcntl.lockf``), which ends with the process, however that ends; forked processes do
+    not inherit it. On a file system without locks the holder touches the file instead, and counts as dead after two
+    minutes without.
     """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._path = self.folder / LOCK
-        self._made: list[Path] = []
+        self._new_folders: list[Path] = []
         self._owner: int | None = None
         self._descriptor: int | None = None
         self._over = threading.Event()
@@ -51,18 +48,18 @@ class RunLock:
             ConfigError: If another process has it; the message says which, on which host, since when.
             OSError: If nothing can be written in the folder.
         """
-        self._made = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
+        self._new_folders = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             while not self._lock():
                 pass  # the file was removed between opening and locking it
         except BaseException:
             self.release()
-            self._remove_made()
+            self._remove_new_folders()
             raise
 
     def release(self) -> None:
-        """Give the right back, and remove what ``acquire`` made, where nothing was put there."""
+        """Give the right back, and remove the folders that ``acquire`` made, if they are empty."""
         if self._owner != os.getpid():
             return
         self._owner = None
@@ -72,11 +69,11 @@ class RunLock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
-        self._remove_made()
+        self._remove_new_folders()
 
-    def _remove_made(self) -> None:
+    def _remove_new_folders(self) -> None:
         with suppress(OSError):
-            for folder in self._made:
+            for folder in self._new_folders:
                 folder.rmdir()
 
     def _lock(self) -> bool:

@@ -16,8 +16,8 @@ TINY = Path(phi3_lightning.__file__).parent / "assets/tiny_phi3"
 
 
 @pytest.fixture
-def bench(tmp_path) -> Callable[..., SharedBase]:
-    """Make a bench of the embedded model with given arguments of the module."""
+def shared_base(tmp_path) -> Callable[..., SharedBase]:
+    """Make a shared base of the embedded model with given arguments of the module."""
 
     def make(precision: str = "32-true", **module) -> SharedBase:
         options = {"dtype": "float32", "optimizer": {"lr": 0.01}} | module
@@ -28,12 +28,12 @@ def bench(tmp_path) -> Callable[..., SharedBase]:
 
 
 @pytest.fixture
-def suite(bench, tmp_path) -> Callable[..., Suite]:
+def suite(shared_base, tmp_path) -> Callable[..., Suite]:
     """Make a suite with given arguments of the data and of the module."""
 
     def make(data: dict | None = None, **module) -> Suite:
         arguments = {"train": str(TINY / "chats_train.jsonl"), "tokenizer": str(TINY), "max_length": 256}
         options = ChatDataModule(**arguments | (data or {})).options
-        return Suite(options, bench(**module), 1.0, tmp_path, lambda name: None, lambda: None)
+        return Suite(options, shared_base(**module), 1.0, tmp_path, lambda name: None, lambda: None)
 
     return make

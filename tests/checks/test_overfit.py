@@ -7,10 +7,10 @@ import pytest
 
 from phi3_lightning.checks import overfit
 from phi3_lightning.checks.overfit_diagnosis import (
-    GOOD_GOOD,
-    GOOD_MINE,
-    MINE_GOOD,
-    MINE_MINE,
+    GOOD_ROWS_GOOD_SETTINGS,
+    GOOD_ROWS_MY_SETTINGS,
+    MY_ROWS_GOOD_SETTINGS,
+    MY_ROWS_MY_SETTINGS,
     ROUND_TRIP,
     OverfitDiagnosis,
 )
@@ -18,21 +18,24 @@ from phi3_lightning.checks.rows import packaged_rows, read_sample
 
 
 def results(made, rows):
-    lessons = OverfitDiagnosis(made.bench, made.template, made.clip, made.folder, lambda name: None, lambda: None)
+    diagnosis = OverfitDiagnosis(
+        made.shared_base, made.template, made.clip, made.folder, lambda name: None, lambda: None
+    )
     plan = [[[index] for index in range(len(rows))]]
     good = packaged_rows(made.template)
-    found = list(lessons.run(lessons.lesson(rows, plan), lessons.lesson(good, [[[i] for i in range(len(good))]])))
+    found = list(diagnosis.run(diagnosis.case(rows, plan), diagnosis.case(good, [[[i] for i in range(len(good))]])))
     return {result.name: result for result in found}
 
 
 @pytest.mark.slow
 def test_a_learning_rate_that_is_too_low_is_the_settings_fault(suite):
     made = suite(optimizer={"lr": 1e-9}, dtype="bfloat16", precision="bf16-mixed")
-    found = results(made, read_sample(made.options, made.template, made.window).rows)
+    found = results(made, read_sample(made.options, made.template, made.context_length).rows)
     assert {name: result.outcome for name, result in found.items()} == {
-        GOOD_GOOD: "ok", MINE_GOOD: "ok", GOOD_MINE: "FAIL", MINE_MINE: "skipped", ROUND_TRIP: "ok",
+        GOOD_ROWS_GOOD_SETTINGS: "ok", MY_ROWS_GOOD_SETTINGS: "ok", GOOD_ROWS_MY_SETTINGS: "FAIL",
+        MY_ROWS_MY_SETTINGS: "skipped", ROUND_TRIP: "ok",
     }  # fmt: skip
-    assert "model.optimizer.lr" in found[GOOD_MINE].remedy
+    assert "model.optimizer.lr" in found[GOOD_ROWS_MY_SETTINGS].remedy
 
 
 @pytest.mark.slow
@@ -44,33 +47,37 @@ def test_answers_that_follow_from_nothing_are_the_data_s_fault(suite, tmp_path):
     ]
     (tmp_path / "noise.jsonl").write_text("\n".join(lines))
     made = suite({"train": str(tmp_path / "noise.jsonl")}, dtype="bfloat16", precision="bf16-mixed")
-    found = results(made, read_sample(made.options, made.template, made.window).rows)
+    found = results(made, read_sample(made.options, made.template, made.context_length).rows)
     assert {name: result.outcome for name, result in found.items()} == {
-        GOOD_GOOD: "ok", MINE_GOOD: "FAIL", GOOD_MINE: "ok", MINE_MINE: "skipped", ROUND_TRIP: "ok",
+        GOOD_ROWS_GOOD_SETTINGS: "ok", MY_ROWS_GOOD_SETTINGS: "FAIL", GOOD_ROWS_MY_SETTINGS: "ok",
+        MY_ROWS_MY_SETTINGS: "skipped", ROUND_TRIP: "ok",
     }  # fmt: skip
-    assert "preview" in found[MINE_GOOD].remedy
-    assert "or a base too small for them (1.67 million parameters; these answers have" in found[MINE_GOOD].remedy
+    assert "preview" in found[MY_ROWS_GOOD_SETTINGS].remedy
+    assert (
+        "or a base too small for them (1.67 million parameters; these answers have"
+        in found[MY_ROWS_GOOD_SETTINGS].remedy
+    )
 
 
 def test_where_nothing_is_learnt_the_base_is_at_fault(suite, monkeypatch):
-    monkeypatch.setattr(overfit, "STEPS", 1)
+    monkeypatch.setattr(overfit, "OVERFIT_STEPS", 1)
     made = suite()
     found = results(made, packaged_rows(made.template))
-    assert found[GOOD_GOOD].outcome == "FAIL"
-    assert "model.base" in found[GOOD_GOOD].remedy
-    assert {result.outcome for name, result in found.items() if name != GOOD_GOOD} == {"skipped"}
+    assert found[GOOD_ROWS_GOOD_SETTINGS].outcome == "FAIL"
+    assert "model.base" in found[GOOD_ROWS_GOOD_SETTINGS].remedy
+    assert {result.outcome for name, result in found.items() if name != GOOD_ROWS_GOOD_SETTINGS} == {"skipped"}
 
 
 def test_settings_that_diverge_are_at_fault(suite, monkeypatch):
     made = suite(optimizer={"lr": 1e38})
-    lessons = OverfitDiagnosis(made.bench, made.template, None, made.folder, lambda name: None, lambda: None)
+    diagnosis = OverfitDiagnosis(made.shared_base, made.template, None, made.folder, lambda name: None, lambda: None)
     rows = packaged_rows(made.template)[:2]
-    lesson = lessons.lesson(rows, [[[0, 1]]])
-    with made.bench.module() as module:
-        learnt, _ = overfit.overfit(module, lesson, made.bench.make_trainer, None, lambda: None)
-    assert not learnt.falls
-    assert not learnt.by_heart
-    assert "optimiser step" in str(learnt)
+    case = diagnosis.case(rows, [[[0, 1]]])
+    with made.shared_base.module() as module:
+        result, _ = overfit.overfit(module, case, made.shared_base.make_trainer, None, lambda: None)
+    assert not result.falls
+    assert not result.overfits
+    assert "optimiser step" in str(result)
 
 
 @pytest.mark.parametrize(("hidden_size", "first"), [(192, 1e-2), (576, 3e-3), (3072, 1e-3)])

@@ -23,15 +23,15 @@ def nothing(self, state_dict, *args, **kwargs):
 
 @pytest.mark.parametrize(("load", "told"), [(LOAD, None), (changed, "qkv_proj.lora_A"), (nothing, "lora_B")])
 def test_what_does_not_come_back(suite, monkeypatch, load, told):
-    monkeypatch.setattr(overfit, "STEPS", 2)
+    monkeypatch.setattr(overfit, "OVERFIT_STEPS", 2)
     made = suite(lora={"lora_dropout": 0.1})
-    lessons = OverfitDiagnosis(made.bench, made.template, 1.0, made.folder, lambda name: None, lambda: None)
-    lesson = lessons.lesson(packaged_rows(made.template)[:2], [[[0, 1]]])
-    with made.bench.module() as module:
-        _, trainer = overfit.overfit(module, lesson, made.bench.make_trainer, 1.0, lambda: None)
-        trip = CheckpointRoundTrip(made.bench, module, trainer, lesson.batches, made.folder / "a.ckpt")
+    diagnosis = OverfitDiagnosis(made.shared_base, made.template, 1.0, made.folder, lambda name: None, lambda: None)
+    case = diagnosis.case(packaged_rows(made.template)[:2], [[[0, 1]]])
+    with made.shared_base.module() as module:
+        _, trainer = overfit.overfit(module, case, made.shared_base.make_trainer, 1.0, lambda: None)
+        trip = CheckpointRoundTrip(made.shared_base, module, trainer, case.batches, made.folder / "a.ckpt")
     monkeypatch.setattr(Phi3LoRAModule, "load_state_dict", load)
-    with made.bench.module() as fresh:
+    with made.shared_base.module() as fresh:
         faults = trip.faults(fresh)
     assert (faults == []) == (told is None)
     assert told is None or any(told in fault for fault in faults)

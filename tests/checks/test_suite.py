@@ -9,14 +9,14 @@ import torch
 from checks.conftest import TINY
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.checks import numerics
-from phi3_lightning.checks.suite import CHECKPOINTING, GRADIENTS, HELD_OUT, MY_ROWS, PACKED, TEMPLATE, TWICE
+from phi3_lightning.checks.suite import CHECKPOINTING, GRADIENTS, HELD_OUT, MY_ROWS, PACKED, REPEATED_ROWS, TEMPLATE
 from phi3_lightning.data.conversation import TokenizedDocument
 from phi3_lightning.data.template import ChatTemplate
 
 FORWARD = Phi3LoRAModule.forward
 CONFIGURE = Phi3LoRAModule.configure_model
 QUICK = 7
-"""How many checks come before the lessons."""
+"""How many checks come before the diagnosis."""
 
 
 def outcomes(suite) -> dict[str, str]:
@@ -94,8 +94,11 @@ def test_rows_that_are_there_twice_are_counted(suite, tmp_path):
     rows = [chat(f"Question {number % 7}?", "An answer.") for number in range(9)]
     results = {result.name: result for result in islice(suite(write(tmp_path, rows) | {"val_fraction": 0}).run(), 3)}
     path = tmp_path / "chats.jsonl"
-    assert results[TWICE].outcome == "ok"
-    assert results[TWICE].figure == f"9 documents are trained, copies 2: {path}:8 is {path}:1, {path}:9 is {path}:2"
+    assert results[REPEATED_ROWS].outcome == "ok"
+    assert (
+        results[REPEATED_ROWS].figure
+        == f"9 documents are trained, copies 2: {path}:8 is {path}:1, {path}:9 is {path}:2"
+    )
     assert results[HELD_OUT].outcome == "skipped"
 
 
@@ -129,7 +132,7 @@ def test_copies_that_share_a_group_are_held_out_together(suite, tmp_path):
 def test_a_fault_behind_the_first_rows_is_found(suite, tmp_path):
     rows = [chat(f"Question {number}?", "An answer.") for number in range(600)] + [{"messages": 5}]
     fault, others = failed(suite(write(tmp_path, rows)))
-    assert fault.name == TWICE
+    assert fault.name == REPEATED_ROWS
     assert "chats.jsonl:601" in fault.figure
     assert others[MY_ROWS] == "ok"
 
@@ -237,10 +240,10 @@ def test_a_slice_without_a_gradient_is_named(suite, monkeypatch):
 
 def test_the_base_comes_back_as_it_was(suite):
     made = suite()
-    with made.bench.module() as module:
+    with made.shared_base.module() as module:
         before = {n: p.clone() for n, p in module.named_parameters() if not p.requires_grad}
     list(islice(made.run(), QUICK))
-    with made.bench.module() as module:
+    with made.shared_base.module() as module:
         after = {n: p for n, p in module.named_parameters() if not p.requires_grad}
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())

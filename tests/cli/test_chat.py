@@ -190,7 +190,7 @@ def test_what_is_cut_and_what_is_forgotten_is_said(trained):
     assert "cut after model.generation.max_new_tokens 2" in said.err
     script = "".join(f"Number {number}: {'word ' * 60}\n" for number in range(16))
     assert (
-        "no longer fit into the window"
+        "no longer fit into the context"
         in chat(trained, *CONFIG, "--model.generation.max_new_tokens=2", typed=script).err
     )
 
@@ -271,7 +271,7 @@ def test_a_person_at_a_terminal(trained):
     person.press_until("\x03", "Ctrl-D leaves")  # Ctrl-C at the prompt drops the line
     person.until("you> ")
     person.type("/help\r")
-    person.until("forget what was said")
+    person.until("clear the history")
     person.until("you> ")
     person.type("\x04")
     assert person.end() == 0

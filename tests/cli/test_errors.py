@@ -124,6 +124,29 @@ def test_values_that_cannot_work(cli, option, told):
 
 
 @pytest.mark.parametrize(
+    ("option", "code", "told"),
+    [
+        ("--trainer.precision=bf17", 2, "trainer.precision: bf17 cannot be used: "),
+        ("--trainer.strategy=dpp", 1, "trainer.strategy: 'dpp' cannot be used: "),
+        ("--trainer.strategy.class_path=nowhere.Strategy", 2, "No module named 'nowhere'"),
+        (
+            "--trainer.strategy={class_path: phi3_lightning.FSDP2Strategy, init_args: text}",  # text to the parser
+            1,
+            "trainer.strategy: '{class_path: phi3_lightning.FSDP2Strategy, init_args: text}' cannot be used: ",
+        ),
+        ("--config=section.yaml", 2, "Problem with given class_path 'phi3_lightning.FSDP2Strategy': "),
+    ],
+)
+def test_values_that_the_parser_refuses_are_one_line(cli, tmp_path, option, code, told):
+    section = "{class_path: phi3_lightning.FSDP2Strategy, init_args: text}"
+    (tmp_path / "section.yaml").write_text(f"trainer: {{strategy: {section}}}\n")
+    refused = cli("fit", *QUICK, "--trainer.max_steps=1", option, code=code)
+    [error] = [line for line in refused.text.splitlines() if line.startswith("error:")]
+    assert told in error
+    assert "Traceback" not in refused.text
+
+
+@pytest.mark.parametrize(
     ("option", "told"),
     [
         ("--model.bse=x", "model.base"),

@@ -78,9 +78,9 @@ def test_fit_decides_what_is_auto(cli, tmp_path):
 def test_a_gpu_that_is_not_here_is_not_asked(cli):
     options = (*QUICKSTART, "--data.train=null", "--trainer.accelerator=gpu", "--model.gradient_checkpointing=auto")
     text = cli("plan", *options).text
-    assert "auto is full here: there is no GPU here to ask" in text
+    assert "auto is full here: there is no GPU here; where more fits" in text
     refused = cli("plan", *options, "--data.max_tokens_per_batch=auto", code=1).text
-    assert "auto asks the GPU, and there is none here; give a number" in refused
+    assert "auto needs the GPU, and there is none here; give a number" in refused
 
 
 @pytest.mark.alone

@@ -58,13 +58,13 @@ def test_the_text_of_a_special_token_is_no_turn(template):
 
 def test_the_oldest_exchanges_make_room(template):
     dialogue = Dialogue(template, WINDOW, 20, system="Be short.")
-    forgotten = 0
+    dropped = 0
     for number in range(8):
         prompt = dialogue.ask(f"Question {number}, and some more words?")
         dialogue.answer("An answer with some words.")
         assert len(prompt.ids) <= WINDOW - 20
-        forgotten += prompt.forgotten
-    assert forgotten > 3
+        dropped += prompt.dropped
+    assert dropped > 3
     text = template.tokenizer.decode(prompt.ids)
     assert "Be short." in text
     assert "Question 7" in text

@@ -7,7 +7,7 @@ import transformers
 import yaml
 
 from cli.conftest import REPOSITORY
-from phi3_lightning.commands.translation.keys import CALLS, TRAINING
+from phi3_lightning.commands.translation.keys import TABLE
 
 TEXT = (REPOSITORY / "docs/migration.md").read_text(encoding="utf-8")
 SECTIONS = dict(re.findall(r"^## (.+?)$(.*?)(?=^## |\Z)", TEXT, re.MULTILINE | re.DOTALL))
@@ -35,16 +35,15 @@ def test_every_key_on_our_side_is_an_option(cli):
         assert len(table) > 15
         for _, ours in table:
             assert set(keys(ours)) <= options, ours
-    assert {entry[0] for _, table in CALLS for entry in table.values() if isinstance(entry, tuple)} <= options
+    assert {option for option, _ in TABLE.values()} <= options
 
 
 def test_every_key_of_trl_is_translated_as_the_table_says():
     fields = {field.name for field in dataclasses.fields(transformers.TrainingArguments)}
     for theirs, ours in rows("TRL and PEFT"):
         for key in keys(theirs):
-            assert key in fields or key in TRAINING or key == "save_pretrained"
-            entry = TRAINING.get(key)
-            path = entry[0] if isinstance(entry, tuple) else entry or ""
+            assert key in fields or key in TABLE or key == "save_pretrained"
+            path, _ = TABLE.get(key, ("", None))
             assert not path or any(name in path for name in keys(ours)), (
                 f"{key} becomes {path}, and the table says {ours}"
             )

@@ -1,4 +1,4 @@
-"""A checkpoint, written and read on the way that a run takes, brings everything back to the bit."""
+"""A checkpoint, written and read as a run does it, brings everything back to the bit."""
 
 from pathlib import Path
 
@@ -13,38 +13,23 @@ from phi3_lightning.module import Phi3LoRAModule
 
 
 class CheckpointRoundTrip:
-    """What a checkpoint is to bring back.
-
-    Args:
-        bench: Holds the base.
-        module: A trained module.
-        trainer: The Trainer that trained it.
-        batches: What its loss is measured on.
-        path: Where the checkpoint is written.
-    """
+    """Writes a checkpoint of a trained module, and remembers its tensors and its loss on some batches."""
 
     def __init__(
-        self, bench: SharedBase, module: Phi3LoRAModule, trainer: pl.Trainer, batches: list[Batch], path: Path
+        self, shared_base: SharedBase, module: Phi3LoRAModule, trainer: pl.Trainer, batches: list[Batch], path: Path
     ) -> None:
-        self._bench, self._batches, self._path = bench, batches, path
+        self._shared_base, self._batches, self._path = shared_base, batches, path
         trainer.save_checkpoint(path)
         self.size = path.stat().st_size
         self._state = _trained(module)
         self._loss = self._validate(module)
 
     def faults(self, fresh: Phi3LoRAModule) -> list[str]:
-        """Read the checkpoint into a fresh module.
-
-        Args:
-            fresh: A module that has never been trained.
-
-        Returns:
-            What is not as it was.
-        """
+        """Read the checkpoint into a module that has never been trained, and return what is not as it was."""
         untouched = _trained(fresh)
         loss = self._validate(fresh, str(self._path))
-        found = _trained(fresh)
-        faults = [name for name, tensor in self._state.items() if not torch.equal(tensor, found[name])]
+        restored = _trained(fresh)
+        faults = [name for name, tensor in self._state.items() if not torch.equal(tensor, restored[name])]
         if loss != self._loss:
             faults.append(f"the loss is {loss!r} and was {self._loss!r}")
         if all(torch.equal(tensor, untouched[name]) for name, tensor in self._state.items()):
@@ -53,7 +38,7 @@ class CheckpointRoundTrip:
 
     def _validate(self, module: Phi3LoRAModule, path: str | None = None) -> float:
         loader: DataLoader[Batch] = DataLoader(self._batches, batch_size=None)  # type: ignore[arg-type]
-        trainer = self._bench.make_trainer()
+        trainer = self._shared_base.make_trainer()
         return float(trainer.validate(module, loader, ckpt_path=path, verbose=False)[0]["val/loss"])
 
 

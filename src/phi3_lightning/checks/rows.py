@@ -1,6 +1,6 @@
 """A few of the user's rows as training would see them, and a few that are known to be good.
 
-Nothing is tokenised beyond the first rows, and nothing is written to the cache.
+Only the first rows are tokenised, and nothing is written to the cache.
 """
 
 import json
@@ -25,27 +25,24 @@ from phi3_lightning.data.tables import source_rows
 from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.errors import DataError
 
-COUNT = 8
-"""Rows that are checked and learnt by heart."""
-READ = 512
+CHECKED_ROWS = 8
+"""Rows that are checked and overfitted."""
+SAMPLED_ROWS = 512
 """Rows that are read to find the shortest."""
-LONGEST = 1024
+MAX_ROW_TOKENS = 1024
 """Tokens beyond which a row is not taken, so that time and memory stay bounded."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row.
-
-    Args:
-        place: Where it came from.
-        document: Its tokens and supervised ranges.
-        conversation: What is said; None for plain texts and ready-made ids, which have no turns.
-    """
+    """One row."""
 
     place: str
+    """Where it came from."""
     document: Document
+    """Its tokens and supervised spans."""
     conversation: Conversation | None
+    """Its turns; None for plain texts and ready-made ids, which have none."""
 
     @property
     def _answer_start(self) -> int:
@@ -65,91 +62,72 @@ class Row:
 
 @dataclass
 class Sample:
-    """The first rows of the training data, and the few that were chosen.
-
-    Args:
-        rows: Those that are checked.
-        read: Rows read.
-        kept: Documents that training would keep.
-        dropped: Rows left out, by reason.
-        bad: Place and fault of the rows that cannot be used.
-        endless: Kept documents in which no supervised token ends a turn.
-        empty: Kept documents in which nothing but ends of turns is supervised.
-        tokens: Tokens of the kept documents.
-        supervised: Those of them that are trained.
-    """
+    """The first rows of the training data, counted, and the few that are checked."""
 
     rows: list[Row] = field(default_factory=list)
+    """Those that are checked."""
     read: int = 0
-    kept: int = 0
+    """Rows read."""
+    documents: int = 0
+    """Documents that training would use."""
     dropped: Counter[str] = field(default_factory=Counter)
+    """Rows left out, by reason."""
     bad: list[str] = field(default_factory=list)
+    """Place and fault of the rows that cannot be used."""
     endless: int = 0
+    """Documents in which no supervised token ends a turn."""
     empty: int = 0
+    """Documents in which nothing but ends of turns is supervised."""
     tokens: int = 0
+    """Tokens of the documents."""
     supervised: int = 0
+    """Supervised tokens."""
 
     def add(self, chunk: Chunk, source: Source, stop_ids: list[int]) -> list[tuple[int, Document]]:
-        """Count a chunk.
-
-        Args:
-            chunk: Tokenised rows.
-            source: Where they came from.
-            stop_ids: The tokens that end an answer.
-
-        Returns:
-            Number and tokens of each kept document.
-        """
+        """Count a chunk of tokenised rows, and return number and document of each that training would use."""
         self.read += chunk.read
         self.dropped.update(chunk.dropped)
         self.bad += [f"{source.place(number)}: {why}" for number, why in chunk.bad]
-        tokens = _parts(chunk.input_ids, chunk.lengths)
-        spans = _parts(chunk.spans, chunk.span_lengths)
-        found: list[tuple[int, Document]] = []
-        for number, ids, ranges in zip(chunk.rows.tolist(), tokens, spans, strict=True):
-            trained = np.concatenate([ids[max(a, 1) : b] for a, b in ranges.reshape(-1, 2).tolist()])
-            ends = np.isin(trained, stop_ids)
+        tokens = _split(chunk.input_ids, chunk.lengths)
+        spans = _split(chunk.spans, chunk.span_lengths)
+        documents = []
+        for number, ids, edges in zip(chunk.rows.tolist(), tokens, spans, strict=True):
+            supervised = np.concatenate([ids[max(a, 1) : b] for a, b in edges.reshape(-1, 2).tolist()])
+            ends = np.isin(supervised, stop_ids)
             self.endless += not ends.any()
             self.empty += bool(ends.all())
             self.tokens += len(ids)
-            self.supervised += len(trained)
-            found.append((number, Document(self.kept + len(found), ids, ranges)))
-        self.kept += len(found)
-        return found
+            self.supervised += len(supervised)
+            documents.append((number, Document(self.documents, ids, edges)))
+            self.documents += 1
+        return documents
 
 
-def _parts(values: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
+def _split(values: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
     return [values[start:end] for start, end in pairwise(np.cumsum([0, *lengths]).tolist())]
 
 
-def read_sample(options: DataConfig, template: ChatTemplate, window: ContextLength | None) -> Sample:
+def read_sample(options: DataConfig, template: ChatTemplate, context_length: ContextLength | None) -> Sample:
     """Read the first rows of the training data, and choose those that are checked.
 
-    Args:
-        options: The data section.
-        template: Renders conversations.
-        window: How long the model's inputs may be.
-
-    Returns:
-        What became of the rows. The chosen ones differ in their questions: one question with two answers cannot be
-        learnt by heart.
+    These differ in their questions, since one question with two answers cannot be overfitted.
 
     Raises:
-        DataError: A file cannot be read.
+        DataError: If a file cannot be read.
     """
-    encoder = make_encoder("train", options, template, window)
+    encoder = make_encoder("train", options, template, context_length)
     sources = find_sources(options.files("train") or [], streaming=True)
     sample = Sample()
-    found: list[Row] = []
+    rows: list[Row] = []
     for index, source in enumerate(sources):
-        raw = list(islice(source_rows(source, options), max(READ // len(sources), 1)))
+        raw = list(islice(source_rows(source, options), max(SAMPLED_ROWS // len(sources), 1)))
         contents = dict(raw)
         for number, document in sample.add(encoder.encode(Job(index, raw)), source, template.stop_ids):
             conversation = _conversation(contents[number], encoder.options)
-            found.append(Row(source.place(number), document, conversation))
-        if sample.read >= READ:
+            rows.append(Row(source.place(number), document, conversation))
+        if sample.read >= SAMPLED_ROWS:
             break
-    sample.rows = _shortest(found)
+    sample.rows = _shortest(rows)
     return sample
 
 
@@ -160,23 +138,20 @@ def _conversation(raw: object, options: RowOptions) -> Conversation | None:
 
 def _shortest(rows: list[Row]) -> list[Row]:
     """The shortest with an answer, one for each question."""
-    chosen: dict[tuple[int, ...], Row] = {}
+    by_question: dict[tuple[int, ...], Row] = {}
     for row in sorted(rows, key=lambda row: (len(row.answer) == 1, len(row.document.input_ids))):
-        if len(row.document.input_ids) <= LONGEST:
-            chosen.setdefault(tuple(row.question), row)
-        if len(chosen) == COUNT:
+        if len(row.document.input_ids) <= MAX_ROW_TOKENS:
+            by_question.setdefault(tuple(row.question), row)
+        if len(by_question) == CHECKED_ROWS:
             break
-    return list(chosen.values())
+    return list(by_question.values())
 
 
 def packaged_rows(template: ChatTemplate) -> list[Row]:
-    """Return rows that are known to be good: the first exchanges of chats that come with the package.
-
-    Args:
-        template: Renders them, as it does the user's.
+    """Return rows that are known to be good: the first exchanges of the package's chats, in the user's template.
 
     Raises:
-        DataError: The template cannot render them.
+        DataError: If the template cannot render them.
     """
     text = (files("phi3_lightning") / "assets/tiny_phi3/chats_train.jsonl").read_text(encoding="utf-8")
     chats = [json.loads(line)["messages"] for line in text.splitlines()]

@@ -15,34 +15,34 @@ from phi3_lightning.module import Phi3LoRAModule
 
 
 class SharedBase:
-    """Lends modules on one base, which is loaded once and given back by each.
+    """Lends modules on one base, which is loaded once; each module gives it back.
 
     Args:
-        configured: The user's module, not yet loaded.
+        module: The user's module, not yet loaded.
         make_trainer: Makes a Trainer on the user's device and precision, with further options.
 
     Raises:
         ModelError: If the base cannot be loaded, or cannot carry the user's adapter.
     """
 
-    def __init__(self, configured: Phi3LoRAModule, make_trainer: Callable[..., pl.Trainer]) -> None:
-        self.configured = configured
+    def __init__(self, module: Phi3LoRAModule, make_trainer: Callable[..., pl.Trainer]) -> None:
         self.make_trainer = make_trainer
+        self._user_module = module
         self._trainer = make_trainer()
-        configured.configure_model()
-        self._base: Phi3ForCausalLM | None = configured.detach_adapter()
+        module.configure_model()
+        self._base: Phi3ForCausalLM | None = module.detach_adapter()
 
     @property
     def hidden_size(self) -> int:
         """Width of the base."""
-        return int(self._lent().config.hidden_size)
+        return int(self._available().config.hidden_size)
 
     @property
     def parameters(self) -> int:
         """How many values the base has; of one in 4 bits, as many as it has in full."""
-        return int(self._lent().num_parameters())
+        return int(self._available().num_parameters())
 
-    def _lent(self) -> Phi3ForCausalLM:
+    def _available(self) -> Phi3ForCausalLM:
         if self._base is None:
             raise ModelError("the base is lent to another module")
         return self._base
@@ -51,22 +51,12 @@ class SharedBase:
     def module(self, **changes: Any) -> Iterator[Phi3LoRAModule]:
         """Lend a module with an adapter of its own, in memory until the context ends.
 
-        The learning rate stays constant: a schedule is made for the length of a run.
-
-        Args:
-            **changes: Other arguments than the user's.
+        The learning rate stays constant: a schedule is made for the length of a run. ``changes`` replace the user's
+        arguments.
         """
-        mine = self.configured
-        module = Phi3LoRAModule(
-            **{
-                **mine.hparams,
-                "base_id": mine.base_id,
-                "lora": mine.lora,
-                "schedule": Schedule("constant", 0),
-                **changes,
-                "base": self._lent(),
-            }
-        )
+        own = self._user_module
+        options = {**own.hparams, "base_id": own.base_id, "lora": own.lora, "schedule": Schedule("constant", 0)}
+        module = Phi3LoRAModule(**{**options, **changes, "base": self._available()})
         torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))  # adapters start alike
         module.configure_model()
         self._base = None
@@ -76,27 +66,15 @@ class SharedBase:
             self._base = module.detach_adapter()
 
     def on_device(self, module: Phi3LoRAModule) -> None:
-        """Move a module to where the Trainer would run it.
-
-        Args:
-            module: The module.
-        """
+        """Move a module to where the Trainer would run it."""
         module.to(self._trainer.strategy.root_device)
 
     def to_device(self, batch: Any) -> Any:
-        """Return a batch on the Trainer's device.
-
-        Args:
-            batch: The batch.
-        """
+        """Return a batch on the Trainer's device."""
         return self._trainer.strategy.batch_to_device(batch)
 
     def context(self, module: Phi3LoRAModule) -> Callable[[], AbstractContextManager[None]]:
-        """Return a function that makes the context in which the Trainer would run a module.
-
-        Args:
-            module: The module.
-        """
+        """Return a function that makes the context in which the Trainer would run a module."""
 
         @contextmanager
         def context() -> Iterator[None]:

@@ -26,41 +26,39 @@ from phi3_lightning.data.splits import (
     share_out,
 )
 from phi3_lightning.errors import DataError
+from phi3_lightning.hardware import program
 
 MY_ROWS = "my rows"
-TWICE = "rows that are there twice"
+REPEATED_ROWS = "rows that are there twice"
 HELD_OUT = "no held-out row is trained"
 TEMPLATE = "mask = template"
 PACKED = "packed = unpacked"
 CHECKPOINTING = "gradient checkpointing on = off"
 GRADIENTS = "every adapter gets a gradient"
 
-SHARE = 0.5
-"""Share of the rows that has to be left for training, and of those the share in which more is trained than ends."""
+MIN_USABLE_FRACTION = 0.5
+"""Fraction of the rows that training has to use, and of those the fraction that must have an answer and its end."""
 
 
 @dataclass
 class Suite:
-    """The checks of one configuration.
-
-    Args:
-        options: The data section.
-        bench: Holds the base, and the model section.
-        clip: The Trainer's ``gradient_clip_val``.
-        folder: For the checkpoint that is tried.
-        on_begin: Told the name of each check.
-        on_step: Told after each optimiser step.
-    """
+    """The checks of one configuration."""
 
     options: DataConfig
-    bench: SharedBase
+    """The section ``data``."""
+    shared_base: SharedBase
+    """Has the section ``model``."""
     clip: float | None
+    """The Trainer's ``gradient_clip_val``."""
     folder: Path
+    """For temporary files."""
     on_begin: Callable[[str], None]
+    """Called with the name of each check."""
     on_step: Callable[[], None]
+    """Called after each optimiser step."""
 
     def __post_init__(self) -> None:
-        self.window = model_context_length(self.options)
+        self.context_length = model_context_length(self.options)
         self.template = load_template(self.options)
         pad = self.template.tokenizer.pad_token_id
         self.pad = 0 if pad is None else int(pad)
@@ -69,36 +67,38 @@ class Suite:
         """Yield the results, one after the other.
 
         Raises:
-            DataError: A file cannot be read.
+            DataError: If a file cannot be read.
         """
         self.on_begin(MY_ROWS)
-        sample, good = read_sample(self.options, self.template, self.window), packaged_rows(self.template)
+        sample, good = read_sample(self.options, self.template, self.context_length), packaged_rows(self.template)
         first_rows = self._my_rows(sample)
         yield first_rows
-        self.on_begin(TWICE)
+        self.on_begin(REPEATED_ROWS)
         yield from self._copies(known_fault=first_rows.outcome == "FAIL")
         self.on_begin(TEMPLATE)
         yield self._template(sample.rows)
         yield from self._numerics(sample.rows or good)
-        lessons = OverfitDiagnosis(self.bench, self.template, self.clip, self.folder, self.on_begin, self.on_step)
-        mine = lessons.lesson(sample.rows, self._planned(sample.rows)) if sample.rows else None
-        size = self.options.batch_size
-        by_size = [[[index] for index in range(at, min(at + size, len(good)))] for at in range(0, len(good), size)]
-        yield from lessons.run(mine, lessons.lesson(good, by_size))
+        diagnosis = OverfitDiagnosis(
+            self.shared_base, self.template, self.clip, self.folder, self.on_begin, self.on_step
+        )
+        own = diagnosis.case(sample.rows, self._planned(sample.rows)) if sample.rows else None
+        size, indices = self.options.batch_size, [[index] for index in range(len(good))]
+        batches = [indices[start : start + size] for start in range(0, len(good), size)]
+        yield from diagnosis.run(own, diagnosis.case(good, batches))
 
     def _planned(self, rows: list[Row]) -> list[list[list[int]]]:
         """The rows in batches, as a run would lay them out."""
         lengths = np.array([len(row.document.input_ids) for row in rows], dtype=np.int64)
-        plan = plan_split("train", lengths, self.options, self.window, seed=0)
+        plan = plan_split("train", lengths, self.options, self.context_length, seed=0)
         return [plan[batch] for batch in range(len(plan))]
 
     # ------------------------------------------------------------------ rows
 
     def _my_rows(self, sample: Sample) -> Result:
         trained = f", {sample.supervised / sample.tokens:.0%} of their tokens trained" if sample.tokens else ""
-        figure = f"of the first {sample.read} rows {sample.kept} are kept{trained}"
+        figure = f"of the first {sample.read} rows {sample.documents} are kept{trained}"
         figure += "".join(f"; {count} dropped ({reason})" for reason, count in sample.dropped.items())
-        look = "look at them: python cli.py preview with the same options"
+        look = f"look at them: {program()} preview with the same options"
         remedy = f"{look}; messages with weight 0 or train false are not trained, nor rows longer than data.max_length"
         refused = bool(sample.bad) and self.options.on_bad_row == "raise"
         if refused:
@@ -109,33 +109,35 @@ class Suite:
         elif sample.empty:
             figure += f"; {sample.empty} with empty answers"
             remedy = f"{look}; an empty answer teaches to say nothing"
-        nothing = sample.endless + sample.empty > (1 - SHARE) * sample.kept
-        holds = bool(sample.rows) and not refused and not nothing and sample.kept >= SHARE * sample.read
+        unusable = sample.endless + sample.empty > (1 - MIN_USABLE_FRACTION) * sample.documents
+        enough = sample.documents >= MIN_USABLE_FRACTION * sample.read
+        holds = bool(sample.rows) and not refused and not unusable and enough
         return Result.of(MY_ROWS, holds, figure, remedy)
 
     def _copies(self, *, known_fault: bool) -> Iterator[Result]:
-        """Look for rows that are there twice, in all that would be trained, and in what is held out of it."""
+        """Look for repeated rows, among all that would be trained, and in what is held out."""
         if self.options.streaming:
-            yield from (Result.skipped(name, "a stream has no end") for name in (TWICE, HELD_OUT))
+            yield from (Result.skipped(name, "a stream has no end") for name in (REPEATED_ROWS, HELD_OUT))
             return
         try:
             parts = self._parts()
         except DataError as error:
             if known_fault:
-                yield Result.skipped(TWICE, f"the fault of {MY_ROWS!r} comes first")
+                yield Result.skipped(REPEATED_ROWS, f"the fault of {MY_ROWS!r} comes first")
             else:  # in rows behind those of the sample
-                yield Result.of(TWICE, False, str(error), "mend or leave out what is named there")
+                yield Result.of(REPEATED_ROWS, False, str(error), "mend or leave out what is named there")
             yield Result.skipped(HELD_OUT, "not all rows can be read")
             return
         train = parts.pop("train")
-        yield Result.of(TWICE, True, f"{len(train.documents):,} documents are trained, copies {repeated(train)}", "")
+        figure = f"{len(train.documents):,} documents are trained, copies {repeated(train)}"
+        yield Result.of(REPEATED_ROWS, True, figure, "")
         leaks = {name: shared(part, train) for name, part in parts.items()}
-        figure = "; ".join(f"of {len(parts[name].documents):,} in {name} {found}" for name, found in leaks.items())
+        figure = "; ".join(f"of {len(parts[name].documents):,} in {name} {leak}" for name, leak in leaks.items())
         remedy = (
             "a loss on rows that are trained says nothing: take them out of one of the two; where val_fraction chose "
             "them, remove copies from data.train, or set data.group_by to a column that copies share"
         )
-        sound = all(found.count == 0 for found in leaks.values())
+        sound = all(leak.count == 0 for leak in leaks.values())
         yield Result.of(HELD_OUT, sound, figure, remedy) if leaks else Result.skipped(HELD_OUT, "nothing is held out")
 
     def _parts(self) -> dict[Split, Part]:
@@ -144,7 +146,8 @@ class Suite:
         parts: dict[Split, Part] = {}
         for split in ("train", "val", "test"):
             if self.options.files(split) is not None:
-                prepared = prepare_split(split, options, make_encoder(split, options, self.template, self.window))
+                encoder = make_encoder(split, options, self.template, self.context_length)
+                prepared = prepare_split(split, options, encoder)
                 shares = share_out(split, prepared, self.options, data_seed(self.options))
                 parts |= {name: Part(prepared, documents) for name, documents in shares.items()}
         return parts
@@ -170,12 +173,12 @@ class Suite:
 
     def _numerics(self, rows: list[Row]) -> Iterator[Result]:
         documents = [row.document for row in rows]
-        single = self.bench.to_device(collate([[document] for document in documents], self.pad))
-        packed = self.bench.to_device(collate([documents], self.pad))
-        with self.bench.module() as module:
+        single = self.shared_base.to_device(collate([[document] for document in documents], self.pad))
+        packed = self.shared_base.to_device(collate([documents], self.pad))
+        with self.shared_base.module() as module:
             numerics.leave_no_half_zero(module)
-            self.bench.on_device(module)
-            context = self.bench.context(module)
+            self.shared_base.on_device(module)
+            context = self.shared_base.context(module)
             self.on_begin(PACKED)
             yield _near(
                 PACKED,
@@ -185,7 +188,7 @@ class Suite:
             self.on_begin(CHECKPOINTING)
             yield _near(
                 CHECKPOINTING,
-                numerics.checkpointed_against_kept(module, single, context),
+                numerics.checkpointed_against_stored(module, single, context),
                 "set model.gradient_checkpointing: none, and update torch and transformers",
             )
             self.on_begin(GRADIENTS)
@@ -204,5 +207,5 @@ class Suite:
 
 def _near(name: str, distances: dict[str, float], remedy: str) -> Result:
     figure = ", ".join(f"{what} {distance:.2g}" for what, distance in distances.items())
-    holds = all(distance <= numerics.ROUNDINGS for distance in distances.values())  # not where one is NaN
-    return Result.of(name, holds, f"{figure} roundings a layer (limit {numerics.ROUNDINGS:g})", remedy)
+    holds = all(distance <= numerics.MAX_ROUNDINGS for distance in distances.values())  # not where one is NaN
+    return Result.of(name, holds, f"{figure} roundings a layer (limit {numerics.MAX_ROUNDINGS:g})", remedy)

@@ -1,4 +1,4 @@
-"""What is trained is what the template says, and what generation continues from."""
+"""Supervision follows the template: trained are the answers, after the prompts that generation continues."""
 
 import re
 from typing import Any
@@ -11,17 +11,13 @@ from phi3_lightning.data.template import ChatTemplate
 
 
 def find_faults(rows: list[Row], template: ChatTemplate) -> list[str]:
-    """Hold rows against the template.
-
-    Args:
-        rows: The rows; those without turns have nothing to be held against.
-        template: The chat template.
+    """Compare rows with the template; rows without turns are left out.
 
     Returns:
-        Place and fault of each row that is trained otherwise than the template says.
+        Place and fault of each row whose supervision differs from the template.
     """
-    found = [(row.place, _fault(row.conversation, row, template)) for row in rows if row.conversation is not None]
-    return [f"{place}: {fault}" for place, fault in found if fault is not None]
+    faults = [(row.place, _fault(row.conversation, row, template)) for row in rows if row.conversation is not None]
+    return [f"{place}: {fault}" for place, fault in faults if fault is not None]
 
 
 def _fault(chat: Conversation, row: Row, template: ChatTemplate) -> str | None:
@@ -31,20 +27,20 @@ def _fault(chat: Conversation, row: Row, template: ChatTemplate) -> str | None:
     if not _special_text(chat, template) and ids != _rendered(chat, template):
         return "its tokens are not those of tokenizer.apply_chat_template"
     if len(spans) != len(contents):
-        return f"{len(spans)} parts are trained, and {len(contents)} messages are to be"
+        return f"{len(spans)} spans are trained, and {len(contents)} messages should be"
     for content, (start, end) in zip(contents, spans, strict=True):
         if ids[end - 1] not in template.stop_ids:
             return f"the answer {_short(content)} is trained without a token that ends it"
-        said = _decoded(ids[start : end - 1], template)
-        if said not in (content.strip(), _decoded(_plain(content.strip(), template), template)):
-            return f"trained is {_short(said)}, and the message says {_short(content)}"
+        text = _decoded(ids[start : end - 1], template)
+        if text not in (content.strip(), _decoded(_plain(content.strip(), template), template)):
+            return f"{_short(text)} is trained, and the message is {_short(content)}"
     return _prompt_fault(chat, ids, spans, template)
 
 
 def _prompt_fault(
     chat: Conversation, ids: list[int], spans: list[tuple[int, int]], template: ChatTemplate
 ) -> str | None:
-    """Compare what generation continues from with what comes before each answer."""
+    """Compare the prompts of generation with what precedes each answer in training."""
     trained = [index for index, on in enumerate(chat.trained) if on]
     for index, (start, _) in zip(trained, spans, strict=True):
         if chat.messages[index]["role"] != "assistant":
@@ -54,8 +50,8 @@ def _prompt_fault(
         if isinstance(prompt, BadRowError):
             return f"the template makes no prompt of the messages before messages[{index}] ({prompt})"
         if prompt.input_ids != ids[:start]:
-            generated, trained_on = (_decoded(part[-4:], template) for part in (prompt.input_ids, ids[:start]))
-            return f"generation starts an answer after {_short(generated)}, and training after {_short(trained_on)}"
+            ends = [_short(_decoded(part[-4:], template)) for part in (prompt.input_ids, ids[:start])]
+            return f"generation starts an answer after {ends[0]}, and training after {ends[1]}"
     return None
 
 
@@ -73,7 +69,7 @@ def _rendered(chat: Conversation, template: ChatTemplate) -> list[int]:
 
 
 def _special_text(chat: Conversation, template: ChatTemplate) -> bool:
-    """Whether a content holds the text of a special token, of which transformers would make a turn."""
+    """Whether a content holds the text of a special token, which transformers would read as a turn."""
     special = [token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special]
     return any(token in message["content"] for token in special for message in chat.messages)
 

@@ -5,13 +5,12 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from typing import Any
 
 from jsonargparse.typing import NotEmptyStr
 
 from phi3_lightning.commands.dialogue import Dialogue
 from phi3_lightning.commands.loading import DATA_KEYS, LoadedRun, open_module
-from phi3_lightning.commands.parser import Parser, RunConfig
+from phi3_lightning.commands.parser import Parser, add_run, command_parser
 from phi3_lightning.errors import DataError
 from phi3_lightning.generation.stream import Text, stream
 from phi3_lightning.module import Phi3LoRAModule
@@ -21,59 +20,42 @@ DESCRIPTION = "Talk to a checkpoint, an adapter or the base in the terminal."
 HELP = """\
 /base          let the base answer, or the tuned model again
 /system TEXT   set the system message; without TEXT there is none
-/reset         forget what was said
+/reset         clear the history
 /help          show this
 /exit          leave, as Ctrl-D does; Ctrl-C stops an answer
 A message that begins with / has a space before it."""
 
 
 def parser() -> Parser:
-    """Return the parser of ``chat``, which takes the configuration of a run as it is."""
-    result = Parser(
-        prog="cli.py chat",
-        description=DESCRIPTION,
+    """Return the parser of ``chat``."""
+    result = command_parser(
+        "chat",
+        DESCRIPTION,
+        {"model": Phi3LoRAModule},
+        {"data": ", ".join(DATA_KEYS), "trainer": "accelerator, devices, precision and default_root_dir"},
         epilog="In a chat: " + "; ".join(" ".join(line.split()) for line in HELP.splitlines()),
     )
-    result.add_argument("-c", "--config", action=RunConfig, help="Configuration of a run.")
-    result.add_argument(
-        "--ckpt_path", type=str | None, default=None,
-        help="last, best, a checkpoint (.ckpt), a folder with an adapter in PEFT's format, or a file of loralib's "
-        "(.pt). null: the best of --run, or its newest; where there is none, the base answers.",
-    )  # fmt: skip
+    add_run(
+        result,
+        "last, best, a checkpoint (.ckpt), a folder with an adapter in PEFT's format, or a file of loralib's (.pt). "
+        "null: the best of --run, or its newest; where there is none, the base answers.",
+    )
     result.add_argument(
         "--prompt", type=NotEmptyStr | None, default=None, help="Answer this alone, on stdout, and leave."
     )
     result.add_argument("--system", type=str | None, default=None, help="The system message.")
-    result.add_lightning_class_args(Phi3LoRAModule, "model")
-    result.add_argument("--data", type=dict[str, Any], default={}, help=f"{', '.join(DATA_KEYS)} count.")
-    result.add_argument("--run", type=str, default="phi3-lora", help="Name of the run, where no ckpt_path is given.")
-    result.add_argument(
-        "--trainer", type=dict[str, Any], default={}, help="accelerator, devices, precision and default_root_dir count."
-    )
-    result.add_argument("--seed_everything", type=int | bool, default=42, help="Of answers that are drawn (do_sample).")
     result.accept_rest_of_run()
     return result
 
 
 def main(args: list[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: The arguments after ``chat``.
-
-    Raises:
-        CheckpointError: If checkpoint or adapter cannot be read, or do not belong to the base.
-        ConfigError: If options cannot be used.
-        DataError: If the one prompt cannot be answered.
-        ModelError: If the base cannot be loaded.
-    """
+    """Run the command with the arguments after ``chat``."""
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    options = parser()
-    opened = open_module(options, args)
-    chat = Chat(opened, opened.config.system)
+    run = open_module(parser(), args)
+    chat = Chat(run)
     try:
-        if opened.config.prompt is not None:
-            chat.turn(opened.config.prompt)
+        if run.config.prompt is not None:
+            chat.turn(run.config.prompt)
         else:
             _converse(chat)
     except KeyboardInterrupt:
@@ -84,68 +66,51 @@ def main(args: list[str]) -> None:
 
 
 class Chat:
-    """A module that talks.
+    """A chat with a loaded module."""
 
-    Args:
-        opened: The module, its template and what it computes in.
-        system: The system message.
-    """
-
-    def __init__(self, opened: LoadedRun, system: str | None) -> None:
-        self._module, self._trainer, self._template = opened.module, opened.trainer, opened.template
-        assert self._module.model is not None  # loaded
-        window, room = self._module.model.config.max_position_embeddings, self._module.generation.max_new_tokens
-        self.dialogue = Dialogue(opened.template, window, room, opened.system, system)
+    def __init__(self, run: LoadedRun) -> None:
+        self._module, self._trainer, self._template = run.module, run.trainer, run.template
+        context_length = self._module.loaded_model.config.max_position_embeddings
+        answer_length = self._module.generation.max_new_tokens
+        self.dialogue = Dialogue(run.template, context_length, answer_length, run.system, run.config.system)
         self.base = False
         """Whether the base answers and not the tuned model."""
 
     def turn(self, text: str) -> None:
-        """Answer a message on stdout.
-
-        Args:
-            text: The message.
+        """Answer a message on stdout; the part of an answer before Ctrl-C stays in the history.
 
         Raises:
-            DataError: If it cannot be rendered, or is too long.
-            KeyboardInterrupt: On Ctrl-C; what was said by then is kept.
+            DataError: If the message cannot be rendered, or is too long.
         """
         prompt = self.dialogue.ask(text)
-        if prompt.forgotten:
-            notice(f"the oldest {prompt.forgotten} exchange(s) no longer fit into the window, and are forgotten")
-        said = Text(self._template.tokenizer)
+        if prompt.dropped:
+            notice(f"the oldest {prompt.dropped} exchange(s) no longer fit into the context, and are dropped")
+        answer = Text(self._template.tokenizer)
         try:
-            self._speak(prompt.ids, said)
+            self._generate(prompt.ids, answer)
         except KeyboardInterrupt:
-            if not said.shown:
+            if not answer.shown:
                 self.dialogue.take_back()
                 raise
             write("\n")
-            self.dialogue.answer(said.shown)
+            self.dialogue.answer(answer.shown)
             raise
         write("\n")
-        self.dialogue.answer(said.shown)
+        self.dialogue.answer(answer.shown)
 
-    def _speak(self, ids: list[int], said: Text) -> None:
+    def _generate(self, ids: list[int], answer: Text) -> None:
         module, generation = self._module, self._module.generation
-        assert module.model is not None  # loaded
-        who = module.base_answers() if self.base else contextlib.nullcontext()
+        adapter = module.base_answers() if self.base else contextlib.nullcontext()
         token = None
-        with self._trainer.precision_plugin.forward_context(), module.autocast(), who:
-            for token in stream(module.model, ids, self._template.stop_ids, generation):
-                write(said.add(token))
-        write(said.rest())
+        with self._trainer.precision_plugin.forward_context(), module.autocast(), adapter:
+            for token in stream(module.loaded_model, ids, self._template.stop_ids, generation):
+                write(answer.add(token))
+        write(answer.rest())
         if token not in self._template.stop_ids:
-            notice(f"\ncut after model.generation.max_new_tokens {generation.max_new_tokens}, or at the window's end")
+            notice(f"\ncut after model.generation.max_new_tokens {generation.max_new_tokens}, or at the context's end")
 
     def command(self, line: str) -> bool:
-        """Do what a line that begins with / says.
-
-        Args:
-            line: The line.
-
-        Returns:
-            Whether the chat goes on.
-        """
+        """Run a line that begins with /, and return whether the chat goes on."""
         name, _, rest = line.partition(" ")
         if name == "/exit":
             return False
@@ -157,7 +122,7 @@ class Chat:
             notice(f"system: {self.dialogue.system or 'none'}")
         elif name == "/reset":
             self.dialogue.forget()
-            notice("forgotten")
+            notice("history cleared")
         else:
             notice(HELP if name == "/help" else f"there is no {name}\n{HELP}")
         return True
@@ -166,7 +131,7 @@ class Chat:
 def _converse(chat: Chat) -> None:
     interactive = sys.stdin.isatty()
     if interactive:
-        notice("/help shows what can be done; Ctrl-D leaves")
+        notice("/help shows the commands; Ctrl-D leaves")
     for line in _typed() if interactive else _piped():
         try:
             if line.startswith("/"):
@@ -209,10 +174,10 @@ def _piped() -> Iterator[str]:
 
 
 def write(text: str) -> None:
-    """Write a part of an answer, at once."""
+    """Write a part of an answer on stdout, at once."""
     print(text, end="", flush=True)
 
 
 def notice(text: str) -> None:
-    """Say something that is no answer."""
+    """Write a line on stderr that is no answer."""
     print(text, file=sys.stderr, flush=True)

@@ -6,21 +6,25 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from lightning.pytorch import seed_everything
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
-from phi3_lightning.checks.overfit import STEPS
-from phi3_lightning.checks.overfit_diagnosis import GOOD_GOOD, GOOD_MINE, MINE_GOOD, MINE_MINE
+from phi3_lightning.checks.overfit import OVERFIT_STEPS
+from phi3_lightning.checks.overfit_diagnosis import (
+    GOOD_ROWS_GOOD_SETTINGS,
+    GOOD_ROWS_MY_SETTINGS,
+    MY_ROWS_GOOD_SETTINGS,
+    MY_ROWS_MY_SETTINGS,
+)
 from phi3_lightning.checks.result import Outcome, Result
 from phi3_lightning.checks.shared_base import SharedBase
 from phi3_lightning.checks.suite import Suite
-from phi3_lightning.commands.parser import Parser, RunConfig
-from phi3_lightning.commands.single_device import quieten, single_device_trainer
+from phi3_lightning.commands.parser import Parser, command_parser, prepare
+from phi3_lightning.commands.quiet import quieten_trainers
+from phi3_lightning.commands.single_device import single_device_trainer
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -31,43 +35,26 @@ STYLES: dict[Outcome, str] = {"ok": "green", "FAIL": "bold red", "skipped": "dim
 
 def parser() -> Parser:
     """Return the parser of ``check``, which takes the configuration of ``fit`` as it is."""
-    result = Parser(prog="cli.py check", description=DESCRIPTION)
-    result.add_argument("-c", "--config", action=RunConfig, help="Configuration of a run.")
-    result.add_lightning_class_args(Phi3LoRAModule, "model")
-    result.add_lightning_class_args(ChatDataModule, "data")
-    result.add_argument(
-        "--trainer", type=dict[str, Any], default={},
-        help="accelerator, devices (the first of them), precision and gradient_clip_val count.",
-    )  # fmt: skip
-    result.add_argument("--seed_everything", type=int | bool, default=42, help="Of adapters and dropout.")
+    classes = {"model": Phi3LoRAModule, "data": ChatDataModule}
+    keys = "accelerator, devices (the first of them), precision and gradient_clip_val"
+    result = command_parser("check", DESCRIPTION, classes, {"trainer": keys})
     result.accept_rest_of_run()
     return result
 
 
 def main(args: list[str]) -> None:
-    """Run the command; exits with 1 where a check fails.
-
-    Args:
-        args: The arguments after ``check``.
-
-    Raises:
-        ConfigError: If options cannot be used.
-        DataError: If the data cannot be read.
-        ModelError: If the base cannot be loaded, or cannot carry the adapter.
-    """
+    """Run the command with the arguments after ``check``; exit with 1 where a check fails."""
     options = parser()
     config = options.parse_args(args)
-    if config.data.tokenizer is None:
-        config.data.tokenizer, config.data.revision = config.model.base, config.model.revision
-    seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
-    quieten()
-    made = options.instantiate_classes(config)
+    prepare(config)
+    quieten_trainers()
+    classes = options.instantiate_classes(config)
     clip = config.trainer.get("gradient_clip_val")
     with tempfile.TemporaryDirectory(prefix="phi3-lightning-check-") as folder, _progress() as (on_begin, on_step):
         on_begin("loading the base")
-        made.data.validate_sources()
-        bench = SharedBase(made.model, partial(single_device_trainer, config.trainer, folder))
-        suite = Suite(made.data.options, bench, clip, Path(folder), on_begin, on_step)
+        classes.data.validate_sources()
+        shared_base = SharedBase(classes.model, partial(single_device_trainer, config.trainer, folder))
+        suite = Suite(classes.data.options, shared_base, clip, Path(folder), on_begin, on_step)
         results = list(suite.run())
     _report(results)
     sys.exit(any(result.outcome == "FAIL" for result in results))
@@ -85,7 +72,7 @@ def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
         TimeElapsedColumn(),
     )
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=STEPS)
+        task = progress.add_task("", total=OVERFIT_STEPS)
 
         def begin(name: str) -> None:
             progress.reset(task, description=name)
@@ -120,10 +107,10 @@ def _verdict(outcomes: dict[str, Outcome]) -> str:
     if not failed:
         return "All is sound: a loss that does not fall in the run itself needs more steps, or a longer warm-up."
     where = {
-        GOOD_GOOD: "the base or this machine: not even good rows are learnt with good settings",
-        MINE_GOOD: "your data, or with a base too small for them: good rows are learnt with the same settings",
-        GOOD_MINE: "your settings: good settings learn the same rows",
-        MINE_MINE: "your data and your settings together: each is learnt with alone",
+        GOOD_ROWS_GOOD_SETTINGS: "the base or this machine: not even good rows are learnt with good settings",
+        MY_ROWS_GOOD_SETTINGS: "your data, or with a base too small for them: good rows are learnt with these settings",
+        GOOD_ROWS_MY_SETTINGS: "your settings: good settings learn the same rows",
+        MY_ROWS_MY_SETTINGS: "your data and your settings together: each is learnt with alone",
     }
-    blamed = [where[name] for name in failed if name in where]
-    return f"The fault lies with {'; and with '.join(blamed)}." if blamed else f"Mend first: {', '.join(failed)}."
+    causes = [where[name] for name in failed if name in where]
+    return f"The fault lies with {'; and with '.join(causes)}." if causes else f"Mend first: {', '.join(failed)}."

@@ -1,4 +1,4 @@
-"""What was said so far, and what of it the model is asked to continue."""
+"""The history of a chat, and the prompt that the model continues."""
 
 from typing import Literal, NamedTuple
 
@@ -9,24 +9,19 @@ from phi3_lightning.errors import ConfigError, DataError
 
 
 class Prompt(NamedTuple):
-    """What the model is to continue.
-
-    Args:
-        ids: Its tokens.
-        forgotten: Exchanges that were left out of the history to make room.
-    """
+    """The tokens that the model continues, and how many old exchanges were dropped to make room."""
 
     ids: list[int]
-    forgotten: int
+    dropped: int
 
 
 class Dialogue:
-    """The history of a chat, within the model's window.
+    """The history of a chat, within the model's context.
 
     Args:
         template: Renders it. The text of a special token in a message is never a turn.
-        window: Tokens that the model reads.
-        room: Tokens that an answer may have.
+        context_length: Tokens of the model's context.
+        answer_length: Tokens that an answer may have.
         place: What becomes of the system message, as in ``data.system``.
         system: The system message.
 
@@ -37,21 +32,21 @@ class Dialogue:
     def __init__(
         self,
         template: ChatTemplate,
-        window: int,
-        room: int,
+        context_length: int,
+        answer_length: int,
         place: Literal["keep", "merge_into_user", "refuse"] = "keep",
         system: str | None = None,
     ) -> None:
         self._template = template
-        self._window = window
-        self._limit = window - min(room, window // 2)
+        self._context_length = context_length
+        self._limit = context_length - min(answer_length, context_length // 2)
         self._place = place
         self._messages: list[Message] = []
         self.system = system
 
     @property
     def system(self) -> str | None:
-        """The system message; a new one holds for what has been said already, too."""
+        """The system message; a new one holds for the history, too."""
         return self._system
 
     @system.setter
@@ -61,50 +56,42 @@ class Dialogue:
         self._system = text and check_text(text, "the system message")
 
     def forget(self) -> None:
-        """Begin anew; the system message stays."""
+        """Clear the history; the system message stays."""
         self._messages = []
 
     def ask(self, text: str) -> Prompt:
-        """Add a message of the user's.
+        """Add a message of the user's, and return the prompt.
 
-        Args:
-            text: What is said.
-
-        Returns:
-            The prompt. Where history and answer do not fit into the window, the oldest exchanges are left out for good.
+        Where history and answer do not fit into the context, the oldest exchanges are dropped for good.
 
         Raises:
-            DataError: If the message alone is too long, or the template cannot render it; it is not kept.
+            DataError: If the message alone is too long, or the template cannot render it; it is not added.
         """
         before = list(self._messages)
         self._messages.append({"role": "user", "content": check_text(text, "the message")})
-        forgotten = 0
+        dropped = 0
         try:
             ids = self._render()
             while len(ids) > self._limit and len(self._messages) > 1:
                 del self._messages[:2]
-                forgotten += 1
+                dropped += 1
                 ids = self._render()
-            if len(ids) >= self._window:
+            if len(ids) >= self._context_length:
                 raise DataError(
                     f"the message is too long: with the system message it has {len(ids)} tokens, and the model reads "
-                    f"{self._window} with its answer; shorten it"
+                    f"{self._context_length} with its answer; shorten it"
                 )
         except DataError:
             self._messages = before
             raise
-        return Prompt(ids, forgotten)
+        return Prompt(ids, dropped)
 
     def answer(self, text: str) -> None:
-        """Add the model's answer to the last message.
-
-        Args:
-            text: What it said, which may be nothing.
-        """
+        """Add the model's answer to the last message; it may be empty."""
         self._messages.append({"role": "assistant", "content": text})
 
     def take_back(self) -> None:
-        """Take the last message back, which nothing has answered."""
+        """Remove the last message, which has no answer."""
         self._messages.pop()
 
     def _render(self) -> list[int]:

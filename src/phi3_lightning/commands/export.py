@@ -1,16 +1,17 @@
-"""``export``: from a checkpoint to a folder that PEFT, transformers and servers take."""
+"""``export``: from a checkpoint to a folder for PEFT, transformers and servers."""
 
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 
 from phi3_lightning.checkpoint.io import read_checkpoint
-from phi3_lightning.commands.parser import Parser, RunConfig, model_defaults
+from phi3_lightning.commands.loading import prompt_options
+from phi3_lightning.commands.parser import Parser, add_run, command_parser, model_defaults
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError, ConfigError
@@ -29,21 +30,14 @@ QUESTIONS = (
     "Write one sentence about the sea.",
     "How long do I boil an egg? Answer in one line.",
 )
-"""What live and exported model are asked; fixed, so that certificates of one base can be compared."""
+"""The prompts of live and exported model; fixed, so that certificates of one base can be compared."""
 
 
 def parser() -> Parser:
-    """Return the parser of ``export``, which takes the configuration of a run as it is."""
-    result = Parser(prog="cli.py export", description=DESCRIPTION)
-    result.add_argument(
-        "-c", "--config", action=RunConfig, help="Configuration of a run; a checkpoint alone is enough."
-    )
-    result.add_argument(
-        "--ckpt_path",
-        type=str | None,
-        default=None,
-        help="last, best, or a path; null: the best of --run, or its newest.",
-    )
+    """Return the parser of ``export``; a checkpoint alone is enough of a configuration."""
+    sections = {"data": "tokenizer, revision and chat_template", "trainer": "default_root_dir"}
+    result = command_parser("export", DESCRIPTION, {"model": Phi3LoRAModule}, sections)
+    add_run(result, "last, best, or a path; null: the best of --run, or its newest.")
     result.add_argument("--output_dir", type=str, required=True, help="The folder to make.")
     result.add_argument("--format", type=Format, default="peft", help="Adapter for PEFT, whole model, or loralib file.")
     result.add_argument("--merge", action="store_true", help="The same as --format merged.")
@@ -52,34 +46,21 @@ def parser() -> Parser:
     )
     result.add_argument("--max_shard_size", type=str, default="1GB", help="Largest file of a merged model.")
     result.add_argument("--overwrite", action="store_true", help="Replace what the folder holds.")
-    result.add_lightning_class_args(Phi3LoRAModule, "model")
-    result.add_argument("--data", type=dict[str, Any], default={}, help="tokenizer, revision and chat_template count.")
-    result.add_argument("--run", type=str, default="phi3-lora", help="Name of the run, where no ckpt_path is given.")
-    result.add_argument("--trainer", type=dict[str, Any], default={}, help="Of a run; default_root_dir finds it.")
     result.accept_rest_of_run()
     return result
 
 
 def main(args: list[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: The arguments after ``export``.
-
-    Raises:
-        CheckpointError: If the checkpoint cannot be read, or does not belong to the base.
-        ConfigError: If the output folder is in use, or options contradict each other.
-        ModelError: If the export does not answer as the live model does.
-    """
+    """Run the command with the arguments after ``export``."""
     options = parser()
     path = _checkpoint_path(options, args)
     checkpoint = read_checkpoint(path)
     if "hyper_parameters" not in checkpoint:
         raise CheckpointError(f"{path}: no checkpoint of a Phi3LoRAModule; it has no hyper_parameters")
-    # what the checkpoint says are the defaults: what is typed now wins
+    # the checkpoint's options are defaults: options of this call win
     options.set_defaults(model_defaults(checkpoint["hyper_parameters"]))
     config = options.parse_args(args)
-    what = _what(config)
+    request = _request(config)
     target = local_path("--output_dir", config.output_dir).resolve()
     _check_target(target, overwrite=config.overwrite)
 
@@ -90,21 +71,21 @@ def main(args: list[str]) -> None:
     chat = _chat(config, checkpoint)
     origin = Origin(_base_name(module), checkpoint, path.resolve().parent.parent)
     with writing(target):
-        exported = export(module, chat, origin, what, target)
+        exported = export(module, chat, origin, request, target)
     _report(exported, target)
 
 
 def _checkpoint_path(options: LightningArgumentParser, args: list[str]) -> Path:
-    """Find the checkpoint before the options of the model are known, which it decides."""
+    """Find the checkpoint, which decides about the model's options, before these are known."""
     config = options.parse_args([*args, "--model.base=unknown"])
     run = RunFolder.of(config)
-    found = run.checkpoint(config.ckpt_path)
-    if found is None:
+    path = run.checkpoint(config.ckpt_path)
+    if path is None:
         raise CheckpointError(f"{run.path}: there is no checkpoint; give one with --ckpt_path")
-    return found
+    return path
 
 
-def _what(config: Namespace) -> Export:
+def _request(config: Namespace) -> Export:
     if config.merge and config.format == "loralib":
         raise ConfigError("--merge: --format loralib holds the adapter alone; leave one of the two out")
     kind: Format = "merged" if config.merge else config.format
@@ -124,24 +105,20 @@ def _base_name(module: Phi3LoRAModule) -> str:
     if module.base_id is not None:
         return module.base_id
     name = Path(module.base).resolve().name
-    rank_zero_info(
-        f"Warning: the export names its base {name!r}, after the folder: nobody else will find it; "
+    rank_zero_warn(
+        f"the export names its base {name!r}, after the folder: nobody else will find it; "
         "give the hub id with --model.base_id"
     )
     return name
 
 
 def _chat(config: Namespace, checkpoint: dict[str, Any]) -> Chat:
-    """Take tokenizer and template from what is typed now, else from the checkpoint, else from the base."""
-    trained = checkpoint.get("datamodule_hyper_parameters", {})
-    data = {key: config.data.get(key) or trained.get(key) for key in ("tokenizer", "revision", "chat_template")}
-    if data["tokenizer"] is None:
-        data |= {"tokenizer": config.model.base, "revision": config.model.revision}
+    data = prompt_options(config, checkpoint)
     tokenizer = load_tokenizer(data["tokenizer"], data["revision"], data["chat_template"])
     template = ChatTemplate(tokenizer)
     chats = [Conversation([{"role": "user", "content": question}], [False]) for question in QUESTIONS]
     encoded = template.encode(chats, add_generation_prompt=True)
-    prompts = [found.input_ids for found in encoded if not isinstance(found, BadRowError)]
+    prompts = [prompt.input_ids for prompt in encoded if not isinstance(prompt, BadRowError)]
     own = None if data["chat_template"] is None else str(tokenizer.chat_template)
     return Chat(data["tokenizer"], data["revision"], own, template.stop_ids, prompts)
 
@@ -151,12 +128,12 @@ def _report(exported: Exported, target: Path) -> None:
     table = Table(title="certificate")
     for column in (f"over {certificate.positions} positions", "largest logit difference", "KL", "same likeliest token"):
         table.add_column(column, justify="left" if "positions" in column else "right")
-    for what, found in (
+    for pair, divergence in (
         (certificate.compared, certificate.export),
         ("one rounding a layer", certificate.rounding),
         ("the adapter's own effect", certificate.adapter),
     ):
-        table.add_row(what, f"{found.max_logit:.3g}", f"{found.kl:.2g}", f"{found.greedy:.1%}")
+        table.add_row(pair, f"{divergence.max_logit:.3g}", f"{divergence.kl:.2g}", f"{divergence.greedy:.1%}")
     console = Console()
     console.print(table)
     console.print(f"written: {target}", highlight=False, soft_wrap=True)

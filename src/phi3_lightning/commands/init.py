@@ -1,4 +1,4 @@
-"""``init``: the shipped configurations into a folder, and the literals of a training script as one more."""
+"""``init``: writes the shipped configurations into a folder, and one from the literals of a training script."""
 
 import shlex
 from pathlib import Path
@@ -9,24 +9,24 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rich.console import Console
 
 from phi3_lightning.commands.parser import Parser
-from phi3_lightning.commands.translation.script import read_script
-from phi3_lightning.commands.translation.translate import KNOWN, Translation, translate
+from phi3_lightning.commands.translation.script import Translation, translate
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.files import local_path, writing
+from phi3_lightning.hardware import program
 
 DESCRIPTION = "Write the configurations that the package brings along, and translate a training script into one."
 
 PACKAGE = Path(__file__).parent.parent
 RECIPE = "phi3_mini_4k_lora.yaml"
-"""What a translation starts from: whatever the script leaves open is as it is there."""
+"""The start of a translation: options that the script leaves open are as in it."""
 
 _ONE_LINE = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
-"""A script may hold a line break in a key, and the rest of it would be no comment."""
+"""A line break in a key of the script would end the comment."""
 
 
 def parser() -> LightningArgumentParser:
     """Return the parser of ``init``."""
-    result = Parser(prog="cli.py init", description=DESCRIPTION)
+    result = Parser(prog=f"{program()} init", description=DESCRIPTION)
     result.add_argument("folder", type=str, help="The folder to make.")
     result.add_argument(
         "--from", type=str | None, default=None,
@@ -40,14 +40,7 @@ def parser() -> LightningArgumentParser:
 
 
 def main(args: list[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: The arguments after ``init``.
-
-    Raises:
-        ConfigError: If the folder is in use, or the script cannot be read.
-    """
+    """Run the command with the arguments after ``init``."""
     options = parser().parse_args(args)
     folder, source = local_path("folder", options.folder), options["from"]
     if folder.exists() and not folder.is_dir():
@@ -58,24 +51,24 @@ def main(args: list[str]) -> None:
         raise ConfigError(f"{folder}: commands in the files name the folder; give one without blanks and signs")
     console = Console(highlight=False, markup=False, soft_wrap=True)
     files = {name: _installed(text, folder) for name, text in shipped().items()}
-    translated = None
+    translation = None
     if source is not None:
         name = f"{Path(source).stem}.yaml"
         if name in files:
             raise ConfigError(f"--from: {name} is a configuration of the package; give {source} another name")
-        translated = translate(read_script(local_path("--from", source), KNOWN))
-        files[name] = render(translated, Path(source).name)
+        translation = translate(local_path("--from", source))
+        files[name] = render(translation, Path(source).name)
     with writing(folder):
         for name, text in files.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text, encoding="utf-8")
     console.print(f"{len(files)} files in {folder}")
-    if translated is not None:
-        _report(translated, folder / f"{Path(source).stem}.yaml", console)
+    if translation is not None:
+        _report(translation, folder / f"{Path(source).stem}.yaml", console)
 
 
 def shipped() -> dict[str, str]:
-    """Return the configurations that the package brings along, by their path in ``configs``."""
+    """Return the package's configurations, by their path in ``configs``."""
     inside = PACKAGE / "configs"  # of a wheel; in a checkout they are at its root
     root = inside if inside.is_dir() else PACKAGE.parents[1] / "configs"
     files = sorted(path for path in root.rglob("*") if path.suffix in (".yaml", ".sbatch"))
@@ -83,7 +76,7 @@ def shipped() -> dict[str, str]:
 
 
 def _installed(text: str, folder: Path) -> str:
-    """Say what stands where when there is no checkout: the command, the configurations, the tiny model."""
+    """Replace the paths of a checkout by those of an installed package: command, configurations, tiny model."""
     places = {
         "src/phi3_lightning/assets": (PACKAGE / "assets").as_posix(),
         "python cli.py": "phi3-lightning",
@@ -95,20 +88,12 @@ def _installed(text: str, folder: Path) -> str:
     return text
 
 
-def render(translated: Translation, source: str) -> str:
-    """Write a translation as one self-contained configuration.
-
-    Args:
-        translated: Settings and notes.
-        source: The name of the file that they come from.
-
-    Returns:
-        YAML; what was not taken stands in comments at its head.
-    """
+def render(translation: Translation, source: str) -> str:
+    """Return the translation of a script as one whole configuration in YAML, with its notes in comments at the head."""
     config: dict[str, Any] = yaml.safe_load(shipped()[RECIPE])
     trainer = config["trainer"]
     trainer.pop("callbacks", None)  # TrainingArguments stop nothing early
-    for path, value in translated.settings.items():
+    for path, value in translation.settings.items():
         *parents, leaf = path.split(".")
         part = config
         for parent in parents:
@@ -116,25 +101,25 @@ def render(translated: Translation, source: str) -> str:
         part[leaf] = value
     if "val_check_interval" in trainer:  # Lightning counts batches
         trainer["val_check_interval"] *= trainer["accumulate_grad_batches"]
-    missing = "".join(f" {path} is to be set here." for path in _missing(translated))
+    missing = "".join(f" {path} is to be set here." for path in _missing(translation))
     head = [f"From {source}, by `phi3-lightning init`.{missing}"]
-    if translated.notes:
-        head += ["Not taken, or not as it stands there:", *(f"  {note}" for note in translated.notes)]
+    if translation.notes:
+        head += ["Not taken, or not as it stands there:", *(f"  {note}" for note in translation.notes)]
     comments = (f"# {line.translate(_ONE_LINE)}\n" for line in head)
     body: str = yaml.safe_dump(config, sort_keys=False, default_flow_style=None, width=110)
     return "".join(comments) + body
 
 
-def _missing(translated: Translation) -> list[str]:
-    """What every run needs and the script does not say in literals."""
-    return [path for path in ("model.base", "data.train") if path not in translated.settings]
+def _missing(translation: Translation) -> list[str]:
+    """The options that every run needs and the script does not have as literals."""
+    return [path for path in ("model.base", "data.train") if path not in translation.settings]
 
 
-def _report(translated: Translation, path: Path, console: Console) -> None:
+def _report(translation: Translation, path: Path, console: Console) -> None:
     console.print(
-        f"{path}: {len(translated.settings)} settings translated, {len(translated.notes)} arguments not taken"
+        f"{path}: {len(translation.settings)} settings translated, {len(translation.notes)} arguments not taken"
     )
-    for note in translated.notes:
+    for note in translation.notes:
         console.print(f"  {note}")
-    first = "".join(f"set {path} and " for path in _missing(translated))
-    console.print(f"{first}run: phi3-lightning fit --config {path}")
+    first = "".join(f"set {path} and " for path in _missing(translation))
+    console.print(f"{first}run: {program()} fit --config {path}")

@@ -1,6 +1,7 @@
 """From a configuration, a checkpoint or an adapter to a module that answers."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,42 +23,27 @@ from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import RunFolder
 
 DATA_KEYS = {"tokenizer": None, "revision": None, "chat_template": None, "special_text": "plain", "system": "keep"}
-"""What the data section says about prompts, and its defaults."""
+"""The options of the data section that decide about prompts, and their defaults."""
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A module that answers, and what it was opened with.
-
-    Args:
-        config: The options.
-        module: The module, on its device, in evaluation mode.
-        trainer: Knows what it computes in.
-        template: Makes prompts.
-        system: What becomes of system messages, as in ``data.system``.
-    """
+    """A module that answers, with the options of its run."""
 
     config: Namespace
     module: Phi3LoRAModule
+    """On its device, in evaluation mode."""
     trainer: pl.Trainer
+    """Has its precision."""
     template: ChatTemplate
     system: Literal["keep", "merge_into_user", "refuse"]
+    """As in ``data.system``."""
 
 
 def open_module(options: LightningArgumentParser, args: list[str]) -> LoadedRun:
-    """Load what is to answer. What a checkpoint or an adapter says of itself are the defaults of the options.
-
-    Args:
-        options: The parser; it has ``ckpt_path``, ``run``, ``model``, ``data``, ``trainer`` and ``seed_everything``.
-        args: The arguments.
-
-    Raises:
-        CheckpointError: If checkpoint or adapter cannot be read, or do not belong to the base.
-        ConfigError: If options cannot be used.
-        ModelError: If the base cannot be loaded.
-    """
-    asked = options.parse_args([*args, "--model.base=unknown"])
-    source = RunFolder.of(asked).checkpoint(asked.ckpt_path)
+    """Load a module with the checkpoint or the adapter that the arguments name; its own options are the defaults."""
+    search = options.parse_args([*args, "--model.base=unknown"])
+    source = RunFolder.of(search).checkpoint(search.ckpt_path)
     checkpoint: dict[str, Any] | None = None
     if source is not None and _is_adapter(source):
         options.set_defaults(_adapter_defaults(source))
@@ -67,12 +53,15 @@ def open_module(options: LightningArgumentParser, args: list[str]) -> LoadedRun:
         options.set_defaults(model_defaults(checkpoint.get("hyper_parameters", {})))
     config = options.parse_args(args)
     seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
-    taken = f"{source}: taken" if source else "no checkpoint: the base answers, or the adapter of model.lora.init_from"
+    origin = f"{source}: taken" if source else "no checkpoint: the base answers, or the adapter of model.lora.init_from"
     if source is not None and source.suffix == ".pt" and not source.with_suffix(".json").is_file():
-        taken += f"; {NO_SCALE}"
-    print(taken, file=sys.stderr, flush=True)
+        origin += f"; {NO_SCALE}"
+    print(origin, file=sys.stderr, flush=True)
 
-    template, system = _template(config, checkpoint)
+    data = prompt_options(config, checkpoint or {})
+    template = ChatTemplate(
+        load_tokenizer(data["tokenizer"], data["revision"], data["chat_template"]), data["special_text"]
+    )
     module: Phi3LoRAModule = options.instantiate_classes(config).model
     trainer = single_device_trainer(config.trainer, ".")
     module.configure_model()
@@ -81,7 +70,7 @@ def open_module(options: LightningArgumentParser, args: list[str]) -> LoadedRun:
         module.load_state_dict(checkpoint["state_dict"])
     trainer.precision_plugin.convert_module(module)
     module.to(trainer.strategy.root_device).eval()
-    return LoadedRun(config, module, trainer, template, system)
+    return LoadedRun(config, module, trainer, template, data["system"])
 
 
 def _is_adapter(path: Path) -> bool:
@@ -91,20 +80,19 @@ def _is_adapter(path: Path) -> bool:
 
 
 def _adapter_defaults(path: Path) -> dict[str, Any]:
-    """What the files of an adapter say about it; a file of loralib's says nothing."""
+    """The options in the files of an adapter; a file of loralib's has none."""
     if not path.is_dir():
         return {"model.lora.backend": "loralib"}
-    found = adapter_config.read(str(path), "--ckpt_path")
-    return model_defaults({"base": found.base, "revision": found.revision, "lora": dict(found.lora)})
+    adapter = adapter_config.read(str(path), "--ckpt_path")
+    return model_defaults({"base": adapter.base, "revision": adapter.revision, "lora": dict(adapter.lora)})
 
 
-def _template(config: Namespace, checkpoint: dict[str, Any] | None) -> tuple[ChatTemplate, Any]:
-    """The template, and where system messages go: as typed now, else as in training, else the base's."""
-    trained = {} if checkpoint is None else checkpoint.get("datamodule_hyper_parameters", {})
+def prompt_options(config: Namespace, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of prompts: as typed now, or else as in training, or else the base's."""
+    trained = checkpoint.get("datamodule_hyper_parameters", {})
     data: dict[str, Any] = {
         key: config.data.get(key) or trained.get(key) or default for key, default in DATA_KEYS.items()
     }
     if data["tokenizer"] is None:
         data |= {"tokenizer": config.model.base, "revision": config.model.revision}
-    tokenizer = load_tokenizer(data["tokenizer"], data["revision"], data["chat_template"])
-    return ChatTemplate(tokenizer, data["special_text"]), data["system"]
+    return data

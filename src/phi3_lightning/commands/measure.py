@@ -1,4 +1,4 @@
-"""Three real optimiser steps, to set beside what was predicted."""
+"""Three real optimiser steps, for comparison with the prediction."""
 
 import time
 from collections.abc import Callable
@@ -15,35 +15,29 @@ from phi3_lightning.batch import Batch
 from phi3_lightning.hardware import peak_memory
 from phi3_lightning.module import Phi3LoRAModule
 
-STEPS = 3
+MEASURED_STEPS = 3
 """Optimiser steps; the first warms up and is not timed."""
 
 
 @dataclass(frozen=True)
-class Measured:
-    """What the steps took."""
+class Measurement:
+    """Time and memory of the steps."""
 
     seconds: float
-    """Of an optimiser step over one micro-batch, in the median."""
+    """Median of an optimiser step over one micro-batch."""
     peak: int
-    """Bytes: the most that the process, or torch on a GPU, has held."""
+    """Bytes at the peak, of the process, or of torch on a GPU."""
 
 
-def measure(module: Phi3LoRAModule, batch: Batch, make_trainer: Callable[..., pl.Trainer]) -> Measured:
-    """Train on one micro-batch again and again, with the real weights; nothing is written.
+def measure(module: Phi3LoRAModule, batch: Batch, make_trainer: Callable[..., pl.Trainer]) -> Measurement:
+    """Train a module, which is not loaded yet, on one micro-batch again and again; nothing is written.
 
-    Args:
-        module: Not yet loaded; its schedule has no warm-up, which may be longer than the steps.
-        batch: The micro-batch.
-        make_trainer: Makes a Trainer on the user's device and precision, with further options.
-
-    Raises:
-        ModelError: If the base cannot be loaded.
+    The schedule must have no warm-up, which may be longer than the steps.
     """
     clock = _Clock()
-    trainer = make_trainer(max_steps=STEPS, max_epochs=-1, callbacks=[clock])
-    trainer.fit(module, DataLoader([batch] * STEPS, batch_size=None))  # type: ignore[arg-type]  # a list is a data set
-    return Measured(median(clock.seconds[1:]), peak_memory(trainer.strategy.root_device))
+    trainer = make_trainer(max_steps=MEASURED_STEPS, max_epochs=-1, callbacks=[clock])
+    trainer.fit(module, DataLoader([batch] * MEASURED_STEPS, batch_size=None))  # type: ignore[arg-type]  # a list is a data set
+    return Measurement(median(clock.seconds[1:]), peak_memory(trainer.strategy.root_device))
 
 
 class _Clock(pl.Callback):

@@ -1,4 +1,4 @@
-"""The argument parser of every command: it says which key was meant."""
+"""The argument parser of every command, whose errors name the key that was meant."""
 
 import difflib
 import re
@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any, NoReturn
 
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings  # type: ignore[attr-defined]
+from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
+from phi3_lightning.hardware import program
 from phi3_lightning.renamed import OPTIONS
 
 # Lightning lets jsonargparse open each text that looks like an address
@@ -24,13 +26,13 @@ RUN_OPTIONS = (
     "run", "seed_everything", "trainer", "model", "data", "checkpoint", "evaluation", "monitor", "ckpt_path", "resume",
     "weights_only", "return_predictions", "verbose",
 )  # fmt: skip
-"""What the configuration of a run may hold."""
+"""The sections and options of the configuration of a run."""
 
 
 class RunConfig(ActionConfigFile):
-    """Takes one configuration over another, key by key, also in sections of which a command knows few keys.
+    """Merges configurations key by key, also in sections that are a dictionary to the parser.
 
-    Such a section is a dictionary to the parser, and jsonargparse puts a later dictionary in the place of the former.
+    jsonargparse replaces an earlier dictionary by a later one.
     """
 
     @staticmethod
@@ -43,7 +45,7 @@ class RunConfig(ActionConfigFile):
 
 
 class Parser(LightningArgumentParser):
-    """Says which key was meant, and takes none for another."""
+    """A parser without abbreviations, whose errors name the nearest key."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
@@ -55,16 +57,15 @@ class Parser(LightningArgumentParser):
             hints.append("options stand directly under model: and data:, without class_path and init_args")
         for key in _keys_in(message):
             new = OPTIONS.get(key)
-            hints += (
-                [f"{key} is called {new} now"] if new else [f"did you mean {meant}?" for meant in self._nearest(key)]
-            )
-        super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
+            renamed = [f"{key} is called {new} now"]
+            hints += renamed if new else [f"did you mean {name}?" for name in self._nearest(key)]
+        super().error("\n".join([_one_line(message), *dict.fromkeys(hints)]), ex)
 
     def accept_rest_of_run(self) -> None:
-        """Accept what the configuration of a run holds beside the options that have been added, and ignore it."""
+        """Accept and ignore all other options of the configuration of a run."""
         for name in RUN_OPTIONS:
             if not any(action.dest.partition(".")[0] == name for action in self._actions):
-                self.add_argument(f"--{name}", type=Any, default=None, help="Of a run; it has no say here.")
+                self.add_argument(f"--{name}", type=Any, default=None, help="Of a run; ignored here.")
 
     def _nearest(self, key: str) -> list[str]:
         known = [action.dest for action in self._actions]
@@ -75,17 +76,59 @@ class Parser(LightningArgumentParser):
         return near or [name for name in known if name.rpartition(".")[2] == leaf][:3]
 
 
-def model_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a module by their whole key paths, as a parser's defaults.
+def command_parser(
+    name: str, description: str, classes: Mapping[str, type], sections: Mapping[str, str], **kwargs: Any
+) -> Parser:
+    """Return a parser for a command of ours, which takes configurations of runs.
 
     Args:
-        arguments: The arguments; sections are mappings.
+        name: The command.
+        description: Its help.
+        classes: Sections whose options are the arguments of a class.
+        sections: Sections of which only some keys count, with these keys.
+        **kwargs: Further arguments of the parser.
     """
+    parser = Parser(prog=f"{program()} {name}", description=description, **kwargs)
+    parser.add_argument("-c", "--config", action=RunConfig, help="Configuration of a run, or a part of one.")
+    for section, kind in classes.items():
+        parser.add_lightning_class_args(kind, section)
+    for section, keys in sections.items():
+        parser.add_argument(f"--{section}", type=dict[str, Any], default={}, help=f"Keys that count: {keys}.")
+    parser.add_argument("--seed_everything", type=int | bool, default=42, help="The seed; true: a random one.")
+    return parser
+
+
+def add_run(parser: Parser, ckpt_path_help: str) -> None:
+    """Add the options that find a checkpoint."""
+    parser.add_argument("--ckpt_path", type=str | None, default=None, help=ckpt_path_help)
+    parser.add_argument("--run", type=str, default="phi3-lora", help="Name of the run, where no ckpt_path is given.")
+
+
+def prepare(config: Namespace) -> None:
+    """Take the base's tokenizer where none is named, and set the seed."""
+    if config.data.tokenizer is None:
+        config.data.tokenizer, config.data.revision = config.model.get("base"), config.model.get("revision")
+    seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
+
+
+def model_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Name the arguments of a module, whose sections are mappings, by their key paths, as a parser's defaults."""
     sections = {name: value for name, value in arguments.items() if isinstance(value, Mapping)}
     result = {f"model.{name}": value for name, value in arguments.items() if name not in sections}
     for name, section in sections.items():
         result |= {f"model.{name}.{key}": value for key, value in section.items()}
     return result
+
+
+def _one_line(message: str) -> str:
+    """Say what jsonargparse says of a value in one line: key, value and reasons."""
+    match = re.match(r'Parser key "([\w.]+)":\n(.*)Given value type: .*?Given value: (.*)', message, re.DOTALL)
+    if match is None:
+        return message
+    key, reasons, value = match.groups()
+    lines = [line.strip(" -") for line in reasons.rpartition("Errors:")[2].splitlines()]
+    reason = "; ".join(filter(None, lines)).replace(":; ", ": ")
+    return f"{key}: {' '.join(value.split())} cannot be used: {reason}"
 
 
 def _keys_in(message: str) -> list[str]:

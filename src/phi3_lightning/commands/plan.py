@@ -12,14 +12,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
-from lightning.pytorch import seed_everything
 from rich.console import Console
 
-from phi3_lightning.commands.measure import Measured, measure
-from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.measure import Measurement, measure
+from phi3_lightning.commands.parser import Parser, command_parser, prepare
 from phi3_lightning.commands.plan_tables import measured_table, memory_table, run_line, suggestion_table
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
-from phi3_lightning.commands.single_device import quieten, single_device_trainer
+from phi3_lightning.commands.quiet import quieten_trainers
+from phi3_lightning.commands.single_device import single_device_trainer
 from phi3_lightning.config import Schedule
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import ConfigError, ModelError
@@ -40,12 +40,8 @@ DESCRIPTION = "Predict memory, speed and hours of a run from its configuration, 
 
 def parser() -> Parser:
     """Return the parser of ``plan``, which takes the configuration of ``fit`` as it is."""
-    result = Parser(prog="cli.py plan", description=DESCRIPTION)
-    result.add_argument("-c", "--config", action="config", help="Configuration of a run.")
-    result.add_lightning_class_args(Phi3LoRAModule, "model")
-    result.add_lightning_class_args(ChatDataModule, "data")
-    result.add_lightning_class_args(pl.Trainer, "trainer")
-    result.add_argument("--seed_everything", type=int | bool, default=42, help="Decides the split and the batches.")
+    classes = {"model": Phi3LoRAModule, "data": ChatDataModule, "trainer": pl.Trainer}
+    result = command_parser("plan", DESCRIPTION, classes, {})
     result.add_argument(
         "--measure", action="store_true", help="Load the base, take three steps, and set them beside the prediction."
     )
@@ -54,34 +50,19 @@ def parser() -> Parser:
 
 
 def main(args: list[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: The arguments after ``plan``.
-
-    Raises:
-        ConfigError: If options cannot be used.
-        ModelError: If the base has no configuration, cannot carry the adapter, or, to be measured, has no weights.
-    """
+    """Run the command with the arguments after ``plan``."""
     config = parser().parse_args(args)
-    if config.data.tokenizer is None:
-        config.data.tokenizer, config.data.revision = config.model.base, config.model.revision
-    seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
-    quieten()
+    prepare(config)
+    quieten_trainers()
     with _progress() as on_begin:
         Plan(config, on_begin).print(Console(highlight=False))
 
 
 class Plan:
-    """The plan of one configuration.
-
-    Args:
-        config: The options.
-        on_begin: Told what is being done.
+    """The plan of one configuration; ``on_begin`` gets the name of each stage.
 
     Raises:
-        ConfigError: If options cannot be used.
-        ModelError: If the base has no configuration, or cannot carry the adapter.
+        ModelError: If the base has no configuration, cannot carry the adapter, or, to be measured, has no weights.
     """
 
     def __init__(self, config: Namespace, on_begin: Callable[[str], None]) -> None:
@@ -89,25 +70,27 @@ class Plan:
         self.on_begin = on_begin
         self.on_gpu = _on_gpu(str(config.trainer.accelerator))
         self.model_options = self._readable_base(config.model.as_dict())
+        strategy = config.trainer.strategy
         spec = replace(
             Phi3LoRAModule(**self.model_options).spec(),
             mixed=str(config.trainer.precision) in ("16-mixed", "bf16-mixed", "16", "bf16"),
             ranks=_ranks(config.trainer, self.on_gpu),
-            sharded=_is_fsdp2(config.trainer.strategy),
+            sharded=isinstance(strategy, Namespace) and str(strategy.class_path).endswith("FSDP2Strategy"),
             process=None if self.on_gpu else resident_memory(),
         )
         on_begin("measuring the device")
-        self.peak = self._peak(spec)
+        dtype = torch.float32 if spec.dtype == "float32" else torch.bfloat16
+        self.peak = None if self._device is None else peak_flops(self._device, dtype)
         on_begin("reading the data")
         options = config.data.as_dict()
         if config.data.max_tokens_per_batch == "auto":
             options["max_tokens_per_batch"] = self._rows_that_fit(spec, options) * config.data.max_length
         self.rows: PlannedRows = planned_rows(ChatDataModule(**options))
-        self.predictor, self.chosen = self._decided(MemoryPredictor(spec))
+        self.predictor, self.choice = self._with_mode(MemoryPredictor(spec))
         self.spec = self.predictor.spec
 
     def _readable_base(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of the module, with the shapes of a published base where that cannot be reached."""
+        """The options of the module, with the shapes of a published base that cannot be reached."""
         module = Phi3LoRAModule(**options)
         try:
             module.check_base()
@@ -124,14 +107,14 @@ class Plan:
 
     @property
     def _device(self) -> torch.device | None:
-        """What the run would use; None: a GPU that is not here."""
+        """The device of the run; None: a GPU that is not here."""
         if not self.on_gpu:
             return torch.device("cpu")
         return torch.device("cuda", 0) if torch.cuda.is_available() else None
 
     def _rows_that_fit(self, spec: RunSpec, options: dict[str, Any]) -> int:
         if self._device is None:
-            raise ConfigError("data.max_tokens_per_batch: auto asks the GPU, and there is none here; give a number")
+            raise ConfigError("data.max_tokens_per_batch: auto needs the GPU, and there is none here; give a number")
         row = planned_rows(ChatDataModule(**options | {"max_tokens_per_batch": None, "batch_size": 1})).shape
         rows, _ = rows_that_fit(spec, row, PLANNED_SHARE_OF_MEMORY * device_memory(self._device)[1])
         trainer = self.config.trainer
@@ -140,34 +123,27 @@ class Plan:
         )
         return rows
 
-    def _decided(self, predictor: MemoryPredictor) -> tuple[MemoryPredictor, str | None]:
-        """The run with a checkpointing mode, and why where that was ``auto``."""
+    def _with_mode(self, predictor: MemoryPredictor) -> tuple[MemoryPredictor, str | None]:
+        """The run with a checkpointing mode, and the reason where that was ``auto``."""
         if predictor.spec.gradient_checkpointing != "auto":
             return predictor, None
         mode: CheckpointingMode | int = "full"
-        why = "there is no GPU here to ask; where more fits, fit recomputes less"
+        why = "there is no GPU here; where more fits, fit recomputes less"
         if self._device is not None:
-            self.on_begin("choosing what is recomputed")
+            self.on_begin("choosing a checkpointing mode")
             free, _ = device_memory(self._device)
             room = PLANNED_SHARE_OF_MEMORY * (free - predictor.memory(self.rows.shape).base)
             mode, why = fastest_mode(predictor, self.rows.shape, room)
         return predictor.with_mode(mode), f"model.gradient_checkpointing: auto is {mode} here: {why}"
 
-    def _peak(self, spec: RunSpec) -> float | None:
-        """Operations a second of the device; None where the GPU is not here, or not in the table."""
-        if self.on_gpu and not torch.cuda.is_available():
-            return None
-        dtype = torch.float32 if spec.dtype == "float32" else torch.bfloat16
-        return peak_flops(torch.device("cuda" if self.on_gpu else "cpu"), dtype)
-
     def _seconds(self, shape: BatchShape) -> float | None:
-        """Of a micro-batch on this machine's device; None where that cannot be told from a few layers."""
-        if (self.on_gpu and not torch.cuda.is_available()) or not self.predictor.fake.alike:
+        """Seconds of a micro-batch on this machine's device; None where a few layers do not tell."""
+        if self._device is None or not self.predictor.fake.alike:
             return None
         self.on_begin("timing some layers")
-        return timed_seconds(self.spec, shape, device="cuda" if self.on_gpu else "cpu", peak=self.peak)
+        return timed_seconds(self.spec, shape, device=self._device.type, peak=self.peak)
 
-    def _measured(self) -> Measured | None:
+    def _measured(self) -> Measurement | None:
         if not self.config.measure:
             return None
         self.on_begin("three real steps")
@@ -180,14 +156,10 @@ class Plan:
             return measure(Phi3LoRAModule(**self.model_options | changes), self.rows.largest, make_trainer)
 
     def print(self, console: Console) -> None:
-        """Print it.
-
-        Args:
-            console: Where.
-        """
+        """Print the plan."""
         shape = self.rows.shape
         measured = self._measured()  # first: what follows takes memory too
-        self.on_begin("a step without numbers")
+        self.on_begin("a step without values")
         memory = self.predictor.memory(shape)
         helpful = suggestions(self.predictor, shape, memory, lambda change: self.on_begin(f"with {change}"))
         seconds = self._seconds(shape)
@@ -198,8 +170,8 @@ class Plan:
             soft_wrap=True,
             markup=False,
         )
-        if self.chosen is not None:
-            console.print(self.chosen, soft_wrap=True, markup=False)
+        if self.choice is not None:
+            console.print(self.choice, soft_wrap=True, markup=False)
         console.print(memory_table(memory, "a GPU" if self.on_gpu else "this process"))
         if self.on_gpu or self.spec.sharded or self.spec.quantization is not None:
             console.print("a calculation: few GPUs, no FSDP2 and no quantised base were measured (docs/plan.md)")
@@ -212,8 +184,8 @@ class Plan:
 
     def _print_speed(self, console: Console, seconds: float | None) -> None:
         if seconds is None:
-            why = "layers carry different adapters; --measure tells" if self.on_gpu == torch.cuda.is_available() else ""
-            console.print(f"speed: unknown: {why or 'there is no GPU here'}")
+            why = "there is no GPU here" if self._device is None else "layers carry different adapters; use --measure"
+            console.print(f"speed: unknown: {why}")
             return
         tokens = self.rows.shape.tokens
         line = f"speed: {tokens / seconds:,.0f} tokens/s a device, {1e3 * seconds / tokens:.3f} ms a token"
@@ -253,10 +225,6 @@ def _ranks(trainer: Namespace, on_gpu: bool) -> int:
     else:
         here = int(devices)
     return here * int(trainer.num_nodes)
-
-
-def _is_fsdp2(strategy: str | Namespace) -> bool:
-    return not isinstance(strategy, str) and str(strategy.class_path).endswith("FSDP2Strategy")
 
 
 @contextmanager

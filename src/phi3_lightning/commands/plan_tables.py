@@ -1,10 +1,10 @@
-"""What a plan looks like in the terminal."""
+"""The tables of a plan."""
 
 import math
 
 from rich.table import Table
 
-from phi3_lightning.commands.measure import Measured
+from phi3_lightning.commands.measure import Measurement
 from phi3_lightning.planning.length import Length
 from phi3_lightning.planning.memory import Memory
 from phi3_lightning.planning.step import BatchShape
@@ -12,12 +12,7 @@ from phi3_lightning.planning.suggestions import Suggestion
 
 
 def memory_table(memory: Memory, where: str) -> Table:
-    """Return the predicted peak by part.
-
-    Args:
-        memory: The prediction.
-        where: Which device, in words.
-    """
+    """Return the predicted peak by part; ``where`` is the device in words."""
     table = Table(title=f"peak memory of {where}, predicted", show_footer=True)
     table.add_column("part", footer="at the peak")
     table.add_column("GB", justify="right", footer=f"{memory.total / 1e9:.2f}")
@@ -40,12 +35,7 @@ def memory_table(memory: Memory, where: str) -> Table:
 
 
 def suggestion_table(suggestions: list[Suggestion], memory: Memory) -> Table:
-    """Return the changes, each with the peak it would come to.
-
-    Args:
-        suggestions: The changes, the most helpful first.
-        memory: The prediction without them.
-    """
+    """Return the changes, each with the peak that it leads to and how much less that is."""
     table = Table(title="what would help, each by itself")
     table.add_column("change")
     table.add_column("GB", justify="right")
@@ -57,16 +47,16 @@ def suggestion_table(suggestions: list[Suggestion], memory: Memory) -> Table:
 
 
 def measured_table(
-    memory: Memory, measured: Measured, shape: BatchShape, seconds: float | None, *, on_gpu: bool
+    memory: Memory, measured: Measurement, shape: BatchShape, seconds: float | None, *, on_gpu: bool
 ) -> Table:
     """Return the prediction beside three real steps.
 
     Args:
         memory: The prediction.
-        measured: What the steps took.
+        measured: Time and memory of the steps.
         shape: The size of their micro-batch.
         seconds: The predicted time of the micro-batch; None: unknown.
-        on_gpu: Whether torch counted the memory, which does not see the driver.
+        on_gpu: Whether torch counted the memory, which leaves out the driver's.
     """
     table = Table(title="predicted and measured")
     for column in ("", "predicted", "measured", "off by"):
@@ -81,12 +71,7 @@ def measured_table(
 
 
 def run_line(length: Length, tokens_per_second: float | None) -> str:
-    """Return one line about the whole run.
-
-    Args:
-        length: How long it is.
-        tokens_per_second: Of all devices; None: unknown.
-    """
+    """Return one line about the whole run; ``tokens_per_second`` is of all devices, None: unknown."""
     if math.isinf(length.steps):
         return "whole run: without an end; set trainer.max_epochs or trainer.max_steps"
     line = f"whole run: {length.steps:,.0f} optimiser steps over {length.tokens:,.0f} tokens"

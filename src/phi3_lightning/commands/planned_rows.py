@@ -1,4 +1,4 @@
-"""The rows that a plan is made for: the user's, or made-up ones of the largest size that the options allow."""
+"""The rows of a plan: the user's, or made-up ones of the largest size that the options allow."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -13,7 +13,7 @@ from phi3_lightning.planning.step import BatchShape
 
 @dataclass(frozen=True)
 class PlannedRows:
-    """What a run would train on."""
+    """The rows on which a run would train."""
 
     largest: Batch
     """The micro-batch with the most tokens."""
@@ -22,7 +22,7 @@ class PlannedRows:
     tokens: int
     """Tokens of an epoch, where that is known."""
     source: str
-    """Where they are from, in words."""
+    """Their origin, in words."""
 
     @property
     def shape(self) -> BatchShape:
@@ -31,34 +31,25 @@ class PlannedRows:
 
 
 def planned_rows(data: ChatDataModule) -> PlannedRows:
-    """Return the rows of the training data, or made-up ones where these cannot be read.
-
-    Args:
-        data: As it is configured.
-    """
+    """Return the rows of the training data, or made-up ones where these cannot be read."""
     if data.options.train is None:
-        return _made_up(data.options, "data.train is not given")
+        return _full_rows(data.options, "data.train is not given")
     if data.options.streaming:
-        return _made_up(data.options, "data.train is streamed")
+        return _full_rows(data.options, "data.train is streamed")
     try:
         data.prepare_data()
         data.setup("fit")
-    except (ConfigError, DataError) as error:  # said in the table; fit says it too
-        return _made_up(data.options, str(error))
+    except (ConfigError, DataError) as error:  # which the plan shows, and fit raises
+        return _full_rows(data.options, str(error))
     plan = data.plans["train"]
     tokens = int(plan.tokens(data.prepared["train"].lengths()).sum())
     largest = cast("Batch", data.largest_train_batch())  # of no stream
     return PlannedRows(largest, len(plan), tokens, f"the largest of {len(plan):,} in data.train")
 
 
-def _made_up(options: DataConfig, reason: str) -> PlannedRows:
+def _full_rows(options: DataConfig, reason: str) -> PlannedRows:
     """Rows of one document of ``max_length`` tokens, all of them trained."""
-    length = options.max_length
-    tokens = options.max_tokens_per_batch
+    length, tokens = options.max_length, options.max_tokens_per_batch
     size = tokens // length if isinstance(tokens, int) else options.batch_size
-    return PlannedRows(
-        collate([full_row(length)] * size, pad_token_id=0),
-        None,
-        0,
-        f"full rows, since the data were not read: {reason}",
-    )
+    batch = collate([full_row(length)] * size, pad_token_id=0)
+    return PlannedRows(batch, None, 0, f"full rows, since the data were not read: {reason}")

@@ -1,12 +1,10 @@
-"""``preview``: rows as the model will see them, without a model."""
+"""``preview``: rows as the model will see them, without loading the model."""
 
 import logging
-from typing import Any
 
-from lightning.pytorch import seed_everything
 from rich.console import Console
 
-from phi3_lightning.commands.parser import Parser
+from phi3_lightning.commands.parser import Parser, command_parser, prepare
 from phi3_lightning.config.data import Split
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.data.preview import look, render_terminal
@@ -19,11 +17,7 @@ DESCRIPTION = "Show rows as the model will see them: trained tokens, special tok
 
 def parser() -> Parser:
     """Return the parser of ``preview``, which takes the configuration of a run as it is."""
-    result = Parser(prog="cli.py preview", description=DESCRIPTION)
-    result.add_argument("-c", "--config", action="config", help="Configuration of a run, or a part of one.")
-    result.add_lightning_class_args(ChatDataModule, "data")
-    result.add_argument("--model", type=dict[str, Any], default={}, help="base and revision name the tokenizer.")
-    result.add_argument("--seed_everything", type=int | bool, default=42, help="Decides the split.")
+    result = command_parser("preview", DESCRIPTION, {"data": ChatDataModule}, {"model": "base and revision"})
     result.add_argument("--split", type=Split, default="train", help="Which rows.")
     result.add_argument("--rows", type=int, default=3, help="How many of them to show.")
     result.add_argument("--ids", type=bool, default=False, help="Show token ids.")
@@ -33,24 +27,13 @@ def parser() -> Parser:
 
 
 def main(args: list[str]) -> None:
-    """Run the command.
-
-    Args:
-        args: The arguments after ``preview``.
-
-    Raises:
-        ConfigError: If the split has no data, or rows cannot be shown.
-        DataError: If the data cannot be used.
-    """
+    """Run the command with the arguments after ``preview``."""
     options = parser()
     config = options.parse_args(args)
     if config.rows < 1:
         raise ConfigError(f"--rows: {config.rows} cannot be shown: give 1 or more")
     page = None if config.html is None else local_path("--html", config.html)
-    if config.data.tokenizer is None:
-        config.data.tokenizer = config.model.get("base")
-        config.data.revision = config.model.get("revision")
-    seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
+    prepare(config)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the statistics are shown below
     data: ChatDataModule = options.instantiate_classes(config).data
     data.prepare_data()

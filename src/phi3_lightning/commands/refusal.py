@@ -1,4 +1,4 @@
-"""From an exception to the one line that the command line prints of it."""
+"""From an exception to the one line that the command line prints."""
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 
@@ -8,18 +8,11 @@ from phi3_lightning.files import file_error
 
 
 def refusal(error: BaseException) -> str | None:
-    """Say what the user can mend.
-
-    Args:
-        error: What ended a command.
-
-    Returns:
-        What was given, where, and what to do; None for a fault of the program, which is shown as it is.
-    """
+    """Return what was given, where, and what to do; None for a fault of the program, which keeps its traceback."""
     if isinstance(error, Phi3LightningError):
         return "\n".join([str(error), *getattr(error, "__notes__", [])])
     if is_communication(error) and hasattr(error, "__notes__"):
-        return "\n".join(error.__notes__)  # what the callback RankFailure found out
+        return "\n".join(error.__notes__)  # which the callback RankFailure adds
     if isinstance(error, MisconfigurationException):
         return " ".join(str(error).split())
     if isinstance(error, OSError):

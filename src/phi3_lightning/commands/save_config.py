@@ -1,4 +1,4 @@
-"""The configuration of a run, in its folder and on its board."""
+"""The configuration of a run, in its folder and in TensorBoard."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
@@ -9,7 +9,7 @@ from phi3_lightning.run_folder import RunFolder
 
 
 class SaveRunConfig(SaveConfigCallback):
-    """Keeps what the user asked for in the run's folder, once the run has really begun."""
+    """Writes the user's configuration into the run's folder once training begins."""
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:

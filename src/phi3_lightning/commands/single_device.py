@@ -1,7 +1,5 @@
-"""A Trainer on one device, for commands that are no run: it writes nothing, and computes as a run would."""
+"""A Trainer on one device that writes nothing, for commands that are no run."""
 
-import logging
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,15 +10,10 @@ from phi3_lightning.hardware import check_accelerator
 
 
 def single_device_trainer(section: Mapping[str, Any], folder: str, **options: Any) -> pl.Trainer:
-    """Return a Trainer with the device and the precision of a configuration.
-
-    Args:
-        section: The section ``trainer`` of a configuration.
-        folder: Where it would write, if it wrote anything.
-        **options: Further options of the Trainer.
+    """Return a Trainer with the device and the precision of a section ``trainer``.
 
     Raises:
-        ConfigError: If the device is none that the package runs on.
+        ConfigError: If the package does not run on the device.
     """
     accelerator, devices = section.get("accelerator") or "auto", section.get("devices")
     check_accelerator(accelerator)
@@ -36,12 +29,3 @@ def single_device_trainer(section: Mapping[str, Any], folder: str, **options: An
         plugins=[SafeCheckpointIO()],
         **options,
     )
-
-
-def quieten() -> None:
-    """Leave out what Lightning says about data and Trainers; what counts is in the command's own tables."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval", UserWarning)
-    warnings.filterwarnings("ignore", "You defined a `validation_step` but have no", UserWarning)

@@ -1,9 +1,10 @@
-"""What Lightning refuses of the Trainer's options, in one line that names the option."""
+"""Options of the Trainer that Lightning refuses, in one line that names the option."""
 
 import inspect
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from traceback import walk_tb
 from types import FrameType
 from typing import Any
 
@@ -22,18 +23,11 @@ _LEAST = {
     "min_epochs": (0, "null is no minimum"),
     "min_steps": (0, "null is no minimum"),
 }
-"""Numbers that Lightning takes below the least that means something, and fails on them later or not at all."""
+"""Least useful values; Lightning accepts lower ones, and fails on them later or not at all."""
 
 
 def check_ranges(section: Mapping[str, Any]) -> None:
-    """Refuse numbers with which Lightning begins and cannot go on.
-
-    Args:
-        section: The section ``trainer`` of a configuration.
-
-    Raises:
-        ConfigError: If one of them is too small.
-    """
+    """Raise a ConfigError for a number of the section ``trainer`` with which Lightning begins and cannot go on."""
     for name, (least, remedy) in _LEAST.items():
         value = section.get(name)
         if value is not None:
@@ -44,25 +38,18 @@ def check_ranges(section: Mapping[str, Any]) -> None:
 
 
 def without_extras(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options that ``barebones`` switches off, and that a configuration for other runs may have switched on.
-
-    Args:
-        section: The section ``trainer`` of a configuration.
-    """
+    """Return the options of the section ``trainer`` that ``barebones`` has to switch off."""
     return {name: None for name in ("log_every_n_steps", "num_sanity_val_steps") if section.get(name) is not None}
 
 
 @contextmanager
 def refused_by_name(section: Mapping[str, Any], *, building: bool) -> Iterator[None]:
-    """Turn what Lightning refuses of its options into a ConfigError that names the option.
+    """Turn Lightning's errors about its options into a ConfigError that names the option.
 
     Args:
         section: The section ``trainer`` of a configuration, as it was typed.
-        building: Whether no more than the Trainer and its parts are being made, so that whatever Lightning refuses is
-            an option; else the message has to name one. Exceptions of other origin stay what they are.
-
-    Raises:
-        ConfigError: For an option that cannot be used.
+        building: Whether only the Trainer and its parts are being made, so that every error of Lightning's is about an
+            option; else the message has to name one. Exceptions of other origin stay what they are.
     """
     try:
         yield
@@ -72,17 +59,17 @@ def refused_by_name(section: Mapping[str, Any], *, building: bool) -> Iterator[N
         origin = _origin(error)
         words = _words(section)
         message = " ".join(str(origin).split())
-        made = type(_frame(origin).f_locals.get("self")).__name__
-        if made not in message and any(made in own for own in words.values()):
-            message = f"{made}: {message}"
+        refusing_class = type(_frame(origin).f_locals.get("self")).__name__
+        if refusing_class not in message and any(refusing_class in own for own in words.values()):
+            message = f"{refusing_class}: {message}"
         name = _first(message, words)
         if name is None and building:
             name = _first(message.lower(), {option: _texts(value) for option, value in section.items()})
         if not _of_lightning(origin) or (name is None and not building):
             raise
         value = None if name is None else section.get(name)
-        given = f"{value!r} cannot be used: " if isinstance(value, str | int | float) else ""
-        raise ConfigError(f"trainer{'' if name is None else f'.{name}'}: {given}{message}") from error
+        refusal = f"{value!r} cannot be used: " if isinstance(value, str | int | float) else ""
+        raise ConfigError(f"trainer{'' if name is None else f'.{name}'}: {refusal}{message}") from error
 
 
 def _origin(error: BaseException) -> BaseException:
@@ -93,12 +80,8 @@ def _origin(error: BaseException) -> BaseException:
 
 
 def _frame(error: BaseException) -> FrameType:
-    """Where an exception was raised."""
-    trace = error.__traceback__
-    assert trace is not None  # it was caught
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return trace.tb_frame
+    """The frame in which an exception was raised."""
+    return [frame for frame, _ in walk_tb(error.__traceback__)][-1]
 
 
 def _module(error: BaseException) -> str:
@@ -106,13 +89,13 @@ def _module(error: BaseException) -> str:
 
 
 def _of_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself refused something, and no line of anybody else's failed."""
+    """Whether Lightning itself raised the error, and no line of anybody else's."""
     by_lightning = _module(error).startswith(("lightning.", "lightning_utilities."))
     return isinstance(error, MisconfigurationException) or (by_lightning and not isinstance(error, AssertionError))
 
 
 def _words(section: Mapping[str, Any]) -> dict[str, list[str]]:
-    """By which words a message speaks of an option: its name, or a class that was given for it."""
+    """The words by which a message refers to each option: its name, or a class that is its value."""
     words = {name: [name] for name in inspect.signature(pl.Trainer).parameters}
     for name, value in section.items():
         words[name] = [name, *re.findall(r"'class_path': '[\w.]*?(\w+)'", repr(value))]
@@ -120,13 +103,13 @@ def _words(section: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def _texts(value: Any) -> list[str]:
-    """What of a value a message may repeat: text, and the keys of a mapping."""
-    found = list(value) if isinstance(value, Mapping) else [value] if isinstance(value, str) else []
-    return [text for text in found if text.isidentifier()]
+    """The texts of a value that a message may repeat: itself, or the keys of a mapping."""
+    texts = list(value) if isinstance(value, Mapping) else [value] if isinstance(value, str) else []
+    return [text for text in texts if text.isidentifier()]
 
 
 def _first(message: str, words: Mapping[str, list[str]]) -> str | None:
-    """Whose word comes first in a message."""
+    """The option whose word comes first in a message."""
     places = {
         match.start(): name
         for name, own in words.items()

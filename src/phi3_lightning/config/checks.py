@@ -1,4 +1,4 @@
-"""Whether a value is one that its option takes, and sections given as mappings."""
+"""Checks of values by their types and ranges, and sections given as mappings."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -11,51 +11,25 @@ from phi3_lightning.errors import ConfigError
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:
-    """Raise a ConfigError that names ``key`` unless ``condition`` holds.
-
-    Args:
-        condition: What must be true of the value.
-        key: The key path as the user writes it, for example ``model.lora.r``.
-        value: What was given.
-        remedy: What to write instead.
-
-    Raises:
-        ConfigError: If ``condition`` is false.
-    """
+    """Raise a ConfigError that names key path, value and remedy unless a condition holds."""
     if not condition:
         raise ConfigError(f"{key}: {value!r} cannot be used: {remedy}")
 
 
 def require_choice(key: str, value: object, kind: Any) -> None:
-    """Raise a ConfigError that names ``key`` unless ``value`` is one of the choices of a ``Literal``.
+    """Raise a ConfigError that names the key path unless a value is one of the choices of a ``Literal``.
 
     The command line checks types as well; a script has only this, and a misspelt choice must not pass for another.
-
-    Args:
-        key: The key path as the user writes it.
-        value: What was given.
-        kind: The ``Literal``.
-
-    Raises:
-        ConfigError: If ``value`` is no choice.
     """
     choices = get_args(kind)
     valid = any(value == choice and type(value) is type(choice) for choice in choices)
     require(valid, key, value, f"choose {' or '.join(map(str, choices))}")
 
 
-def require_types(key: str, given: object) -> None:
-    """Raise a ConfigError unless each field of a section holds a value of its type, or one of its choices.
-
-    Args:
-        key: The key path of the section.
-        given: The section, a dataclass.
-
-    Raises:
-        ConfigError: If a field holds something else.
-    """
-    for name, kind in get_type_hints(type(given)).items():
-        _require_type(f"{key}.{name}", getattr(given, name), kind)
+def require_types(key: str, config: object) -> None:
+    """Raise a ConfigError unless each field of a dataclass, the section ``key``, holds a value of its type."""
+    for name, kind in get_type_hints(type(config)).items():
+        _require_type(f"{key}.{name}", getattr(config, name), kind)
 
 
 def _require_type(key: str, value: object, kind: Any) -> None:
@@ -109,39 +83,26 @@ else:
             return kind
 
 
-def section(kind: type[Section], given: Section | Mapping[str, Any]) -> Section:
-    """Return a section of the configuration that was given as itself or as a mapping, as scripts and checkpoints do.
-
-    Args:
-        kind: The dataclass.
-        given: An instance, or a mapping of its fields.
+def section(kind: type[Section], value: Section | Mapping[str, Any]) -> Section:
+    """Return a section of the configuration, from an instance of its dataclass or a mapping of the fields.
 
     Raises:
         ConfigError: If the mapping has a key that ``kind`` lacks, or a value out of range.
     """
-    if isinstance(given, kind):
-        return given
+    if isinstance(value, kind):
+        return value
     key = f"model.{kind.__name__.lower()}"
-    require(isinstance(given, Mapping), key, given, "give a mapping of its options")
-    given = cast("Mapping[str, Any]", given)
-    check_names(key, kind, given)
-    return kind(**given)
+    require(isinstance(value, Mapping), key, value, "give a mapping of its options")
+    options = cast("Mapping[str, Any]", value)
+    check_names(key, kind, options)
+    return kind(**options)
 
 
-def check_names(key: str, kind: type, given: Iterable[str]) -> None:
-    """Refuse options that a section lacks.
-
-    Args:
-        key: The key path of the section.
-        kind: Its dataclass.
-        given: The names of the options that were given.
-
-    Raises:
-        ConfigError: If one is unknown.
-    """
-    renamed.check_keys(key, given)
+def check_names(key: str, kind: type, names: Iterable[str]) -> None:
+    """Raise a ConfigError for the names that the dataclass of the section ``key`` lacks."""
+    renamed.check_keys(key, names)
     known = list(get_type_hints(kind))
-    for name in given:
+    for name in names:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}"

@@ -12,11 +12,11 @@ class Generation:
     max_new_tokens: int = 256
     """Longest answer, in tokens."""
     do_sample: bool = False
-    """Draw each token instead of taking the likeliest."""
+    """Sample each token instead of taking the most probable one."""
     temperature: float = 1.0
-    """Divides the logits before a token is drawn; needs do_sample."""
+    """Divides the logits before a token is sampled; needs do_sample."""
     top_p: float = 1.0
-    """Draw from the likeliest tokens that hold this share of the probability; needs do_sample."""
+    """Sample from the most probable tokens that hold this share of the probability; needs do_sample."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

@@ -10,20 +10,19 @@ PHI3_LINEAR_LAYERS = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
 """The linear layers of a Phi-3 decoder block; q, k, v and gate, up are fused."""
 
 PHI3_FUSED_LAYERS = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
-"""What is fused in which of them, in the order of the rows, under Llama's names."""
+"""The slices of the fused layers, in the order of their rows, by Llama's names."""
 
 STRUCTURAL_LORA_KEYS = (
     "backend", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora",
 )  # fmt: skip
-"""What of the LoRA section decides which values an adapter has and what they do; dropout and the like may change."""
+"""Options that decide which values an adapter has and how they act; others, such as dropout, may change."""
 
+_REWRITING = ("pissa", "olora", "corda", "loftq", "lora_ga")
 REFUSED_STARTS = {
-    **dict.fromkeys(
-        ("pissa", "olora", "corda", "loftq", "lora_ga"), "it rewrites the base weights, which never change"
-    ),
+    **dict.fromkeys(_REWRITING, "it rewrites the base weights, which never change"),
     "mica": "it freezes one half of the adapter, and checkpoints hold what is trained",
 }
-"""Initialisations of PEFT that cannot be used here, and why."""
+"""Initialisations of PEFT that cannot be used here, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,7 @@ class LoRA:
         for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                object.__setattr__(self, name, list(value))
+                object.__setattr__(self, name, list(value))  # PEFT and checkpoints have sets and tuples
         require(self.r >= 1, "model.lora.r", self.r, "the rank is at least 1")
         require(self.lora_alpha > 0, "model.lora.lora_alpha", self.lora_alpha, "it is above 0, often 2 x r")
         require(0 <= self.lora_dropout < 1, "model.lora.lora_dropout", self.lora_dropout, "it is in [0, 1)")
@@ -96,10 +95,10 @@ class LoRA:
         self._check_backend()
 
     def _check_expressions(self) -> None:
-        written = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
-        written += [("rank_pattern", key) for key in self.rank_pattern]
-        written += [("alpha_pattern", key) for key in self.alpha_pattern]
-        for name, expression in written:
+        expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
+        expressions += [("rank_pattern", key) for key in self.rank_pattern]
+        expressions += [("alpha_pattern", key) for key in self.alpha_pattern]
+        for name, expression in expressions:
             try:
                 re.compile(expression if isinstance(expression, str) else "")
             except re.error as error:

@@ -28,7 +28,7 @@ class Optimizer:
     def __post_init__(self) -> None:
         """Check the ranges."""
         require_types("model.optimizer", self)
-        object.__setattr__(self, "betas", tuple(self.betas))
+        object.__setattr__(self, "betas", tuple(self.betas))  # YAML has lists
         require(self.lr > 0, "model.optimizer.lr", self.lr, "it is above 0, for LoRA often 2e-4")
         require(
             self.loraplus_lr_ratio >= 1,

@@ -1,4 +1,4 @@
-"""What fits into the memory that there is: the settings that are ``auto``."""
+"""The settings that are ``auto``: what fits into the device's memory."""
 
 import math
 from dataclasses import replace
@@ -18,7 +18,7 @@ MODES_ON_CPU: list[CheckpointingMode | int] = ["none", 4, "selective", "full"]
 """Checkpointing modes, the fastest first. On Phi-3-mini's shapes ``selective`` costs a CPU half the time of 2, and less
 memory."""
 MODES_ON_GPU: list[CheckpointingMode | int] = ["none", 4, 2, "full"]
-"""As many for a GPU, on which the bookkeeping by operator of ``selective``, which is Python, was not measured."""
+"""The same for a GPU, where ``selective``, whose bookkeeping by operator is Python, was not measured."""
 
 MAX_ROWS = 4096
 """Rows of a micro-batch at the most."""
@@ -26,15 +26,9 @@ PARTS_THAT_GROW_WITH_ROWS = ("kept", "head", "layer", "fragmentation")
 
 
 def fastest_mode(predictor: MemoryPredictor, shape: BatchShape, room: float) -> tuple[CheckpointingMode | int, str]:
-    """Return the fastest checkpointing mode that fits, or the leanest where none does.
+    """Return the fastest checkpointing mode that fits, or the leanest where none does, and the reason in words.
 
-    Args:
-        predictor: Predicts the run's memory.
-        shape: Its largest micro-batch.
-        room: Bytes that it may take beside its base and its process.
-
-    Returns:
-        The mode, and why, in words.
+    ``room`` is the bytes for the largest micro-batch, beside base and process.
     """
     where = f"of {room / 1e9:.1f} GB of memory"
     if (bound := upper_bound(predictor.spec, shape)) <= room:
@@ -53,12 +47,7 @@ def _modes(spec: RunSpec) -> list[CheckpointingMode | int]:
 
 
 def upper_bound(spec: RunSpec, shape: BatchShape) -> float:
-    """Return more bytes than a micro-batch can need with everything kept, without a dry run, which takes seconds.
-
-    Args:
-        spec: The run.
-        shape: The size of the micro-batch.
-    """
+    """Return more bytes than a micro-batch can need with nothing recomputed, without a dry run, which takes seconds."""
     if spec.attn_implementation not in ("auto", "documents", "flash_attention_2"):
         return math.inf  # masks and weights over whole rows
     config = spec.config
@@ -77,15 +66,10 @@ def rows_that_fit(spec: RunSpec, shape: BatchShape, room: float) -> tuple[int, C
     """Return how many rows of a size make a micro-batch that fits, and the checkpointing mode for which that holds.
 
     Where the mode is ``auto``, it is the fastest with which one row fits. A CPU's process counts as a round figure, so
-    that a run that goes on finds the same rows.
-
-    Args:
-        spec: The run.
-        shape: The size of a row.
-        room: Bytes that the run may take.
+    that a run that goes on finds the same rows. ``room`` is the bytes of the whole run.
 
     Raises:
-        ConfigError: If not even one fits.
+        ConfigError: If not even one row fits.
     """
     predictor = MemoryPredictor(spec if spec.on_gpu else replace(spec, process=CPU_PROCESS_BYTES))
     for mode in _modes(spec) if spec.gradient_checkpointing == "auto" else [spec.mode]:
@@ -105,23 +89,19 @@ def rows_that_fit(spec: RunSpec, shape: BatchShape, room: float) -> tuple[int, C
 
 
 def _with_rows(two: Memory, three: Memory, rows: int) -> Memory:
-    """The memory of so many rows: from the second on each part grows by the same."""
-    grown = {
+    """The memory of a number of rows: from the second on each part grows by the same."""
+    parts = {
         name: getattr(two, name) + (rows - 2) * (getattr(three, name) - getattr(two, name))
         for name in PARTS_THAT_GROW_WITH_ROWS
     }
-    return replace(two, **grown)
+    return replace(two, **parts)
 
 
-def share_step(rows: int, fitting: int) -> tuple[int, int]:
-    """Divide the rows of an optimiser step into as few micro-batches as can be, of one size.
-
-    Args:
-        rows: Rows of a step.
-        fitting: Rows of a micro-batch at the most.
+def share_step(rows: int, max_rows: int) -> tuple[int, int]:
+    """Divide the rows of an optimiser step into as few micro-batches as possible, of one size.
 
     Returns:
         Micro-batches, and rows of each; together at least ``rows``.
     """
-    parts = -(-rows // fitting)
-    return parts, -(-rows // parts)
+    micro_batches = -(-rows // max_rows)
+    return micro_batches, -(-rows // micro_batches)

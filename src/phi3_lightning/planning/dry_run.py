@@ -1,8 +1,8 @@
-"""A training step without numbers: the very code of a step, on tensors that have shapes and no values.
+"""A training step without values: the code of a real step, on tensors that have only shapes.
 
 ``FakeTensorMode`` runs each operation on shapes alone, and a dispatch mode adds up the storages that are alive. Nothing
-is allocated and nothing is computed, and no weight is read. Layers that are alike need and keep the same each, so that
-what a deep model needs follows from two shallow runs of it.
+is allocated or computed, and no weight is read. Layers that are alike need the same memory each, so that two shallow
+runs tell what a deep model needs.
 """
 
 import weakref
@@ -27,14 +27,14 @@ EXTRAPOLATED_DEPTHS = (2, 3)
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes of what a micro-batch needs beside weights, gradients and optimiser state."""
+    """Bytes that a micro-batch needs beside weights, gradients and optimiser state."""
 
     kept: float
-    """From the forward pass to the backward pass."""
+    """Stored from the forward pass to the backward pass."""
     head: float
-    """Logits and their gradients, at the most, beside what is kept."""
+    """Logits and their gradients at the peak, beside ``kept``."""
     layer: float
-    """A layer's pass, forward or backward, at the most, beside what is kept."""
+    """A layer's pass, forward or backward, at the peak, beside ``kept``."""
 
     @property
     def peak(self) -> float:
@@ -43,10 +43,7 @@ class Activations:
 
 
 class FakeModule:
-    """A run's model with its adapter, of which every tensor has a shape, a type and no values.
-
-    Args:
-        spec: The run.
+    """A run's model with its adapter, whose tensors have shapes and types, and no values.
 
     Raises:
         ModelError: If a target names no layer of the base.
@@ -54,7 +51,7 @@ class FakeModule:
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
-        self._known: dict[str, Activations] = {}
+        self._cache: dict[str, Activations] = {}
         self.model: Phi3ForCausalLM = build_meta_model(spec)
         """The model; it runs on fake batches alone."""
         self._fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)  # what is on the meta device becomes fake
@@ -77,20 +74,15 @@ class FakeModule:
         return all(shape == shapes[0] for shape in shapes)
 
     def activations(self, shape: BatchShape, mode: CheckpointingMode | int) -> Activations:
-        """Return what a micro-batch needs in training.
-
-        Args:
-            shape: Its size.
-            mode: What is computed again in the backward pass.
-        """
+        """Return what a micro-batch needs in training."""
         key = str((shape, mode))
-        if key not in self._known:
-            self._known[key] = self._activations(shape, mode)
-        return self._known[key]
+        if key not in self._cache:
+            self._cache[key] = self._activations(shape, mode)
+        return self._cache[key]
 
     def _activations(self, shape: BatchShape, mode: CheckpointingMode | int) -> Activations:
         depth = len(self.model.model.layers)
-        if isinstance(mode, int):  # some layers keep all, and the others one hidden state
+        if isinstance(mode, int):  # some layers store all, and the others one hidden state
             share = recomputed_share(mode, depth)
             none, full = (self.activations(shape, each) for each in ("none", "full"))
             mixture = (1 - share) * none.kept + share * full.kept
@@ -127,14 +119,14 @@ class FakeModule:
 
 
 class _Storages(TorchDispatchMode):
-    """Adds up the bytes of all storages that are alive, but for those of tensors that were there before."""
+    """Adds up the bytes of all storages that are alive, except those of tensors that exist already."""
 
-    def __init__(self, before: list[Tensor | None]) -> None:
+    def __init__(self, existing: list[Tensor | None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.live = 0
         self._peak = 0
-        self._known: dict[int, int] = {}
-        self._before = {tensor.untyped_storage()._cdata for tensor in before if tensor is not None}
+        self._bytes: dict[int, int] = {}
+        self._existing = {tensor.untyped_storage()._cdata for tensor in existing if tensor is not None}
 
     def restart(self) -> int:
         """Return the most bytes that were alive since the last call."""
@@ -144,15 +136,15 @@ class _Storages(TorchDispatchMode):
     def _watch(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._known or key in self._before:
+        if key in self._bytes or key in self._existing:
             return
-        self._known[key] = storage.nbytes()
-        self.live += self._known[key]
+        self._bytes[key] = storage.nbytes()
+        self.live += self._bytes[key]
         self._peak = max(self._peak, self.live)
         weakref.finalize(storage, self._drop, key)
 
     def _drop(self, key: int) -> None:
-        self.live -= self._known.pop(key)
+        self.live -= self._bytes.pop(key)
 
     def __torch_dispatch__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -165,7 +157,7 @@ class _Storages(TorchDispatchMode):
 
 
 def _extrapolated(shallow: Activations, deeper: Activations, depth: int) -> Activations:
-    """Peaks, and not what they exceed the rest by, grow by the same with each layer."""
+    """Whole peaks grow by the same with each layer; what head and layer add to ``kept`` does not."""
     start, end = EXTRAPOLATED_DEPTHS
 
     def at(first: float, second: float) -> float:

@@ -1,4 +1,4 @@
-"""How long a run is, as the Trainer counts."""
+"""The length of a run, as the Trainer counts."""
 
 import math
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Length:
-    """How long a run is. Both are infinite where nothing ends it."""
+    """The length of a run; both are infinite where nothing ends it."""
 
     steps: float
     """Optimiser steps."""
     tokens: float
-    """Tokens of documents that all devices together train on."""
+    """Tokens of documents, of all devices together."""
 
 
 def run_length(
@@ -35,13 +35,13 @@ def run_length(
         max_steps: As the Trainer takes it; -1: no end.
         limit: The Trainer's ``limit_train_batches``: a number of micro-batches of a device, or a share of them.
     """
-    mine = whole = math.ceil(batches / ranks)
+    taken = available = math.ceil(batches / ranks)  # by each device in an epoch
     if limit is not None:
-        mine = min(limit, whole) if isinstance(limit, int) else int(limit * whole)
-    an_epoch = math.ceil(mine / accumulate)
+        taken = min(limit, available) if isinstance(limit, int) else int(limit * available)
+    steps_per_epoch = math.ceil(taken / accumulate)
     if max_epochs is None:
         max_epochs = 1000 if max_steps == -1 else -1
-    steps = math.inf if max_epochs == -1 else an_epoch * max(max_epochs, 1)
+    steps = math.inf if max_epochs == -1 else steps_per_epoch * max(max_epochs, 1)
     if max_steps != -1:
         steps = min(steps, max_steps)
-    return Length(steps, steps * tokens * mine / whole / an_epoch if an_epoch else 0)
+    return Length(steps, steps * tokens * taken / available / steps_per_epoch if steps_per_epoch else 0)

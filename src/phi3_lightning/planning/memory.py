@@ -64,11 +64,7 @@ class Memory:
 
 
 class MemoryPredictor:
-    """Predicts the peak of a run; its model without values is made once, when it is first needed.
-
-    Args:
-        spec: The run.
-    """
+    """Predicts the peak of a run; its model without values is made once, when it is first needed."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
@@ -79,22 +75,13 @@ class MemoryPredictor:
         return FakeModule(self.spec)
 
     def with_mode(self, mode: CheckpointingMode | int) -> "MemoryPredictor":
-        """Return the predictor of the same run with another checkpointing mode, which shares what is known of it.
-
-        Args:
-            mode: What is computed again in the backward pass.
-        """
+        """Return the predictor of the same run with another checkpointing mode; both share the model without values."""
         other = MemoryPredictor(replace(self.spec, gradient_checkpointing=mode))
         other.fake = self.fake
         return other
 
     def memory(self, shape: BatchShape, mode: CheckpointingMode | int | None = None) -> Memory:
-        """Predict the peak of the run if its largest micro-batch has a given size.
-
-        Args:
-            shape: The size.
-            mode: What is computed again in the backward pass; None: as the run is configured.
-        """
+        """Predict the peak of the run for the size of its largest micro-batch; mode None: as the run is configured."""
         spec, model = self.spec, self.fake.model
         frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
         trained = sum(parameter.numel() for parameter in self.fake.trained)
@@ -127,32 +114,20 @@ def _chunks_of_a_gpu(supervised: int) -> float:
 
 
 def quantized(memory: Memory, model: nn.Module, kind: Quantization) -> Memory:
-    """Return the memory with the layers' linear weights in 4 or 8 bits; a calculation.
-
-    Args:
-        memory: With the weights in full.
-        model: The model, of which the head stays as it is.
-        kind: How they are kept.
-    """
+    """Return the memory with the layers' linear weights, not the head, in 4 or 8 bits; a calculation."""
     layers = [part for part in model.get_submodule("model").modules() if isinstance(part, nn.Linear)]
     weights = [layer.weight for layer in layers if not layer.weight.requires_grad]
     full = sum(map(_bytes, weights))
     if kind == "nf4":
-        packed = sum(weight.numel() * NF4_BYTES_PER_WEIGHT for weight in weights)
+        small = sum(weight.numel() * NF4_BYTES_PER_WEIGHT for weight in weights)
     else:
-        packed = sum(weight.numel() * INT8_BYTES_PER_WEIGHT + 4 * len(weight) for weight in weights)
-    one = max(map(_bytes, weights))  # is unpacked where it is multiplied
-    return replace(memory, base=memory.base - full + packed, layer=memory.layer + one)
+        small = sum(weight.numel() * INT8_BYTES_PER_WEIGHT + 4 * len(weight) for weight in weights)
+    largest = max(map(_bytes, weights))  # is unpacked where it is multiplied
+    return replace(memory, base=memory.base - full + small, layer=memory.layer + largest)
 
 
 def sharded(memory: Memory, model: nn.Module, ranks: int) -> Memory:
-    """Return the memory of a rank of FSDP2; a calculation (docs/scaling.md).
-
-    Args:
-        memory: With everything on one device.
-        model: The model.
-        ranks: Devices that share it.
-    """
+    """Return the memory of one of the ranks of FSDP2; a calculation (docs/scaling.md)."""
     head, layer = (
         sum(_bytes(tensor) for tensor in model.get_submodule(name).parameters() if not tensor.requires_grad)
         for name in ("lm_head", "model.layers.0")

@@ -29,10 +29,5 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 
 def write_config(base: str, folder: Path) -> None:
-    """Write the configuration of a published model.
-
-    Args:
-        base: One of :data:`PUBLISHED`.
-        folder: Where its ``config.json`` goes.
-    """
+    """Write the ``config.json`` of one of :data:`PUBLISHED` into a folder."""
     Phi3Config(**PUBLISHED[base], pad_token_id=0).save_pretrained(folder)

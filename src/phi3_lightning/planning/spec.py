@@ -1,4 +1,4 @@
-"""What decides how much memory and time a run takes, beside its rows."""
+"""The properties of a run that decide how much memory and time it takes, beside its rows."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -15,7 +15,7 @@ from phi3_lightning.model.base import Attention, DType, Quantization
 
 @dataclass(frozen=True)
 class RunSpec:
-    """What decides how much memory and time a run takes, beside its rows."""
+    """The properties of a run that decide how much memory and time it takes, beside its rows."""
 
     base: str
     """Name of the base, for errors."""
@@ -24,7 +24,7 @@ class RunSpec:
     dtype: DType
     """Type of the base weights."""
     attn_implementation: Attention
-    """The attention kernel as it is configured; of a model that was loaded already, the one that it has."""
+    """The attention kernel as configured; of a loaded model, the one that it has."""
     quantization: Quantization | None
     """How the base is quantised."""
     lora: LoRA
@@ -32,32 +32,28 @@ class RunSpec:
     optimizer: Optimizer
     """The optimiser section."""
     gradient_checkpointing: Checkpointing
-    """What is computed again in the backward pass; ``auto`` until that is decided."""
+    """What the backward pass recomputes; ``auto`` until that is decided."""
     mixed: bool = False
     """Whether the Trainer's precision is a mixed one, in 16 bits."""
     ranks: int = 1
     """Devices of the run."""
     sharded: bool = False
-    """Whether FSDP2 shards weights over them; otherwise each has all."""
+    """Whether FSDP2 shards weights over them; otherwise each holds all."""
     process: float | None = 0.0
     """Bytes of the process before it has a model; None: on a GPU, where they do not count."""
 
     @property
     def mode(self) -> CheckpointingMode | int:
-        """What is computed again in the backward pass; all of it where that is still to be decided."""
+        """What the backward pass recomputes; all of it where that is still to be decided."""
         return "full" if self.gradient_checkpointing == "auto" else self.gradient_checkpointing
 
     @property
     def on_gpu(self) -> bool:
-        """Whether the run is one on GPUs."""
+        """Whether the run uses GPUs."""
         return self.process is None
 
     def under(self, trainer: pl.Trainer) -> Self:
-        """Return the spec of a run under a Trainer; a CPU's process is left out, since it may hold the model by now.
-
-        Args:
-            trainer: The Trainer.
-        """
+        """Return the spec of a run under a Trainer; a CPU's process is left out, since it may hold the model by now."""
         return replace(
             self,
             mixed=isinstance(trainer.precision_plugin, MixedPrecision),

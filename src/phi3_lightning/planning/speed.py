@@ -26,13 +26,7 @@ TIMING_SECONDS = 0.5
 
 
 def least_seconds(model: Phi3ForCausalLM, shape: BatchShape, peak: float) -> float:
-    """Return the time that a micro-batch takes on one device if products with weights were all, at the device's peak.
-
-    Args:
-        model: The model with its adapter.
-        shape: The size of the micro-batch.
-        peak: Operations a second of the device.
-    """
+    """Return the time of a micro-batch's products with weights alone, at a peak of operations a second."""
     flops = step_flops(model)
     return (flops.per_token * shape.tokens + flops.per_supervised_token * shape.supervised) / peak
 
@@ -41,7 +35,7 @@ def timed_seconds(spec: RunSpec, shape: BatchShape, *, device: str, peak: float 
     """Return the time of a micro-batch on one device, from that of shallow models without weights of the base.
 
     Args:
-        spec: The run, whose layers carry the same adapter each; what ``offload`` copies takes no time here.
+        spec: The run, whose layers carry the same adapter each; the copies of ``offload`` take no time here.
         shape: The size of the micro-batch.
         device: Type of the device.
         peak: Operations a second of the device; None: unknown.

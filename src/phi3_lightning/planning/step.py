@@ -1,4 +1,4 @@
-"""A training step by the code of a real one, on a batch of which the size alone matters."""
+"""A training step by the code of a real one, on a batch whose size alone matters."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -27,11 +27,7 @@ class BatchShape:
 
     @classmethod
     def of(cls, batch: Batch) -> Self:
-        """Return the size of a batch.
-
-        Args:
-            batch: The batch.
-        """
+        """Return the size of a batch."""
         return cls(batch["document_lengths"], int((batch["labels"] != IGNORE_INDEX).sum()))
 
     @property
@@ -41,14 +37,11 @@ class BatchShape:
 
 
 def build_meta_model(spec: RunSpec, layers: int | None = None) -> Phi3ForCausalLM:
-    """Return a run's model with its adapter on the meta device, in training mode, which recomputes nothing.
+    """Return a run's model with its adapter on the meta device, in training mode; it recomputes nothing.
 
     Args:
         spec: The run.
         layers: Decoder layers; None: as many as the base has.
-
-    Raises:
-        ModelError: If a target names no layer of the base.
     """
     config = deepcopy(spec.config)
     config.num_hidden_layers = layers or config.num_hidden_layers
@@ -68,17 +61,12 @@ def take_step(
     device: str = "cpu",
     on_phase: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run forward pass, loss and backward pass.
+    """Run forward pass, loss and backward pass of a model that is on a type of device.
 
-    Args:
-        model: The run's model, on ``device``.
-        spec: The run.
-        shape: The size of the micro-batch.
-        device: Type of the device.
-        on_phase: Called after the layers' forward pass, after the loss, and after the backward pass.
+    ``on_phase`` is called after the layers' forward pass, after the loss, and after the backward pass.
 
     Raises:
-        ConfigError: If a document is longer than what the base reads.
+        ConfigError: If a document is longer than the context of the base.
     """
     packed_attention.check_lengths(shape.lengths, spec.config, spec.base)
     places = len(shape.lengths), max(map(sum, shape.lengths))

@@ -1,4 +1,4 @@
-"""What would make a run smaller, one change at a time."""
+"""Changes that would make a run smaller, each by itself."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -27,19 +27,12 @@ class Suggestion:
 def suggestions(
     predictor: MemoryPredictor, shape: BatchShape, memory: Memory, on_try: Callable[[str], None] = lambda _: None
 ) -> list[Suggestion]:
-    """Return the changes that make a run smaller, the most helpful first.
-
-    Args:
-        predictor: Predicts the run's memory.
-        shape: Its largest micro-batch.
-        memory: Its memory.
-        on_try: Told each change before it is tried.
-    """
-    tried = []
+    """Return the changes that make a run smaller, the most helpful first; ``on_try`` gets each before it is tried."""
+    smaller = []
     for change, predict in _changes(predictor, shape, memory):
         on_try(change)
-        tried.append(Suggestion(change, predict()))
-    smaller = (suggestion for suggestion in tried if suggestion.memory.total < memory.total)
+        if (less := predict()).total < memory.total:
+            smaller.append(Suggestion(change, less))
     return sorted(smaller, key=lambda suggestion: suggestion.memory.total)
 
 

@@ -1,164 +1,185 @@
-"""Reads the literals that a script passes to TRL, PEFT, transformers and datasets; it is parsed and never run."""
+"""From the literals that a script passes to TRL, PEFT, transformers and datasets to settings; the script never runs."""
 
 import ast
-from collections import Counter
-from collections.abc import Collection, Iterator
-from pathlib import Path
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from pathlib import Path, PurePath
 from typing import Any, Final, NamedTuple
 
+from phi3_lightning.commands.translation.keys import CALLS, TABLE
+from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 from phi3_lightning.errors import ConfigError
 
-NOT_LITERAL: Final = object()
-"""The value of what only running the script would tell."""
-
-_ENUMERATIONS = ("torch", "TaskType")  # torch.float16 and TaskType.CAUSAL_LM stand for the word after the dot
-_CHANGES = ("append", "clear", "extend", "insert", "pop", "popitem", "remove", "setdefault", "update")
+_NOT_LITERAL: Final = object()
+_SPLITS: Final = {"train": "data.train", "val": "data.val", "dev": "data.val", "eval": "data.val", "test": "data.test"}
 
 
-class Argument(NamedTuple):
-    """An argument of a call or a key of a dictionary: where it stands, how it is spelt, its name and its value.
+class Translation(NamedTuple):
+    """The options that a script sets, ``trainer.val_check_interval`` in optimiser steps, and its other arguments."""
 
-    The first argument without a name is called ``argument 1``; the value is NOT_LITERAL where only running tells it.
-    """
+    settings: dict[str, Any]
+    notes: list[str]
 
+
+class _Argument(NamedTuple):
     line: int
     text: str
     key: str
     value: Any
 
 
-class Call(NamedTuple):
-    """A known call or dictionary, its arguments, and the words that its result is indexed with."""
-
-    name: str
-    arguments: list[Argument]
-    items: list[str]
-
-
-def read_script(path: Path, known: Collection[str]) -> list[Call]:
-    """Read the known calls of a script. A name that is bound once and never changed stands for its value.
-
-    Args:
-        path: A Python file.
-        known: Names of functions, classes and dictionaries.
-
-    Raises:
-        ConfigError: If the file cannot be parsed, or has no known call.
-    """
+def translate(path: Path) -> Translation:
+    """Translate the known calls of a Python file; of several calls with one name, what they have in common is taken."""
     if path.suffix != ".py":
         raise ConfigError(f"--from: {path} is no .py file; `jupyter nbconvert --to script` makes one of a notebook")
     try:
-        calls = _Reader(ast.parse(path.read_text(encoding="utf-8-sig")), known).read()
-    except OSError as error:
+        reader = _Reader(list(ast.walk(ast.parse(path.read_text(encoding="utf-8-sig")))))
+        calls = [(name, list(reader.arguments(call, name))) for call, name in reader.calls.items()]
+    except (OSError, SyntaxError, ValueError, RecursionError) as error:
         raise ConfigError(f"--from: {path} cannot be read ({error})") from error
-    except (SyntaxError, ValueError, RecursionError) as error:
-        raise ConfigError(f"--from: {path} cannot be parsed ({error})") from error
     if not calls:
-        raise ConfigError(f"--from: {path} has none of {', '.join(known)}; give the script that trains")
-    return calls
+        raise ConfigError(f"--from: {path} has none of {', '.join(CALLS)}; give the script that trains")
+    values: dict[str, list[tuple[_Argument, Any]]] = defaultdict(list)
+    notes: set[tuple[int, str]] = set()
+    for name, arguments in calls:
+        data = _data(arguments) if name == "load_dataset" else {}
+        for option, value in data.items():
+            values[option].append((arguments[0], value))
+        for argument in [a for a in arguments if not data or a.key not in ("path", "data_files", "split", "[]")]:
+            try:
+                option, value = _setting(argument)
+                if not all(any(a[2:] == argument[2:] for a in others) for other, others in calls if other == name):
+                    raise ValueError(f"not alike in all such calls; set {option} by hand")
+                values[option] += [] if value is None else [(argument, value)]
+            except ValueError as reason:
+                notes.add((argument.line, f"{argument.text}: {reason}"))
+    settings = {option: pairs[0][1] for option, pairs in values.items() if pairs}
+    for option, pairs in values.items():
+        if any(value != settings[option] for _, value in pairs):
+            del settings[option]
+            notes |= {(a.line, f"{a.text}: there are several values for {option}; set it by hand") for a, _ in pairs}
+    return Translation(_settled(settings), [f"line {line}, {text}" for line, text in sorted(notes)])
 
 
 class _Reader:
-    def __init__(self, tree: ast.Module, known: Collection[str]) -> None:
-        self.nodes = list(ast.walk(tree))
-        assigned = [pair for node in self.nodes for pair in _assignments(node)]
-        bound = Counter(name for node in self.nodes for name in _bindings(node))
-        self.values = {name: value for name, value in assigned if bound[name] == 1}
-        self.calls = {node: name for node in self.nodes if isinstance(node, ast.Call) and (name := _name(node, known))}
-        self.results = {name for name, value in assigned if value in self.calls}
-        self.dictionaries = {name: value for name, value in assigned if name in known and _is_dictionary(value)}
-        self.spread: set[str] = set()
-        attributes = [node for node in self.nodes if isinstance(node, ast.Attribute)]
-        self.changed = {node.attr for node in attributes if isinstance(node.ctx, ast.Store)}  # config.max_steps = 5
+    def __init__(self, nodes: list[ast.AST]) -> None:
+        calls = [(node, f".{ast.unparse(node.func)}") for node in nodes if isinstance(node, ast.Call)]
+        self.calls = {node: name for node, dotted in calls for name in CALLS if dotted.endswith(f".{name}")}
+        used = [node for node in nodes if isinstance(node, ast.Attribute | ast.Subscript)]  # perhaps config.update()
+        self.subscripts = [node for node in used if isinstance(node, ast.Subscript)]
+        self.attributes = {n.attr for n in used if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        stored = [n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
+        bindings = Counter([*stored, *(n.arg for n in nodes if isinstance(n, ast.arg))])
+        assigned = [pair for node in nodes for pair in _assigned(node)]
+        changed = {v.id for v in [*(n.value for n in used), *(v for _, v in assigned)] if isinstance(v, ast.Name)}
+        self.values = {
+            name: value
+            for name, value in assigned
+            if bindings[name] == 1 and (name not in changed or isinstance(value, ast.Constant) or value in self.calls)
+        }
 
-    def read(self) -> list[Call]:
-        calls = [
-            Call(name, list(self._arguments(name, self._pairs(node))), list(self._items(node)))
-            for node, name in self.calls.items()
-        ]
-        for name in self.dictionaries.keys() - self.spread:
-            place = ast.copy_location(ast.Name(name), self.dictionaries[name])
-            calls.append(Call(name, list(self._arguments(name, self._pairs(place))), []))
-        return calls
+    def resolved(self, node: ast.expr) -> ast.expr:
+        return self.resolved(self.values[node.id]) if isinstance(node, ast.Name) and node.id in self.values else node
 
-    def _items(self, call: ast.Call) -> Iterator[str]:
-        for node in self.nodes:
-            match node:
-                case ast.Subscript(value=whole, slice=ast.Constant(value=str(word))):
-                    if call is (self.values.get(whole.id) if isinstance(whole, ast.Name) else whole):
-                        yield word
-
-    def _pairs(self, node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-        """Yield the arguments of a call, or the keys of a dictionary that is written out or that a name stands for."""
-        if isinstance(node, ast.Name) and _is_dictionary(self.values.get(node.id)):
-            self.spread.add(node.id)
-            node = self.values[node.id]
-        match node:
-            case ast.Dict(keys=keys, values=values):
-                words = list(zip(map(_word, keys), values, strict=True))
-            case ast.Call() if node in self.calls or _is_dictionary(node):
-                words = [(f"argument {number}", value) for number, value in enumerate(node.args, 1)]
-                words += [(word.arg, word.value) for word in node.keywords]
-            case _:
-                words = [(f"**{ast.unparse(node)}", node)]
-        for word, value in words:
-            yield from self._pairs(value) if word is None else [(word, value)]
-
-    def _arguments(self, call: str, pairs: Iterator[tuple[str, ast.expr]]) -> Iterator[Argument]:
-        for key, node in dict(pairs).items():  # of two keys in a dictionary the later wins
-            origin = node.value if isinstance(node, ast.Subscript) else node
-            if origin in self.calls or (isinstance(origin, ast.Name) and origin.id in self.results):
+    def arguments(self, call: ast.Call, name: str) -> Iterator[_Argument]:
+        for key, node in dict(self.pairs(call)).items():  # of two keys in a dictionary the later wins
+            origin = self.resolved(node)
+            if (self.resolved(origin.value) if isinstance(origin, ast.Subscript) else origin) in self.calls:
                 continue  # read where it is made
-            try:
-                value = NOT_LITERAL if key in self.changed else self._value(node)
-            except (ValueError, TypeError):
-                value = NOT_LITERAL
-            yield Argument(node.lineno, f"{call}: {key} = {ast.unparse(node)}", key, value)
+            word = CALLS[name] if key == "argument 1" else key
+            value = _NOT_LITERAL if word in self.attributes else self.value(node)  # set later: config.max_steps = 5
+            yield _Argument(node.lineno, f"{name}: {word} = {ast.unparse(node)}", word, value)
+        for item in self.subscripts:
+            if self.resolved(item.value) is call and isinstance(item.slice, ast.Constant):
+                yield _Argument(item.lineno, f"{name}: {ast.unparse(item)}", "[]", item.slice.value)
 
-    def _value(self, node: ast.expr) -> Any:
-        match node:
-            case ast.Name(id=name) if name in self.values:
-                return self._value(self.values[name])
-            case ast.Attribute(value=ast.Name(id=name), attr=word) if name in _ENUMERATIONS:
-                return word
-            case ast.List(elts=parts) | ast.Tuple(elts=parts) | ast.Set(elts=parts):
-                return [self._value(part) for part in parts]
-            case ast.Dict():
-                return {key: self._value(value) for key, value in self._pairs(node)}
-        value = ast.literal_eval(node)
-        if not isinstance(value, str | int | float | None):
-            raise ValueError("YAML has no such value")
+    def pairs(self, node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
+        """Yield the arguments of a call, or the keys of a dictionary, with those that ``**`` brings."""
+        words: list[tuple[str | None, ast.expr]] = []
+        if isinstance(node, ast.Dict):
+            words = list(zip(map(_word, node.keys), node.values, strict=True))
+        elif isinstance(node, ast.Call):
+            words = [(f"argument {number}", value) for number, value in enumerate(node.args, 1)]
+            words += [(word.arg, word.value) for word in node.keywords]
+        for word, value in words:
+            if word is None and _is_dictionary(self.resolved(value)):
+                yield from self.pairs(self.resolved(value))
+            else:
+                yield word or f"**{ast.unparse(value)}", value
+
+    def value(self, node: ast.expr) -> Any:
+        try:
+            value = ast.literal_eval(self.resolved(node))
+            json.dumps(value)  # which refuses what YAML lacks
+        except (ValueError, TypeError):
+            return _NOT_LITERAL
         return value
 
 
-def _name(call: ast.Call, known: Collection[str]) -> str:
-    dotted = f".{ast.unparse(call.func)}" if isinstance(call.func, ast.Name | ast.Attribute) else ""
-    return next((name for name in known if dotted.endswith(f".{name}")), "")
-
-
-def _word(key: ast.expr | None) -> str | None:
-    if isinstance(key, ast.Constant):
-        return str(key.value)
-    return None if key is None else f"[{ast.unparse(key)}]"
-
-
-def _is_dictionary(node: ast.expr | None) -> bool:
+def _is_dictionary(node: ast.expr) -> bool:
     return isinstance(node, ast.Dict) or (isinstance(node, ast.Call) and ast.unparse(node.func) == "dict")
 
 
-def _assignments(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
-    match node:
-        case ast.Assign(targets=[target], value=value) | ast.AnnAssign(target=target, value=ast.expr() as value):
-            parts = target.elts if isinstance(target, ast.Tuple) and isinstance(value, ast.Call) else [target]
-            yield from ((part.id, value) for part in parts if isinstance(part, ast.Name))
+def _word(key: ast.expr | None) -> str | None:
+    return str(key.value) if isinstance(key, ast.Constant) else None if key is None else f"[{ast.unparse(key)}]"
 
 
-def _bindings(node: ast.AST) -> Iterator[str]:
-    """Yield the name that a node binds, or whose value it changes."""
+def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     match node:
-        case ast.Name(id=name, ctx=ast.Store() | ast.Del()) | ast.arg(arg=name):
-            yield name
-        case ast.Subscript(value=ast.Name(id=name), ctx=ast.Store() | ast.Del()):
-            yield name
-        case ast.Call(func=ast.Attribute(value=ast.Name(id=name), attr=method)) if method in _CHANGES:
-            yield name
+        case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Call() as value) | ast.Assign(names, value):
+            yield from ((name.id, value) for name in names if isinstance(name, ast.Name))
+
+
+def _setting(argument: _Argument) -> tuple[str, Any]:
+    """Return what an argument sets, None for what is so here anyway; a ValueError says why it sets nothing."""
+    if argument.key not in TABLE:
+        raise ValueError("not translated; `fit --help` has every option")
+    (option, kind), value = TABLE[argument.key], argument.value
+    if value is _NOT_LITERAL:
+        raise ValueError(f"no literal; set {option} by hand")
+    if isinstance(kind, Mapping):
+        value = value[0] if isinstance(value, list) and len(value) == 1 else value  # report_to=["tensorboard"]
+        if isinstance(value, str | bool) and value in kind:
+            return option, kind[value]
+    elif kind is object or (isinstance(value, str if kind is str else int | float) and not isinstance(value, bool)):
+        whole = kind is int and value == value // 1  # num_train_epochs=3.0
+        if whole or kind is not int:
+            return option, int(value) if whole else value
+    raise ValueError(f"not taken; see {option}")
+
+
+def _data(arguments: list[_Argument]) -> dict[str, Any]:
+    """Return the data of each split that a call of load_dataset reads; none unless literals say it all."""
+    values = {argument.key: argument.value for argument in arguments}
+    path, files, split = str(values.get("path", "")), values.get("data_files"), values.get("split")
+    words = [str(split)] if split else [argument.value for argument in arguments if argument.key == "[]"]
+    data = {word: f"{path}:{word}" for word in words if not files and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)}
+    if path in ("json", "csv", "parquet", "arrow"):
+        data = files if isinstance(files, dict) else {str(split or "train"): files} if files else {}
+    options = {next((_SPLITS[s] for s in _SPLITS if str(word).startswith(s)), ""): data[word] for word in data}
+    partly = _NOT_LITERAL in values.values() or "" in options or (split and list(data) != [split])
+    return {} if partly or values.keys() & {"argument 2", "name", "data_dir", "revision"} else options
+
+
+def _settled(settings: dict[str, Any]) -> dict[str, Any]:
+    """Set what follows from a setting, and split what is two settings here."""
+    if len((folder := PurePath(settings.get("run", ""))).parts) > 1:
+        settings["trainer.default_root_dir"] = str(folder.parent)
+    settings |= {"run": folder.name} if folder.name else {}
+    if settings.get("trainer.max_steps", 0) > 0:
+        settings["trainer.max_epochs"] = -1  # as TrainingArguments does
+    if "trainer.precision" in settings:
+        settings["model.dtype"] = {"bf16-mixed": "bfloat16", "16-mixed": "float16"}[settings["trainer.precision"]]
+    settings |= {"checkpoint.monitor": None} if "data.val_fraction" in settings else {}  # it is 0
+    settings |= {"trainer.check_val_every_n_epoch": None} if "trainer.val_check_interval" in settings else {}
+    if "data.val" not in settings and "data.test" in settings:
+        settings["data.val"] = settings.pop("data.test")  # what most scripts call their validation data
+    targets = settings.get("model.lora.target_modules")
+    targets = targets if isinstance(targets, list) else [targets]
+    if any(0 < sum(part in targets for part in parts) < len(parts) for parts in PHI3_FUSED_LAYERS.values()):
+        settings["model.lora.backend"] = "loralib"  # which adapts parts of fused layers
+    if settings.get("data.tokenizer") == settings.get("model.base"):
+        settings.pop("data.tokenizer", None)  # the base's own, whichever base is taken
+    return settings
