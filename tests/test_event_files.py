@@ -7,7 +7,7 @@ import pytest
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from torch.utils.tensorboard import SummaryWriter
 
-from phi3_lightning.event_files import LONGEST, event_files, read_scalars
+from phi3_lightning.event_files import MAX_CURVE_POINTS, event_files, read_scalars
 
 
 def write(folder: Path, *logged: tuple[str, float, int], start: int | None = None, config: int | None = None) -> None:
@@ -69,10 +69,10 @@ def test_what_an_evaluation_logged_is_no_point_of_the_run(tmp_path):
 
 
 def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path):
-    count = 2 * LONGEST + 1
+    count = 2 * MAX_CURVE_POINTS + 1
     write(tmp_path, *losses(range(count), 1.0))
     curve = read_scalars(tmp_path)["train/loss"]
-    assert len(curve) <= LONGEST
+    assert len(curve) <= MAX_CURVE_POINTS
     assert curve[-1] == (count - 1, 1.0)
     assert curve == sorted(set(curve))
 

@@ -263,6 +263,25 @@ def test_every_precision_gives_the_loss_that_is_logged(tmp_path, data, precision
     assert found["token_accuracy"] == pytest.approx(logged["test/token_accuracy"], rel=EPSILON)
 
 
+class OwnChats(ChatDataModule):
+    """A data module of another project, whose state has its own class's name in a checkpoint."""
+
+
+def test_statistics_of_the_training_data_are_found_for_any_class_of_data(tmp_path, write):
+    file = write(*ROWS)
+    options = {"tokenizer": str(TINY), "max_length": 256, "num_workers": 0, "cache_dir": str(tmp_path / "cache")}
+    chats, tested = OwnChats(train=file, val_fraction=0.0, **options), module()
+    trainer = synthetic.trainer(tmp_path, max_steps=1, max_epochs=-1)
+    trainer.fit(tested, datamodule=chats)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    report = EvaluationReport(tmp_path / "run", rows=0, resamples=100)
+    trainer = synthetic.trainer(tmp_path, callbacks=[report])
+    data = OwnChats(test=file, **options)
+    trainer.test(tested, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
+    content = json.loads((tmp_path / "run/test.json").read_text(encoding="utf-8"))
+    assert set(content["data"]["statistics"]) == {"train", "test"}
+
+
 def test_a_test_that_is_a_trial_writes_nothing(tmp_path, data):
     trainer = synthetic.trainer(tmp_path, callbacks=[EvaluationReport(tmp_path / "run")], fast_dev_run=True)
     trainer.test(module(), datamodule=data(), verbose=False)

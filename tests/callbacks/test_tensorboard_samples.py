@@ -14,7 +14,7 @@ from phi3_lightning.batch import IGNORE_INDEX
 from phi3_lightning.batch.segments import Segment
 from phi3_lightning.callbacks import TensorBoardSamples
 from phi3_lightning.callbacks.tensorboard import literal
-from phi3_lightning.callbacks.tensorboard_samples import as_markdown, parts
+from phi3_lightning.callbacks.tensorboard_samples import as_markdown, row_segments
 
 with warnings.catch_warnings():  # of what TensorBoard brings along
     warnings.simplefilter("ignore", DeprecationWarning)
@@ -103,7 +103,7 @@ def test_what_is_trained_is_bold_across_empty_lines():
 def test_parts_hold_every_token(run):
     *_, data = run
     batch = next(iter(data.train_dataloader()))
-    said = "".join(part.text for part in parts(batch, 0, data.tokenizer))
+    said = "".join(part.text for part in row_segments(batch, 0, data.tokenizer))
     whole = data.tokenizer.decode(batch["input_ids"][0, : sum(batch["document_lengths"][0])])
     assert "".join(said.split()) == "".join(
         whole.split()

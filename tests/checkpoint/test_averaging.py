@@ -3,6 +3,7 @@
 import os
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning.pytorch as pl
 import pytest
@@ -14,7 +15,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 import synthetic
 from distributed import ranks
 from phi3_lightning import FSDP2Strategy, Phi3LoRAModule
-from phi3_lightning.callbacks import RunCheckpoint
+from phi3_lightning.callbacks import BaseDrift, RunCheckpoint, Samples, base_drift, samples
 from phi3_lightning.checkpoint.averaging import CURRENT
 from phi3_lightning.checkpoint.mixin import TrainableStateMixin
 from phi3_lightning.errors import ConfigError
@@ -106,6 +107,60 @@ def test_adapters_are_averaged_and_no_frozen_bit_changes(tmp_path, bfloat16_base
     assert torch.equal(weights.validated[-1], weights.averaged)  # validations measure the average
     assert torch.equal(flat(module), weights.averaged)  # which is what a run ends with
     assert all(all(map(torch.equal, before, seen)) for seen in [*weights.frozen, frozen(module)])
+
+
+class Chats(pl.LightningDataModule):
+    """Batches, with a tokenizer that numbers its tokens."""
+
+    tokenizer = SimpleNamespace(
+        eos_token_id=None,
+        added_tokens_decoder={},
+        decode=lambda ids, **_: str(ids),
+        batch_decode=lambda rows, **_: list(map(str, rows)),
+    )
+
+    def train_dataloader(self):
+        return synthetic.loader(BATCHES)
+
+    val_dataloader = train_dataloader
+
+
+def adapters(model: torch.nn.Module) -> torch.Tensor:
+    """As ``flat``, and also while the adapter is switched off, when nothing can be trained."""
+    return torch.cat([p.detach().flatten().clone() for name, p in model.named_parameters() if "lora_" in name])
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["averaging first", "averaging last"])
+def test_samples_and_drift_show_the_averaged_weights(tmp_path, tiny_base, monkeypatch, first):
+    sampled, compared = [], []
+    generate, compare = samples.generate, base_drift.compare
+    monkeypatch.setattr(
+        samples, "generate", lambda model, *args: sampled.append(adapters(model)) or generate(model, *args)
+    )
+    monkeypatch.setattr(
+        base_drift, "compare", lambda module, batch: compared.append(adapters(module)) or compare(module, batch)
+    )
+
+    def run(*shown):
+        pl.seed_everything(3, verbose=False)
+        weights, averaging = Weights(), [EMAWeightAveraging(decay=0.8)]
+        callbacks = [*averaging, *shown, weights] if first else [*shown, *averaging, weights]
+        options = {"max_epochs": 3, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}
+        trainer = synthetic.trainer(tmp_path, callbacks=callbacks, **options)
+        module = made(tiny_base, generation={"max_new_tokens": 4})
+        trainer.fit(module, Chats())
+        return weights, flat(module)
+
+    weights, last = run(Samples(), BaseDrift(Chats()))
+    _, validated, ended = sampled  # the first is the base's
+    assert torch.equal(validated, weights.validated[0])
+    assert all(torch.equal(each, weights.validated[0]) for each in compared)
+    assert torch.equal(ended, last)
+    assert torch.equal(last, weights.averaged)
+    assert not torch.equal(validated, weights.current[7])
+    without, last_without = run()
+    assert torch.equal(weights.current[-1], without.current[-1])
+    assert torch.equal(last, last_without)
 
 
 def test_a_copy_of_the_base_is_never_made(tmp_path, tiny_base):

@@ -23,7 +23,7 @@ from phi3_lightning.cli import main
 from phi3_lightning.commands.dialogue import Dialogue
 from phi3_lightning.config import Generation
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
-from phi3_lightning.generation.stream import stream
+from phi3_lightning.generation.decode import stream
 
 CONFIG = ("--config=runs/phi3-lora/config.yaml",)
 LAST = "--ckpt_path=runs/phi3-lora/checkpoints/last.ckpt"

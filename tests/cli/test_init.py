@@ -161,6 +161,8 @@ def test_a_wheel_brings_the_configurations_along(tmp_path):
     shipped = {path.name for path in (REPOSITORY / "configs").rglob("*") if path.is_file()}
     assert {path.name for path in (tmp_path / "conf").rglob("*") if path.is_file()} == shipped
     assert f"base: {tmp_path}/site/phi3_lightning/assets/tiny_phi3" in (tmp_path / "conf/quickstart.yaml").read_text()
+    templates = {path.name for path in (REPOSITORY / "src/phi3_lightning/pages/templates").iterdir()}
+    assert {path.name for path in (tmp_path / "site/phi3_lightning/pages/templates").iterdir()} == templates
 
 
 # ---------------------------------------------------------------- a script

@@ -24,7 +24,7 @@ def test_the_configuration_of_a_run_is_shown(cli, tmp_path):
     assert "chats_train.jsonl:3" not in shown.text
     page = (tmp_path / "page.html").read_text()
     assert '<span class="trained">' in page
-    assert "http" not in page  # one file that needs nothing else
+    assert "://" not in page  # one file that needs nothing else
     assert not (tmp_path / "runs").exists()
 
 

@@ -3,6 +3,8 @@
 import json
 import re
 import signal
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -244,7 +246,9 @@ def test_a_second_run_without_logger_does_not_refuse(cli):
         cli("fit", *QUICK, f"--trainer.max_steps={steps}", "--trainer.logger=false")
 
 
-def test_a_run_that_cannot_move_anything_is_told(cli):
+def test_a_run_that_cannot_move_anything_is_told(cli, monkeypatch):
+    # pytest records warnings where a user's process prints them
+    monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: print(message, file=sys.stderr))
     weak = cli("fit", *QUICK, "--trainer.max_steps=2", "--model.optimizer.lr=5e-6")
     assert "the answers will not change" in weak.text
     assert "the answers will not change" not in cli("fit", *QUICK, "--run=b", "--trainer.max_steps=2").text

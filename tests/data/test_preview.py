@@ -54,7 +54,7 @@ def test_the_page_is_whole_and_safe(datamodule: ChatDataModule, show_ids: bool) 
     assert not re.search(r"(src|href)=", page)
     assert '<span class="trained">the answer</span>' in page
     assert '<span class="trained special">&lt;|end|&gt;</span>' in page
-    assert page.count("<section>") == 5
+    assert page.count("<article>") == 5
     assert ("<small>" in page) == show_ids
     assert "tokens of a document" in page
 

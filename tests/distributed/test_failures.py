@@ -14,7 +14,7 @@ import torch
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.callbacks import AgreedStop, RankFailure, RunCheckpoint
-from phi3_lightning.callbacks.failure import BEAT_SECONDS
+from phi3_lightning.callbacks.failure import HEARTBEAT_SECONDS
 from phi3_lightning.checkpoint.io import read_checkpoint
 
 from . import cases, ranks
@@ -82,7 +82,7 @@ def test_a_process_that_listens_ends_well(tmp_path, how):
         try:
             assert listener.stdout.readline() == "listening\n"
             keeper.kill(signal.SIGSTOP)
-            time.sleep(2 * BEAT_SECONDS)  # now the thread waits for the store
+            time.sleep(2 * HEARTBEAT_SECONDS)  # now the thread waits for the store
             listener.stdin.write("\n")
             listener.stdin.flush()
             time.sleep(0.1)

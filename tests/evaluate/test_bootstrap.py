@@ -5,7 +5,8 @@ import pytest
 import sacrebleu
 from sacrebleu.significance import PairedTest
 
-from phi3_lightning.evaluate.bootstrap import FEWEST_ROWS, compare
+from phi3_lightning.evaluate.bootstrap import MIN_SIGNIFICANT_ROWS as ENOUGH
+from phi3_lightning.evaluate.bootstrap import compare
 from phi3_lightning.metrics import Answer
 from phi3_lightning.metrics.answers import scores
 
@@ -49,7 +50,7 @@ def test_no_change_is_not_significant():
     assert not compare(rows([1, 2, 3]), rows([1, 2, 3]), mean, 100).significant
 
 
-@pytest.mark.parametrize(("count", "told"), [(3, False), (FEWEST_ROWS - 1, False), (FEWEST_ROWS, True)])
+@pytest.mark.parametrize(("count", "told"), [(3, False), (ENOUGH - 1, False), (ENOUGH, True)])
 def test_few_rows_tell_nothing(count, told):
     base = np.random.default_rng(0).normal(0, 1, count)
     found = compare(rows(base), rows(base + 0.1), mean, 100)

@@ -1,13 +1,13 @@
-"""Token by token, against a loop without a cache; and text that never has to be taken back."""
+"""Token by token, against a loop without a cache, and against a batch of one prompt."""
 
 import pytest
 import torch
-from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast
+from transformers import Phi3ForCausalLM
 
 import synthetic
 from phi3_lightning.config import Generation
-from phi3_lightning.data.template import load_tokenizer
-from phi3_lightning.generation.stream import Text, stream
+from phi3_lightning.errors import DataError
+from phi3_lightning.generation.decode import generate, stream
 
 PROMPT = [5, 6, 7, 8, 9]
 NEVER = [synthetic.VOCABULARY + 5]
@@ -44,6 +44,41 @@ def test_sliding_windows_and_long_ropes(tmp_path, sliding_window):
     assert list(stream(model, PROMPT, NEVER, Generation(max_new_tokens=12))) == uncached(model, PROMPT, 12)
 
 
+@pytest.mark.parametrize("kernel", ["sdpa", "documents"])
+@pytest.mark.parametrize(
+    "options", [{}, {"do_sample": True, "temperature": 2.0, "top_p": 0.9}], ids=["greedy", "drawn"]
+)
+@pytest.mark.parametrize("length", [3, 9, 20])
+def test_a_stream_is_the_answer_of_a_batch_of_one(tmp_path, length, options, kernel):
+    """Before, across and beyond the length at which longrope's factors change."""
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
+            "original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}  # fmt: skip
+    base = synthetic.save_tiny(tmp_path / "base", original_max_position_embeddings=16, rope_parameters=rope)
+    model = Phi3ForCausalLM.from_pretrained(base, attn_implementation=kernel).eval()
+    prompt, config = synthetic.document(length, 1, length)[0], Generation(max_new_tokens=12, **options)
+    torch.manual_seed(0)
+    [expected] = generate(model, synthetic.prompt_batch([prompt], NEVER), config)
+    torch.manual_seed(0)
+    assert list(stream(model, prompt, NEVER, config)) == expected
+
+
+def test_nothing_is_computed_ahead_and_nothing_after_the_last_request(model):
+    forwards = []
+    handle = model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
+    answer = stream(model, PROMPT, NEVER, Generation(max_new_tokens=12))
+    for tokens in (1, 2, 3):
+        next(answer)
+        assert len(forwards) == tokens
+    answer.close()
+    handle.remove()
+    assert len(forwards) == 3
+
+
+def test_a_prompt_beyond_the_context_length_is_refused(model):
+    with pytest.raises(DataError, match="the prompt: its 257 tokens do not fit into the 256 that the model reads"):
+        next(stream(model, [5] * 257, NEVER, Generation()))
+
+
 def test_answers_end_at_the_window(model):
     window = model.config.max_position_embeddings
     assert len(list(stream(model, [5] * (window - 3), NEVER, Generation(max_new_tokens=12)))) == 3
@@ -59,28 +94,3 @@ def test_sampling_follows_the_seed(model):
     torch.manual_seed(0)
     nearly_greedy = Generation(max_new_tokens=12, do_sample=True, top_p=1e-6)
     assert list(stream(model, PROMPT, NEVER, nearly_greedy)) == uncached(model, PROMPT, 12)
-
-
-TEXTS = ["Hello  there,\n    indented\n\tand tabbed", "Grüße 東京 👋🏽 fin", " leading space", "a\n\n b . c , d"]
-
-
-def pieces(tokenizer: PreTrainedTokenizerFast, text: str) -> tuple[list[str], str]:
-    ids = tokenizer(text, add_special_tokens=False).input_ids
-    shown = Text(tokenizer)
-    return [*map(shown.add, ids), shown.rest()], tokenizer.decode(ids, skip_special_tokens=True)
-
-
-@pytest.mark.parametrize("text", TEXTS)
-def test_pieces_join_to_the_text_of_the_whole(shared, text):
-    found, whole = pieces(load_tokenizer(str(shared / "phi3-mini-4k-instruct")), text)
-    assert "".join(found) == whole
-    assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in found)
-    assert len([piece for piece in found if piece]) >= 2  # it comes in pieces
-
-
-def test_a_character_that_never_completes_is_shown_at_the_end(shared):
-    tokenizer = load_tokenizer(str(shared / "phi3-mini-4k-instruct"))
-    half = tokenizer("👋", add_special_tokens=False).input_ids[:-1]
-    shown = Text(tokenizer)
-    assert "".join(map(shown.add, half)).strip() == ""
-    assert "\N{REPLACEMENT CHARACTER}" in shown.rest()

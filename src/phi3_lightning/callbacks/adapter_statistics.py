@@ -1,4 +1,4 @@
-"""How far the adapter has moved the weights, layer by layer, and where the gradient is."""
+"""Size and rank of the adapter's LoRA delta, and its gradient, layer by layer."""
 
 import math
 from collections import defaultdict
@@ -16,13 +16,13 @@ from phi3_lightning.module import Phi3LoRAModule
 
 
 class AdapterStatistics(pl.Callback):
-    """Logs size and effective rank of the updates, and the norm of the gradient before clipping, now and then.
+    """Logs norm and effective rank of the updates, and the norm of the gradient before clipping, every so many steps.
 
-    ``adapter/relative_norm/q_proj`` is the mean over the layers of the norm of the update of ``q_proj`` over that of
-    its weight, ``adapter/effective_rank/q_proj`` that of :attr:`~.statistics.LoraDelta.effective_rank`, and
-    ``adapter/grad_norm/qkv_proj`` the norm of the gradient of all adapters on such layers, which is that of the step:
-    over the whole window and all ranks. ``adapter_layers/...`` has the same for each layer, by its number.
-    With DoRA the update is that of the direction; the length is trained besides.
+    ``adapter/relative_norm/q_proj`` is the mean over the layers of the norm of the update of ``q_proj`` divided by that
+    of its weight, ``adapter/effective_rank/q_proj`` that of :attr:`~.statistics.LoraDelta.effective_rank`, and
+    ``adapter/grad_norm/qkv_proj`` the norm of the gradient of all adapters on such layers in the optimiser step, over
+    the whole accumulation window and all ranks. ``adapter_layers/...`` has the same for each layer, by number.
+    With DoRA the update is that of the direction, without the magnitude.
 
     Args:
         every_n_steps: Optimiser steps between two measurements; the first is at the first step.
@@ -39,7 +39,7 @@ class AdapterStatistics(pl.Callback):
         if trainer.loggers:
             self._statistics = pl_module.adapter_statistics()
         if pl_module.quantization == "int8":
-            rank_zero_info("adapter/relative_norm is left out: the norms of a base in 8 bits are not known")
+            rank_zero_info("adapter/relative_norm is not logged: the norms of a base in 8 bits are not known")
 
     @override
     def on_before_optimizer_step(
@@ -50,11 +50,7 @@ class AdapterStatistics(pl.Callback):
 
 
 def scalars(statistics: Statistics) -> dict[str, float]:
-    """Return the numbers by the names under which they are logged.
-
-    Args:
-        statistics: Measures them.
-    """
+    """Measure the statistics; return them by the names under which they are logged."""
     single: dict[str, float] = {}
     kinds: dict[str, list[float]] = defaultdict(list)
     for delta in statistics.deltas():
@@ -74,7 +70,7 @@ def scalars(statistics: Statistics) -> dict[str, float]:
     }
 
 
-def _short(path: str, part: str) -> str:
-    """``model.layers.3.self_attn.qkv_proj`` and ``q_proj`` are ``03.q_proj``: names sort as layers do."""
-    number = next((f"{int(piece):02}." for piece in path.split(".") if piece.isdigit()), "")
-    return number + part
+def _short(path: str, name: str) -> str:
+    """``03.q_proj`` for ``model.layers.3.self_attn.qkv_proj`` and ``q_proj``; such names sort as the layers do."""
+    number = next((f"{int(part):02}." for part in path.split(".") if part.isdigit()), "")
+    return number + name

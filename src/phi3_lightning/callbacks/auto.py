@@ -1,4 +1,4 @@
-"""The settings that are ``auto``, decided by what fits into the memory of the device."""
+"""The settings that are ``auto``, decided by the memory of the device."""
 
 from typing import cast
 
@@ -20,15 +20,21 @@ from phi3_lightning.planning.step import BatchShape
 class AutoCheckpointing(pl.Callback):
     """Decides ``model.gradient_checkpointing: auto``: the fastest mode with which the largest training batch fits.
 
-    It goes by 85% of the memory that is free when a fit begins, on the rank that has least. Without this callback, and
-    where the batches are not known before training, ``auto`` is ``full``.
+    The limit is 85% of the memory that is free when a fit begins, on the rank with the least. Without this callback,
+    and where the batches are not known before training, ``auto`` is ``full``.
     """
 
     @override
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, Phi3LoRAModule) or pl_module.gradient_checkpointing != "auto":
             return
-        mode, why = _fastest_mode(trainer, pl_module)
+        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        largest = data.largest_train_batch() if isinstance(data, PlannedData) else None
+        mode: CheckpointingMode | int = "full"
+        why = "the largest batch is not known before training"
+        if largest is not None:
+            limit = PLANNED_SHARE_OF_MEMORY * _memory(trainer)[0]
+            mode, why = fastest_mode(MemoryPredictor(pl_module.spec()), BatchShape.of(largest), limit)
         checkpoint_activations(pl_module.loaded_model, mode)
         rank_zero_info(f"model.gradient_checkpointing: auto is {mode}: {why}")
 
@@ -37,8 +43,8 @@ class AutoBatchSize(pl.Callback):
     """Decides ``data.max_tokens_per_batch: auto``: as many full rows as fit into the device's memory.
 
     The Trainer's ``accumulate_grad_batches`` changes, so that an optimiser step keeps its ``batch_size`` x
-    ``accumulate_grad_batches`` rows. It goes by 85% of all of the device's memory and not by what is free, on the rank
-    that has least: a run that goes on finds the same batches.
+    ``accumulate_grad_batches`` rows. The limit is 85% of the device's total memory, on the rank with the least, and not
+    of the free memory: a run that is resumed gets the same batches.
     """
 
     def __init__(self) -> None:
@@ -55,12 +61,18 @@ class AutoBatchSize(pl.Callback):
                 "data.max_tokens_per_batch: auto calculates what a Phi3LoRAModule takes, and "
                 f"{type(pl_module).__name__} is another module; give a number."
             )
-        if self._trainer is not trainer:  # a second fit has what the first one set
+        if self._trainer is not trainer:  # a second fit starts with the value that the first one set
             self._trainer, self._configured_accumulation = trainer, trainer.accumulate_grad_batches
         step = data.hparams["batch_size"] * self._configured_accumulation
-        fitting = _rows_that_fit(trainer, pl_module, BatchShape.of(data.largest_train_row()))
+        _, total = _memory(trainer)
+        row = BatchShape.of(data.largest_train_row())
+        fitting, mode = rows_that_fit(pl_module.spec(), row, PLANNED_SHARE_OF_MEMORY * total)
         trainer.accumulate_grad_batches, rows = share_step(step, fitting)
         tokens = rows * data.hparams["max_length"]
+        rank_zero_info(
+            f"{fitting} rows fit into {PLANNED_SHARE_OF_MEMORY:.0%} of {total / 1e9:.1f} GB "
+            f"with gradient_checkpointing {mode}"
+        )
         rank_zero_info(
             f"data.max_tokens_per_batch: auto is {tokens}: {rows} rows, {trainer.accumulate_grad_batches} such "
             f"micro-batches to an optimiser step of {step} rows"
@@ -68,26 +80,8 @@ class AutoBatchSize(pl.Callback):
         data.set_tokens_per_batch(tokens)
 
 
-def _fastest_mode(trainer: pl.Trainer, module: Phi3LoRAModule) -> tuple[CheckpointingMode | int, str]:
-    data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-    largest = data.largest_train_batch() if isinstance(data, PlannedData) else None
-    if largest is None:
-        return "full", "the largest batch is not known before training"
-    free, _ = _memory(trainer)
-    return fastest_mode(MemoryPredictor(module.spec()), BatchShape.of(largest), PLANNED_SHARE_OF_MEMORY * free)
-
-
-def _rows_that_fit(trainer: pl.Trainer, module: Phi3LoRAModule, row: BatchShape) -> int:
-    _, total = _memory(trainer)
-    rows, mode = rows_that_fit(module.spec(), row, PLANNED_SHARE_OF_MEMORY * total)
-    rank_zero_info(
-        f"{rows} rows fit into {PLANNED_SHARE_OF_MEMORY:.0%} of {total / 1e9:.1f} GB with gradient_checkpointing {mode}"
-    )
-    return rows
-
-
 def _memory(trainer: pl.Trainer) -> tuple[float, float]:
-    """Bytes that are free, and all, of the rank that has least; ranks on a CPU share them."""
+    """Free and total bytes of the rank with the least; ranks on a CPU share its memory."""
     device = trainer.strategy.root_device
     ranks = trainer.num_devices if device.type == "cpu" else 1
     own = -torch.tensor(device_memory(device), dtype=torch.float64, device=device) / ranks

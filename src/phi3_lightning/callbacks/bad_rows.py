@@ -1,4 +1,4 @@
-"""Which row made a loss that is not finite."""
+"""Which rows have a loss that is not finite."""
 
 from typing import Any
 
@@ -16,17 +16,17 @@ from phi3_lightning.module import Phi3LoRAModule
 
 
 class BadRows(pl.Callback):
-    """Narrows a loss that is not finite down to its rows.
+    """Finds the rows whose loss is not finite.
 
-    When training diverges, the documents of the window are computed one by one, and the error keeps those whose own
-    loss is not finite; where there is none, the gradient is to blame, and it keeps them all. A validation whose loss is
-    not finite goes on with a warning that names the first such rows, and makes no checkpoint the best one. Nothing is
-    narrowed down over a sharded model, whose ranks would all have to compute as many documents.
+    When training diverges, the documents of the accumulation window are computed one by one, and the error names those
+    whose own loss is not finite; where there is none, the gradient diverged, and the error names them all. A validation
+    whose loss is not finite continues with a warning that names the first such rows, and does not change ``best.ckpt``.
+    No rows are found over a sharded model, whose ranks would all have to compute the same number of documents.
     """
 
     def __init__(self) -> None:
         self._window: list[Batch] = []
-        self._named = False
+        self._warned = False
 
     @override
     def on_train_batch_start(
@@ -38,18 +38,18 @@ class BadRows(pl.Callback):
     def on_before_zero_grad(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        self._window = self._window[-1:]  # gradients start anew in the backward pass of the batch that has just begun
+        self._window = self._window[-1:]  # a new window begins with the batch that has just begun
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         if isinstance(exception, DivergenceError) and isinstance(pl_module, Phi3LoRAModule):
             pl_module.eval()
-            found = [row for batch in self._window for row in find(trainer, pl_module, batch)]
-            exception.document_ids = found or exception.document_ids
+            rows = [row for batch in self._window for row in find_bad_documents(trainer, pl_module, batch)]
+            exception.document_ids = rows or exception.document_ids
 
     @override
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._named = False
+        self._warned = False
 
     @override
     def on_validation_batch_end(
@@ -61,10 +61,10 @@ class BadRows(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self._named or not isinstance(pl_module, Phi3LoRAModule) or pl_module.val_metrics.loss.total.isfinite():
+        if self._warned or not isinstance(pl_module, Phi3LoRAModule) or pl_module.val_metrics.loss.total.isfinite():
             return
-        self._named = True
-        rows = find(trainer, pl_module, batch)
+        self._warned = True
+        rows = find_bad_documents(trainer, pl_module, batch)
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
         places = [origin.place for origin in origins(data, "validate", rows)]
         rank_zero_warn(
@@ -73,23 +73,17 @@ class BadRows(pl.Callback):
         )
 
 
-def find(trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> list[int]:
-    """Return the documents of a batch whose own loss is not finite.
+def find_bad_documents(trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch) -> list[int]:
+    """Return the ``document_ids`` of the documents whose own loss is not finite; none over a sharded model.
 
-    Args:
-        trainer: The Trainer, whose precision is used.
-        module: The module, in evaluation mode.
-        batch: The batch.
-
-    Returns:
-        Their ``document_ids``; none over a sharded model.
+    The module is in evaluation mode; the Trainer's precision is used.
     """
     if isinstance(module.loaded_model.model, FSDPModule):
         return []
-    found = []
+    bad = []
     for document in single_documents(batch):
         with torch.no_grad(), trainer.precision_plugin.val_step_context(), module.autocast():
             loss, _ = module.compute_loss(module(document), module.head, document)
         if not loss.isfinite():
-            found += document["document_ids"][0]
-    return found
+            bad += document["document_ids"][0]
+    return bad

@@ -1,6 +1,6 @@
-"""How far the tuned model has moved from its base on what it was not trained on."""
+"""Divergence of the tuned model from its base on data that it was not trained on."""
 
-from typing import cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
@@ -18,16 +18,17 @@ class BaseDrift(pl.Callback):
     """Logs, at each validation, the divergence of the tuned model from its base on general chats.
 
     ``base_drift/kl`` is KL(tuned || base), the mean over the supervised tokens of ``data`` of the sum over the
-    vocabulary of p_tuned * (log p_tuned - log p_base), in nats; ``base_drift/loss`` is the tuned model's loss on them
-    and ``base_drift/loss_change`` that minus the base's. The base answers through the same weights with the adapter
-    switched off. Its predictions are computed anew each time, so that memory does not grow with ``data``.
+    vocabulary of p_tuned * (log p_tuned - log p_base), in nats; ``base_drift/loss`` is the tuned model's loss on them,
+    and ``base_drift/loss_change`` its difference to the base's loss. The base is the same model with the adapter
+    switched off; its predictions are computed each time, so that memory does not grow with ``data``.
 
     Args:
-        data: Its validation data are the general chats; as ChatDataModule is, but not the run's own.
+        data: Has the general chats as validation data, such as a ChatDataModule; not the data of the run.
     """
 
     def __init__(self, data: pl.LightningDataModule) -> None:
         self.data = data
+        self._sums: Tensor | None = None
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -37,34 +38,43 @@ class BaseDrift(pl.Callback):
         if trainer.local_rank == 0:
             self.data.prepare_data()
         trainer.strategy.barrier()
-        self.data.trainer = trainer  # by which it knows the ranks
+        self.data.trainer = trainer  # for its ranks
         self.data.setup("validate")
 
     @override
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._sums = None
+
+    @override
     @torch.no_grad()
-    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
-        if trainer.sanity_checking:
+    def on_validation_batch_start(  # type: ignore[override]
+        self, trainer: pl.Trainer, pl_module: Phi3LoRAModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # before the first batch and not at the end: by then WeightAveraging may have put the current weights back
+        if trainer.sanity_checking or self._sums is not None:
             return
-        sums = torch.zeros(4, dtype=torch.float64, device=pl_module.device)
-        for batch in self.data.val_dataloader():
+        self._sums = torch.zeros(4, dtype=torch.float64, device=pl_module.device)
+        for general in self.data.val_dataloader():
             with trainer.precision_plugin.val_step_context(), pl_module.autocast():
-                sums += compare(pl_module, trainer.strategy.batch_to_device(batch))
-        sums = cast("Tensor", trainer.strategy.reduce(sums, reduce_op="sum"))
+                self._sums += compare(pl_module, trainer.strategy.batch_to_device(general))
+
+    @override
+    def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if self._sums is None:
+            return
+        sums = cast("Tensor", trainer.strategy.reduce(self._sums, reduce_op="sum"))
         divergence, tuned, base = (sums[:3] / sums[3]).float()
         for name, value in (("kl", divergence), ("loss", tuned), ("loss_change", tuned - base)):
-            pl_module.log(f"base_drift/{name}", value, sync_dist=True)  # each rank has it; Lightning asks for it
+            # reduced already; without sync_dist Lightning warns
+            pl_module.log(f"base_drift/{name}", value, sync_dist=True)
 
 
 def compare(module: Phi3LoRAModule, batch: Batch) -> Tensor:
-    """Compare tuned and base model on a batch.
-
-    Args:
-        module: The module, in evaluation mode.
-        batch: General chats.
+    """Compare tuned and base model on a batch; the module is in evaluation mode.
 
     Returns:
         KL(tuned || base), the tuned and the base model's loss, each summed over the supervised tokens, and the number
-        of these, shape (4,), float64.
+        of these tokens, shape (4,), float64.
     """
     tuned, labels = supervised_positions(module(batch), batch)
     with module.base_answers():

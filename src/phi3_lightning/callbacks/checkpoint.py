@@ -1,4 +1,4 @@
-"""The two checkpoints of a run: the newest, and the best."""
+"""The two checkpoints of a run: the newest and the best."""
 
 import math
 import time
@@ -22,20 +22,20 @@ from phi3_lightning.renamed import check_metric
 
 
 class RunCheckpoint(ModelCheckpoint):
-    """Keeps ``last.ckpt``, from which the same command goes on, and ``best.ckpt``.
+    """Writes ``last.ckpt``, from which the same command resumes, and ``best.ckpt``.
 
-    ``last.ckpt`` is written on the way, at the end of each epoch and of training, and when the job is asked to stop
-    (SIGTERM); ``best.ckpt`` after a validation that was better than all before it. Both are real files, and a folder
-    may be moved: only the best value is remembered, no path.
+    ``last.ckpt`` is written at intervals, at the end of each epoch and of training, and on SIGTERM; ``best.ckpt`` after
+    a validation that was better than all before it. Both are real files, and the folder may be moved: the callback
+    stores the best value and no path.
 
-    It is a ``ModelCheckpoint`` since Lightning asks no other class for the files behind ``ckpt_path="last"`` and
-    ``"best"``; every hook of that class is replaced, so that nothing else of it saves.
+    It is a ``ModelCheckpoint`` because Lightning uses no other class to find the files of ``ckpt_path="last"`` and
+    ``"best"``; every hook of that class is replaced, so that it saves nothing else.
 
     Args:
         dirpath: Folder of the two files; null: ``checkpoints`` in the run's folder.
-        monitor: The metric, lower is better, that decides which checkpoint is the best; null keeps the newest only.
-        every_n_steps: Write ``last.ckpt`` every so many optimiser steps; null: by time alone.
-        every_n_minutes: Write ``last.ckpt`` when so many minutes have passed since the last time.
+        monitor: The metric, lower is better, that decides which checkpoint is the best; null: only the newest is kept.
+        every_n_steps: Optimiser steps after which ``last.ckpt`` is written; null: by time alone.
+        every_n_minutes: Minutes since the last time after which ``last.ckpt`` is written.
         on_mismatch: Whether a checkpoint of another base, tokenizer or adapter is refused, or loaded with a warning.
     """
 
@@ -60,15 +60,15 @@ class RunCheckpoint(ModelCheckpoint):
         self.best_score = math.inf
         self._saved_step = 0
         self._saved_at = time.monotonic()
-        self._validation_cut = False
+        self._validation_interrupted = False
         self._warned = False
         if self.dirpath is not None:
-            self._look_around()
+            self._find_files()
 
     @property
     @override
     def state_key(self) -> str:
-        return type(self).__qualname__  # and not with options, which may change between two starts
+        return type(self).__qualname__  # without options, which may change between two starts
 
     @property
     def last_path(self) -> Path:
@@ -85,29 +85,29 @@ class RunCheckpoint(ModelCheckpoint):
             raise ValueError("RunCheckpoint: dirpath is not known before the run starts")
         return Path(self.dirpath)
 
-    def _look_around(self) -> None:
-        """Note which of the two files are there, under the names by which Lightning and scripts ask for them."""
+    def _find_files(self) -> None:
+        """Set the paths of the existing files in the attributes that Lightning and scripts read."""
         self.best_model_path = str(self.best_path) if self.best_path.exists() else ""
         self.last_model_path = str(self.last_path) if self.last_path.exists() else ""
 
     @override
     def _find_last_checkpoints(self, trainer: pl.Trainer) -> set[str]:
-        self._settle_in(trainer)
+        self._set_folder(trainer)
         if self.last_model_path:
             return {self.last_model_path}
         if trainer.state.fn != "fit" and trainer.checkpoint_callbacks == [self]:
-            # Lightning would go on with the weights in memory
+            # Lightning would continue with the weights in memory
             raise CheckpointError(f'ckpt_path="last": {self.last_path}: there is no such checkpoint')
         return set()
 
-    def _settle_in(self, trainer: pl.Trainer) -> None:
+    def _set_folder(self, trainer: pl.Trainer) -> None:
         if self.dirpath is None:
             self.dirpath = Path(trainer.default_root_dir) / "checkpoints"
-        self._look_around()
+        self._find_files()
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        self._settle_in(trainer)
+        self._set_folder(trainer)
         if isinstance(pl_module, TrainableStateMixin):
             pl_module.on_mismatch = self.on_mismatch
 
@@ -116,13 +116,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved_step = trainer.global_step
         self._saved_at = time.monotonic()
         if trainer.is_global_zero and not cast("Any", trainer).fast_dev_run:
-            self._folder().mkdir(parents=True, exist_ok=True)  # now, and not after the first hour, it is an error
+            self._folder().mkdir(parents=True, exist_ok=True)  # an error comes now, and not after the first hour
 
     @override
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # what follows an epoch's last batch is saved at the epoch's end, from where Lightning restarts cleanly
+        # after an epoch's last batch it is saved at the epoch's end, from where Lightning restarts cleanly
         if not trainer.is_last_batch and self._due(trainer):
             self._save_last(trainer)
 
@@ -131,8 +131,8 @@ class RunCheckpoint(ModelCheckpoint):
             return False
         if self.every_n_steps is not None and trainer.global_step % self.every_n_steps == 0:
             return True
-        late = time.monotonic() - self._saved_at >= self.every_n_minutes * 60
-        return bool(trainer.strategy.broadcast(late))
+        overdue = time.monotonic() - self._saved_at >= self.every_n_minutes * 60
+        return bool(trainer.strategy.broadcast(overdue))
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -142,7 +142,9 @@ class RunCheckpoint(ModelCheckpoint):
         if score is None:
             self._warn_not_logged(sorted(trainer.callback_metrics))
         elif score.item() < self.best_score:  # false for NaN
-            self._save_best(trainer, score)
+            self.best_score, self.best_model_score = score.item(), score.detach().clone()
+            self._save(trainer, self.best_path)
+            self.best_model_path = str(self.best_path)
 
     def _warn_not_logged(self, logged: list[str]) -> None:
         if not self._warned:
@@ -165,24 +167,19 @@ class RunCheckpoint(ModelCheckpoint):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         # any other exception may have come in the middle of a step
         if isinstance(exception, SIGTERMException) and trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self._validation_cut = trainer.validating
+            self._validation_interrupted = trainer.validating
             self._save_last(trainer)
 
     @override
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        if self._validation_cut:
+        if self._validation_interrupted:
             repeat_validation(checkpoint["loops"])
 
     def _save(self, trainer: pl.Trainer, path: Path) -> None:
-        if not cast("Any", trainer).fast_dev_run:  # set in a place that type checkers do not see
+        if not cast("Any", trainer).fast_dev_run:  # set where type checkers do not see it
             trainer.save_checkpoint(path, weights_only=False)  # False: with optimiser and loops
-
-    def _save_best(self, trainer: pl.Trainer, score: torch.Tensor) -> None:
-        self.best_score, self.best_model_score = score.item(), score.detach().clone()
-        self._save(trainer, self.best_path)
-        self.best_model_path = str(self.best_path)
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         self._save(trainer, self.last_path)

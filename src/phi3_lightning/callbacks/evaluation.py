@@ -16,14 +16,15 @@ from typing_extensions import override
 from phi3_lightning.batch import Batch
 from phi3_lightning.config.checks import require
 from phi3_lightning.contracts import DescribedData, HasTokenizer, origins
+from phi3_lightning.distributed.collectives import all_gather_dict, all_gather_object
 from phi3_lightning.errors import ConfigError, DataError, ModelError
 from phi3_lightning.evaluate import cases, page
 from phi3_lightning.evaluate.answering import Answering, live_progress
 from phi3_lightning.evaluate.bootstrap import Comparison, Statistics
-from phi3_lightning.evaluate.report import TOKEN_SCORES, Answered, Report, measure_answers, measure_tokens, table
+from phi3_lightning.evaluate.report import TOKEN_SCORES, AnswerPair, Report, measure_answers, measure_tokens, table
 from phi3_lightning.event_files import read_scalars
 from phi3_lightning.files import local_path
-from phi3_lightning.jsonl import PartialJsonl, all_gather_object
+from phi3_lightning.jsonl import PartialJsonl
 from phi3_lightning.metrics import AnswerMetrics
 from phi3_lightning.model import loss
 from phi3_lightning.module import Phi3LoRAModule
@@ -32,15 +33,15 @@ from phi3_lightning.module import Phi3LoRAModule
 class EvaluationReport(pl.Callback):
     """Compares base and tuned model on the test data, and writes ``test.json``, ``test.md`` and ``test.html``.
 
-    Token losses are of all rows. For some of them both models answer what the last trained turn answers, and that
-    turn is the reference; intervals are by the bootstrap. What was answered before an interruption stays in
+    Token losses are measured on all rows. For some rows both models generate an answer, whose reference is the last
+    trained turn; intervals are by the bootstrap. After an interruption, the answers so far stay in
     ``test.partial.RANK.jsonl``. It needs a Phi3LoRAModule, and for answers a datamodule with a ``tokenizer``.
 
     Args:
-        folder: Where the report goes; null: the run's folder, or in a script the Trainer's ``default_root_dir``.
+        folder: The folder of the report; null: the run's folder, or in a script the Trainer's ``default_root_dir``.
         rows: How many rows both models answer, the same ones each time; null: all, 0: none. Needs the extra eval.
         batch_size: Prompts that are answered together: more are faster, and take more memory.
-        resamples: How often rows are drawn again for the intervals.
+        resamples: Bootstrap draws of the rows for each interval.
     """
 
     def __init__(
@@ -64,8 +65,10 @@ class EvaluationReport(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        statistics = checkpoint.get("ChatDataModule", {}).get("statistics", {})
-        self._checkpoint = {"step": checkpoint["global_step"], "statistics": statistics}
+        data = _datamodule(trainer)
+        # Lightning saves the state of a data module under the name of its class
+        state = checkpoint.get(type(data).__qualname__, {}) if isinstance(data, DescribedData) else {}
+        self._checkpoint = {"step": checkpoint["global_step"], "statistics": state.get("statistics", {})}
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
@@ -78,7 +81,7 @@ class EvaluationReport(pl.Callback):
             self.folder = Path(trainer.default_root_dir)
         if self.rows == 0:
             return
-        AnswerMetrics()  # says what is not installed
+        AnswerMetrics()  # raises an error where the extra eval is not installed
         if not isinstance(_datamodule(trainer), HasTokenizer):
             raise ConfigError(
                 "evaluation.rows: answers need a datamodule whose attribute tokenizer turns ids into text; give it "
@@ -104,10 +107,8 @@ class EvaluationReport(pl.Callback):
             tuned = loss.by_document(outputs, pl_module.head, batch)
             with pl_module.base_answers():
                 base = loss.by_document(pl_module(batch), pl_module.head, batch)
-        measured = torch.cat([base, tuned], dim=-1).cpu().numpy()
-        self._tokens |= dict(
-            zip([document_id for row in batch["document_ids"] for document_id in row], measured, strict=True)
-        )
+        document_ids = [document_id for row in batch["document_ids"] for document_id in row]
+        self._tokens |= dict(zip(document_ids, torch.cat([base, tuned], dim=-1).cpu().numpy(), strict=True))
         for case in cases.cases(batch) if self.rows != 0 else []:
             reason = cases.unusable(case, _datamodule(trainer).tokenizer)
             if reason is None:
@@ -117,37 +118,31 @@ class EvaluationReport(pl.Callback):
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
-        found = {row: measured for share in all_gather_object(trainer, self._tokens) for row, measured in share.items()}
-        tokens = np.array([found[row] for row in sorted(found) if found[row][-1] > 0])
+        by_row = all_gather_dict(trainer, self._tokens)
+        tokens = np.array([by_row[row] for row in sorted(by_row) if by_row[row][-1] > 0])
         if not len(tokens):
             raise DataError("the test data have no trained token: there is nothing to measure")
         base, tuned = tokens[:, :3], tokens[:, 3:]
         # the tuned model's are logged by test_step
         _log(pl_module, "test_base", {name: value(base.sum(0).tolist()) for name, value in TOKEN_SCORES.items()})
         answers = self._answer(trainer, pl_module) if self.rows != 0 else []
-        left_out = {
-            row: reason for share in all_gather_object(trainer, self._left_out) for row, reason in share.items()
-        }
+        left_out = all_gather_dict(trainer, self._left_out)
         if trainer.is_global_zero and not cast("Any", trainer).fast_dev_run:
             metrics = measure_tokens(base, tuned, self.resamples) | measure_answers(answers, self.resamples)
             self._write(trainer, pl_module, metrics, len(tokens), answers, Counter(left_out.values()))
         self._partial.remove()
 
-    def _answer(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> list[Answered]:
+    def _answer(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> list[AnswerPair]:
         tokenizer = _datamodule(trainer).tokenizer
-        chosen = cases.choose(
-            (row for share in all_gather_object(trainer, list(self._cases)) for row in share), self.rows
-        )
-        mine = {row: self._cases[row] for row in chosen if row in self._cases}
-        asked = {row: case for share in all_gather_object(trainer, mine) for row, case in share.items()}
-        answering = Answering(trainer, module, tokenizer, cases.stop_ids(asked.values(), tokenizer))
-        shares = all_gather_object(
-            trainer, answering.run([asked[row] for row in chosen], self.batch_size, self._partial)
-        )
-        if chosen:
+        ids = cases.choose((row for share in all_gather_object(trainer, list(self._cases)) for row in share), self.rows)
+        chosen = all_gather_dict(trainer, {row: self._cases[row] for row in ids if row in self._cases})
+        answering = Answering(trainer, module, tokenizer, cases.stop_ids(chosen.values(), tokenizer))
+        own = answering.run([chosen[row] for row in ids], self.batch_size, self._partial)
+        shares = all_gather_object(trainer, own)
+        if ids:
             _log(module, "test", answering.tuned_metrics.compute())
             _log(module, "test_base", answering.base_metrics.compute())
-        return sorted((answered for share in shares for answered in share), key=lambda answered: answered.row)
+        return sorted((pair for share in shares for pair in share), key=lambda pair: pair.row)
 
     def _write(
         self,
@@ -155,11 +150,11 @@ class EvaluationReport(pl.Callback):
         module: Phi3LoRAModule,
         metrics: Mapping[str, Comparison],
         rows: int,
-        answers: list[Answered],
+        answers: list[AnswerPair],
         left_out: Mapping[str, int],
     ) -> None:
         folder = cast("Path", self.folder)
-        data, answered_rows = _described(trainer), [answered.row for answered in answers]
+        data, answered_rows = _test_facts(trainer), [pair.row for pair in answers]
         sources = origins(_datamodule(trainer), "test", answered_rows)
         config = folder / "config.yaml"
         report = Report(
@@ -182,17 +177,17 @@ class EvaluationReport(pl.Callback):
             },
         )
         folder.mkdir(parents=True, exist_ok=True)
-        written = {"json": report.content(), "md": report.markdown(), "html": page.render(report)}
-        for suffix, text in written.items():
+        files = {"json": report.content(), "md": page.render_markdown(report), "html": page.render_html(report)}
+        for suffix, text in files.items():
             temporary = folder / f"test.{suffix}.tmp"
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(folder / f"test.{suffix}")
-        live = live_progress(trainer)  # whose console prints above the bars
-        _print(Console() if live is None else live.console, report, [folder / f"test.{suffix}" for suffix in written])
+        bar = live_progress(trainer)  # whose console prints above the bars
+        _print(Console() if bar is None else bar.console, report, [folder / f"test.{suffix}" for suffix in files])
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._partial.tell()
+        self._partial.log_path()
 
 
 def _log(module: Phi3LoRAModule, stage: str, values: Mapping[str, float]) -> None:
@@ -204,7 +199,7 @@ def _datamodule(trainer: pl.Trainer) -> Any:
     return trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
 
 
-def _described(trainer: pl.Trainer) -> dict[str, Any]:
+def _test_facts(trainer: pl.Trainer) -> dict[str, Any]:
     data = _datamodule(trainer)
     if isinstance(data, DescribedData):
         return data.test_facts()
@@ -212,12 +207,12 @@ def _described(trainer: pl.Trainer) -> dict[str, Any]:
 
 
 def _print(console: Console, report: Report, files: list[Path]) -> None:
-    drawn = Table(title="base and tuned model on the test data")
-    for column in ("", "base", "tuned", "tuned less base"):
-        drawn.add_column(column, justify="right" if column else "left")
+    metrics = Table(title="base and tuned model on the test data")
+    for column in ("", "base", "tuned", "tuned minus base"):
+        metrics.add_column(column, justify="right" if column else "left")
     for row in table(report.metrics, intervals=False):
-        drawn.add_row(*row)
-    console.print(drawn, highlight=False)
+        metrics.add_row(*row)
+    console.print(metrics, highlight=False)
     for name, value in report.facts().items():
         console.print(f"{name}: {value}", highlight=False, markup=False)
     console.print("report: " + ", ".join(map(str, files)), highlight=False, markup=False)

@@ -1,4 +1,4 @@
-"""Which rank failed first, said by every rank, and an end to all of them."""
+"""When a rank fails, every rank names it and ends."""
 
 import atexit
 import os
@@ -6,7 +6,6 @@ import socket
 import sys
 import threading
 import time
-from typing import Any
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -14,21 +13,23 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 from typing_extensions import override
 
-PREFIX = "phi3_lightning/failure"
-"""Where the ranks leave notes for each other, in the store by which they found each other."""
+from phi3_lightning.distributed.collectives import all_gather_object
 
-BEAT_SECONDS = 0.5
+PREFIX = "phi3_lightning/failure"
+"""Prefix of the keys that the ranks exchange, in the store of the process group."""
+
+HEARTBEAT_SECONDS = 0.5
 
 
 class RankFailure(pl.Callback):
-    """Ends every rank soon after one has failed, and has each say which it was and why.
+    """Ends every rank soon after one has failed, with an error that names that rank and its exception.
 
     Without it the others end with "connection closed by peer", or wait in a collective for half an hour. A rank that
-    vanishes without a word, such as one on a host that lost its power, is named as silent. It has to come after
-    callbacks that communicate when a run fails, and does nothing on one rank.
+    vanishes without an exception, such as one on a host that lost its power, is named as silent. The callback has to
+    come after those that communicate when a run fails, and does nothing on one rank.
 
     Args:
-        patience: Seconds in which ranks hear of each other's failure.
+        patience: Seconds to wait for news of a failure.
         grace: Seconds after which a rank that still waits for a failed one is ended.
     """
 
@@ -40,8 +41,7 @@ class RankFailure(pl.Callback):
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.world_size > 1:
-            hosts: list[Any] = [None] * trainer.world_size
-            dist.all_gather_object(hosts, socket.gethostname())
+            hosts = all_gather_object(trainer, socket.gethostname())
             self._watch = _Watch(trainer.global_rank, hosts, self.grace)
             self._watch.start()
             atexit.register(self._watch.end)  # after an exception there is no teardown
@@ -54,10 +54,10 @@ class RankFailure(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        asked = isinstance(exception, SIGTERMException | KeyboardInterrupt)
-        if asked or trainer.world_size == 1 or not dist.is_initialized():
+        requested = isinstance(exception, SIGTERMException | KeyboardInterrupt)
+        if requested or trainer.world_size == 1 or not dist.is_initialized():
             return
-        # without one where data were still being prepared, and the other ranks cannot have listened
+        # there is no watch while data are being prepared, when the other ranks do not listen either
         watch = self._watch or _Watch(trainer.global_rank, [None] * trainer.world_size, self.grace)
         if is_communication(exception):
             exception.add_note(watch.cause(self.patience))
@@ -67,16 +67,12 @@ class RankFailure(pl.Callback):
 
 
 def is_communication(exception: BaseException) -> bool:
-    """Return whether an exception says no more than that another rank could not be reached.
-
-    Args:
-        exception: Any.
-    """
+    """Return whether an exception only says that another rank could not be reached."""
     return isinstance(exception, dist.DistError) or (isinstance(exception, RuntimeError) and "gloo" in str(exception))
 
 
 class _Watch(threading.Thread):
-    """Shows that this rank lives, and listens for the failure of others."""
+    """Sends heartbeats of this rank, and listens for the failure of others."""
 
     def __init__(self, rank: int, hosts: list[str | None], grace: float) -> None:
         super().__init__(daemon=True, name="rank-failure")
@@ -88,7 +84,7 @@ class _Watch(threading.Thread):
         self._first: str | None = None
 
     def run(self) -> None:
-        while not self.over.wait(BEAT_SECONDS):
+        while not self.over.wait(HEARTBEAT_SECONDS):
             try:
                 self._store.add(f"beat/{self._rank}", 1)
                 if self._store.check(["first"]):
@@ -96,33 +92,33 @@ class _Watch(threading.Thread):
                     self._store.add("heard", 1)
                     break
             except dist.DistError:
-                return  # rank 0 has ended, well or badly
-        # a rank in gloo hears of it by itself, one in NCCL waits on
+                return  # rank 0 has ended
+        # a collective of gloo fails by itself, one of NCCL waits on
         if self._first is not None and not self.over.wait(self._grace):
-            print(f"error: {self._told()}", file=sys.stderr, flush=True)
+            print(f"error: {self._message()}", file=sys.stderr, flush=True)
             os._exit(1)
 
     def end(self) -> None:
-        """Stop listening: a thread that comes back from the store while the interpreter goes aborts the process."""
+        """Stop listening: a thread that returns from the store while the interpreter shuts down aborts the process."""
         self.over.set()
         self.join(self._grace)
 
     def report(self, cause: str, patience: float) -> None:
-        """Tell the others why this rank fails; rank 0 waits until they have heard, since it keeps the store."""
+        """Send the others the cause of this rank's failure; rank 0, which keeps the store, waits until they have it."""
         try:
             self._store.compare_set("first", "", f"{self._who(self._rank)} failed: {cause}")
             end = time.monotonic() + patience
             while self._rank == 0 and self._store.add("heard", 0) < len(self._hosts) and time.monotonic() < end:
-                time.sleep(BEAT_SECONDS / 5)
+                time.sleep(HEARTBEAT_SECONDS / 5)
         except dist.DistError:
-            pass  # nobody is left to tell
+            pass  # the other ranks have ended
 
     def cause(self, patience: float) -> str:
-        """Why this rank could not reach another."""
+        """Return why this rank could not reach another."""
         try:
             before, end = self._beats(), time.monotonic() + patience
             while self._first is None and time.monotonic() < end:
-                time.sleep(BEAT_SECONDS / 5)
+                time.sleep(HEARTBEAT_SECONDS / 5)
             if self._first is None:
                 alive = [now > then for now, then in zip(self._beats(), before, strict=True)]
                 silent = [self._who(rank) for rank, beats in enumerate(alive) if not beats]
@@ -130,12 +126,12 @@ class _Watch(threading.Thread):
                 self._agree_on(self._first, patience)
         except dist.DistError:
             self._first = self._first or f"no sign of life from {self._who(0)}"
-        return self._told()
+        return self._message()
 
     def _agree_on(self, finding: str, patience: float) -> None:
         self._first = self._store.compare_set("first", "", finding).decode()
         if self._rank == 0:
-            time.sleep(min(patience, 4 * BEAT_SECONDS))  # the store goes with this rank
+            time.sleep(min(patience, 4 * HEARTBEAT_SECONDS))  # the store goes with this rank
 
     def _beats(self) -> list[int]:
         return [self._store.add(f"beat/{rank}", 0) for rank in range(len(self._hosts))]
@@ -144,5 +140,5 @@ class _Watch(threading.Thread):
         host = self._hosts[rank]
         return f"rank {rank}" if host is None else f"rank {rank} on {host}"
 
-    def _told(self) -> str:
+    def _message(self) -> str:
         return f"rank {self._rank} ends because another did: {self._first}"

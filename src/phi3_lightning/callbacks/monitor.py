@@ -1,4 +1,4 @@
-"""The options of what is shown of a run, and the callbacks that show it."""
+"""The options of monitoring, and the callbacks that they stand for."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,29 +19,28 @@ GENERAL = Path(__file__).parents[1] / "assets" / "general.jsonl"
 
 @dataclass(frozen=True)
 class Monitor:
-    """What is shown of a run beside its losses."""
+    """What is shown of a run besides its losses."""
 
     adapter_every_n_steps: int | None = 25
-    """Measure norm and effective rank of the updates, and gradients by layer, every so many optimiser steps;
+    """Optimiser steps between measurements of the norm and effective rank of the updates, and of gradients by layer;
     null: never."""
     base_drift: bool = True
     """Whether each validation compares the tuned model with its base on general chats."""
     general: str | list[str] | None = None
-    """Chats on which drift from the base is measured, in any format that is recognised; null: some that come with the
-    package."""
+    """Chats on which drift from the base is measured, in any format of data.train; null: those of the package."""
     samples: int = 3
-    """Prompts that base and tuned model answer at each validation, of data.predict or else of the validation data;
-    0: none."""
+    """Number of prompts that base and tuned model answer at each validation, from data.predict or else from the
+    validation data; 0: none."""
     sample_tokens: int = 64
     """Longest such answer, in tokens."""
     rows: int = 3
-    """Rows of the first training batch that TensorBoard shows with the trained tokens marked; 0: none."""
+    """Number of rows of the first training batch that TensorBoard shows with the trained tokens marked; 0: none."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
         if self.adapter_every_n_steps is not None:
-            least = self.adapter_every_n_steps >= 1
-            require(least, "monitor.adapter_every_n_steps", self.adapter_every_n_steps, "it is at least 1, or null")
+            valid = self.adapter_every_n_steps >= 1
+            require(valid, "monitor.adapter_every_n_steps", self.adapter_every_n_steps, "it is at least 1, or null")
         require(self.samples >= 0, "monitor.samples", self.samples, "it is 0 or more")
         require(self.sample_tokens >= 1, "monitor.sample_tokens", self.sample_tokens, "it is at least 1")
         require(self.rows >= 0, "monitor.rows", self.rows, "it is 0 or more")
@@ -50,16 +49,16 @@ class Monitor:
     def callbacks(
         self, general: pl.LightningDataModule, row_length: int | None, *, from_predict: bool
     ) -> list[pl.Callback]:
-        """Return the callbacks that show it.
+        """Return the callbacks.
 
         Args:
             general: The chats on which drift from the base is measured.
-            row_length: Tokens that a packed row may hold; None: rows are not packed.
+            row_length: The most tokens of a packed row; None: rows are not packed.
             from_predict: Whether ``data.predict`` has prompts.
         """
-        shown: list[pl.Callback] = [Throughput(row_length), BadRows()]
+        callbacks: list[pl.Callback] = [Throughput(row_length), BadRows()]
         if self.adapter_every_n_steps is not None:
-            shown.append(AdapterStatistics(self.adapter_every_n_steps))
+            callbacks.append(AdapterStatistics(self.adapter_every_n_steps))
         if self.base_drift:
-            shown.append(BaseDrift(general))
-        return [*shown, Samples(self.samples, self.sample_tokens, from_predict), TensorBoardSamples(self.rows)]
+            callbacks.append(BaseDrift(general))
+        return [*callbacks, Samples(self.samples, self.sample_tokens, from_predict), TensorBoardSamples(self.rows)]

@@ -1,4 +1,4 @@
-"""Of which batch memory ran out, and what would make the run fit."""
+"""The batch for which memory ran out, and changes that would make the run fit."""
 
 from dataclasses import replace
 from typing import Any
@@ -16,16 +16,17 @@ from phi3_lightning.planning.step import BatchShape
 from phi3_lightning.planning.suggestions import suggestions
 
 MAX_SUGGESTIONS = 3
-"""Changes that an error names."""
+"""Number of changes that an error suggests."""
 
 
 class OutOfMemory(pl.Callback):
-    """Adds to an error for lack of memory which batch it was, and what `plan` predicts for it with other settings.
+    """Adds to an out-of-memory error the batch, and the memory that `plan` predicts for it with other settings.
 
-    It does not let that come hours later: before the first step, the training batch with the most tokens is tried, and
-    the gradient thrown away. The validation data begin with their largest batch. A stream's batches are not known.
+    The error comes before the first step and not hours later: the training batch with the most tokens is tried first,
+    and its gradient discarded. The validation data begin with their largest batch. Batches of a stream are not known in
+    advance.
 
-    A GPU without memory raises an error. On a CPU the system often ends the process without a word instead.
+    A GPU without free memory raises an error. On a CPU the system often kills the process instead, without a message.
     """
 
     def __init__(self) -> None:
@@ -45,7 +46,7 @@ class OutOfMemory(pl.Callback):
         with torch.random.fork_rng(devices):
             with trainer.precision_plugin.train_step_context(), module.autocast():
                 loss_sum, _ = module.compute_loss(module(batch), module.head, batch)
-            loss_sum.backward()  # not by DDP, whose reducer takes no notice
+            loss_sum.backward()  # not through DDP, whose reducer is not involved
         for parameter in module.trained_parameters():
             parameter.grad = None
 
@@ -82,19 +83,15 @@ class OutOfMemory(pl.Callback):
             )
             return
         lengths = self._batch["document_lengths"]
-        said = "; ".join(" + ".join(map(str, row)) for row in lengths)
-        exception.add_note(f"memory ran out in {self._place}: {len(lengths)} rows with documents of {said} tokens")
+        documents = "; ".join(" + ".join(map(str, row)) for row in lengths)
+        exception.add_note(f"memory ran out in {self._place}: {len(lengths)} rows with documents of {documents} tokens")
         if isinstance(pl_module, Phi3LoRAModule):
             for line in _advice(pl_module, self._batch):
                 exception.add_note(line)
 
 
 def is_out_of_memory(exception: BaseException) -> bool:
-    """Return whether an exception says that there is no memory left, on a GPU or in the host.
-
-    Args:
-        exception: Any.
-    """
+    """Return whether an exception says that no memory is left, on a GPU or in the host."""
     if isinstance(exception, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(exception, RuntimeError) and "can't allocate memory" in str(exception)

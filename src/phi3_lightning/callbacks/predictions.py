@@ -1,4 +1,4 @@
-"""Answers to a file of prompts, as JSON lines in the order of the prompts."""
+"""The answers of ``predict`` as JSON lines, in the order of the prompts."""
 
 from pathlib import Path
 from typing import Any
@@ -11,18 +11,19 @@ from typing_extensions import override
 from phi3_lightning.batch import PromptBatch
 from phi3_lightning.batch.padding import unpadded
 from phi3_lightning.contracts import origins
-from phi3_lightning.jsonl import PartialJsonl, all_gather_object, write_jsonl
+from phi3_lightning.distributed.collectives import all_gather_dict
+from phi3_lightning.jsonl import PartialJsonl, write_jsonl
 
 
 class PredictionWriter(Callback):
-    """Writes one line a prompt: its place, its row's own id, the prompt, the answer, and whether that ended by itself.
+    """Writes a line for each prompt: its place, its row's own id, the prompt, the answer, and whether that is finished.
 
-    Each rank keeps what it has so far in ``predictions.partial.RANK.jsonl`` beside the file, which a run that was
-    interrupted or killed leaves behind. The datamodule has to have a ``tokenizer``, as ChatDataModule does; where it
-    has no ``origins``, a place is the number of the row.
+    Each rank writes its answers so far to ``predictions.partial.RANK.jsonl`` beside the file, which stays when a run is
+    interrupted or killed. The datamodule needs a ``tokenizer``, as ChatDataModule has; where it has no ``origins``, a
+    place is the number of the row.
 
     Args:
-        path: The file to write; what an earlier run wrote there is replaced when all answers are there.
+        path: The file to write; an earlier one is replaced once all answers are there.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -46,11 +47,9 @@ class PredictionWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-        found = origins(data, "predict", batch["document_ids"])
-        prompts = unpadded(batch)
-        for document_id, origin, prompt, ids in zip(
-            batch["document_ids"], found, prompts, outputs, strict=False
-        ):  # no filler row
+        document_ids = batch["document_ids"]
+        rows = zip(document_ids, origins(data, "predict", document_ids), unpadded(batch), outputs, strict=False)
+        for document_id, origin, prompt, ids in rows:  # filler rows have no document id
             finished = bool(ids) and ids[-1] in batch["stop_ids"]
             answer = data.tokenizer.decode(ids[:-1] if finished else ids, skip_special_tokens=True)
             line = {"prompt": data.tokenizer.decode(prompt), "answer": answer, "finished": finished}
@@ -59,8 +58,7 @@ class PredictionWriter(Callback):
 
     @override
     def on_predict_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        mine = dict(zip(self._rows, self._partial.lines, strict=True))
-        answers = {row: line for lines in all_gather_object(trainer, mine) for row, line in lines.items()}
+        answers = all_gather_dict(trainer, dict(zip(self._rows, self._partial.lines, strict=True)))
         if trainer.is_global_zero:
             write_jsonl(self.path, [answers[row] for row in sorted(answers)])
             rank_zero_info(f"{len(answers)} answers in {self.path}")
@@ -68,4 +66,4 @@ class PredictionWriter(Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        self._partial.tell()
+        self._partial.log_path()

@@ -1,4 +1,4 @@
-"""A run that goes on shows one line: TensorBoard drops what an interrupted start logged beyond the checkpoint."""
+"""A resumed run shows one curve: TensorBoard drops the values that were logged after the checkpoint."""
 
 from pathlib import Path
 from typing import Any
@@ -12,10 +12,10 @@ from phi3_lightning.event_files import event_files, read_events, tag_of
 
 
 class PurgeOvertaken(pl.Callback):
-    """Has TensorBoard show one value a step, of the line that led to the model, after a run has gone on.
+    """Makes TensorBoard show one value for each step of a resumed run: the one that led to the model.
 
-    It works on every ``TensorBoardLogger`` that writes into the folder of the start before, and comes before callbacks
-    that log when training starts. Nothing is deleted: an event tells TensorBoard what has been overtaken.
+    It works on every ``TensorBoardLogger`` that writes into the same folder as before, and has to come before callbacks
+    that log when training starts. Nothing is deleted: an event tells TensorBoard which values to drop.
     """
 
     def __init__(self) -> None:
@@ -24,25 +24,25 @@ class PurgeOvertaken(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         validation = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-        repeats = validation.ready > validation.completed  # one that is logged at the last step before
+        repeats = validation.ready > validation.completed  # it is logged at the step before
         start = trainer.global_step - repeats
         for writer in boards(trainer):
             writer.flush()
             if trainer.global_step or len(event_files(Path(writer.log_dir))) > 1:
-                for _ in range(2):  # the first of all files only tells that there are such events
+                for _ in range(2):  # TensorBoard takes the very first such event only as a sign that they exist
                     writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), start)
                 self._repeated = start if repeats else None
 
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, *_: Any) -> None:
-        self._keep_what_is_not_repeated(trainer)
+        self._log_unrepeated(trainer)
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._keep_what_is_not_repeated(trainer)
+        self._log_unrepeated(trainer)
 
-    def _keep_what_is_not_repeated(self, trainer: pl.Trainer) -> None:
-        """Log again what training had logged at the step whose validation was repeated."""
+    def _log_unrepeated(self, trainer: pl.Trainer) -> None:
+        """Log again the values of training at the step whose validation was repeated."""
         step, self._repeated = self._repeated, None
         if step is None:
             return

@@ -1,10 +1,10 @@
-"""What a run says of itself in the terminal: before the first step, and at its end."""
+"""Summary of a run in the terminal: before the first step, and at its end."""
 
 import math
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities import rank_zero_only
+from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
@@ -12,18 +12,14 @@ from typing_extensions import override
 from phi3_lightning import optim
 from phi3_lightning.module import Phi3LoRAModule
 
-SMALLEST_MOVE = 1e-3
-"""AdamW moves a value by about the learning rate a step; a LoRA whose values end below this changes no answer."""
+MIN_EFFECTIVE_CHANGE = 1e-3
+"""Total change of an adapter value, about the learning rate times steps, below which a LoRA changes no answer."""
 
-HELD_OUT = ("val/loss", "val/token_accuracy")
+VALIDATION_METRICS = ("val/loss", "val/token_accuracy")
 
 
 class RunReport(pl.Callback):
-    """Prints what is trained and for how long, and what came of it.
-
-    Args:
-        folder: The run's folder.
-    """
+    """Prints what is trained and for how long, and at the end the results and where they are."""
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
@@ -35,7 +31,7 @@ class RunReport(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
         steps = trainer.estimated_stepping_batches
         warmup = optim.warmup_steps(pl_module.schedule, steps)
-        self._warn_if_nothing_moves(pl_module, steps)
+        self._warn_if_too_short(pl_module, steps)
         self._print_coverage(pl_module)
         accumulated = trainer.accumulate_grad_batches
         self._print(
@@ -44,12 +40,12 @@ class RunReport(pl.Callback):
             f"starting at epoch {trainer.current_epoch}, step {trainer.global_step}"
         )
 
-    def _warn_if_nothing_moves(self, module: Phi3LoRAModule, steps: float) -> None:
-        share = 1.0 if module.schedule.name == "constant" else 0.5  # mean of a falling schedule
+    def _warn_if_too_short(self, module: Phi3LoRAModule, steps: float) -> None:
+        share = 1.0 if module.schedule.name == "constant" else 0.5  # the mean of a decaying schedule
         lr = module.optimizer_config.lr
-        if steps * share * lr < SMALLEST_MOVE:
-            self._print(
-                f"Warning: {steps} optimiser steps at model.optimizer.lr {lr:g} move an adapter value by about "
+        if steps * share * lr < MIN_EFFECTIVE_CHANGE:
+            rank_zero_warn(
+                f"{steps} optimiser steps at model.optimizer.lr {lr:g} move an adapter value by about "
                 f"{steps * share * lr:.1e} at most, and the answers will not change. LoRA learns at 1e-4 to 5e-4"
             )
 
@@ -68,25 +64,25 @@ class RunReport(pl.Callback):
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if math.isinf(trainer.num_sanity_val_steps):  # all of the validation data, before the first step
-            self._first = _held_out(trainer)
+            self._first = _validation_metrics(trainer)
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
-            self._last = _held_out(trainer)
+            self._last = _validation_metrics(trainer)
             self._first = self._first or self._last
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
         if self._last:
-            self._print_held_out()
+            self._print_validation_metrics()
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file():
             self._print(f"checkpoint: {last} ({last.stat().st_size / 1e6:.1f} MB)")
         if (self.folder / "tensorboard").is_dir():
             self._print(f"curves:     tensorboard --logdir {self.folder / 'tensorboard'}")
 
-    def _print_held_out(self) -> None:
+    def _print_validation_metrics(self) -> None:
         table = Table(title="held-out rows")
         for column in ("", "first", "last"):
             table.add_column(column, justify="right" if column else "left")
@@ -95,9 +91,11 @@ class RunReport(pl.Callback):
         self._print(table)
 
     @rank_zero_only
-    def _print(self, what: str | Table) -> None:
-        self._console.print(what, highlight=False)
+    def _print(self, content: str | Table) -> None:
+        self._console.print(content, highlight=False)
 
 
-def _held_out(trainer: pl.Trainer) -> dict[str, float]:
-    return {name: trainer.callback_metrics[name].item() for name in HELD_OUT if name in trainer.callback_metrics}
+def _validation_metrics(trainer: pl.Trainer) -> dict[str, float]:
+    return {
+        name: trainer.callback_metrics[name].item() for name in VALIDATION_METRICS if name in trainer.callback_metrics
+    }

@@ -1,4 +1,4 @@
-"""A run's folder has one fit at a time."""
+"""Only one fit writes into a run's folder at a time."""
 
 from pathlib import Path
 
@@ -12,12 +12,9 @@ from phi3_lightning.run_lock import RunLock
 
 
 class SingleWriter(pl.Callback):
-    """Ends a fit, on all ranks, whose folder another fit is writing; whoever reads is not stopped.
+    """Ends a fit, on all ranks, while another fit writes into its folder; processes that only read are not affected.
 
     The first rank holds a :class:`RunLock` from the start of the fit to its end.
-
-    Args:
-        folder: What is written by one fit at a time.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -25,22 +22,19 @@ class SingleWriter(pl.Callback):
         self._refusal: ConfigError | OSError | None = None
 
     def claim(self, trainer: pl.Trainer) -> None:
-        """Take the folder ahead of ``trainer.fit``, whose loggers write before a callback's first hook.
-
-        Args:
-            trainer: The Trainer that is about to fit.
+        """Lock the folder before ``trainer.fit``, whose loggers write before a callback's first hook.
 
         Raises:
-            ConfigError: If another fit writes there, and no rank is left to be told.
+            ConfigError: If another fit writes there, and no other rank waits for this one.
             OSError: If nothing can be written there.
         """
-        self._try(trainer)
+        self._acquire(trainer)
         if self._refusal is not None:
             if _alone(trainer):
                 raise self._refusal
             trainer.loggers = []
 
-    def _try(self, trainer: pl.Trainer) -> None:
+    def _acquire(self, trainer: pl.Trainer) -> None:
         if trainer.is_global_zero and not self._lock.held:
             try:
                 self._lock.acquire()
@@ -52,7 +46,7 @@ class SingleWriter(pl.Callback):
         if stage != "fit" or trainer.fast_dev_run:  # type: ignore[attr-defined]  # set where mypy does not see it
             return
         if self._refusal is None:
-            self._try(trainer)
+            self._acquire(trainer)
         refusal, self._refusal = trainer.strategy.broadcast(self._refusal), None
         if refusal is not None:
             raise refusal
@@ -63,12 +57,12 @@ class SingleWriter(pl.Callback):
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        if not isinstance(exception, SIGTERMException):  # on which the checkpoint is still to be written
+        if not isinstance(exception, SIGTERMException):  # after it the checkpoint is still written
             self._lock.release()
 
 
 def _alone(trainer: pl.Trainer) -> bool:
-    """Whether no other process of the run is there before the fit, which starts them where they are not."""
+    """Whether this is the only process of the run before the fit, which may start others."""
     strategy = trainer.strategy
     if trainer.world_size == 1 or not isinstance(strategy, ParallelStrategy):
         return True

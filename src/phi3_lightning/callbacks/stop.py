@@ -1,4 +1,4 @@
-"""A request to stop, heard by one rank and kept by all."""
+"""A request to stop that reaches one rank ends all of them after the same batch."""
 
 import signal
 import threading
@@ -12,31 +12,31 @@ from typing_extensions import override
 class AgreedStop(pl.Callback):
     """Ends a fit on several ranks after the same batch when one of them gets SIGTERM; on one rank it does nothing.
 
-    Lightning's own handler starts a collective wherever the signal finds the program, which hangs when it meets
-    another, and each rank would leave its loop after a batch of its own. Where the fit runs in another thread than the
-    main one, as under Ray Train, Python allows no handler: there :meth:`request` is what a signal would be.
+    Lightning's own handler starts a collective wherever the signal interrupts the program, which hangs inside another
+    collective, and each rank would leave its loop after a batch of its own. Where the fit does not run in the main
+    thread, as under Ray Train, Python allows no handler: there :meth:`request` takes the place of the signal.
     """
 
     def __init__(self) -> None:
-        self._asked = False
+        self._requested = False
 
     @override
     def on_sanity_check_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listen(trainer)
+        self._install_handler(trainer)
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        self._listen(trainer)
+        self._install_handler(trainer)
 
-    def _listen(self, trainer: pl.Trainer) -> None:
+    def _install_handler(self, trainer: pl.Trainer) -> None:
         in_main_thread = threading.current_thread() is threading.main_thread()
         if trainer.world_size > 1 and in_main_thread:
-            # in place of the Trainer's handler, which it set just now; at the end it puts back what was there before
+            # replaces the handler that the Trainer has just set; at its end the Trainer restores the one before
             signal.signal(signal.SIGTERM, self.request)
 
     def request(self, *_: Any) -> None:
-        """Ask for the end of the fit, from a signal handler or from another thread."""
-        self._asked = True
+        """Request the end of the fit, from a signal handler or from another thread."""
+        self._requested = True
 
     @override
     def on_train_batch_end(self, trainer: pl.Trainer, *_: Any) -> None:
@@ -50,6 +50,6 @@ class AgreedStop(pl.Callback):
     def _agree(self, trainer: pl.Trainer) -> None:
         if trainer.world_size == 1:
             return
-        asked = torch.tensor(int(self._asked or trainer.received_sigterm), device=trainer.strategy.root_device)
-        if trainer.strategy.reduce(asked, reduce_op="max").item():
-            trainer._signal_connector.received_sigterm = True  # what the loops look at next
+        requested = torch.tensor(int(self._requested or trainer.received_sigterm), device=trainer.strategy.root_device)
+        if trainer.strategy.reduce(requested, reduce_op="max").item():
+            trainer._signal_connector.received_sigterm = True  # which the loops check next

@@ -1,4 +1,4 @@
-"""Where a logger has a page for text and pictures: TensorBoard's. Other loggers get the numbers alone."""
+"""TensorBoard's pages for text, which other loggers do not have; all loggers get the numbers."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -9,39 +9,22 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 
 def boards(trainer: pl.Trainer) -> Iterator[Any]:
-    """Yield the TensorBoard writers of a run, on the rank that writes.
-
-    Args:
-        trainer: The Trainer, with any loggers or none.
-    """
+    """Yield the TensorBoard writers of a Trainer, on the rank that writes."""
     if trainer.is_global_zero:
         yield from (logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger))
 
 
 def step_of(trainer: pl.Trainer) -> int:
-    """Return where on the step axis the Trainer puts what it logs now.
-
-    Args:
-        trainer: The Trainer.
-    """
+    """Return the step at which the Trainer logs now."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped
 
 
 def log_scalars(trainer: pl.Trainer, scalars: Mapping[str, float]) -> None:
-    """Give numbers to every logger, without the Trainer's bookkeeping of each, which costs more than they do.
-
-    Args:
-        trainer: The Trainer.
-        scalars: Numbers by name, the same on every rank.
-    """
+    """Log numbers, the same on every rank, to every logger, without the Trainer's costly bookkeeping of each."""
     for logger in trainer.loggers:
         logger.log_metrics(dict(scalars), step=step_of(trainer))
 
 
 def literal(text: str) -> str:
-    """Return text as Markdown that shows it as it is, signs and all.
-
-    Args:
-        text: Any text.
-    """
+    """Return text as Markdown in which every sign is escaped."""
     return re.sub(r"[^\w\s]|_", lambda sign: f"&#{ord(sign[0])};", text)

@@ -1,4 +1,4 @@
-"""Tokens a second, what is padding, share of the device's peak, and peak memory."""
+"""Tokens per second, padding, MFU and peak memory."""
 
 import time
 from typing import Any, cast
@@ -16,18 +16,17 @@ from phi3_lightning.module import Phi3LoRAModule
 
 
 class Throughput(pl.Callback):
-    """Logs what each optimiser step processed in a second of training, loading included, validation and saving not.
+    """Logs the speed of each optimiser step, including data loading, without validation and saving.
 
-    ``speed/tokens_per_second`` counts the tokens of documents and no padding, ``speed/supervised_tokens_per_second``
-    those with a label, both over all ranks. ``speed/padding_fraction`` is the part of the batches' places that holds no
-    token, and ``speed/packing_efficiency`` the part of ``row_length`` that the average row uses. ``speed/mfu`` is
-    the model FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311): the arithmetic that the step
-    needed over what the devices could do in its time, by
-    :func:`~phi3_lightning.model.flops.step_flops`. ``memory/peak_gb`` is
-    the most that this process has held, on the GPU where there is one.
+    ``speed/tokens_per_second`` counts the tokens of documents without padding, ``speed/supervised_tokens_per_second``
+    those with a label, both over all ranks. ``speed/padding_fraction`` is the fraction of padding in the batches, and
+    ``speed/packing_efficiency`` the fraction of ``row_length`` that the average row uses. ``speed/mfu`` is the model
+    FLOPs utilisation (Chowdhery et al. 2022, https://arxiv.org/abs/2204.02311): the FLOPs that the step needed, by
+    :func:`~phi3_lightning.model.flops.step_flops`, over those that the devices could do in its time.
+    ``memory/peak_gb`` is the most memory that this process has held, on the GPU where there is one.
 
     Args:
-        row_length: Tokens that a packed row may hold; None: rows are not packed, and nothing is said of them.
+        row_length: The most tokens of a packed row; None: rows are not packed.
     """
 
     def __init__(self, row_length: int | None = None) -> None:
@@ -37,9 +36,9 @@ class Throughput(pl.Callback):
         self._restart()
 
     def _restart(self) -> None:
-        self._mark = time.perf_counter()
+        self._start = time.perf_counter()
         self._tokens = 0
-        self._places = 0
+        self._positions = 0
         self._rows = 0
         self._supervised: list[Tensor] = []
 
@@ -53,7 +52,7 @@ class Throughput(pl.Callback):
             self._flops, self._peak = step_flops(pl_module.loaded_model), peak_flops(pl_module.device, dtype)
             if self._peak is not None:
                 rank_zero_info(f"{device}: {self._peak / 1e12:.3g} TFLOP/s in {str(dtype).removeprefix('torch.')}")
-        self._restart()  # a run that goes on within an epoch does not start it
+        self._restart()  # a run that is resumed within an epoch has no on_train_epoch_start
 
     @override
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -68,7 +67,7 @@ class Throughput(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self._tokens += sum(length for row in batch["document_lengths"] for length in row)
-        self._places += batch["input_ids"].numel()
+        self._positions += batch["input_ids"].numel()
         self._rows += len(batch["document_lengths"])
         self._supervised.append((batch["labels"] != IGNORE_INDEX).sum())
 
@@ -78,25 +77,25 @@ class Throughput(pl.Callback):
     ) -> None:
         if trainer.fit_loop._should_accumulate():
             return
-        seconds = time.perf_counter() - self._mark
-        for name, value in self._measured(trainer, seconds).items():
+        seconds = time.perf_counter() - self._start
+        for name, value in self._metrics(trainer, seconds).items():
             pl_module.log(name, value, prog_bar=name == "speed/tokens_per_second")
         pl_module.log("memory/peak_gb", peak_memory(pl_module.device) / 1e9)
         self._restart()
 
-    def _measured(self, trainer: pl.Trainer, seconds: float) -> dict[str, Tensor]:
+    def _metrics(self, trainer: pl.Trainer, seconds: float) -> dict[str, Tensor]:
         supervised = torch.stack(self._supervised).sum().float()
-        counts = supervised.new_tensor([self._tokens, self._places, self._rows, self._tokens / seconds])
+        counts = supervised.new_tensor([self._tokens, self._positions, self._rows, self._tokens / seconds])
         own = torch.cat([counts, (supervised / seconds)[None]])
-        tokens, places, rows, speed, supervised_speed = cast("Tensor", trainer.strategy.reduce(own, reduce_op="sum"))
-        measured = {
+        tokens, positions, rows, speed, supervised_speed = cast("Tensor", trainer.strategy.reduce(own, reduce_op="sum"))
+        metrics = {
             "speed/tokens_per_second": speed,
             "speed/supervised_tokens_per_second": supervised_speed,
-            "speed/padding_fraction": 1 - tokens / places,
+            "speed/padding_fraction": 1 - tokens / positions,
         }
         if self.row_length is not None:
-            measured["speed/packing_efficiency"] = tokens / (rows * self.row_length)
+            metrics["speed/packing_efficiency"] = tokens / (rows * self.row_length)
         if self._flops is not None and self._peak is not None:
             needed = self._flops.per_token * speed + self._flops.per_supervised_token * supervised_speed
-            measured["speed/mfu"] = needed / (self._peak * trainer.world_size)
-        return measured
+            metrics["speed/mfu"] = needed / (self._peak * trainer.world_size)
+        return metrics

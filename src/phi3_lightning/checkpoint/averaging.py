@@ -5,7 +5,8 @@ each validation. Rounded averages of frozen weights and of rotary angles are oth
 shares the frozen parameters, they are never averaged, and it has no buffer that follows from the configuration.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -79,6 +80,25 @@ def _skipping_shared(model: AveragedModel) -> Callable[[Any, Any, Tensor | int],
             average.copy_(single(average, weight, count))
 
     return update
+
+
+@contextmanager
+def averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Put the averaged weights into a module for a while, outside of validations; without averaging, do nothing.
+
+    Args:
+        trainer: The Trainer, whose callbacks may average.
+        module: The module that they average.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averaging = [each for each in callbacks if isinstance(each, WeightAveraging) and each._average_model is not None]
+    for callback in averaging:
+        callback._swap_models(module)
+    try:
+        yield
+    finally:
+        for callback in reversed(averaging):
+            callback._swap_models(module)
 
 
 def settle_averages(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:

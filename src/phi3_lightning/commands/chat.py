@@ -12,7 +12,8 @@ from phi3_lightning.commands.dialogue import Dialogue
 from phi3_lightning.commands.loading import DATA_KEYS, LoadedRun, open_module
 from phi3_lightning.commands.parser import Parser, add_run, command_parser
 from phi3_lightning.errors import DataError
-from phi3_lightning.generation.stream import Text, stream
+from phi3_lightning.generation.decode import stream
+from phi3_lightning.generation.detokenize import IncrementalDetokenizer
 from phi3_lightning.module import Phi3LoRAModule
 
 DESCRIPTION = "Talk to a checkpoint, an adapter or the base in the terminal."
@@ -85,27 +86,27 @@ class Chat:
         prompt = self.dialogue.ask(text)
         if prompt.dropped:
             notice(f"the oldest {prompt.dropped} exchange(s) no longer fit into the context, and are dropped")
-        answer = Text(self._template.tokenizer)
+        answer = IncrementalDetokenizer(self._template.tokenizer)
         try:
             self._generate(prompt.ids, answer)
         except KeyboardInterrupt:
-            if not answer.shown:
+            if not answer.text:
                 self.dialogue.take_back()
                 raise
             write("\n")
-            self.dialogue.answer(answer.shown)
+            self.dialogue.answer(answer.text)
             raise
         write("\n")
-        self.dialogue.answer(answer.shown)
+        self.dialogue.answer(answer.text)
 
-    def _generate(self, ids: list[int], answer: Text) -> None:
+    def _generate(self, ids: list[int], answer: IncrementalDetokenizer) -> None:
         module, generation = self._module, self._module.generation
         adapter = module.base_answers() if self.base else contextlib.nullcontext()
         token = None
         with self._trainer.precision_plugin.forward_context(), module.autocast(), adapter:
             for token in stream(module.loaded_model, ids, self._template.stop_ids, generation):
                 write(answer.add(token))
-        write(answer.rest())
+        write(answer.flush())
         if token not in self._template.stop_ids:
             notice(f"\ncut after model.generation.max_new_tokens {generation.max_new_tokens}, or at the context's end")
 

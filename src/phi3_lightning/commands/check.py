@@ -2,13 +2,10 @@
 
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -27,6 +24,7 @@ from phi3_lightning.commands.quiet import quieten_trainers
 from phi3_lightning.commands.single_device import single_device_trainer
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.progress import phase_progress
 
 DESCRIPTION = "Prove on your own model, data, settings and device that training will do what it should."
 
@@ -50,7 +48,10 @@ def main(args: list[str]) -> None:
     quieten_trainers()
     classes = options.instantiate_classes(config)
     clip = config.trainer.get("gradient_clip_val")
-    with tempfile.TemporaryDirectory(prefix="phi3-lightning-check-") as folder, _progress() as (on_begin, on_step):
+    with (
+        tempfile.TemporaryDirectory(prefix="phi3-lightning-check-") as folder,
+        phase_progress("checking", OVERFIT_STEPS) as (on_begin, on_step),
+    ):
         on_begin("loading the base")
         classes.data.validate_sources()
         shared_base = SharedBase(classes.model, partial(single_device_trainer, config.trainer, folder))
@@ -58,28 +59,6 @@ def main(args: list[str]) -> None:
         results = list(suite.run())
     _report(results)
     sys.exit(any(result.outcome == "FAIL" for result in results))
-
-
-@contextmanager
-def _progress() -> Iterator[tuple[Callable[[str], None], Callable[[], None]]]:
-    """Yield two functions that show what is being done, and a step of it; without a terminal, one line for each."""
-    console = Console(stderr=True)
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-    )
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("", total=OVERFIT_STEPS)
-
-        def begin(name: str) -> None:
-            progress.reset(task, description=name)
-            if progress.disable:
-                print(f"checking: {name}", file=sys.stderr, flush=True)
-
-        yield begin, lambda: progress.advance(task)
 
 
 def _report(results: list[Result]) -> None:

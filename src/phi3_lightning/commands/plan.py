@@ -1,9 +1,7 @@
 """``plan``: memory, time and what would help, from a configuration alone."""
 
-import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +32,7 @@ from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.speed import least_seconds, timed_seconds
 from phi3_lightning.planning.step import BatchShape
 from phi3_lightning.planning.suggestions import suggestions
+from phi3_lightning.progress import phase_progress
 
 DESCRIPTION = "Predict memory, speed and hours of a run from its configuration, and what would help most."
 
@@ -54,7 +53,7 @@ def main(args: list[str]) -> None:
     config = parser().parse_args(args)
     prepare(config)
     quieten_trainers()
-    with _progress() as on_begin:
+    with phase_progress("planning") as (on_begin, _):
         Plan(config, on_begin).print(Console(highlight=False))
 
 
@@ -225,14 +224,3 @@ def _ranks(trainer: Namespace, on_gpu: bool) -> int:
     else:
         here = int(devices)
     return here * int(trainer.num_nodes)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows what is being done; without a terminal, one line for each."""
-    console = Console(stderr=True)
-    if not console.is_terminal:
-        yield lambda name: print(f"planning: {name}", file=sys.stderr, flush=True)
-        return
-    with console.status("planning") as status:
-        yield lambda name: status.update(f"planning: {name}")

@@ -5,7 +5,6 @@ import json
 import logging
 import shutil
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,8 +15,6 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import pyarrow as pa
-from lightning.pytorch.utilities import rank_zero_info
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from phi3_lightning.config.data import RowOptions
 from phi3_lightning.contracts import Origin
@@ -27,6 +24,7 @@ from phi3_lightning.data.packing import Ints
 from phi3_lightning.data.sources import NOT_WRITTEN, Source
 from phi3_lightning.data.tables import source_rows
 from phi3_lightning.errors import ConfigError, DataError
+from phi3_lightning.progress import count_progress
 
 if TYPE_CHECKING:  # importing it takes half a second, for which `--help` need not wait
     import datasets
@@ -46,7 +44,6 @@ _SCHEMA = pa.schema(
     }
 )
 _CHUNK = 512  # rows that are tokenised, and written, together
-_LINE_SECONDS = 10.0  # between two lines about progress where there is no terminal
 _SHOWN = 10  # bad rows, or files, that are named one by one
 
 
@@ -250,17 +247,16 @@ def _publish(folder: Path, final: Path) -> None:
 
 
 def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: str, num_proc: int) -> None:
-    said = time.monotonic()
     cut = tokens = supervised = kept = bad_count = 0
     by_source = [0] * len(sources)
     dropped: Counter[str] = Counter()
     unused: Counter[str] = Counter()
     bad: list[str] = []
-    columns = (SpinnerColumn(), TextColumn("tokenising"), MofNCompleteColumn(), TextColumn("rows"), TimeElapsedColumn())
-    progress = Progress(*columns)
-    progress.disable = not progress.console.is_terminal
-    task = progress.add_task("", total=None)
-    with progress, pa.OSFile(str(folder / "data.arrow"), "wb") as file, pa.ipc.new_stream(file, _SCHEMA) as writer:
+    with (
+        count_progress("tokenising", "rows") as advance,
+        pa.OSFile(str(folder / "data.arrow"), "wb") as file,
+        pa.ipc.new_stream(file, _SCHEMA) as writer,
+    ):
         for chunk in encode_all(_jobs(sources, encoder.options), encoder, num_proc):
             by_source[chunk.source] += chunk.read
             cut += chunk.cut
@@ -275,10 +271,7 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
                 supervised += int(
                     (chunk.spans[1::2] - np.maximum(chunk.spans[0::2], 1)).sum()
                 )  # a first token never is
-            progress.update(task, completed=sum(by_source))
-            if progress.disable and time.monotonic() - said > _LINE_SECONDS:
-                said = time.monotonic()
-                rank_zero_info(f"tokenising: {sum(by_source)} rows so far")
+            advance(chunk.read)
     _report_bad_rows(bad, bad_count, sum(by_source), on_bad_row)
     statistics = Statistics(
         sum(by_source), kept, cut, dict(dropped), tokens, supervised, dict(unused), by_source=by_source

@@ -1,4 +1,4 @@
-"""From held-out documents to prompts and references: the last trained turn is what is asked for."""
+"""From held-out documents to prompts and references: the reference of a document is its last trained turn."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,28 +25,17 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True)
 class Case:
-    """A prompt, and the answer that it should get.
-
-    Args:
-        document_id: Which document of the data.
-        prompt: The tokens before the last trained turn, exactly as they were in training.
-        reference: The tokens of that turn, with the one that ends it.
-    """
+    """A prompt and its reference answer."""
 
     document_id: int
     prompt: list[int]
+    """The tokens before the last trained turn, exactly as in training."""
     reference: list[int]
+    """The tokens of that turn, including the stop token."""
 
 
 def cases(batch: Batch) -> list[Case]:
-    """Take the documents of a batch apart.
-
-    Args:
-        batch: Held-out rows.
-
-    Returns:
-        A case a document; one without a trained turn has an empty reference.
-    """
+    """Return a case for each document of a batch; one without a trained turn has an empty reference."""
     ids, supervised = batch["input_ids"].cpu(), (batch["labels"] != IGNORE_INDEX).cpu().numpy()
     return [
         _case(document_id, ids[row, tokens].tolist(), supervised[row, tokens])
@@ -65,15 +54,7 @@ def _case(document_id: int, ids: list[int], supervised: np.ndarray[Any, np.dtype
 
 
 def unusable(case: Case, tokenizer: Tokenizer) -> str | None:
-    """Say why a case cannot be asked.
-
-    Args:
-        case: A case.
-        tokenizer: Knows special tokens, one of which ends each whole turn.
-
-    Returns:
-        The reason, or None where it can.
-    """
+    """Return why a case cannot be answered or scored; None: it can."""
     if not case.reference:
         return "no trained turn"
     if len(case.prompt) < 2:  # a text without turns: its first token is never trained
@@ -90,28 +71,20 @@ def _ends_turns(token: int, tokenizer: Tokenizer) -> bool:
     return token == tokenizer.eos_token_id or (added is not None and added.special)
 
 
-def stop_ids(found: Iterable[Case], tokenizer: Tokenizer) -> list[int]:
-    """Return the tokens that end an answer: those that end a reference, and the tokenizer's end of text.
-
-    Args:
-        found: What is asked, by all ranks.
-        tokenizer: The tokenizer.
-    """
-    ends = {case.reference[-1] for case in found}
+def stop_ids(cases: Iterable[Case], tokenizer: Tokenizer) -> list[int]:
+    """Return the tokens that end an answer: the last ones of all references, and the tokenizer's end of text."""
+    ends = {case.reference[-1] for case in cases}
     return sorted(ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
 
 
 def choose(document_ids: Iterable[int], count: int | None) -> list[int]:
-    """Choose rows, the same ones each time that the same rows are given.
+    """Choose at most ``count`` rows at random, always the same ones of the same rows; return their ids sorted.
 
     Args:
-        document_ids: The rows that can be asked, of all ranks, in any order.
-        count: How many at most; None: all.
-
-    Returns:
-        Their ids, in order.
+        document_ids: The usable rows of all ranks, in any order.
+        count: None chooses all.
     """
-    everyone = sorted(set(document_ids))
-    if count is None or count >= len(everyone):
-        return everyone
-    return sorted(np.random.default_rng(0).choice(everyone, count, replace=False).tolist())
+    ids = sorted(set(document_ids))
+    if count is None or count >= len(ids):
+        return ids
+    return sorted(np.random.default_rng(0).choice(ids, count, replace=False).tolist())

@@ -1,4 +1,4 @@
-"""What ``test`` found out, as JSON and as Markdown."""
+"""The results of ``test``: base and tuned model compared in metrics and in answers."""
 
 import json
 import math
@@ -9,12 +9,20 @@ from typing import Any
 import numpy as np
 
 from phi3_lightning.contracts import Origin
-from phi3_lightning.evaluate.bootstrap import FEWEST_ROWS, LEVEL, Comparison, Estimate, Statistics, compare
+from phi3_lightning.evaluate.bootstrap import (
+    LEVEL_PERCENT,
+    MIN_SIGNIFICANT_ROWS,
+    Comparison,
+    Estimate,
+    Statistics,
+    compare,
+)
+from phi3_lightning.event_files import Series
 from phi3_lightning.metrics import Answer
 from phi3_lightning.metrics.answers import Score, scores
 
-FORMAT = 1
-"""Of test.json."""
+FORMAT_VERSION = 1
+"""Version of the layout of test.json."""
 
 TITLES = {
     "loss": "token loss",
@@ -37,30 +45,24 @@ TOKEN_SCORES: dict[str, Callable[[list[float]], float]] = {
     "perplexity": lambda total: float(np.exp(total[0] / total[2])),  # inf where it is too large for a float
     "token_accuracy": lambda total: total[1] / total[2],
 }
-"""From sums of losses, of right tokens and of tokens."""
+"""Functions of the sums of losses, of correct tokens and of tokens."""
 
-SHOWN = 10
-"""Rows that the report shows of each kind."""
+SHOWN_ROWS = 10
+"""Rows that the report shows in each list."""
 
 
 @dataclass(frozen=True)
-class Answered:
-    """A row that both models answered.
-
-    Args:
-        row: Which document of the data.
-        prompt: What was asked, special tokens included.
-        base: The base model's answer.
-        tuned: The tuned model's answer.
-        base_statistics: What the metrics count of it, by their names.
-        tuned_statistics: The same of the tuned model's.
-    """
+class AnswerPair:
+    """The answers of both models to a row."""
 
     row: int
+    """Id of the document."""
     prompt: str
+    """The prompt, special tokens included."""
     base: Answer
     tuned: Answer
     base_statistics: Mapping[str, list[float]]
+    """Statistics of the base model's answer, by metric."""
     tuned_statistics: Mapping[str, list[float]]
 
     @property
@@ -70,7 +72,7 @@ class Answered:
 
     @property
     def change(self) -> float:
-        """By how much tuning has moved the answer towards the reference."""
+        """ROUGE-L of the tuned model minus that of the base."""
         return self.rouge[1] - self.rouge[0]
 
     def content(self) -> dict[str, Any]:
@@ -84,155 +86,122 @@ class Answered:
 
 @dataclass(frozen=True)
 class Report:
-    """What ``test`` found out.
-
-    Args:
-        run: The name of the run.
-        checkpoint: What was tested; None: the module as it was in memory.
-        step: After how many optimiser steps it was written; None: not known.
-        data: What was tested on: ``source``, and ``statistics`` of the splits.
-        metrics: Base and tuned model, metric by metric.
-        rows: Rows with token losses.
-        left_out: Rows that were not asked, by reason.
-        generation: How answers were written.
-        resamples: Draws of each interval.
-        answers: The rows that were answered, in order.
-        origins: Where the rows that were answered came from.
-        curves: Steps and values of what the run has logged.
-        config: The run's configuration, as YAML.
-        certificates: The certificates of exports in the run's folder, by path.
-    """
+    """The results of ``test``."""
 
     run: str
     checkpoint: str | None
+    """The tested checkpoint; None: the module as it was in memory."""
     step: int | None
+    """Optimiser steps of the checkpoint; None: not known."""
     data: Mapping[str, Any]
+    """``source``, a description of the test data, and ``statistics`` of the splits."""
     metrics: Mapping[str, Comparison]
+    """Base and tuned model, by metric."""
     rows: int
+    """Number of rows with token losses."""
     left_out: Mapping[str, int]
+    """Rows that could not be answered or scored, by reason."""
     generation: Mapping[str, Any]
     resamples: int
-    answers: Sequence[Answered]
+    """Bootstrap draws of each interval."""
+    answers: Sequence[AnswerPair]
+    """The rows that were answered, in order."""
     origins: Mapping[int, Origin]
-    curves: Mapping[str, list[tuple[int, float]]] = field(default_factory=dict)
+    """Where these rows came from."""
+    curves: Mapping[str, Series] = field(default_factory=dict)
+    """Steps and values that the run has logged, by tag."""
     config: str = ""
+    """The run's configuration, as YAML."""
     certificates: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """The certificates of exports in the run's folder, by path."""
 
     @property
-    def most_different(self) -> list[Answered]:
-        """The rows whose answers tuning has changed the most, for better or worse."""
-        return sorted(self.answers, key=lambda answered: -abs(answered.change))[:SHOWN]
+    def most_different(self) -> list[AnswerPair]:
+        """The rows whose ROUGE-L tuning has changed most, for better or worse."""
+        return sorted(self.answers, key=lambda pair: -abs(pair.change))[:SHOWN_ROWS]
 
-    def place(self, answered: Answered) -> str:
+    def place(self, pair: AnswerPair) -> str:
         """Return where a row came from."""
-        return self.origins[answered.row].place
+        return self.origins[pair.row].place
 
     def facts(self) -> dict[str, str]:
-        """Return what was tested, by name, as text."""
+        """Return what was tested, and how, as text by name."""
         step = "" if self.step is None else f", after {self.step} optimiser steps"
         facts = {"run": self.run, "checkpoint": f"{self.checkpoint or 'the module in memory'}{step}"}
         facts["data"] = str(self.data["source"])
         facts["rows"] = f"{self.rows} with token losses, {len(self.answers)} answered"
         if self.left_out:
-            listed = ", ".join(f"{count} ({reason})" for reason, count in self.left_out.items())
-            facts["not answered, by reason"] = listed
+            reasons = ", ".join(f"{count} ({reason})" for reason, count in self.left_out.items())
+            facts["not answered, by reason"] = reasons
         if self.answers:
             facts["generation"] = ", ".join(f"{name} {value}" for name, value in self.generation.items())
-            facts |= {f"{_family(name)} by": how for name, how in signatures().items()}
-        facts["intervals"] = f"{LEVEL:g}% of {self.resamples} bootstrap draws of the rows, the same for both models"
-        if any(found.too_few for found in self.metrics.values()):
-            facts["differences"] = f"too few rows to tell: with fewer than {FEWEST_ROWS} none is marked"
+            # all kinds of ROUGE have one signature
+            facts |= {f"{TITLES[name].partition('-')[0]} by": signature for name, signature in signatures().items()}
+        facts["intervals"] = (
+            f"{LEVEL_PERCENT:g}% of {self.resamples} bootstrap draws of the rows, the same for both models"
+        )
+        if any(comparison.too_few for comparison in self.metrics.values()):
+            facts["differences"] = f"too few rows to tell: with fewer than {MIN_SIGNIFICANT_ROWS} none is marked"
         return facts
 
     def content(self) -> str:
         """Return test.json."""
         content = {
-            "format": FORMAT,
+            "format": FORMAT_VERSION,
             "run": self.run,
             "checkpoint": self.checkpoint,
             "step": self.step,
             "data": dict(self.data),
-            "metrics": {name: asdict(found) for name, found in self.metrics.items()},
+            "metrics": {name: asdict(comparison) for name, comparison in self.metrics.items()},
             "signatures": signatures() if self.answers else {},
-            "interval": {"level": LEVEL / 100, "resamples": self.resamples},
+            "interval": {"level": LEVEL_PERCENT / 100, "resamples": self.resamples},
             "left_out": dict(self.left_out),
             "generation": dict(self.generation),
-            "answers": [self.origins[found.row].content() | found.content() for found in self.answers],
+            "answers": [self.origins[pair.row].content() | pair.content() for pair in self.answers],
         }
-        return json.dumps(_finite(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
-
-    def markdown(self) -> str:
-        """Return test.md."""
-        lines = [f"# Test of {self.run}", ""]
-        lines += [f"- {name}: {value}" for name, value in self.facts().items()]
-        lines += ["", "| metric | base | tuned | tuned less base |", "|---|---|---|---|"]
-        lines += [f"| {' | '.join(row)} |" for row in table(self.metrics)]
-        lines += ["", "An asterisk: the interval of the difference does not hold 0.", ""]
-        if self.answers:
-            lines += ["## Rows that differ most", ""]
-        for answered in self.most_different:
-            lines += [f"### {self.place(answered)}: ROUGE-L {answered.rouge[0]:.3f} to {answered.rouge[1]:.3f}", ""]
-            parts = {"prompt": answered.prompt, "reference": answered.tuned.reference}
-            for name, text in (parts | {"base": answered.base.text, "tuned": answered.tuned.text}).items():
-                lines += [f"{name}:", "", _quoted(text), ""]
-        return "\n".join(lines)
+        return json.dumps(_without_nan(content), ensure_ascii=False, indent=1, allow_nan=False) + "\n"
 
 
 def table(metrics: Mapping[str, Comparison], *, intervals: bool = True) -> list[tuple[str, str, str, str]]:
-    """Return a row a metric: title, base, tuned, and tuned less base with an asterisk where it is significant.
+    """Return a row for each metric: title, base, tuned, and the difference with an asterisk where it is significant.
 
-    Args:
-        metrics: The comparisons, by name.
-        intervals: Whether base and tuned have their intervals too, and not only the difference.
+    Only the difference has an interval where ``intervals`` is false.
     """
     rows = []
     for name, title in TITLES.items():
         if name in metrics:
-            found = metrics[name]
-            models = [_told(model) if intervals else _number(model.value) for model in (found.base, found.tuned)]
-            mark = " *" if found.significant else ""
-            rows.append((title, models[0], models[1], _told(found.difference, "+") + mark))
+            comparison = metrics[name]
+            base, tuned = (
+                _with_interval(estimate) if intervals else _number(estimate.value)
+                for estimate in (comparison.base, comparison.tuned)
+            )
+            mark = " *" if comparison.significant else ""
+            rows.append((title, base, tuned, _with_interval(comparison.difference, "+") + mark))
     return rows
 
 
 def measure_tokens(base: Statistics, tuned: Statistics, resamples: int) -> dict[str, Comparison]:
-    """Compare token losses.
-
-    Args:
-        base: Sum of losses, right tokens and tokens of each row, shape (rows, 3).
-        tuned: The same by the tuned model.
-        resamples: Draws of each interval.
-    """
+    """Compare sums of losses, correct tokens and tokens of each row, shape (rows, 3)."""
     return {name: compare(base, tuned, value, resamples) for name, value in TOKEN_SCORES.items()}
 
 
-def measure_answers(answers: Sequence[Answered], resamples: int) -> dict[str, Comparison]:
-    """Compare answers.
+def measure_answers(pairs: Sequence[AnswerPair], resamples: int) -> dict[str, Comparison]:
+    """Compare answers by every score; without answers the result is empty."""
 
-    Args:
-        answers: The rows that were answered; none have nothing to compare.
-        resamples: Draws of each interval.
-    """
-
-    def of(name: str, score: Score) -> Comparison:
-        base = np.array([answered.base_statistics[name] for answered in answers])
-        tuned = np.array([answered.tuned_statistics[name] for answered in answers])
+    def comparison(name: str, score: Score) -> Comparison:
+        base = np.array([pair.base_statistics[name] for pair in pairs])
+        tuned = np.array([pair.tuned_statistics[name] for pair in pairs])
         return compare(base, tuned, score.value, resamples)
 
-    return {name: of(name, score) for name, score in scores().items()} if answers else {}
+    return {name: comparison(name, score) for name, score in scores().items()} if pairs else {}
 
 
 def signatures() -> dict[str, str]:
-    """Return by which library a score is, and how that takes texts apart, by the score's name."""
+    """Return the library and tokenization of the scores that have one, by name."""
     return {name: score.signature for name, score in scores().items() if score.signature}
 
 
-def _family(name: str) -> str:
-    """The title of a score, without the kind of ROUGE: all are by one signature."""
-    return TITLES[name].partition("-")[0]
-
-
-def _told(estimate: Estimate, sign: str = "") -> str:
+def _with_interval(estimate: Estimate, sign: str = "") -> str:
     value, low, high = (_number(number, sign) for number in (estimate.value, estimate.low, estimate.high))
     return f"{value} ({low} to {high})"
 
@@ -241,21 +210,10 @@ def _number(value: float, sign: str = "") -> str:
     return f"{value:{sign}.{4 if abs(value) < 10 else 2}f}"
 
 
-def _quoted(text: str) -> str:
-    """A text that is no Markdown, whatever it says."""
-    longest = max((len(run) for run in _fences(text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}text\n{text}\n{fence}"
-
-
-def _fences(text: str) -> list[str]:
-    return "".join(char if char == "`" else " " for char in text).split()
-
-
-def _finite(value: Any) -> Any:
-    """JSON knows no NaN."""
+def _without_nan(value: Any) -> Any:
+    """Content for JSON, which has no NaN or infinity: null in their place."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: _without_nan(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [_without_nan(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

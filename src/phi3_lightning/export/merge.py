@@ -1,19 +1,15 @@
 """The base and its adapter as one model: summed in float32, rounded once, one tensor at a time."""
 
 import json
-import time
-from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from lightning.pytorch.utilities import rank_zero_info
 from peft import PeftModel, get_peft_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from peft.utils import ModulesToSaveWrapper
-from rich.progress import Progress
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
@@ -21,9 +17,9 @@ from transformers import Phi3ForCausalLM
 from phi3_lightning.adapters.adapter import PeftForm
 from phi3_lightning.errors import ModelError
 from phi3_lightning.export.base_files import INDEX, BaseWeights
+from phi3_lightning.progress import count_progress
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-_LINE_SECONDS = 10.0  # between two lines about progress where there is no terminal
 
 
 def attach_by_peft(base: Phi3ForCausalLM, form: PeftForm) -> PeftModel:
@@ -113,14 +109,14 @@ def write_merged(
     plan = split_torch_state_dict_into_shards(
         target, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
     )
-    steps = _progress(len(target))
-    for file, names in plan.filename_to_tensors.items():
-        shard = {
-            name: _tensor(name, weights, merger, target[name].dtype) for name, _ in zip(names, steps, strict=False)
-        }
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        del shard
-    next(steps, None)
+    with count_progress("merging", "tensors", len(target)) as advance:
+        for file, names in plan.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = _tensor(name, weights, merger, target[name].dtype)
+                advance(1)
+            save_file(shard, folder / file, metadata={"format": "pt"})
+            del shard
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -143,18 +139,3 @@ def _config(base: dict[str, Any], dtype: torch.dtype, *, unties: bool) -> dict[s
     if (base.get("rope_scaling") or {}).get("type") == "su":
         config["rope_scaling"] = {**base["rope_scaling"], "type": "longrope"}
     return config | ({"tie_word_embeddings": False} if unties else {})
-
-
-def _progress(total: int) -> Iterator[int]:
-    """Count tensors, in a bar where there is a terminal and in lines where there is none."""
-    bar = Progress()
-    bar.disable = not bar.console.is_terminal
-    last_line = time.monotonic()
-    with bar:
-        task = bar.add_task("merging", total=total)
-        for index in range(total):
-            yield index
-            bar.advance(task)
-            if bar.disable and time.monotonic() - last_line > _LINE_SECONDS:
-                last_line = time.monotonic()
-                rank_zero_info(f"merging: {index + 1} of {total} tensors")

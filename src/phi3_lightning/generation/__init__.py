@@ -1,1 +1,1 @@
-"""Answers, batch by batch or token by token."""
+"""From prompts to answers: one decoding loop for batches and for streaming, sampling, and text as it comes."""

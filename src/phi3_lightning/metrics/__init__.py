@@ -1,4 +1,4 @@
-"""What is measured on held-out rows; every metric adds up sums, so that neither batch size nor ranks change it."""
+"""Metrics on held-out rows; each adds up sums, so that neither batch size nor ranks change it."""
 
 from phi3_lightning.metrics.answers import Answer, AnswerMetric, AnswerMetrics
 from phi3_lightning.metrics.tokens import Perplexity, TokenMean, TokenMetrics

@@ -1,4 +1,4 @@
-"""Metrics of generated answers against references: by rouge_score and sacrebleu, from statistics that add up."""
+"""Metrics of generated answers against references, by rouge_score and sacrebleu, from statistics that add up."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -12,50 +12,39 @@ from torchmetrics import Metric
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.metrics.segments import WordTokenizer, spaced
 
-UNSPACED_APART = "one character a word in scripts without spaces"
+UNSPACED_NOTE = "one character a word in scripts without spaces"
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer.
-
-    Args:
-        text: What was answered, without special tokens.
-        reference: What should have been answered.
-        tokens: Tokens of the answer, without the one that ended it.
-        finished: Whether the answer ended by itself, with a stop token.
-    """
+    """A generated answer and its reference."""
 
     text: str
+    """The answer, without special tokens."""
     reference: str
     tokens: int
+    """Number of tokens of the answer, without the stop token."""
     finished: bool
+    """Whether the answer ended with a stop token."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """A score that follows from statistics which add up over answers.
-
-    Args:
-        count: The statistics of one answer.
-        value: The score of all answers, from the sum of their statistics.
-        width: How many statistics there are.
-        signature: By which library, and how it takes texts apart; empty where there is nothing to say.
-    """
+    """A score computed from statistics that add up over answers."""
 
     count: Callable[[Answer], list[float]]
+    """The statistics of one answer."""
     value: Callable[[list[float]], float]
+    """The score of all answers, from the sum of their statistics."""
     width: int
+    """Number of statistics."""
     signature: str = ""
+    """The library and its tokenization, for scores of a library."""
 
 
 class AnswerMetric(Metric):
-    """A score of all answers so far; NaN where there were none.
-
-    Args:
-        score: What is counted, and what follows from it.
-    """
+    """A score of all answers so far; NaN where there were none."""
 
     total: Tensor
     answers: Tensor
@@ -71,7 +60,7 @@ class AnswerMetric(Metric):
         """Add answers.
 
         Args:
-            statistics: What ``score.count`` returned for each, shape (answers, width), float64.
+            statistics: The ``score.count`` of each, shape (answers, width), float64.
         """
         self.total = self.total + statistics.sum(0)
         self.answers = self.answers + len(statistics)
@@ -86,14 +75,14 @@ class AnswerMetrics(nn.Module):
     """ROUGE, BLEU, chrF, exact match, stop rate and mean length.
 
     Their names are ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum`` (F1 in [0, 1], mean over answers), ``bleu``,
-    ``chrf`` (in [0, 100], of all answers as one corpus), ``exact_match``, ``stop_rate`` (shares in [0, 1]) and
+    ``chrf`` (in [0, 100], of all answers as one corpus), ``exact_match``, ``stop_rate`` (fractions in [0, 1]) and
     ``answer_tokens``.
 
     Attributes:
         by_name: The metrics.
 
     Raises:
-        ConfigError: The extra eval is not installed.
+        ConfigError: If the extra eval is not installed.
     """
 
     def __init__(self) -> None:
@@ -105,18 +94,15 @@ class AnswerMetrics(nn.Module):
     def update(self, answers: Sequence[Answer]) -> dict[str, Tensor]:
         """Add answers to every metric.
 
-        Args:
-            answers: What was generated, and what should have been.
-
         Returns:
             The statistics of each answer by the name of the metric, shape (answers, width), float64, on the CPU.
         """
-        found = {}
+        statistics = {}
         for name, metric in self.by_name.items():
             counts = [metric.score.count(answer) for answer in answers]
-            found[name] = torch.tensor(counts, dtype=torch.float64).reshape(len(answers), metric.score.width)
-            metric.update(found[name].to(metric.device))
-        return found
+            statistics[name] = torch.tensor(counts, dtype=torch.float64).reshape(len(answers), metric.score.width)
+            metric.update(statistics[name].to(metric.device))
+        return statistics
 
     def compute(self) -> dict[str, float]:
         """Return each metric of all answers so far, over all ranks."""
@@ -124,10 +110,10 @@ class AnswerMetrics(nn.Module):
 
 
 def scores() -> dict[str, Score]:
-    """Return what is counted of answers, and what follows from it, by name.
+    """Return all scores, by name.
 
     Raises:
-        ConfigError: The extra eval is not installed.
+        ConfigError: If the extra eval is not installed.
     """
     try:
         from rouge_score.rouge_scorer import RougeScorer
@@ -140,7 +126,7 @@ def scores() -> dict[str, Score]:
         ) from None
     return {
         **{name: _rouge(RougeScorer([name], tokenizer=WordTokenizer()), name) for name in ROUGE},
-        "bleu": _corpus(BLEU(force=True), spaced, f", {UNSPACED_APART}"),  # force: an answer may end in " ."
+        "bleu": _corpus(BLEU(force=True), spaced, f", {UNSPACED_NOTE}"),  # force: an answer may end in " ."
         "chrf": _corpus(CHRF(), str),
         "exact_match": _mean(lambda answer: float(answer.text.strip() == answer.reference.strip())),
         "stop_rate": _mean(lambda answer: float(answer.finished)),
@@ -148,17 +134,17 @@ def scores() -> dict[str, Score]:
     }
 
 
-def _mean(of: Callable[[Answer], float]) -> Score:
-    return Score(lambda answer: [of(answer), 1.0], lambda total: total[0] / total[1], 2)
+def _mean(value: Callable[[Answer], float]) -> Score:
+    return Score(lambda answer: [value(answer), 1.0], lambda total: total[0] / total[1], 2)
 
 
 def _rouge(scorer: Any, name: str) -> Score:
     score = _mean(lambda answer: float(scorer.score(answer.reference, answer.text)[name].fmeasure))
-    words = f"words of any script in lower case, no stemming, {UNSPACED_APART}"
+    words = f"words of any script in lower case, no stemming, {UNSPACED_NOTE}"
     return replace(score, signature=f"rouge_score {version('rouge_score')}, {words}")
 
 
-def _corpus(metric: Any, prepare: Callable[[str], str], prepared: str = "") -> Score:
+def _corpus(metric: Any, prepare: Callable[[str], str], note: str = "") -> Score:
     """A score of sacrebleu, from the statistics that its own significance tests resample."""
 
     def count(answer: Answer) -> list[float]:
@@ -169,4 +155,4 @@ def _corpus(metric: Any, prepare: Callable[[str], str], prepared: str = "") -> S
         return float(metric._aggregate_and_compute([[round(number) for number in total]]).score)
 
     width = len(count(Answer("a", "a", 1, True)))
-    return Score(count, value, width, f"sacrebleu {metric.get_signature()}{prepared}")
+    return Score(count, value, width, f"sacrebleu {metric.get_signature()}{note}")

@@ -8,7 +8,7 @@ from torchmetrics import Metric
 class TokenMean(Metric):
     """Mean of a quantity over supervised tokens; NaN where there were none.
 
-    Sums are float64, so that the order of batches does not show in the digits that are printed.
+    Sums are float64, so that the order of batches does not change the digits that are printed.
     """
 
     total: Tensor
@@ -27,7 +27,7 @@ class TokenMean(Metric):
             total: The quantity, summed over the batch's supervised tokens, a scalar.
             tokens: Number of supervised tokens of the batch, a scalar.
         """
-        # not in place: a validation of its own leaves tensors behind that only inference mode may write
+        # not in place: `trainer.validate` leaves tensors behind that only inference mode may write
         self.total = self.total + total.double()
         self.tokens = self.tokens + tokens
 
@@ -45,7 +45,7 @@ class Perplexity(TokenMean):
 
 
 class TokenMetrics(nn.Module):
-    """What is measured on held-out rows."""
+    """Loss, perplexity and token accuracy on held-out rows."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,13 +54,13 @@ class TokenMetrics(nn.Module):
         self.token_accuracy = TokenMean()
 
     def update(self, loss_sum: Tensor, count: Tensor, correct: Tensor, supervised: Tensor) -> None:
-        """Add a batch.
+        """Add a batch, of which all quantities are scalars.
 
         Args:
-            loss_sum: Sum of the losses, a scalar.
-            count: The weight of the batch in the loss, a scalar.
-            correct: Supervised tokens that were the likeliest, a scalar.
-            supervised: Supervised tokens, a scalar.
+            loss_sum: Sum of the losses.
+            count: The weight of the batch in the loss.
+            correct: Number of supervised tokens that are the argmax.
+            supervised: Number of supervised tokens.
         """
         self.loss.update(loss_sum, count)
         self.perplexity.update(loss_sum, count)
