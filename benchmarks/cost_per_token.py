@@ -72,8 +72,7 @@ def measure(base: str, case: dict[str, int], steps: int) -> dict[str, float]:
         write(Path(folder) / "rows.jsonl", case["rows"], case["document"])
         data = ChatDataModule(
             train=f"{folder}/rows.jsonl", tokenizer=base, format="tokens", val_fraction=0.0,
-            max_length=case["row_tokens"],
-            batch_size=1, num_workers=0, cache_dir=folder, seed=0,
+            max_length=case["row_tokens"], batch_size=1, num_workers=0, cache_dir=folder, seed=0,
         )  # fmt: skip
         module = Phi3LoRAModule(base, gradient_checkpointing="full", lora={"r": 16, "lora_alpha": 32})
         counted = Steps()

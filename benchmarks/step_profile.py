@@ -32,9 +32,8 @@ def packed_row(base: str, tokens: int, folder: Path) -> Batch:
     """Return the first batch of generated chats: one row of at most so many tokens."""
     chats.write_chats(folder / "chats.jsonl", 400, chats.tokenizer_of(base))
     data = ChatDataModule(
-        train=str(folder / "chats.jsonl"), tokenizer=base, val_fraction=0.0, max_length=tokens, batch_size=1,
-        num_workers=0,
-        cache_dir=str(folder), seed=0,
+        train=str(folder / "chats.jsonl"), tokenizer=base, val_fraction=0.0, max_length=tokens,
+        batch_size=1, num_workers=0, cache_dir=str(folder), seed=0,
     )  # fmt: skip
     data.prepare_data()
     data.setup("fit")

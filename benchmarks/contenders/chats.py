@@ -64,8 +64,7 @@ def encode(chats: str, tokenizer: str, longest: int, cache: Path) -> list[Row]:
     """
     data = ChatDataModule(
         train=chats, tokenizer=tokenizer, max_length=longest, packing=False, batch_size=1, val_fraction=0.0,
-        num_workers=0,
-        on_bad_row="skip", cache_dir=str(cache), seed=0,
+        num_workers=0, on_bad_row="skip", cache_dir=str(cache), seed=0,
     )  # fmt: skip
     data.prepare_data()
     data.setup("fit")

@@ -244,5 +244,5 @@ def test_elsewhere_the_batch_size_counts(tmp_path):
     data.prepare_data()
     data.setup("validate")
     assert {len(batch["document_lengths"]) for batch in data.val_dataloader()} == {2}
-    with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch: 'most' is no number"):
+    with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch: 'most' cannot be used: give a whole"):
         chats(tmp_path, max_tokens_per_batch="most")

@@ -1,11 +1,13 @@
 """What --help says, and that every shipped configuration parses."""
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import yaml
 
 from cli.conftest import REPOSITORY
+from phi3_lightning.config.data import DataConfig
 
 CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
 
@@ -21,7 +23,8 @@ def test_help_of_fit_shows_the_docstrings_of_fields(cli):
     assert "Highest learning rate of the schedule" in text
     assert "Folder or hub id of the base model" in text
     assert "Name of the run: its folder is runs/NAME" in text
-    assert "Tokens of a row at most" in text
+    assert "Maximum number of tokens in a row" in text
+    assert all(f"--data.{field.name} " in text for field in fields(DataConfig))
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)

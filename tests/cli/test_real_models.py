@@ -123,8 +123,8 @@ def test_the_stop_rate_tells_a_model_that_never_learnt_to_end(endless_base, tmp_
     for kind in (Phi3LoRAModule, WithoutEnds):
         data = ChatDataModule(
             train=f"{TINY}/chats_train.jsonl", test=f"{TINY}/chats_val.jsonl", val_fraction=0.0,
-            tokenizer=str(endless_base),
-            max_length=256, packing=False, batch_size=8, num_workers=0, cache_dir=str(tmp_path / "cache"), seed=0,
+            tokenizer=str(endless_base), max_length=256, packing=False, batch_size=8, num_workers=0,
+            cache_dir=str(tmp_path / "cache"), seed=0,
         )  # fmt: skip
         module = kind(
             str(endless_base), gradient_checkpointing="none", generation={"max_new_tokens": 32},

@@ -1,6 +1,7 @@
 """ChatDataModule under a Trainer: every row once an epoch, resumed where it stopped, alike on all ranks."""
 
 from collections.abc import Callable
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.tuner import Tuner
 
 from phi3_lightning.batch import Batch, PromptBatch
+from phi3_lightning.config.data import DataConfig
 from phi3_lightning.contracts import Origin
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import CheckpointError, ConfigError, DataError, DivergenceError
@@ -410,11 +413,53 @@ def test_a_prompt_beyond_the_window_is_named(data: Callable[..., ChatDataModule]
         trainer(tmp_path).predict(Recorder(), datamodule=data(predict=write([chat("x" * 600)], "long.jsonl")))
 
 
-def test_hyper_parameters_are_plain(data: Callable[..., ChatDataModule]) -> None:
+def test_hyper_parameters_are_complete_and_plain(data: Callable[..., ChatDataModule]) -> None:
     def plain(value: Any) -> bool:
+        if isinstance(value, list):
+            return all(map(plain, value))
         return value is None or type(value) in (str, int, float, bool)
 
-    assert all(plain(value) for value in data().hparams.values())
+    datamodule = data(train=["a.jsonl", "b.jsonl"], mixture=[3, 1])
+    assert all(plain(value) for value in datamodule.hparams.values())
+    assert datamodule.hparams == asdict(datamodule.options)
+    assert set(datamodule.hparams) == {field.name for field in fields(DataConfig)}
+
+
+def test_ready_options_make_a_data_module(data: Callable[..., ChatDataModule]) -> None:
+    options = data(packing=False).options
+    datamodule = ChatDataModule.from_config(options)
+    assert datamodule.options == options
+    assert datamodule.hparams == data(packing=False).hparams
+
+
+class WithOwnOption(ChatDataModule):
+    def __init__(self, greeting: str = "hello", **kwargs: Any) -> None:
+        """Takes an option of its own.
+
+        Args:
+            greeting: What is said first.
+            **kwargs: The options of ChatDataModule.
+        """
+        super().__init__(**kwargs)
+        self.greeting = greeting
+
+
+@pytest.mark.parametrize("kind", [ChatDataModule, WithOwnOption])
+def test_a_plain_lightning_cli_has_flat_options(kind: type[ChatDataModule], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    own = ["--data.greeting=ahoy"] if kind is WithOwnOption else []
+    given = ["--data.train=[a.jsonl, b.jsonl]", "--data.max_length=64", "--data.max_tokens_per_batch=auto", *own]
+    quiet = ["--trainer.accelerator=cpu", "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    cli = LightningCLI(
+        Recorder, kind, run=False, save_config_callback=None, seed_everything_default=False, args=[*given, *quiet]
+    )
+    assert cli.datamodule.options == DataConfig(
+        train=["a.jsonl", "b.jsonl"], max_length=64, max_tokens_per_batch="auto"
+    )
+    assert getattr(cli.datamodule, "greeting", "ahoy") == "ahoy"
+    text = " ".join(cli.parser.format_help().split())
+    assert all(f"--data.{field.name} " in text for field in fields(DataConfig))
+    assert ("What is said first" in text) == (kind is WithOwnOption)
 
 
 class Sizes(Recorder):
@@ -482,5 +527,5 @@ def test_rows_of_a_batch_are_not_set_where_tokens_count(data: Callable[..., Chat
         datamodule = data(max_tokens_per_batch=tokens)
         with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch stands in its place.*auto"):
             datamodule.batch_size = 8
-    with pytest.raises(ConfigError, match=r"data\.batch_size: 0 is too small"):
+    with pytest.raises(ConfigError, match=r"data\.batch_size: 0 cannot be used: give 1 or more"):
         data().batch_size = 0

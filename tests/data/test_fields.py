@@ -219,7 +219,7 @@ def test_a_column_that_is_named_and_not_used_is_a_bad_row(row: dict[str, Any], c
 
 @pytest.mark.parametrize(("form", "name"), [("messages", "input"), ("text", "system"), ("prompt_completion", "output")])
 def test_a_column_that_a_named_format_does_not_have_is_refused(form: Any, name: str) -> None:
-    with pytest.raises(ConfigError, match=f"data.columns: '{name}' is no field of data.format {form}"):
+    with pytest.raises(ConfigError, match=f"data.columns: '{name}' is not a field of data.format {form}"):
         RowOptions(format=form, columns={name: "x"})
 
 

@@ -32,14 +32,14 @@ def test_each_document_goes_where_least_space_is_left(lengths: np.ndarray) -> No
 
 @given(LENGTHS, st.integers(1, 5), st.sampled_from([None, 64]), st.sampled_from([None, 3]), st.sampled_from([None, 20]))
 def test_a_plan_has_every_document_once(
-    lengths: np.ndarray, batch_size: int, capacity: int | None, seed: int | None, apart: int | None
+    lengths: np.ndarray, batch_size: int, capacity: int | None, seed: int | None, length_boundary: int | None
 ) -> None:
-    plan = plan_batches(lengths, batch_size=batch_size, capacity=capacity, seed=seed, apart=apart)
+    plan = plan_batches(lengths, batch_size=batch_size, capacity=capacity, seed=seed, length_boundary=length_boundary)
     batches = [plan[index] for index in range(len(plan))]
     assert sorted(document for batch in batches for row in batch for document in row) == list(range(len(lengths)))
     for batch in batches:
         assert 1 <= len(batch) <= batch_size
-        long = {bool(lengths[document] > (apart or 64)) for row in batch for document in row}
+        long = {bool(lengths[document] > (length_boundary or 64)) for row in batch for document in row}
         assert len(long) == 1  # long and short documents never meet
 
 

@@ -15,9 +15,10 @@ import pytest
 
 from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.encode import Encoder
-from phi3_lightning.data.prepare import TokenizedDataset, prepare
+from phi3_lightning.data.prepare import prepare
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.template import ChatTemplate
+from phi3_lightning.data.tokenized import TokenizedDataset
 from phi3_lightning.errors import ConfigError, DataError
 
 from .conftest import chat
@@ -242,7 +243,7 @@ def test_a_cache_that_was_damaged_is_named(
     tokenise(path)
     [folder] = (tmp_path / "cache1/phi3_lightning").iterdir()
     (folder / name).write_bytes(content)
-    with pytest.raises(DataError, match="Delete this folder") as caught:
+    with pytest.raises(DataError, match="delete this folder") as caught:
         tokenise(path)
     assert str(folder) in str(caught.value)
 

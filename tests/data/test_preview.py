@@ -128,7 +128,7 @@ def test_fields_that_nothing_reads_are_a_fact(
     path = write([chat() | {"lang": "de"}, chat() | {"lang": "de", "note": "x"}, {"messages": 5, "lang": "de"}])
     options: dict[str, Any] = {"tokenizer": tokenizer_folder, "max_length": 256, "val_fraction": 0.0, "num_proc": 2}
     lines: list[str] = []
-    monkeypatch.setattr("phi3_lightning.data.datamodule.rank_zero_info", lines.append)
+    monkeypatch.setattr("phi3_lightning.data.splits.rank_zero_info", lines.append)
     for _ in range(2):  # the second time from the cache
         lines.clear()
         datamodule = ChatDataModule(train=path, on_bad_row="skip", cache_dir=str(tmp_path), **options)

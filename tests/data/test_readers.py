@@ -1,6 +1,7 @@
 """Files that cannot be read are named with what they are and the line that cures them; the cure works."""
 
 import bz2
+import csv
 import gzip
 import json
 import lzma
@@ -146,6 +147,18 @@ def test_a_broken_table_is_one_error_with_its_line(tmp_path: Path, text: str, pl
     message = refusal(path)
     assert f"{path}{place}: " in message
     assert named in message
+
+
+def test_a_long_cell_is_read_and_the_limit_of_the_process_stays(tmp_path: Path) -> None:
+    path = tmp_path / "chats.csv"
+    path.write_text(f"prompt,completion\n\na,{'b' * 200_000}\nc,d\n")
+    limit = csv.field_size_limit()
+    rows = read_rows(path)
+    number, row = next(rows)
+    assert csv.field_size_limit() == limit
+    assert (number, len(row["completion"])) == (1, 200_000)  # type: ignore[index]
+    assert list(rows) == [(2, {"prompt": "c", "completion": "d"})]
+    assert csv.field_size_limit() == limit < 200_000
 
 
 @pytest.mark.parametrize(

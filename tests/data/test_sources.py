@@ -109,7 +109,7 @@ def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.csv", b"prompt,completion\nx,y\nz\n", ":3: the row has not as many fields"),
+        ("a.csv", b"prompt,completion\nx,y\nz\n", ":3: the row does not have as many fields"),
         ("a.csv", b'prompt,completion\n"x,y\n', ":2: in this row a quote"),
         ("a.csv", b"prompt\n\xff\n", ":2: not UTF-8"),
         ("a.jsonl.gz", gzip.compress(b'{"a": 1}\n' * 9999, mtime=0)[:60], "cannot be read|not JSON lines"),

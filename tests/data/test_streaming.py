@@ -1,6 +1,7 @@
 """A stream gives every row to one reader, repeats without end, and goes on where it stopped."""
 
 import itertools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,21 @@ def test_a_stream_goes_on_where_it_stopped(
         run = trainer(tmp_path, max_steps=17, max_epochs=-1)
         run.fit(module, datamodule=stream(num_workers=num_workers), ckpt_path=path)
         assert module.trained == whole.trained[step:]
+
+
+def test_workers_leave_the_environment_as_it_is(stream: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+    environments = []
+
+    class FromWorkers(Recorder):
+        def on_train_batch_end(self, *_: Any) -> None:
+            environments.append(os.environ.get("TOKENIZERS_PARALLELISM"))
+
+    datamodule = stream(num_workers=2)
+    datamodule.setup()
+    datamodule.tokenizer.backend_tokenizer.encode_batch(["word"] * 100)  # which uses threads
+    trainer(tmp_path, max_steps=2, max_epochs=-1).fit(FromWorkers(), datamodule)
+    assert environments == [None, None]
+    assert "TOKENIZERS_PARALLELISM" not in os.environ
 
 
 def test_passes_have_different_orders(stream: Callable[..., ChatDataModule]) -> None:

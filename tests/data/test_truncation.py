@@ -10,9 +10,10 @@ import pytest
 from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.encode import Encoder
-from phi3_lightning.data.prepare import TokenizedDataset, prepare
+from phi3_lightning.data.prepare import prepare
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.template import ChatTemplate
+from phi3_lightning.data.tokenized import TokenizedDataset
 from phi3_lightning.errors import DataError
 
 

@@ -121,8 +121,8 @@ def main(tiny, strategy, safe):
         saved(what, file, *more, **options)
     torch.save = note
     module = Phi3LoRAModule(tiny, optimizer={"lr": 1e-2}, gradient_checkpointing="none")
-    data = ChatDataModule(f"{tiny}/chats_train.jsonl", tokenizer=tiny, val=f"{tiny}/chats_val.jsonl", max_length=256,
-                          num_workers=0, cache_dir="cache")
+    data = ChatDataModule(train=f"{tiny}/chats_train.jsonl", tokenizer=tiny, val=f"{tiny}/chats_val.jsonl",
+                          max_length=256, num_workers=0, cache_dir="cache")
     quiet = dict(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
                  enable_checkpointing=False, limit_val_batches=4, plugins=[SafeCheckpointIO()] if safe else [])
     trainer = pl.Trainer(devices=2, strategy=strategy, max_steps=4, num_sanity_val_steps=0, **quiet)

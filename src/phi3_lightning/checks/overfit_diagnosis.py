@@ -16,7 +16,7 @@ from phi3_lightning.checks.round_trip import CheckpointRoundTrip
 from phi3_lightning.checks.rows import Row
 from phi3_lightning.checks.shared_base import SharedBase
 from phi3_lightning.config import LoRA, Optimizer
-from phi3_lightning.data.collate import collate
+from phi3_lightning.data.collate import collate, pad_id
 from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.hardware import program
 
@@ -57,7 +57,7 @@ class OverfitDiagnosis:
 
     def case(self, rows: list[Row], plan: list[list[list[int]]]) -> OverfitCase:
         """Lay rows out in the micro-batches of one optimiser step: a plan has their indices, by batch and row."""
-        pad = self.template.tokenizer.pad_token_id or 0
+        pad = pad_id(self.template.tokenizer)
         batches = [collate([[rows[index].document for index in row] for row in batch], pad) for batch in plan]
         return OverfitCase(rows, batches, self.template.stop_ids, pad)
 

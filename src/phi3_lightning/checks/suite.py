@@ -13,15 +13,15 @@ from phi3_lightning.checks.rows import Row, Sample, packaged_rows, read_sample
 from phi3_lightning.checks.shared_base import SharedBase
 from phi3_lightning.checks.supervision import find_faults
 from phi3_lightning.config.data import DataConfig, Split
-from phi3_lightning.data.collate import collate
+from phi3_lightning.data.collate import collate, pad_id
 from phi3_lightning.data.conversation import Conversation, TokenizedDocument
 from phi3_lightning.data.copies import Part, repeated, shared
+from phi3_lightning.data.plans import plan_split
 from phi3_lightning.data.splits import (
     data_seed,
     load_template,
     make_encoder,
     model_context_length,
-    plan_split,
     prepare_split,
     share_out,
 )
@@ -60,8 +60,7 @@ class Suite:
     def __post_init__(self) -> None:
         self.context_length = model_context_length(self.options)
         self.template = load_template(self.options)
-        pad = self.template.tokenizer.pad_token_id
-        self.pad = 0 if pad is None else int(pad)
+        self.pad = pad_id(self.template.tokenizer)
 
     def run(self) -> Iterator[Result]:
         """Yield the results, one after the other.

@@ -1,13 +1,15 @@
 """``data``: the files, how their rows are read and tokenised, and how they are batched."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Final, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Final, Literal, get_args
 
+from phi3_lightning.config.checks import require, require_types
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.files import local_path
 
 Files = str | list[str]
 Split = Literal["train", "val", "test", "predict"]
+SPLITS: Final[tuple[Split, ...]] = get_args(Split)
 Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"]
 
 FORMATS: Final[dict[str, tuple[str, ...]]] = {
@@ -39,33 +41,26 @@ FIELDS: Final[dict[str, frozenset[str]]] = {
 _COLUMNS = frozenset().union(*FIELDS.values())
 _MESSAGE_KEYS = ("role", "content", "reasoning_content", "tool_calls", "train")
 _ROLES = ("system", "user", "assistant", "tool")
-_LEAST = {
-    "max_length": 2,
-    "batch_size": 1,
-    "predict_batch_size": 1,
-    "num_workers": 0,
-    "num_proc": 1,
-    "max_tokens_per_batch": 1,
-}
+_LEAST = {"max_length": 2, "batch_size": 1, "predict_batch_size": 1, "num_workers": 0, "num_proc": 1}
 
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """What decides, beside the tokenizer, how a row is read and tokenised."""
+    """What decides, besides the tokenizer, how a row is read and tokenised."""
 
     format: Format = "auto"
-    """What rows look like. auto: seen from their fields."""
+    """The format of the rows. auto: recognised from their fields."""
     columns: dict[str, str] | None = None
     """Other names for a format's fields, such as {prompt: question, completion: answer}."""
     message_keys: dict[str, str] | None = None
-    """Other names for the keys of each message, such as {role: speaker, content: text}; also reasoning_content,
-    tool_calls, and train for the key that says whether a message is trained."""
+    """Other names for the keys of each message, such as {role: speaker, content: text}; also for reasoning_content,
+    tool_calls, and train, the key that says whether a message is trained."""
     conversation_column: str | None = None
     """For tables of one message a row: the column that tells the conversations of a file apart."""
     role_column: str | None = None
-    """For such tables: the column that says who speaks."""
+    """For such tables: the column of the speaker."""
     content_column: str | None = None
-    """For such tables: the column that holds what is said."""
+    """For such tables: the column of the message's text."""
     order_column: str | None = None
     """For such tables: the column to sort messages by, numbers or ISO times. null: the order of the file."""
     role_map: dict[str, str] | None = None
@@ -73,18 +68,18 @@ class RowOptions:
     repeated_role: Literal["refuse", "merge"] = "refuse"
     """Whether neighbouring turns of one role make a bad row, or one turn."""
     system: Literal["keep", "merge_into_user", "refuse"] = "keep"
-    """What becomes of system messages; some templates know none."""
+    """What becomes of system messages, which some templates do not support."""
     tools: Literal["auto", "render", "native", "refuse", "drop"] = "auto"
     """What becomes of tools, their calls and results, and of reasoning. render: text by the convention of Hermes;
     refuse: a bad row; drop: left out. auto: render, but rows with tools are bad ones where the chat template has a way
     of its own to write tools; native, that way, is not supported yet."""
     special_text: Literal["plain", "refuse"] = "plain"
-    """Whether special-token text in a content is plain text or a bad row. It is never a turn."""
+    """Whether the text of a special token within a content is plain text or a bad row. It is never a turn."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Whose contents are trained: all of the assistant's, its last, or everyone's. Messages with weight: 0,
-    train: false or what other tools write for it never are."""
+    train: false or another tool's key for it never are."""
     max_length: int = 2048
-    """Tokens of a row at most."""
+    """Maximum number of tokens in a row."""
     truncation: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop"
     """What becomes of longer chats: left out and counted, cut at the end, shortened by whole early exchanges, or cut
     into pieces."""
@@ -93,43 +88,40 @@ class RowOptions:
     training data."""
 
     def __post_init__(self) -> None:
-        for name, kind in get_type_hints(type(self)).items():
-            if get_origin(kind) is Literal and getattr(self, name) not in get_args(kind):
-                known = ", ".join(get_args(kind))
-                raise ConfigError(f"data.{name}: {getattr(self, name)!r} is not known; give one of {known}.")
+        require_types("data", self)
         self._check_names()
         for alias, role in (self.role_map or {}).items():
             if role not in _ROLES:
-                raise ConfigError(f"data.role_map: {alias!r} maps to {role!r}; roles are {', '.join(_ROLES)}.")
+                raise ConfigError(f"data.role_map: {alias!r} maps to {role!r}; roles are {', '.join(_ROLES)}")
         if self.conversation_column is not None and self.format not in ("auto", "messages"):
             raise ConfigError(
                 f"data.format: {self.format!r} is given, and data.conversation_column says that rows are messages; "
-                "leave one of them out."
+                "leave one of them out"
             )
         table = ("conversation_column", "role_column", "content_column")
         missing = [name for name in table if getattr(self, name) is None]
         if (0 < len(missing) < len(table)) or (missing and self.order_column is not None):
             raise ConfigError(
                 f"data.{missing[0]}: not given; a table of one message a row needs data.conversation_column, "
-                "data.role_column and data.content_column."
+                "data.role_column and data.content_column"
             )
 
     def _check_names(self) -> None:
         for name in self.columns or {}:
             if name not in _COLUMNS:
-                raise ConfigError(f"data.columns: {name!r} is no field of any format; known are {sorted(_COLUMNS)}.")
+                raise ConfigError(f"data.columns: {name!r} is not a field of any format; known are {sorted(_COLUMNS)}")
             if self.format != "auto" and name not in FIELDS[self.format]:
                 raise ConfigError(
-                    f"data.columns: {name!r} is no field of data.format {self.format}, which has "
-                    f"{sorted(FIELDS[self.format])}; leave it out, or name another format."
+                    f"data.columns: {name!r} is not a field of data.format {self.format}, which has "
+                    f"{sorted(FIELDS[self.format])}; leave it out, or name another format"
                 )
         for name in self.message_keys or {}:
             if name not in _MESSAGE_KEYS:
-                raise ConfigError(f"data.message_keys: {name!r} is not known; known are {', '.join(_MESSAGE_KEYS)}.")
+                raise ConfigError(f"data.message_keys: {name!r} is not known; known are {', '.join(_MESSAGE_KEYS)}")
         if self.conversation_column is not None and self.message_keys:
             raise ConfigError(
                 "data.message_keys: leave it out; data.conversation_column, data.role_column and "
-                "data.content_column name the columns of a table of one message a row."
+                "data.content_column name the columns of a table of one message a row"
             )
 
 
@@ -138,12 +130,12 @@ class DataConfig(RowOptions):
     """The options of ``ChatDataModule``.
 
     Raises:
-        ConfigError: A value is out of its range, or two contradict each other.
+        ConfigError: If a value is out of its range, or two contradict each other.
     """
 
     train: Files | None = None
-    """Training data: a file, folder, glob pattern, data set on the hub (owner/name:split), or several. Of files of
-    several splits in a folder or pattern, each option takes those of its own."""
+    """Training data: a file, folder, glob pattern, data set on the hub (owner/name:split), or several. Of the splits in
+    a folder or pattern, each option takes its own."""
     mixture: list[float] | None = None
     """The share of each of several train data. null: all their rows."""
     val: Files | None = None
@@ -151,7 +143,7 @@ class DataConfig(RowOptions):
     val_fraction: float = 0.05
     """The share of the training rows that validates where val is null. 0: no validation."""
     test: Files | None = None
-    """Data for test. null: the validation data."""
+    """Test data. null: the validation data."""
     predict: Files | None = None
     """Prompts for predict; an answer at the end of a row is left out."""
     tokenizer: str | None = None
@@ -165,14 +157,14 @@ class DataConfig(RowOptions):
     batch_size: int = 4
     """Rows of a micro-batch."""
     predict_batch_size: int = 16
-    """Prompts that are answered together by predict: more are faster, and take more memory."""
+    """Prompts that predict answers together: more are faster, and take more memory."""
     max_tokens_per_batch: int | Literal["auto"] | None = None
-    """Tokens of a micro-batch, padding included; in place of batch_size. auto: in fit as many full rows as the device's
-    memory holds, by calculation, and trainer.accumulate_grad_batches changes so that an optimiser step keeps its rows;
-    a script needs callbacks.AutoBatchSize in its Trainer for it."""
+    """Maximum number of tokens in a micro-batch, padding included, instead of batch_size. auto: in fit as many full
+    rows as the device's memory holds, by calculation, and trainer.accumulate_grad_batches changes so that an optimiser
+    step keeps its rows; a script needs callbacks.AutoBatchSize in its Trainer for it."""
     streaming: bool = False
-    """Whether training data are tokenised while training goes on, for sets larger than the disk. Needs
-    trainer.max_steps; packs and mixes less well, and reads again from the beginning to go on."""
+    """Whether training data are tokenised during training, for sets larger than the disk. Needs trainer.max_steps;
+    packs and shuffles within a buffer only, and reads again from the beginning to resume."""
     num_workers: int = 2
     """Processes that collate batches ahead."""
     num_proc: int = 1
@@ -180,7 +172,7 @@ class DataConfig(RowOptions):
     on_bad_row: Literal["raise", "skip"] = "raise"
     """Whether rows that cannot be used are an error, or left out and counted."""
     cache_dir: str | None = None
-    """Where tokenised data are kept. null: where datasets keeps its cache."""
+    """Folder of tokenised data. null: the cache of datasets."""
     seed: int | None = None
     """Decides split, mixture and order. null: the global seed of seed_everything, or 0."""
 
@@ -189,60 +181,40 @@ class DataConfig(RowOptions):
         if self.tools == "native":
             raise ConfigError(
                 "data.tools: native, as the chat template itself writes tools, is not supported yet; set data.tools: "
-                "render to write them as text by the convention of Hermes, or drop or refuse."
+                "render to write them as text by the convention of Hermes, or drop or refuse"
             )
         for name in ("cache_dir", "chat_template"):
             if getattr(self, name) is not None:
                 local_path(f"data.{name}", getattr(self, name))
         for name, least in _LEAST.items():
-            value = getattr(self, name)
-            if isinstance(value, int) and value < least:
-                raise ConfigError(f"data.{name}: {value} is too small; give {least} or more.")
+            require(getattr(self, name) >= least, f"data.{name}", getattr(self, name), f"give {least} or more")
+        require(0 <= self.val_fraction < 1, "data.val_fraction", self.val_fraction, "give 0 or more and less than 1")
         tokens = self.max_tokens_per_batch
-        if isinstance(tokens, str) and tokens != "auto":
-            raise ConfigError(f"data.max_tokens_per_batch: {tokens!r} is no number; give one, or auto.")
-        if not 0 <= self.val_fraction < 1:
-            raise ConfigError(f"data.val_fraction: {self.val_fraction} is not in [0, 1); 0.05 is usual.")
         if isinstance(tokens, int) and tokens < self.max_length:
             raise ConfigError(
                 f"data.max_tokens_per_batch: {tokens} holds no row of data.max_length "
-                f"{self.max_length}; give {self.max_length} or more."
+                f"{self.max_length}; give {self.max_length} or more"
             )
         if self.mixture is not None:
             count = len(self.train) if isinstance(self.train, list) else 1
-            if len(self.mixture) != count or min(self.mixture, default=0) <= 0:
-                raise ConfigError(f"data.mixture: {self.mixture}; give one positive number for each of data.train.")
-
+            fits = len(self.mixture) == count and min(self.mixture) > 0
+            require(fits, "data.mixture", self.mixture, "give one positive number for each of data.train")
         if self.streaming and self.val is None and self.val_fraction > 0:
-            raise ConfigError("data.val_fraction: a stream has no fraction; give data.val, or data.val_fraction: 0.")
+            raise ConfigError("data.val_fraction: a stream has no fraction; give data.val, or data.val_fraction: 0")
         if self.streaming and self.mixture is not None:
-            raise ConfigError("data.mixture: streamed data are not mixed; set data.streaming: false or leave them out.")
+            raise ConfigError("data.mixture: streamed data are not mixed; set data.streaming: false, or leave it out")
         if self.group_by is not None and (self.val is not None or self.val_fraction == 0):
             raise ConfigError(
                 f"data.group_by: {self.group_by!r} only decides which training rows validate; leave out data.val and "
-                "give a data.val_fraction above 0, or leave out data.group_by."
+                "give a data.val_fraction above 0, or leave out data.group_by"
             )
 
     def row_options(self, **changes: Any) -> RowOptions:
-        """The part of the options that decides about tokens.
-
-        Args:
-            **changes: Other values for some of them.
-
-        Returns:
-            A copy.
-        """
+        """Return the options that decide about tokens, some of them changed."""
         return RowOptions(**({field.name: getattr(self, field.name) for field in fields(RowOptions)} | changes))
 
     def files(self, split: Split) -> Files | None:
-        """The files of a split.
-
-        Args:
-            split: Which one.
-
-        Returns:
-            What was given for it.
-        """
+        """Return the files of a split, as they were given."""
         return {"train": self.train, "val": self.val, "test": self.test, "predict": self.predict}[split]
 
     @property
@@ -251,42 +223,29 @@ class DataConfig(RowOptions):
         return "val" if self.test is None else "test"
 
     def needed(self, stage: str | None) -> list[Split]:
-        """The files that a stage reads. Validation data may be a share of the training data.
+        """Return the splits whose files a stage reads. Validation data may be a share of the training data.
 
         Args:
             stage: ``fit``, ``validate``, ``test`` or ``predict``; None: whatever files are given.
 
-        Returns:
-            The splits.
-
         Raises:
-            ConfigError: One of them was not given.
+            ConfigError: If one of them was not given.
         """
-        given: list[Split] = [split for split in ("train", "val", "test", "predict") if self.files(split) is not None]
+        available: list[Split] = [split for split in SPLITS if self.files(split) is not None]
         if stage is None:
-            return given
+            return available
         held_out: Split = "val" if self.val is not None or self.val_fraction == 0 else "train"
         needed: dict[str, list[Split]] = {
             "fit": ["train"] if self.val is None else ["train", "val"],
             "validate": [held_out],
-            "test": [held_out] if self.tested == "val" and held_out in given else ["test"],
+            "test": [held_out] if self.tested == "val" and held_out in available else ["test"],
             "predict": ["predict"],
         }
         for split in needed[stage]:
-            if split not in given:
-                raise ConfigError(f"data.{split}: not given; name a file or a data set to {stage} with.")
+            if split not in available:
+                raise ConfigError(f"data.{split}: not given; name a file or a data set to {stage} with")
         return needed[stage]
 
     def prepared(self, stage: str | None) -> list[Split]:
-        """The files that are tokenised before a stage begins.
-
-        Args:
-            stage: ``fit``, ``validate``, ``test`` or ``predict``; None: whatever files are given.
-
-        Returns:
-            The splits; not the training data where they are streamed.
-
-        Raises:
-            ConfigError: A split that is needed was not given.
-        """
+        """Return the splits to tokenise before a stage begins: those that it needs, without streamed training data."""
         return [split for split in self.needed(stage) if not (self.streaming and split == "train")]

@@ -13,14 +13,7 @@ Convert = Callable[[Any], Any]
 
 
 def plain_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
-    """Read rows.
-
-    Args:
-        batches: Parts of a table.
-
-    Yields:
-        Each row, without keys that it does not have; elements of lists stay as they are, null or not.
-    """
+    """Yield each row, without keys that it does not have; elements of lists stay as they are, null or not."""
     for batch in batches:
         columns = zip(batch.schema.names, batch.columns, strict=True)
         converts = {name: convert for name, column in columns if (convert := _convert(column))}
@@ -29,7 +22,7 @@ def plain_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
 
 
 def _convert(array: pa.Array) -> Convert | None:
-    """What makes a column's values plain; None where they are already, as most are."""
+    """Return what makes a column's values plain; None where they are plain already, as most are."""
     kind = array.type
     if isinstance(array, pa.ExtensionArray):
         return _from_json if kind.extension_name == "arrow.json" else None

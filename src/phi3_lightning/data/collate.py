@@ -1,47 +1,43 @@
-"""Token arrays become the batches that the model reads."""
+"""Collates token arrays into the batches that the model reads."""
 
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from transformers import PreTrainedTokenizerBase
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
 from phi3_lightning.batch.padding import prompt_batch
 
 
 class Document(NamedTuple):
-    """One tokenised document.
-
-    Args:
-        document_id: Its index in the tokenised data set.
-        input_ids: Its tokens, shape (length,).
-        spans: First and behind-last token of each supervised range, flat, shape (2 * ranges,).
-    """
+    """One tokenised document."""
 
     document_id: int
+    """Its index in the tokenised data set."""
     input_ids: NDArray[np.int32]
+    """Its tokens, shape (length,)."""
     spans: NDArray[np.int32]
+    """Start and end of each supervised range, flat, shape (2 * ranges,)."""
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return the id that fills up short rows: any will do, since padding is known by length and never by id."""
+    return tokenizer.pad_token_id or 0
 
 
 def full_row(length: int) -> list[Document]:
-    """Return a row of one made-up document, all of it supervised but for the first token.
-
-    Args:
-        length: Its tokens.
-    """
+    """Return a row of one made-up document of ``length`` tokens, all of it supervised but for the first."""
     return [Document(0, np.ones(length, np.int32), np.array([0, length], np.int32))]
 
 
 def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
-    """Lay documents side by side and rows one above the other.
+    """Make a batch, as long as its longest row, of the documents of each row.
 
     Args:
-        rows: The documents of each row; no row at all gives a filler batch that trains nothing.
+        rows: No row at all gives a filler batch that trains nothing.
         pad_token_id: Fills up short rows. Which tokens are padding follows from lengths, never from this id.
-
-    Returns:
-        A batch, as long as its longest row.
     """
     width = max((sum(len(document.input_ids) for document in row) for row in rows), default=2)
     shape = (max(len(rows), 1), width)
@@ -68,15 +64,9 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
 
 
 def collate_prompts(prompts: list[Document], pad_token_id: int, stop_ids: list[int]) -> PromptBatch:
-    """Put prompts one above the other, ending together.
+    """Make a batch, as long as its longest prompt, of prompts that end together.
 
-    Args:
-        prompts: The prompts; none at all gives a filler batch of one prompt without an id.
-        pad_token_id: Fills up short prompts on the left.
-        stop_ids: The tokens that end an answer.
-
-    Returns:
-        A batch, as long as its longest prompt.
+    No prompt at all gives a filler batch of one prompt without an id. ``stop_ids`` are the tokens that end an answer.
     """
     ids = [prompt.input_ids.tolist() for prompt in prompts]
     return prompt_batch(ids, [prompt.document_id for prompt in prompts], stop_ids, pad_token_id)

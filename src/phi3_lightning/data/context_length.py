@@ -6,27 +6,16 @@ from transformers import PretrainedConfig
 
 
 class ContextLength(NamedTuple):
-    """The positions that a model knows.
-
-    Args:
-        longest: Tokens of the longest input.
-        short: Tokens up to which a longrope model uses its short factors; None for other models.
-    """
+    """The positions that a model supports."""
 
     longest: int
+    """Tokens of the longest input."""
     short: int | None
+    """Tokens up to which a longrope model uses its short factors; None for other models."""
 
 
 def read_context_length(name: str, revision: str | None = None) -> ContextLength | None:
-    """Look into the config.json beside a tokenizer.
-
-    Args:
-        name: Folder or hub id.
-        revision: Branch, tag or commit on the hub.
-
-    Returns:
-        The window, or None where no config.json says it.
-    """
+    """Read the context length from the config.json beside a tokenizer; None where no config.json has one."""
     try:
         config, _ = PretrainedConfig.get_config_dict(name, revision=revision)
     except OSError:

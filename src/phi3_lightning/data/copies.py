@@ -1,4 +1,4 @@
-"""Documents with the same tokens: within the training data, and in training and held-out data."""
+"""Finds documents with the same tokens, within the training data and between training and held-out data."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -6,34 +6,28 @@ from typing import NamedTuple
 import numpy as np
 
 from phi3_lightning.data.packing import Ints
-from phi3_lightning.data.prepare import TokenizedDataset
+from phi3_lightning.data.tokenized import TokenizedDataset
 
-_SHOWN = 3
+_SHOWN = 3  # copies that are named with their places
 
 
 class Part(NamedTuple):
-    """Documents of a split.
-
-    Args:
-        prepared: The tokenised set that they belong to.
-        documents: Which of it they are, in order, shape (documents,).
-    """
+    """Documents of a split."""
 
     prepared: TokenizedDataset
+    """The tokenised set that they belong to."""
     documents: Ints
+    """Their indices in it, ascending, shape (documents,)."""
 
 
 @dataclass(frozen=True)
 class Copies:
-    """Documents that there are twice.
-
-    Args:
-        count: How many there are too many.
-        places: The first few, each with the place of the document that it repeats.
-    """
+    """Documents that repeat others."""
 
     count: int
+    """How many repeat another one."""
     places: list[str]
+    """Places of the first few, each with the place of the document that it repeats."""
 
     def __str__(self) -> str:
         more = ", ..." if self.count > len(self.places) else ""
@@ -41,11 +35,7 @@ class Copies:
 
 
 def repeated(part: Part) -> Copies:
-    """Find documents that an earlier one equals, token by token.
-
-    Args:
-        part: The documents.
-    """
+    """Find documents that equal an earlier one, token by token."""
     _, first, inverse = np.unique(_hashes(part), return_index=True, return_inverse=True)
     originals = first[inverse]
     later = np.flatnonzero(originals != np.arange(len(originals)))
@@ -53,17 +43,12 @@ def repeated(part: Part) -> Copies:
 
 
 def shared(held_out: Part, train: Part) -> Copies:
-    """Find held-out documents that are trained as well, token by token.
-
-    Args:
-        held_out: Documents to validate or test with.
-        train: Documents to train on.
-    """
+    """Find held-out documents that equal a training document, token by token."""
     hashes, first = np.unique(_hashes(train), return_index=True)
-    wanted = _hashes(held_out)
-    at = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
-    found = np.flatnonzero(hashes[at] == wanted)
-    return _copies(held_out, found, train, first[at[found]])
+    held_out_hashes = _hashes(held_out)
+    at = np.minimum(np.searchsorted(hashes, held_out_hashes), len(hashes) - 1)
+    copies = np.flatnonzero(hashes[at] == held_out_hashes)
+    return _copies(held_out, copies, train, first[at[copies]])
 
 
 def _hashes(part: Part) -> Ints:

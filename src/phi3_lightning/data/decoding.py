@@ -1,4 +1,4 @@
-"""Bytes and JSON are decoded, or refused by an error that names what they are and the line that cures it."""
+"""Decodes bytes and JSON, or raises an error that names what they are and the command that converts them."""
 
 import json
 import re
@@ -20,13 +20,10 @@ _REPR: Final = re.compile(r"\s*(?:\[?\s*array\(|[\[{(][\s\[{(]*')")  # JSON has 
 
 
 def wide_encoding(start: bytes) -> str | None:
-    """Recognise encodings of two or four bytes a character.
-
-    Args:
-        start: The beginning of a file.
+    """Recognise, from the beginning of a file, an encoding of two or four bytes a character.
 
     Returns:
-        The encoding, by the name that ``iconv`` has for it; None for any other.
+        The name that ``iconv`` has for the encoding; None for any other.
     """
     for mark, name in _MARKS.items():
         if start.startswith(mark):
@@ -38,15 +35,12 @@ def wide_encoding(start: bytes) -> str | None:
 
 
 def convert(path: Path, command: str, suffix: str = "") -> str:
-    """Write the command line that makes a new file of one that cannot be read.
+    """Return the command line that makes a new file of one that cannot be read.
 
     Args:
         path: The file, packed with gzip or not.
-        command: What converts it, from standard input to standard output.
-        suffix: The end of the new file's name; empty: that of the old one.
-
-    Returns:
-        The command line.
+        command: Converts it, from standard input to standard output.
+        suffix: The suffix of the new file; empty: that of the old one.
     """
     packed = path.suffix.lower() == ".gz"
     plain = path.with_suffix("") if packed else path
@@ -56,19 +50,7 @@ def convert(path: Path, command: str, suffix: str = "") -> str:
 
 
 def decode_text(data: bytes, path: Path, line: int = 1) -> str:
-    """Decode UTF-8, without the byte order mark that it may begin with.
-
-    Args:
-        data: The bytes.
-        path: The file that they are from.
-        line: The line of the file that they begin with.
-
-    Returns:
-        The text.
-
-    Raises:
-        DataError: They are not UTF-8.
-    """
+    """Decode UTF-8 from a line of a file on, without the file's byte order mark, or raise ``DataError``."""
     try:
         return data.removeprefix(BOM).decode() if line == 1 else data.decode()
     except UnicodeDecodeError as error:
@@ -81,47 +63,22 @@ def decode_text(data: bytes, path: Path, line: int = 1) -> str:
 
 
 def is_repr(text: str) -> bool:
-    """Whether a text is what Python's ``str`` makes of a list, a dictionary or an array.
-
-    Args:
-        text: The text.
-
-    Returns:
-        True for ``[{'role': 'user'}]``, which is no JSON.
-    """
+    """Whether a text is Python's ``str`` of a list, a dictionary or an array: ``[{'role': 'user'}]`` is not JSON."""
     return _REPR.match(text) is not None
 
 
 def decode_json(text: str, where: str) -> object:
-    """Decode JSON within a row.
-
-    Args:
-        text: The JSON.
-        where: Its place in the row.
-
-    Returns:
-        What it says.
-
-    Raises:
-        BadRowError: It is no JSON.
-    """
+    """Decode JSON that stands at some place within a row, or raise ``BadRowError``."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         if is_repr(text):
             raise python_repr(where) from None
-        raise BadRowError("not JSON", f"{where} is no JSON ({error})") from None
+        raise BadRowError("not JSON", f"{where} is not JSON ({error})") from None
 
 
 def python_repr(where: str) -> BadRowError:
-    """Say how Python's way to write values becomes JSON.
-
-    Args:
-        where: The place of such a text in the row.
-
-    Returns:
-        The fault.
-    """
+    """Return the error for Python's way to write values at some place in a row, with the code that makes it JSON."""
     return BadRowError(
         "not JSON",
         f"{where} is Python's repr (single quotes), not JSON; write values with json.dumps, in pandas "

@@ -10,7 +10,6 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from itertools import chain
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -102,14 +101,13 @@ class Encoder:
         self.prompts = prompts
 
     def fingerprint(self) -> str:
-        """A name for everything that decides about tokens: tokenizer, template, options and this package's code.
+        """A name for what decides about tokens, besides this package's code: tokenizer, template and options.
 
         Returns:
             Hexadecimal digits.
         """
         tokenizer = self.template.tokenizer
         parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, repr(tokenizer.special_tokens_map)]
-        parts += [path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))]
         text = json.dumps([*parts, self.prompts, asdict(self.options)])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -215,7 +213,7 @@ def encode_all(jobs: Iterator[Job], encoder: Encoder, num_proc: int) -> Iterator
     if num_proc == 1:
         yield from map(encoder.encode, jobs)
         return
-    with _fork_safe_tokenizers(), ProcessPoolExecutor(num_proc, _context(), _set_encoder, (encoder,)) as pool:
+    with fork_safe_tokenizers(), ProcessPoolExecutor(num_proc, _context(), _set_encoder, (encoder,)) as pool:
         waiting: deque[Future[Chunk]] = deque()
         for job in jobs:
             waiting.append(pool.submit(_encode, job))
@@ -243,7 +241,7 @@ def _context() -> multiprocessing.context.BaseContext:
 
 
 @contextmanager
-def _fork_safe_tokenizers() -> Iterator[None]:
+def fork_safe_tokenizers() -> Iterator[None]:
     """Keep tokenizers from using, in a forked process, threads that only its parent has."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -1,4 +1,4 @@
-"""What tells rows apart and holds them together: their own ids, their groups, and hashes of their tokens."""
+"""Ids, groups and token hashes, which identify rows and connect them."""
 
 import json
 import math
@@ -18,20 +18,12 @@ ID: Final = "id"
 
 
 def key_columns(options: RowOptions) -> set[str]:
-    """Return the fields of a row that are read beside those of its format.
-
-    Args:
-        options: How rows are read.
-    """
+    """Return the fields of a row that are read besides those of its format."""
     return {ID} if options.group_by is None else {ID, options.group_by}
 
 
 def row_id(fields: Mapping[str, Any]) -> str | None:
-    """Return a row's own id as JSON; None where it has none that is a text or a number.
-
-    Args:
-        fields: The row.
-    """
+    """Return a row's own id as JSON; None where it has no id that is a text or a number."""
     value = _key(fields.get(ID))
     return None if value is None else json.dumps(value)
 
@@ -39,30 +31,26 @@ def row_id(fields: Mapping[str, Any]) -> str | None:
 def group_hash(fields: Mapping[str, Any], column: str | None) -> int:
     """Return a number for the group of a row, the same for 3, 3.0 and "3"; 0 without a column.
 
-    Args:
-        fields: The row.
-        column: Holds its group.
-
     Raises:
-        BadRowError: The row has no group.
+        BadRowError: If the row has no group.
     """
     if column is None:
         return 0
     value = _key(fields.get(column))
     if value is None:
-        found = f"not {fields[column]!r:.80}" if column in fields else "and this row has no such field"
-        raise BadRowError("no group", f"data.group_by needs a text or a number in {column!r}, {found}")
+        fault = f"not {fields[column]!r:.80}" if column in fields else "and this row has no such field"
+        raise BadRowError("no group", f"data.group_by needs a text or a number in {column!r}, {fault}")
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     return int(np.uint64(xxh3_64_intdigest(str(value).encode(errors="surrogatepass"))).astype(np.int64))
 
 
 def token_hashes(input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return a number for the tokens of each document, shape (documents,).
+    """Return a hash of the tokens of each document, shape (documents,).
 
     Args:
-        input_ids: Tokens, document by document.
-        lengths: Tokens of each document.
+        input_ids: Tokens of all documents, one after the other.
+        lengths: Number of tokens of each document.
     """
     content = input_ids.tobytes()
     ends = np.cumsum(np.concatenate([[0], lengths * input_ids.itemsize])).tolist()
@@ -71,7 +59,7 @@ def token_hashes(input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> ND
 
 
 def _key(value: object) -> str | int | float | None:
-    """The value, where rows can be told apart by it."""
+    """Return the value where it can identify a row."""
     if isinstance(value, bool) or value == "" or (isinstance(value, float) and not math.isfinite(value)):
         return None
     return value if isinstance(value, str | int | float) else None

@@ -12,17 +12,14 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Plan:
-    """Batches of rows of documents, as flat arrays.
-
-    Args:
-        documents: Indices of documents, row by row, shape (documents,).
-        rows: Where each row ends in ``documents``, after a leading 0, shape (rows + 1,).
-        batches: Where each batch ends in rows, after a leading 0, shape (batches + 1,).
-    """
+    """Batches of rows of documents, as flat arrays."""
 
     documents: Ints
+    """Indices of documents, row by row, shape (documents,)."""
     rows: Ints
+    """Where each row ends in ``documents``, after a leading 0, shape (rows + 1,)."""
     batches: Ints
+    """Where each batch ends in ``rows``, after a leading 0, shape (batches + 1,)."""
 
     def __len__(self) -> int:
         return len(self.batches) - 1
@@ -41,11 +38,7 @@ class Plan:
         return np.add.reduceat(lengths[self.documents], self.rows[self.batches[:-1]])
 
     def fingerprint(self) -> str:
-        """A name for exactly this plan.
-
-        Returns:
-            16 hexadecimal digits.
-        """
+        """Return 16 hexadecimal digits that name exactly this plan."""
         digest = hashlib.blake2b(digest_size=8)
         for array in (self.documents, self.rows, self.batches):
             digest.update(array.tobytes() + b"|")
@@ -91,28 +84,27 @@ def plan_batches(
     capacity: int | None,
     max_tokens: int | None = None,
     seed: int | None = None,
-    apart: int | None = None,
+    length_boundary: int | None = None,
 ) -> Plan:
-    """Lay down, once for a run, which documents are computed together.
+    """Plan, once for a run, which documents are computed together.
 
     Args:
         lengths: Tokens of each document, shape (documents,).
         batch_size: Rows of a batch.
         capacity: Tokens of a packed row; None gives each document a row of its own.
         max_tokens: Tokens of a batch, padding included; in place of ``batch_size``.
-        seed: Mixes rows before they are put into batches; None keeps batches in order of length, longest first.
-        apart: Documents longer than this never share a batch with shorter ones.
+        seed: Shuffles rows before they are put into batches; None keeps batches in order of length, longest first.
+        length_boundary: Documents longer than this never share a batch with shorter ones.
 
     Returns:
         The plan. Rows of a batch have similar lengths, so that little of it is padding.
     """
     rng = None if seed is None else np.random.default_rng(seed)
-    everyone = np.arange(len(lengths))
-    long = lengths > (lengths.max(initial=0) if apart is None else apart)
+    long = lengths > (lengths.max(initial=0) if length_boundary is None else length_boundary)
     batches = []
-    for members in (everyone[long], everyone[~long]):
+    for members in (np.flatnonzero(long), np.flatnonzero(~long)):
         if rng is not None:
-            members = rng.permutation(members)  # documents of one length would else be packed in the file's order
+            members = rng.permutation(members)  # documents of one length would otherwise be packed in the file's order
         if capacity is None:
             rows = [[document] for document in members.tolist()]
         else:
@@ -131,10 +123,10 @@ def _group(
 ) -> list[list[list[int]]]:
     tokens = np.array([lengths[row].sum() for row in rows], dtype=np.int64)
     order = np.arange(len(rows)) if rng is None else rng.permutation(len(rows))
-    window = len(rows) if rng is None else 256  # sorting all rows would make batches of one kind of text
-    for start in range(0, len(rows), max(window, 1)):
-        part = order[start : start + window]
-        order[start : start + window] = part[np.argsort(-tokens[part], kind="stable")]
+    buffer_size = len(rows) if rng is None else 256  # sorting all rows would make batches of one kind of text
+    for start in range(0, len(rows), max(buffer_size, 1)):
+        buffer = order[start : start + buffer_size]
+        order[start : start + buffer_size] = buffer[np.argsort(-tokens[buffer], kind="stable")]
     batches: list[list[list[int]]] = []
     longest = 0
     for row in order.tolist():
@@ -148,7 +140,7 @@ def _group(
 
 
 def sample_mixture(items: Ints, weights: list[float], seed: int) -> Ints:
-    """Choose documents so that sources have given shares. None is taken twice, and as many as possible are taken.
+    """Choose as many documents as possible, none of them twice, so that sources have given shares.
 
     Args:
         items: The source of each document, shape (documents,).
@@ -156,11 +148,11 @@ def sample_mixture(items: Ints, weights: list[float], seed: int) -> Ints:
         seed: Decides which documents of a source are left out.
 
     Returns:
-        The chosen documents, in their order, shape (chosen,).
+        The chosen documents, in ascending order, shape (chosen,).
     """
     counts = np.bincount(items, minlength=len(weights))
     shares = np.array(weights) / np.sum(weights)
     sizes = np.floor(shares * np.min(counts / shares) + 1e-9).astype(np.int64)
-    mixed = np.random.default_rng(seed).permutation(len(items))
-    chosen = [mixed[items[mixed] == item][:size] for item, size in enumerate(sizes)]
+    shuffled = np.random.default_rng(seed).permutation(len(items))
+    chosen = [shuffled[items[shuffled] == item][:size] for item, size in enumerate(sizes)]
     return np.sort(np.concatenate(chosen))

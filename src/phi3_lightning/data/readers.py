@@ -21,12 +21,12 @@ from phi3_lightning.data.decoding import BOM, convert, decode_json, decode_text,
 from phi3_lightning.errors import DataError
 
 Row = tuple[int, object]
-"""A row's number in its source, from 1 (its line, where there are lines), and its values, the bytes of its line, or its
-fault."""
+"""A row's number in its source, from 1 (its line, where there are lines), and its values, the bytes of its line, or the
+error that makes it a bad row."""
 
 SUFFIXES: Final = {".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow"}
 _SHEET: Final = "save the sheet as 'CSV UTF-8 (comma delimited)'"
-_NOT_DATA: Final = {  # how files begin that hold no rows, what they are, and what to do
+_NOT_DATA: Final = {  # the beginnings of files that hold no rows, what these are, and what to do
     rb"PK\x03\x04": ("an Excel workbook or another zip archive", f"{_SHEET}, or unpack the archive"),
     rb"\xd0\xcf\x11\xe0": ("an old Excel workbook", _SHEET),
     rb"\x28\xb5\x2f\xfd": ("packed with zstd", "unpack it: zstd -d FILE"),
@@ -40,22 +40,18 @@ _NOT_DATA: Final = {  # how files begin that hold no rows, what they are, and wh
 
 
 def kind_of_file(path: Path) -> str:
-    """See what a file holds: by its content, but by its name for CSV, which looks like any text.
+    """Return ``lines``, ``array``, ``csv``, ``parquet`` or ``arrow``.
 
-    Args:
-        path: The file.
-
-    Returns:
-        ``lines``, ``array``, ``csv``, ``parquet`` or ``arrow``.
+    All but CSV, which looks like any text, are recognised by their content.
 
     Raises:
-        DataError: It holds none of these, or text that is not UTF-8.
+        DataError: If the file holds none of these, or text that is not UTF-8.
     """
     with open_file(path) as file:
         start = file.read(4096)
-    for pattern, (kind, cure) in _NOT_DATA.items():
+    for pattern, (kind, remedy) in _NOT_DATA.items():
         if re.match(pattern, start):
-            raise DataError(f"{path}: the file is {kind}; {cure.replace('FILE', quote(str(path)))}")
+            raise DataError(f"{path}: the file is {kind}; {remedy.replace('FILE', quote(str(path)))}")
     is_csv = data_suffix(path) in {".csv", ".tsv"}
     if start.startswith(b"PAR1") and not is_csv:
         return "parquet"
@@ -67,49 +63,29 @@ def kind_of_file(path: Path) -> str:
             f"{path}: the file is {encoding}, not UTF-8: {convert(path, f'iconv -f {encoding} -t UTF-8', suffix)}"
         )
     if b"\0" in start:
-        raise DataError(f"{path}: the file is neither text nor Parquet nor Arrow by its name and content; convert it.")
+        raise DataError(f"{path}: the file is neither text nor Parquet nor Arrow by its name and content; convert it")
     if is_csv:
         return "csv"
     return "array" if start.removeprefix(BOM).lstrip().startswith(b"[") else "lines"
 
 
 def data_suffix(path: Path) -> str:
-    """The end of a file's name that tells its kind.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its suffix in small letters, without ``.gz``.
-    """
+    """Return the suffix of a file's name that says its kind: in small letters, without ``.gz``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file, unpacked where it is packed with gzip.
-
-    Args:
-        path: The file.
-
-    Returns:
-        Its bytes.
-    """
+    """Open a file, unpacked where it is packed with gzip."""
     with path.open("rb") as file:
         packed = file.read(2) == b"\x1f\x8b"
     return cast("BinaryIO", gzip.open(path)) if packed else path.open("rb")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
-    """Read a file from its beginning.
-
-    Args:
-        path: The file.
-
-    Yields:
-        Each row; lines as bytes, for ``decode_line``.
+    """Yield the rows of a file from its beginning; lines as bytes, for :func:`decode_line`.
 
     Raises:
-        DataError: The file as a whole cannot be decoded.
+        DataError: If the file as a whole cannot be decoded.
     """
     readers: dict[str, Callable[[BinaryIO], Iterable[Row]]] = {
         "lines": _lines,
@@ -126,21 +102,11 @@ def read_rows(path: Path) -> Iterator[Row]:
         raise
     except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError, EOFError, zlib.error) as error:
         names = {"lines": "JSON lines", "array": "a JSON array", "csv": "CSV", "parquet": "Parquet", "arrow": "Arrow"}
-        raise DataError(f"{path}: not {names[kind]} that can be read ({error}). Mend or remove the file.") from error
+        raise DataError(f"{path}: not {names[kind]} that can be read ({error}); fix or remove the file") from error
 
 
 def decode_line(line: bytes) -> object:
-    """Decode one line of JSON lines.
-
-    Args:
-        line: Its bytes.
-
-    Returns:
-        The row.
-
-    Raises:
-        BadRowError: It is not UTF-8, or not JSON.
-    """
+    """Decode one line of JSON lines, or raise ``BadRowError``."""
     try:
         text = line.decode()
     except UnicodeDecodeError as error:

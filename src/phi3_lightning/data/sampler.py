@@ -1,6 +1,6 @@
 """The order of batches: seed, epoch, rank and position decide it, nothing else."""
 
-from collections.abc import Callable, Iterator, Mapping, Sized
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Final
@@ -9,9 +9,9 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from phi3_lightning.data.collate import Document
+from phi3_lightning.data.encode import fork_safe_tokenizers
 from phi3_lightning.data.packing import Ints, Plan
-from phi3_lightning.data.prepare import TokenizedDataset
-from phi3_lightning.errors import CheckpointError
+from phi3_lightning.data.tokenized import TokenizedDataset
 
 FILLER: Final = -1
 """The index of a batch without documents, which evens out ranks."""
@@ -19,32 +19,24 @@ FILLER: Final = -1
 
 @dataclass(frozen=True)
 class ElasticResume:
-    """Where an epoch went on with another number of ranks, or other windows, than it had begun with.
-
-    Args:
-        epoch: Which epoch.
-        position: Batches of each rank before, as they are counted now.
-        seen: Batches that all ranks together had seen.
-    """
+    """Where an epoch went on with other ranks, or other accumulation windows, than it had begun with."""
 
     epoch: int
     position: int
+    """Batches of each rank before, as they are counted now."""
     seen: int
+    """Batches that all ranks together had seen."""
 
 
 @dataclass(frozen=True)
 class RankAssignment:
-    """Which rank takes which batch of an epoch's order.
-
-    Args:
-        count: Batches of an epoch.
-        ranks: How many ranks take them.
-        resumed: Where this epoch went on otherwise than it had begun; None: it did not.
-    """
+    """Which rank takes which batch of an epoch's order."""
 
     count: int
+    """Batches of an epoch."""
     ranks: int
     resumed: ElasticResume | None = None
+    """Where this epoch went on otherwise than it had begun; None: it did not."""
 
     @property
     def length(self) -> int:
@@ -52,30 +44,17 @@ class RankAssignment:
         return -(-self.count // self.ranks)
 
     def seen(self, position: int) -> int:
-        """Say how many batches all ranks together have seen.
-
-        Args:
-            position: Batches of each rank.
-
-        Returns:
-            A number of different batches.
-        """
+        """Return how many different batches all ranks together have seen when each has seen ``position``."""
         if self.resumed is None:
             return min(position * self.ranks, self.count)
         rest, steps = self.count - self.resumed.seen, self.length - self.resumed.position
         return self.resumed.seen + (position - self.resumed.position) * rest // max(steps, 1)
 
     def of(self, rank: int, order: Ints, position: int) -> list[int]:
-        """Say what a rank has still to see.
+        """Return the batches, and fillers, that a rank has still to see.
 
-        Args:
-            rank: Which rank.
-            order: The epoch's batches, shape (count,).
-            position: Batches of each rank that are over.
-
-        Returns:
-            Batches of ``order``, and fillers. After a change of ranks there may be too few batches for all steps: the
-            fillers are spread, so that no step is without a batch.
+        After a change of ranks there may be too few batches for all steps: the fillers are spread, so that no step is
+        without a batch. ``order`` are the epoch's batches, shape (count,); ``position`` of each rank's are over.
         """
         if self.resumed is None:
             own = order[rank :: self.ranks].tolist()
@@ -85,41 +64,38 @@ class RankAssignment:
         return [FILLER if index is None else int(order[index]) for index in own]
 
     def go_on(self, ranks: int, epoch: int, position: int, window: int) -> "RankAssignment":
-        """Let another number of ranks take what is left of an epoch.
+        """Share the rest of an epoch among another number of ranks.
 
         Args:
             ranks: How many there are now.
-            epoch: Which epoch.
-            position: Batches of each rank that are over, at the end of a window.
-            window: Batches of an accumulation window now; a window is never cut.
+            epoch: The epoch that goes on.
+            position: Batches of each rank that are over, at the end of an accumulation window.
+            window: Batches of an accumulation window now; no window is ever cut.
 
         Returns:
-            The new shares; the same where nothing changes.
+            The new assignment; this one where nothing changes.
         """
         if ranks == self.ranks and (position % window == 0 or position == self.length):
             return self
         seen = self.seen(position)
         if seen == self.count:
-            return RankAssignment(self.count, ranks)  # the next epoch is shared out as any other
+            return RankAssignment(self.count, ranks)  # the next epoch is assigned as any other
         return RankAssignment(self.count, ranks, ElasticResume(epoch, seen // ranks // window * window, seen))
 
     @property
     def begin(self) -> int:
-        """The position at which what is left of an epoch begins; its length where nothing is left."""
+        """The position at which the rest of an epoch begins; its length where nothing is left."""
         return self.length if self.resumed is None else self.resumed.position
 
 
 class BatchOrder(DistributedSampler[int]):
-    """Yields indices of whole batches. Every batch comes once an epoch, on one rank.
+    """Yields indices of whole batches. Every batch comes once an epoch, on one rank; ranks take them in turn.
 
     Args:
         batches: What the indices point into.
-        seed: With the epoch, decides the order.
-        shuffle: Whether each epoch has an order of its own.
-        num_replicas: Number of ranks; they take batches in turn.
-        rank: This rank.
-        position: Says, when an epoch begins to be read, how many batches of it this rank has already seen.
-        resumed: Says then where an epoch went on with another number of ranks.
+        shuffle: Whether each epoch has an order of its own, which the seed decides.
+        position: Returns, when an epoch begins to be read, how many of its batches this rank has already seen.
+        resumed: Returns then where an epoch went on with another number of ranks.
     """
 
     def __init__(
@@ -151,77 +127,44 @@ class BatchOrder(DistributedSampler[int]):
 
 
 class BatchLoader(DataLoader[Any]):
-    """A DataLoader that reads its place in the epoch when the first batch is asked for.
+    """A DataLoader that reads its place in the epoch when its first batch is taken.
 
     Lightning calls ``iter`` before it has worked out where a resumed epoch goes on, and workers begin to read at once.
-    Its state is the trainer's progress, so there is none to save; the two methods tell Lightning that it can resume.
+    The place is the trainer's progress, so that the loader has no state; its two methods tell Lightning that it can
+    resume.
     """
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        yield from super().__iter__()
+        with fork_safe_tokenizers():
+            batches = super().__iter__()  # which starts the workers
+        yield from batches
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing is kept here.
-
-        Returns:
-            An empty dict.
-        """
+        """Return an empty dict."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Nothing is kept here.
-
-        Args:
-            state_dict: What ``state_dict`` returned.
-        """
+        """Do nothing."""
 
 
+@dataclass(eq=False)
 class PlannedBatches(Dataset[Any]):
-    """The batches of a plan, by index. Its length is in rows: Lightning's ``BatchSizeFinder`` goes up to it.
+    """The batches of a plan, by index. Its length is in rows: Lightning's ``BatchSizeFinder`` goes up to it."""
 
-    Args:
-        prepared: The tokenised documents.
-        plan: Which of them make a batch.
-        collate: Makes a batch from the documents of its rows; no rows make a filler.
-    """
-
-    def __init__(self, prepared: TokenizedDataset, plan: Plan, collate: Callable[[list[list[Document]]], Any]) -> None:
-        self._prepared = prepared
-        self._plan = plan
-        self._collate = collate
+    prepared: TokenizedDataset
+    plan: Plan
+    collate: Callable[[list[list[Document]]], Any]
+    """Makes a batch from the documents of its rows; no rows make a filler."""
 
     def __len__(self) -> int:
-        return len(self._plan.rows) - 1
+        return len(self.plan.rows) - 1
 
     @property
     def indices(self) -> range:
         """The index of each batch."""
-        return range(len(self._plan))
+        return range(len(self.plan))
 
     def __getitem__(self, index: int) -> Any:
-        rows = [] if index == FILLER else self._plan[index]
-        documents = iter(self._prepared.documents([document for row in rows for document in row]))
-        return self._collate([[next(documents) for _ in row] for row in rows])
-
-
-def compare_orders(saved: Mapping[str, Any], now: Mapping[str, Any], *, within_epoch: bool) -> str:
-    """See whether a resumed run takes its batches in the order of the run before.
-
-    Args:
-        saved: Seed and plan of the run before.
-        now: Those of this run.
-        within_epoch: Whether the run before stopped within an epoch.
-
-    Returns:
-        What has changed, in words; empty where nothing has.
-
-    Raises:
-        CheckpointError: Something has changed within an epoch.
-    """
-    changed = "; ".join(f"{key} was {saved.get(key)}, now {now[key]}" for key in now if saved.get(key) != now[key])
-    if changed and within_epoch:
-        raise CheckpointError(
-            f"The checkpoint stopped within an epoch whose order cannot be continued: {changed}. "
-            "Give the same data, data options, seed and devices, or resume from the end of an epoch."
-        )
-    return changed
+        rows = [] if index == FILLER else self.plan[index]
+        documents = iter(self.prepared.documents([document for row in rows for document in row]))
+        return self.collate([[next(documents) for _ in row] for row in rows])

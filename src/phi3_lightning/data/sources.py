@@ -1,6 +1,5 @@
 """Where rows come from: files, folders and hub data sets."""
 
-import errno
 import hashlib
 import re
 import zlib
@@ -16,7 +15,7 @@ from phi3_lightning.data.decoding import BOM
 from phi3_lightning.data.files import Selection, select_by_pattern, select_in_folder
 from phi3_lightning.data.readers import SUFFIXES, Row, data_suffix, kind_of_file, open_file, read_rows
 from phi3_lightning.errors import DataError
-from phi3_lightning.files import local_path
+from phi3_lightning.files import local_path, remedy
 
 if TYPE_CHECKING:  # importing it takes half a second, for which `--help` need not wait
     import datasets
@@ -26,133 +25,79 @@ _HUB = re.compile(rf"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^:/*?\[]+({_S
 _FINER = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(/(?P<configuration>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:[^/]+)?")
 _HUB_SPLITS: Final[dict[Split, str]] = {"train": "train", "val": "validation", "test": "test", "predict": "train"}
 """The split of a hub set where none is named; a set without splits has all of its rows in ``train``."""
-NOT_WRITTEN: Final = {
-    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ELOOP),
-    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ENAMETOOLONG),
-}
-"""What the system says of a folder into which a file cannot be written."""
 
 
 @dataclass(frozen=True)
 class FileSource:
-    """A file of rows: JSON lines, one JSON array, CSV, Parquet or Arrow, packed with gzip or not.
-
-    Args:
-        path: The file.
-        item: Which of the things that the user gave it belongs to.
-    """
+    """A file of rows: JSON lines, one JSON array, CSV, Parquet or Arrow, packed with gzip or not."""
 
     path: Path
     item: int = 0
+    """Which of the data that the user gave it belongs to."""
 
     def check(self) -> None:
-        """Look whether the file can be read at all, in no time.
+        """Look, in no time, whether the file can be read at all.
 
         Raises:
-            DataError: It is missing, empty, or not readable.
+            DataError: If it is missing, empty, or not readable.
         """
         if not self.path.exists():
-            raise DataError(f"{self.path}: no such file. Give a path, or a data set on the hub as 'owner/name:split'.")
+            raise DataError(f"{self.path}: no such file; give a path, or a data set on the hub as 'owner/name:split'")
         try:
             with open_file(self.path) as file:
                 if not file.read(4).removeprefix(BOM).strip() and not file.read().strip():
-                    raise DataError(f"{self.path}: the file is empty. Write one chat per line into it.")
+                    raise DataError(f"{self.path}: the file is empty; write one chat per line into it")
             kind_of_file(self.path)
         except (OSError, EOFError, zlib.error) as error:
-            raise DataError(f"{self.path}: cannot be read ({error}). Check it and its permissions.") from error
+            raise DataError(f"{self.path}: cannot be read ({error}); check it and its permissions") from error
 
     def fingerprint(self) -> str:
-        """A name for the file's content, and for its place among what the user gave.
-
-        Returns:
-            Hexadecimal digits.
-        """
+        """Return a name for the file's content, and for its place among the user's data."""
         with self.path.open("rb") as file:
             return f"{self.item}:{data_suffix(self.path)}:{hashlib.file_digest(file, 'blake2b').hexdigest()}"
 
     def name(self) -> str:
-        """What the user calls it.
-
-        Returns:
-            Its path.
-        """
+        """Return the path, as the user calls the file."""
         return str(self.path)
 
     def place(self, row: int) -> str:
-        """Say where a row is.
-
-        Args:
-            row: Its number.
-
-        Returns:
-            ``path:line``, or the row's number in files without lines.
-        """
+        """Return ``path:line`` for a row, or the row's number in files without lines."""
         return f"{self.path}:{row}" if kind_of_file(self.path) == "lines" else f"{self.path} row {row}"
 
     def rows(self) -> Iterator[Row]:
-        """Read the file from its beginning.
-
-        Returns:
-            Its rows; lines as bytes, for ``decode_line``.
-        """
+        """Read the file from its beginning; lines are bytes, for ``decode_line``."""
         return read_rows(self.path)
 
 
 @dataclass(frozen=True)
 class HubSource:
-    """A split of a data set on the Hugging Face hub.
-
-    Args:
-        id: Its name on the hub, ``owner/name``.
-        split: The split.
-        item: Which of the things that the user gave it is.
-        streaming: Whether rows are fetched as they are read, instead of downloaded first.
-    """
+    """A split of a data set on the Hugging Face hub."""
 
     id: str
+    """Its name on the hub, ``owner/name``."""
     split: str
     item: int = 0
+    """Which of the data that the user gave it is."""
     streaming: bool = False
+    """Whether rows are fetched as they are read, instead of downloaded first."""
 
     def check(self) -> None:
-        """Nothing can be said without the network; the set is looked for when it is read."""
+        """Do nothing: without the network nothing is known, and the set is looked for when it is read."""
 
     def fingerprint(self) -> str:
-        """A name for the set's content, and for its place among what the user gave.
-
-        Returns:
-            The fingerprint that ``datasets`` gives it.
-        """
-        return f"{self.item}:{self.id}:{self.split}:{self._load()._fingerprint}"
+        """Return a name for the set's content, as ``datasets`` has it, and for its place among the user's data."""
+        return f"{self.item}:{self.name()}:{self._load()._fingerprint}"
 
     def name(self) -> str:
-        """What the user calls it.
-
-        Returns:
-            Its id and split.
-        """
+        """Return id and split, as the user calls the set."""
         return f"{self.id}:{self.split}"
 
     def place(self, row: int) -> str:
-        """Say where a row is.
-
-        Args:
-            row: Its number.
-
-        Returns:
-            Name, split and number.
-        """
-        return f"{self.id}:{self.split} row {row}"
+        """Return the set's name and a row's number."""
+        return f"{self.name()} row {row}"
 
     def rows(self) -> Iterator[Row]:
-        """Read the split from its beginning.
-
-        Returns:
-            Its rows.
-
-        Raises:
-            DataError: There is no such set or split, or the hub cannot be reached.
-        """
+        """Read the split from its beginning."""
         tables = self._load().with_format("arrow").iter(batch_size=1024)
         return enumerate(plain_rows(batch for table in tables for batch in table.to_batches()), start=1)
 
@@ -162,16 +107,16 @@ class HubSource:
         try:
             return datasets.load_dataset(self.id, split=self.split, streaming=self.streaming)
         except Exception as error:  # load_dataset lets through whatever its many back ends raise
-            why, remedy = " ".join(str(error).split()), f"Check the spelling, or name the split: '{self.id}:SPLIT'."
-            if isinstance(error, OSError) and error.errno in NOT_WRITTEN:
+            why, cure = " ".join(str(error).split()), f"Check the spelling, or name the split: '{self.id}:SPLIT'"
+            if remedy(error) is not None:
                 raise DataError(
-                    f"{self.id}: cannot be stored ({why}). Set HF_HOME to a folder that can be written and has room."
+                    f"{self.id}: cannot be stored ({why}); set HF_HOME to a folder that can be written and has room"
                 ) from error
             if "config" in why.lower():  # with the names that the hub offers
-                remedy = _save_first(self.id, "CONFIGURATION")
+                cure = _save_first(self.id, "CONFIGURATION")
             raise DataError(
                 f"{self.id}: neither a file nor a data set with a split {self.split!r} that can be loaded from the "
-                f"hub ({why}). {remedy}"
+                f"hub ({why}). {cure}"
             ) from error
 
 
@@ -179,71 +124,59 @@ Source = FileSource | HubSource
 
 
 class Sources(NamedTuple):
-    """What a user's data are read from.
-
-    Args:
-        taken: Files and hub data sets, in order.
-        left_out: Names of what else is in the folders and patterns.
-    """
+    """What a user's data are read from."""
 
     taken: list[Source]
+    """Files and hub data sets, in order."""
     left_out: list[str]
+    """Names of what else is in the folders and patterns."""
 
 
-def select_sources(given: str | list[str], split: Split = "train", *, streaming: bool = False) -> Sources:
-    """Understand what a user gave as data.
+def select_sources(files: str | list[str], split: Split = "train", *, streaming: bool = False) -> Sources:
+    """Find the sources of a user's data, in the order given, files of a folder or a pattern by name.
 
     Args:
-        given: A file, a folder, a glob pattern, a hub id (``owner/name``, ``owner/name:split`` or, with a part of a
+        files: A file, a folder, a glob pattern, a hub id (``owner/name``, ``owner/name:split`` or, with a part of a
             split, ``owner/name:train[:100]``), or several of them.
-        split: Which option it was given to: folders, patterns and hub ids may hold several splits.
+        split: The split of the option: folders, patterns and hub ids may hold several.
         streaming: Whether hub data sets are fetched as they are read.
-
-    Returns:
-        The sources, in the order given, files of a folder or a pattern by name; and what was left out.
 
     Raises:
-        DataError: A path leads nowhere, a file cannot be read, or it is not clear which files are meant.
+        DataError: If a path leads nowhere, a file cannot be read, or it is not clear which files are meant.
     """
-    items = [given] if isinstance(given, str) else given
-    found = [_select(item, split, index, streaming) for index, item in enumerate(items)]
-    taken = [source for sources in found for source in sources.taken]
+    items = [files] if isinstance(files, str) else files
+    selections = [_select(item, split, index, streaming) for index, item in enumerate(items)]
+    taken = [source for sources in selections for source in sources.taken]
     for source in taken:
         source.check()
-    return Sources(taken, [name for sources in found for name in sources.left_out])
+    return Sources(taken, [name for sources in selections for name in sources.left_out])
 
 
-def find_sources(given: str | list[str], split: Split = "train", *, streaming: bool = False) -> list[Source]:
-    """Return the sources that :func:`select_sources` takes.
-
-    Args:
-        given: What the user gave.
-        split: Which option it was given to.
-        streaming: Whether hub data sets are fetched as they are read.
-    """
-    return select_sources(given, split, streaming=streaming).taken
+def find_sources(files: str | list[str], split: Split = "train", *, streaming: bool = False) -> list[Source]:
+    """Return the sources that :func:`select_sources` takes."""
+    return select_sources(files, split, streaming=streaming).taken
 
 
-def _select(given: str, split: Split, item: int, streaming: bool) -> Sources:
-    path = local_path(f"data.{split}", given)
+def _select(text: str, split: Split, item: int, streaming: bool) -> Sources:
+    path = local_path(f"data.{split}", text)
     try:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # no permission, a byte that no name has
-        raise DataError(f"{given}: cannot be looked up ({error}). Check the path and its permissions.") from error
-    hub, finer = _HUB.fullmatch(given), _FINER.fullmatch(given)
+        raise DataError(f"{text}: cannot be looked up ({error}); check the path and its permissions") from error
+    hub, finer = _HUB.fullmatch(text), _FINER.fullmatch(text)
     if is_folder:
-        return _files(select_in_folder(given, split), item)
+        return _files(select_in_folder(text, split), item)
     if exists or (hub and data_suffix(path) in SUFFIXES):
         return Sources([FileSource(path, item)], [])
     if hub is not None:
         return Sources([HubSource(hub["name"], hub["split"] or _HUB_SPLITS[split], item, streaming)], [])
     if finer is not None and data_suffix(path) not in SUFFIXES:
         raise DataError(
-            f"{given}: no such file or folder. If it is a configuration or a revision of a data set on the hub: "
+            f"{text}: no such file or folder. If it is a configuration or a revision of a data set on the hub: "
             f"neither can be named here. {_save_first(finer['name'], finer['configuration'], finer['revision'])}"
         )
-    if has_magic(given):
-        return _files(select_by_pattern(given, split), item)
+    if has_magic(text):
+        return _files(select_by_pattern(text, split), item)
     return Sources([FileSource(path, item)], [])
 
 
@@ -252,7 +185,7 @@ def _files(selection: Selection, item: int) -> Sources:
 
 
 def _save_first(name: str, configuration: str | None, revision: str | None = None) -> str:
-    """Tell how a configuration or a revision becomes a file."""
+    """Return the advice how a configuration or a revision becomes a file."""
     arguments = [repr(name), *([repr(configuration)] if configuration else []), "split='train'"]
     arguments += [f"revision={revision!r}"] if revision else []
     code = f"from datasets import load_dataset; load_dataset({', '.join(arguments)}).to_parquet('train.parquet')"

@@ -1,91 +1,65 @@
-"""From options to the documents and batches of each split."""
+"""From options to the documents of each split."""
 
 import os
 from dataclasses import replace
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 from numpy.typing import NDArray
 
 from phi3_lightning.config.data import DataConfig, Split
 from phi3_lightning.data.context_length import ContextLength, read_context_length
 from phi3_lightning.data.encode import Encoder
-from phi3_lightning.data.packing import Ints, Plan, plan_batches, sample_mixture
-from phi3_lightning.data.prepare import TokenizedDataset, prepare
+from phi3_lightning.data.fields import name_unused
+from phi3_lightning.data.packing import Ints, sample_mixture
+from phi3_lightning.data.prepare import prepare
 from phi3_lightning.data.sources import select_sources
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
+from phi3_lightning.data.tokenized import TokenizedDataset
 from phi3_lightning.errors import ConfigError, DataError
 
 
 def model_context_length(options: DataConfig) -> ContextLength | None:
-    """Look up how long the model's inputs may be, and whether ``max_length`` fits.
-
-    Args:
-        options: What the user gave.
-
-    Returns:
-        The window, or None where nothing says it.
+    """Return how long the model's inputs may be; None where no file says it.
 
     Raises:
-        ConfigError: ``max_length`` is beyond the window.
+        ConfigError: If ``max_length`` is longer.
     """
     if options.tokenizer is None:
         return None
-    window = read_context_length(options.tokenizer, options.revision)
-    if window is not None and options.max_length > window.longest:
+    context_length = read_context_length(options.tokenizer, options.revision)
+    if context_length is not None and options.max_length > context_length.longest:
         raise ConfigError(
-            f"data.max_length: {options.max_length} is beyond the {window.longest} tokens that {options.tokenizer} can "
-            f"read; give {window.longest} or less."
+            f"data.max_length: {options.max_length} is beyond the {context_length.longest} tokens that "
+            f"{options.tokenizer} can read; give {context_length.longest} or less"
         )
-    return window
+    return context_length
 
 
 def load_template(options: DataConfig) -> ChatTemplate:
     """Load tokenizer and chat template.
 
-    Args:
-        options: What the user gave.
-
-    Returns:
-        The template, with its tokenizer.
-
     Raises:
-        ConfigError: No tokenizer was given, or it cannot be used.
+        ConfigError: If no tokenizer was given, or it cannot be used.
     """
     if options.tokenizer is None:
-        raise ConfigError("data.tokenizer: not given; name the folder or hub id of the model's tokenizer.")
+        raise ConfigError("data.tokenizer: not given; name the folder or hub id of the model's tokenizer")
     tokenizer = load_tokenizer(options.tokenizer, options.revision, options.chat_template)
     return ChatTemplate(tokenizer, options.special_text)
 
 
-def make_encoder(split: Split, options: DataConfig, template: ChatTemplate, window: ContextLength | None) -> Encoder:
-    """Say how rows of a split become tokens.
-
-    Args:
-        split: Which one. Prompts may be as long as the model's window.
-        options: What the user gave.
-        template: Renders conversations.
-        window: How long the model's inputs may be.
-
-    Returns:
-        The encoder.
-    """
+def make_encoder(
+    split: Split, options: DataConfig, template: ChatTemplate, context_length: ContextLength | None
+) -> Encoder:
+    """Make what turns rows of a split into tokens. Prompts may be as long as the model's context length."""
     prompts = split == "predict"
-    limit = window.longest if prompts and window is not None else options.max_length
+    limit = context_length.longest if prompts and context_length is not None else options.max_length
     group_by = options.group_by if split == "train" else None  # no other rows are shared out
     return Encoder(template, options.row_options(max_length=limit, group_by=group_by), prompts=prompts)
 
 
 def prepare_split(split: Split, options: DataConfig, encoder: Encoder) -> TokenizedDataset:
-    """Tokenise a split, or find it in the cache.
-
-    Args:
-        split: Which one.
-        options: What the user gave.
-        encoder: Turns its rows into tokens.
-
-    Returns:
-        Its documents.
-    """
+    """Tokenise a split, or find it in the cache."""
     sources = select_sources(options.files(split) or [], split)
     prepared = prepare(
         sources.taken,
@@ -97,20 +71,22 @@ def prepare_split(split: Split, options: DataConfig, encoder: Encoder) -> Tokeni
     return replace(prepared, left_out=sources.left_out)
 
 
+def report_rows(split: Split, prepared: TokenizedDataset) -> None:
+    """Log which files were read, what became of their rows, and the fields that nothing uses."""
+    for name, files in prepared.files().items():
+        rank_zero_info(f"{split}: {name}: {files}")
+    rank_zero_info(f"{split}: {prepared.statistics}")
+    if unused := name_unused(prepared.statistics.unused):
+        rank_zero_info(f"{split}: fields that are not used: {unused}")
+
+
 def share_out(split: Split, prepared: TokenizedDataset, options: DataConfig, seed: int) -> dict[Split, Ints]:
-    """Divide documents; those of the training data may be mixed, and shared with validation.
+    """Return the documents of each split that those of a prepared one serve.
 
-    Args:
-        split: Which split was prepared.
-        prepared: Its documents.
-        options: What the user gave.
-        seed: Decides mixture and division.
-
-    Returns:
-        The documents of each split that these serve.
+    Training documents may be mixed, and shared with validation; the seed decides how.
 
     Raises:
-        DataError: A source of the mixture has no documents, or all documents are of one group.
+        DataError: If a source of the mixture has no documents, or all documents are of one group.
     """
     documents = np.arange(len(prepared.table))
     if split != "train":
@@ -118,19 +94,19 @@ def share_out(split: Split, prepared: TokenizedDataset, options: DataConfig, see
     if options.mixture is not None:
         documents = sample_mixture(prepared.items(), options.mixture, seed)
         if not len(documents):
-            raise DataError("data.mixture: no row is left of one of data.train; mend it, or leave it out.")
+            raise DataError("data.mixture: no row is left of one of data.train; fix it, or leave it out")
     if options.val is not None or options.val_fraction == 0 or len(documents) < 2:
         return {split: documents}
     size = min(max(round(len(documents) * options.val_fraction), 1), len(documents) - 1)
     if options.group_by is not None:
         held_out = choose_groups(prepared.column("group")[documents], size, seed)
         return {"train": documents[~held_out], "val": documents[held_out]}
-    mixed = np.random.default_rng(seed).permutation(documents)
-    return {"train": np.sort(mixed[size:]), "val": np.sort(mixed[:size])}
+    shuffled = np.random.default_rng(seed).permutation(documents)
+    return {"train": np.sort(shuffled[size:]), "val": np.sort(shuffled[:size])}
 
 
 def choose_groups(groups: Ints, size: int, seed: int) -> NDArray[np.bool_]:
-    """Choose whole groups, in an order by chance, that together have at most a number of documents.
+    """Choose whole groups at random that together have at most ``size`` documents.
 
     Args:
         groups: The group of each document, shape (documents,).
@@ -141,11 +117,11 @@ def choose_groups(groups: Ints, size: int, seed: int) -> NDArray[np.bool_]:
         Whether each document is chosen, shape (documents,).
 
     Raises:
-        DataError: There is but one group.
+        DataError: If there is only one group.
     """
     names, counts = np.unique(groups, return_counts=True)
     if len(names) < 2:
-        raise DataError("data.group_by: all rows are of one group, so none can validate; give data.val, or no group.")
+        raise DataError("data.group_by: all rows are of one group, so none can validate; give data.val, or no group")
     order = np.random.default_rng(seed).permutation(len(names))
     chosen: list[int] = []
     for group in order.tolist():
@@ -156,52 +132,5 @@ def choose_groups(groups: Ints, size: int, seed: int) -> NDArray[np.bool_]:
 
 
 def data_seed(options: DataConfig) -> int:
-    """Return the seed of split, mixture and order.
-
-    Args:
-        options: What the user gave.
-    """
+    """Return the seed of split, mixture and order."""
     return int(os.environ.get("PL_GLOBAL_SEED", 0)) if options.seed is None else int(options.seed)
-
-
-def plan_split(split: Split, lengths: Ints, options: DataConfig, window: ContextLength | None, seed: int) -> Plan:
-    """Lay down the batches of a split.
-
-    Args:
-        split: Which one. Training batches are mixed by seed, others go from long to short; prompts are not packed.
-        lengths: Tokens of its documents, shape (documents,).
-        options: What the user gave.
-        window: How long the model's inputs may be.
-        seed: Decides which rows share a batch.
-
-    Returns:
-        The plan.
-    """
-    prompts, tokens = split == "predict", options.max_tokens_per_batch
-    return plan_batches(
-        lengths,
-        batch_size=options.predict_batch_size if prompts else options.batch_size,
-        max_tokens=tokens if isinstance(tokens, int) and not prompts else None,
-        capacity=options.max_length if options.packing and not prompts else None,
-        seed=seed if split == "train" else None,
-        apart=window.short if window is not None and not prompts else None,
-    )
-
-
-def plan_documents(
-    split: Split, prepared: TokenizedDataset, documents: Ints, options: DataConfig, window: ContextLength | None
-) -> Plan:
-    """Lay down the batches of some documents.
-
-    Args:
-        split: Which split they are of.
-        prepared: The tokenised set that they belong to.
-        documents: Which of it, in order, shape (documents,).
-        options: What the user gave.
-        window: How long the model's inputs may be.
-
-    Returns:
-        The plan, by their indices in the set.
-    """
-    plan = plan_split(split, prepared.lengths()[documents], options, window, data_seed(options))
-    return Plan(documents[plan.documents], plan.rows, plan.batches)

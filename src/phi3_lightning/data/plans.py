@@ -1,0 +1,90 @@
+"""The batches of each split: planned once from options and lengths, and anew when the size of batches changes."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import numpy as np
+
+from phi3_lightning.batch import Batch
+from phi3_lightning.config.data import DataConfig, Split
+from phi3_lightning.data.context_length import ContextLength
+from phi3_lightning.data.packing import Ints, Plan, plan_batches
+from phi3_lightning.data.sampler import PlannedBatches
+from phi3_lightning.data.splits import data_seed, share_out
+from phi3_lightning.data.tokenized import TokenizedDataset
+
+
+class SplitPlans:
+    """The documents of each split, and which of them make a batch.
+
+    Args:
+        options: The options; what ``max_tokens_per_batch: auto`` comes to stands in its place here.
+    """
+
+    def __init__(self, options: DataConfig) -> None:
+        self.options = options
+        self._auto = options.max_tokens_per_batch == "auto"
+        self.context_length: ContextLength | None = None
+        self.prepared: dict[Split, TokenizedDataset] = {}
+        self.plans: dict[Split, Plan] = {}
+
+    def add(self, split: Split, prepared: TokenizedDataset) -> None:
+        """Share the documents of a split out, and plan their batches."""
+        for share, documents in share_out(split, prepared, self.options, data_seed(self.options)).items():
+            self.prepared[share] = prepared
+            self._plan(share, documents)
+
+    def replan(self, **changes: Any) -> None:
+        """Change options, and plan the batches of all splits anew."""
+        self.options = replace(self.options, **changes)
+        for split, plan in self.plans.items():
+            self._plan(split, np.sort(plan.documents))
+
+    def _plan(self, split: Split, documents: Ints) -> None:
+        lengths = self.prepared[split].lengths()[documents]
+        plan = plan_split(split, lengths, self.options, self.context_length, data_seed(self.options))
+        self.plans[split] = replace(plan, documents=documents[plan.documents])
+
+    def order(self) -> dict[str, Any]:
+        """Return what decides the order of training batches."""
+        tokens = self.options.max_tokens_per_batch
+        decided = {"max_tokens_per_batch": tokens} if self._auto and tokens != "auto" else {}
+        return {"seed": data_seed(self.options), **decided, "plan": self.plans["train"].fingerprint()}
+
+    def batches(self, split: Split, collate: Callable[[Any], Any]) -> PlannedBatches:
+        """Return the batches of a split, which ``collate`` makes from the documents of their rows."""
+        return PlannedBatches(self.prepared[split], self.plans[split], collate)
+
+    def largest_train_batch(self, collate: Callable[[Any], Any], *, single_row: bool = False) -> Batch:
+        """Return the training batch, or row in a batch of its own, with the most tokens."""
+        plan = self.plans["train"]
+        if single_row:
+            plan = replace(plan, batches=np.arange(len(plan.rows)))
+        largest = int(plan.tokens(self.prepared["train"].lengths()).argmax())
+        return cast("Batch", PlannedBatches(self.prepared["train"], plan, collate)[largest])
+
+    def describe_train(self) -> str:
+        """Return the numbers of documents, rows and batches of the training data, and how full packed rows are."""
+        plan = self.plans["train"]
+        rows, tokens = len(plan.rows) - 1, self.prepared["train"].lengths()[plan.documents].sum()
+        full = f", {tokens / (rows * self.options.max_length):.1%} full" if self.options.packing else ""
+        return f"train: {len(plan.documents)} documents in {rows} rows{full}, {len(plan)} batches"
+
+
+def plan_split(
+    split: Split, lengths: Ints, options: DataConfig, context_length: ContextLength | None, seed: int
+) -> Plan:
+    """Plan the batches of documents with these lengths, of shape (documents,).
+
+    Training batches are shuffled by the seed, others go from long to short; prompts are not packed.
+    """
+    prompts, tokens = split == "predict", options.max_tokens_per_batch
+    return plan_batches(
+        lengths,
+        batch_size=options.predict_batch_size if prompts else options.batch_size,
+        max_tokens=tokens if isinstance(tokens, int) and not prompts else None,
+        capacity=options.max_length if options.packing and not prompts else None,
+        seed=seed if split == "train" else None,
+        length_boundary=context_length.short if context_length is not None and not prompts else None,
+    )

@@ -1,0 +1,93 @@
+"""A tokenised data set, mapped from the disk, and the statistics of its rows."""
+
+import json
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from phi3_lightning.contracts import Origin
+from phi3_lightning.data.collate import Document
+from phi3_lightning.data.files import listing
+from phi3_lightning.data.packing import Ints
+from phi3_lightning.data.sources import Source
+
+if TYPE_CHECKING:  # importing it takes half a second, for which `--help` need not wait
+    import datasets
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What became of the rows of one split."""
+
+    read: int
+    """Rows of the sources."""
+    kept: int
+    """Documents that can be used; a row that is split gives several."""
+    cut: int
+    """Rows of which something was cut off, because they are too long."""
+    dropped: dict[str, int]
+    """Rows left out, by reason."""
+    tokens: int
+    """Tokens of the kept documents."""
+    supervised_tokens: int
+    """Those of them that are trained."""
+    unused: dict[str, int]
+    """Rows with each field that nothing reads, by the field's name."""
+    by_source: list[int]
+    """Rows of each source."""
+
+    def __str__(self) -> str:
+        dropped = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped.items())
+        trained = f", {self.supervised_tokens / self.tokens:.1%} of them trained" if self.supervised_tokens else ""
+        cut = f", {self.cut} cut" if self.cut else ""
+        return f"{self.read} rows read, {self.kept} kept{cut}{dropped}; {self.tokens} tokens{trained}"
+
+
+@dataclass(frozen=True)
+class TokenizedDataset:
+    """The documents of one split."""
+
+    table: "datasets.Dataset"
+    """One row a document: ``input_ids``, ``spans``, ``length``, ``source``, ``row``, ``id``, ``group`` and ``hash``."""
+    statistics: Statistics
+    sources: list[Source]
+    left_out: list[str] = field(default_factory=list)
+    """Names of what else is in the folders that were given."""
+
+    def column(self, name: str) -> Ints:
+        """Return ``length``, ``source``, ``row``, ``group`` or ``hash``, of shape (documents,)."""
+        return np.asarray(self.table.data.column(name), dtype=np.int64)
+
+    def lengths(self) -> Ints:
+        """Return the number of tokens of each document, of shape (documents,)."""
+        return self.column("length")
+
+    def documents(self, indices: list[int]) -> list[Document]:
+        """Read documents, in the order of their indices."""
+        rows = self.table[indices]
+        arrays = zip(indices, rows["input_ids"], rows["spans"], strict=True)
+        return [Document(index, np.asarray(ids, np.int32), np.asarray(spans, np.int32)) for index, ids, spans in arrays]
+
+    def items(self) -> Ints:
+        """Return which of the user's data each document belongs to, of shape (documents,)."""
+        items: Ints = np.array([source.item for source in self.sources], dtype=np.int64)
+        return items[self.column("source")]
+
+    def origins(self, indices: list[int]) -> list[Origin]:
+        """Return place and own id of the row of each document."""
+        rows = self.table.with_format("arrow", columns=["source", "row", "id"])[indices].to_pylist()
+        return [
+            Origin(self.sources[row["source"]].place(row["row"]), None if row["id"] is None else json.loads(row["id"]))
+            for row in rows
+        ]
+
+    def describe(self, indices: list[int]) -> list[str]:
+        """Return the place of each document, such as ``chats.jsonl:12``."""
+        return [origin.place for origin in self.origins(indices)]
+
+    def files(self) -> dict[str, str]:
+        """Return what was read, with its rows, and what was left out, as text."""
+        counted = zip(self.sources, self.statistics.by_source, strict=True)
+        files = {"read": listing([f"{source.name()} ({rows:,} rows)" for source, rows in counted], 10)}
+        return files | ({"left out": listing(self.left_out, 10)} if self.left_out else {})
