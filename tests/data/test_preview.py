@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.preview import look, render_terminal
+from phi3_lightning.data.preview import build_preview, render_terminal
 from phi3_lightning.data.preview_html import render_html
 
 from .conftest import chat
@@ -36,11 +36,11 @@ def datamodule(write: Callable[..., str], tokenizer_folder: str, tmp_path: Path)
 
 def test_the_terminal_shows_places_facts_and_special_tokens(datamodule: ChatDataModule) -> None:
     console = Console(record=True, width=100, file=io.StringIO())
-    console.print(render_terminal(look(datamodule, rows=2), show_ids=True))
+    console.print(render_terminal(build_preview(datamodule, rows=2), show_ids=True))
     text = console.export_text(styles=True)
     assert "chats.jsonl:1" in text
     assert "chats.jsonl:3" in text
-    assert "dropped: no list" in text
+    assert "dropped: not a list" in text
     assert "<|assistant|>" in text
     assert str(datamodule.tokenizer.convert_tokens_to_ids("<|end|>")) in text
     assert "\x1b[" in text
@@ -48,7 +48,7 @@ def test_the_terminal_shows_places_facts_and_special_tokens(datamodule: ChatData
 
 @pytest.mark.parametrize("show_ids", [False, True])
 def test_the_page_is_whole_and_safe(datamodule: ChatDataModule, show_ids: bool) -> None:
-    page = render_html(look(datamodule, rows=5), show_ids=show_ids)
+    page = render_html(build_preview(datamodule, rows=5), show_ids=show_ids)
     assert page.startswith("<!doctype html>")
     assert "<script" not in page
     assert not re.search(r"(src|href)=", page)
@@ -70,7 +70,7 @@ def test_text_is_shown_as_it_was_written(
     )
     made.prepare_data()
     made.setup()
-    preview = look(made)
+    preview = build_preview(made)
     page = render_html(preview, show_ids=show_ids)
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(render_terminal(preview, show_ids=show_ids))
@@ -83,7 +83,7 @@ def test_text_is_shown_as_it_was_written(
 
 def test_trained_text_stands_in_brackets_where_there_are_no_colours(datamodule: ChatDataModule) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
-    console.print(render_terminal(look(datamodule, rows=1), brackets=True))
+    console.print(render_terminal(build_preview(datamodule, rows=1), brackets=True))
     assert "<|assistant|>«the answer<|end|>»<|endoftext|>" in console.export_text()
 
 
@@ -104,18 +104,18 @@ def test_what_was_read_and_what_is_there_twice_is_said(
     )
     made.prepare_data()
     made.setup()
-    facts = look(made).facts
+    facts = build_preview(made).facts
     assert facts["read"] == f"{train} (5 rows)"
     assert facts["left out"] == "test.jsonl, val.jsonl, notes.txt"
     assert facts["exact duplicates"] == f"1: {train}:3 is {train}:1"
     assert facts["documents of val that are trained too"] == f"1: {val}:1 is {train}:2"
     assert facts["documents of test that are trained too"] == f"2: {test}:1 is {train}:5, {test}:2 is {train}:5"
-    assert "exact duplicates" not in look(made, "val").facts
-    assert look(made, "val").facts["documents of val that are trained too"] == f"1: {val}:1 is {train}:2"
+    assert "exact duplicates" not in build_preview(made, "val").facts
+    assert build_preview(made, "val").facts["documents of val that are trained too"] == f"1: {val}:1 is {train}:2"
 
 
 def test_facts_add_up(datamodule: ChatDataModule) -> None:
-    preview = look(datamodule)
+    preview = build_preview(datamodule)
     assert preview.facts["rows read"] == "32"
     assert preview.facts["documents in train"] == "31"
     assert preview.facts["trained turns"] == "31"
@@ -134,9 +134,9 @@ def test_fields_that_nothing_reads_are_a_fact(
         datamodule = ChatDataModule(train=path, on_bad_row="skip", cache_dir=str(tmp_path), **options)
         datamodule.prepare_data()
         datamodule.setup()
-        assert look(datamodule).facts["fields not used"] == "lang (2 rows), note (1)"
+        assert build_preview(datamodule).facts["fields not used"] == "lang (2 rows), note (1)"
         assert lines.count("train: fields that are not used: lang (2 rows), note (1)") == 1
 
 
 def test_rows_of_known_fields_alone_have_no_such_fact(datamodule: ChatDataModule) -> None:
-    assert "fields not used" not in look(datamodule).facts
+    assert "fields not used" not in build_preview(datamodule).facts

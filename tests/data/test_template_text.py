@@ -90,7 +90,7 @@ def test_a_file_that_is_no_template_is_named(tmp_path: Path, data: bytes, named:
 def test_a_folder_and_a_missing_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.chat_template.*folder.*chat_template\.jinja"):
         read_template(str(tmp_path))
-    with pytest.raises(ConfigError, match=r"data\.chat_template: the text of a template"):
+    with pytest.raises(ConfigError, match=r"data\.chat_template: this is the text of a template"):
         read_template(CLEAN)
     for missing in (str(tmp_path / "none.jinja"), "chatml", "a\0b"):
         with pytest.raises(ConfigError, match=r"data\.chat_template: cannot read"):

@@ -65,7 +65,7 @@ def test_a_mask_says_what_is_trained(name: str) -> None:
         ({"attention_mask": [1, 1, 1]}, "not a mask"),
         ({"attention_mask": [1, 1, 1, 2]}, "not a mask"),
         ({"attention_mask": [[1, 1, 1, 1]]}, "not a mask"),
-        ({"attention_mask": 1}, "no list"),
+        ({"attention_mask": 1}, "not a list"),
         ({"completion_mask": [1, 1]}, "not a mask"),
         ({"assistant_masks": [0, 1, 0, 0.5]}, "not a mask"),
         ({"position_ids": [0, 1, 0, 1]}, "several documents in one row"),

@@ -121,7 +121,7 @@ def test_ready_made_tokens_are_taken_as_they_are(tokenise: Callable[..., Tokeniz
     [document] = documents(tokenise([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}]))
     assert document.input_ids.tolist() == [5, 6, 7]
     assert document.spans.tolist() == [1, 3]
-    with pytest.raises(DataError, match="id 99999 is none"):
+    with pytest.raises(DataError, match="id 99999 is not one"):
         tokenise([{"input_ids": [5, 99999], "labels": [-100, 99999]}])
 
 

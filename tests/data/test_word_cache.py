@@ -3,17 +3,20 @@
 import json
 import pickle
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
+from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.encode import Encoder, Job, encode_all
 from phi3_lightning.data.sentinels import Rendered
-from phi3_lightning.data.template import load_tokenizer
+from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.data.word_cache import WordCache, words_are_independent
 
-from .conftest import build_tokenizer
+from .conftest import build_tokenizer, chat
 
 TOKENIZER = build_tokenizer()
 WORDS = WordCache(TOKENIZER)
@@ -35,7 +38,7 @@ def test_tokens_of_words_are_the_text_s(text):
 
 def test_real_texts(shared, real_vectors, real_chats):
     tokenizer = load_tokenizer(str(shared / "phi3-mini-4k-instruct"))
-    assert words_are_independent(tokenizer)
+    assert words_are_independent(tokenizer.backend_tokenizer.to_str())
     words = WordCache(tokenizer)
     texts = [case["text"] for case in real_vectors]
     texts += [line for file in sorted(real_chats.glob("*.jsonl")) for line in file.read_text().splitlines()[:200]]
@@ -100,14 +103,72 @@ NOT_INDEPENDENT = {
 
 
 def test_the_tokenizer_as_it_is_is_independent():
-    assert words_are_independent(changed())
+    assert words_are_independent(changed().backend_tokenizer.to_str())
 
 
 @pytest.mark.parametrize("name", NOT_INDEPENDENT)
 def test_other_tokenizers_are_not_taken(name):
-    assert not words_are_independent(changed(**NOT_INDEPENDENT[name]))
+    assert not words_are_independent(changed(**NOT_INDEPENDENT[name]).backend_tokenizer.to_str())
 
 
 def test_a_token_that_reaches_into_the_next_word_would_give_other_tokens():
     tokenizer = changed(**crossing())
     assert WordCache(tokenizer).encode(Rendered("x x", [])).ids != whole(tokenizer, "x x")
+
+
+HARMLESS, CROSSING = chat("the answer is", "a question"), chat("x x", "x x")
+
+
+@pytest.fixture
+def dependent(monkeypatch) -> ChatTemplate:
+    """A template of a tokenizer whose words depend on each other, and whose definition does not tell."""
+    monkeypatch.setattr("phi3_lightning.data.template.words_are_independent", lambda definition: True)
+    tokenizer = changed(**crossing())
+    tokenizer.chat_template, tokenizer.eos_token = TOKENIZER.chat_template, TOKENIZER.eos_token
+    return ChatTemplate(tokenizer)
+
+
+def encoded(template: ChatTemplate, rows: list[dict], num_proc: int = 1) -> list[list[int]]:
+    """The tokens of chats after a preparation."""
+    numbered = list(enumerate(rows))
+    jobs = (Job(0, numbered[start : start + 128]) for start in range(0, len(rows), 128))
+    chunks = encode_all(jobs, Encoder(template, RowOptions()), num_proc)
+    return [ids.tolist() for chunk in chunks for ids in np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])]
+
+
+def expected(template: ChatTemplate, rows: list[dict]) -> list[list[int]]:
+    apply = template.tokenizer.apply_chat_template
+    return [apply(row["messages"], tokenize=True, return_dict=False) for row in rows]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_words_that_depend_on_each_other_are_noticed_and_the_cache_goes(dependent, caplog, num_proc):
+    rows = [*[HARMLESS] * 150, *[CROSSING] * 350]
+    assert encoded(dependent, rows, num_proc) == expected(dependent, rows)
+    [line] = caplog.messages
+    assert line.startswith("data.tokenizer: encoded word by word")
+    assert "\n" not in line
+
+
+def test_each_preparation_compares_its_first_chats(dependent, caplog):
+    assert encoded(dependent, [HARMLESS] * 300) == expected(dependent, [HARMLESS] * 300)
+    assert caplog.messages == []
+    assert encoded(dependent, [CROSSING] * 2) == expected(dependent, [CROSSING] * 2)
+    assert len(caplog.messages) == 1
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_independent_words_stay_in_the_cache_and_nothing_is_logged(caplog, monkeypatch, num_proc):
+    template = ChatTemplate(TOKENIZER)
+    rows = [
+        HARMLESS,
+        CROSSING,
+        chat("<|end|> 😀", "  <s>\n"),
+        chat("\u3000", ""),
+        {"messages": 5},
+        {"text": "x x"},
+    ] * 80
+    tokens = encoded(template, rows, num_proc)
+    assert caplog.messages == []
+    monkeypatch.setattr(WordCache, "encode", lambda cache, rendered: None)
+    assert tokens == encoded(ChatTemplate(TOKENIZER), rows)

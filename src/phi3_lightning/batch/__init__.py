@@ -1,4 +1,4 @@
-"""What data and model share: batches of token ids."""
+"""Batches of token ids, which data and model share."""
 
 from phi3_lightning.batch.types import IGNORE_INDEX, Batch, PromptBatch
 

@@ -1,4 +1,4 @@
-"""Cutting a batch into its documents."""
+"""Splitting a batch into its documents."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from phi3_lightning.batch.types import Batch
 
 
 class DocumentSpan(NamedTuple):
-    """Where a document lies in a batch."""
+    """The place of a document in a batch."""
 
     row: int
     tokens: slice
@@ -15,11 +15,7 @@ class DocumentSpan(NamedTuple):
 
 
 def document_spans(batch: Batch) -> Iterator[DocumentSpan]:
-    """Yield the place of each document of a batch, row by row.
-
-    Args:
-        batch: Rows of one or more documents.
-    """
+    """Yield the place of each document of a batch, row by row."""
     for row, (lengths, document_ids) in enumerate(zip(batch["document_lengths"], batch["document_ids"], strict=True)):
         start = 0
         for length, document_id in zip(lengths, document_ids, strict=True):
@@ -28,11 +24,7 @@ def document_spans(batch: Batch) -> Iterator[DocumentSpan]:
 
 
 def single_documents(batch: Batch) -> Iterator[Batch]:
-    """Yield each document of a batch as a batch of its own.
-
-    Args:
-        batch: Rows of one or more documents.
-    """
+    """Yield each document of a batch as a batch of its own."""
     for row, tokens, document_id in document_spans(batch):
         yield Batch(
             input_ids=batch["input_ids"][row : row + 1, tokens],

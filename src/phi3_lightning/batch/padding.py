@@ -1,4 +1,4 @@
-"""Prompts one above the other, ending together."""
+"""Left padding of prompts."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,12 @@ from phi3_lightning.batch.types import PromptBatch
 def left_pad(
     prompts: Sequence[Sequence[int]], pad_token_id: int = 0, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Pad token ids on the left.
+    """Return ``input_ids`` and ``attention_mask`` as in :class:`~phi3_lightning.batch.PromptBatch`.
 
     Args:
-        prompts: Token ids, at least one prompt.
-        pad_token_id: What stands before shorter ones; the mask says where, never this id.
-        device: Where the tensors are to be; None: in the host's memory.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` as in :class:`~phi3_lightning.batch.PromptBatch`.
+        prompts: Token ids of at least one prompt.
+        pad_token_id: Fills shorter prompts up; only the mask says where.
+        device: The device of the tensors; None: the CPU.
     """
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
@@ -37,14 +34,12 @@ def prompt_batch(
     pad_token_id: int = 0,
     device: torch.device | None = None,
 ) -> PromptBatch:
-    """Make a batch of prompts, as long as its longest one.
+    """Collate prompts into a batch.
 
     Args:
-        prompts: Token ids; none at all gives a filler batch of one prompt without an id.
-        document_ids: A number for each prompt.
-        stop_ids: The tokens that end an answer.
-        pad_token_id: What stands before shorter prompts.
-        device: Where the batch is to be; None: in the host's memory.
+        prompts: Token ids; no prompt at all gives a filler batch of one prompt without an id.
+        pad_token_id: Fills shorter prompts up.
+        device: The device of the batch; None: the CPU.
     """
     # the filler is not masked: a row without any token has no attention to compute
     input_ids, attention_mask = left_pad(prompts or [[pad_token_id] * 2], pad_token_id, device)
@@ -52,9 +47,5 @@ def prompt_batch(
 
 
 def unpadded(batch: PromptBatch) -> list[list[int]]:
-    """Return the tokens of each prompt.
-
-    Args:
-        batch: Prompts.
-    """
+    """Return the token ids of each prompt, without padding."""
     return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]

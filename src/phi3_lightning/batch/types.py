@@ -9,37 +9,30 @@ IGNORE_INDEX: Final = -100
 
 
 class Batch(TypedDict):
-    """Rows for training and evaluation. A row holds one document, or several that do not see each other.
-
-    Attributes:
-        input_ids: Token ids, right padded, shape (rows, length), int64.
-        labels: ``input_ids`` where the token is supervised and ``IGNORE_INDEX`` elsewhere, unshifted,
-            shape (rows, length), int64. The first token of a document is never supervised.
-        position_ids: Positions that restart at 0 at each document, and 0 on padding,
-            shape (rows, length), int64.
-        document_lengths: Tokens of each document, row by row; what lies beyond their sum is padding.
-            A filler row, which evens out ranks, has no document and no label.
-        document_ids: Where each document came from, row by row: its index in the tokenised data set.
-    """
+    """Rows for training and evaluation. A row holds one document, or several that do not see each other."""
 
     input_ids: Tensor
+    """Token ids, right padded, shape (rows, length), int64."""
     labels: Tensor
+    """``input_ids`` where the token is supervised and ``IGNORE_INDEX`` elsewhere, unshifted, shape (rows, length),
+    int64. The first token of a document is never supervised."""
     position_ids: Tensor
+    """Positions that restart at 0 at each document, and 0 on padding, shape (rows, length), int64."""
     document_lengths: list[list[int]]
+    """Tokens of each document, row by row; what lies beyond their sum is padding. A filler row, which evens out ranks,
+    has no document and no label."""
     document_ids: list[list[int]]
+    """The index of each document in the tokenised data set, row by row."""
 
 
 class PromptBatch(TypedDict):
-    """Prompts for generation.
-
-    Attributes:
-        input_ids: Token ids, left padded, shape (prompts, length), int64.
-        attention_mask: 1 on prompt tokens and 0 on padding, shape (prompts, length), int64.
-        document_ids: The index of each prompt in its file.
-        stop_ids: The tokens that end an answer.
-    """
+    """Prompts for generation."""
 
     input_ids: Tensor
+    """Token ids, left padded, shape (prompts, length), int64."""
     attention_mask: Tensor
+    """1 on prompt tokens and 0 on padding, shape (prompts, length), int64."""
     document_ids: list[int]
+    """The index of each prompt in its file."""
     stop_ids: list[int]
+    """The tokens that end an answer."""

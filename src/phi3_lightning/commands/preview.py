@@ -7,7 +7,7 @@ from rich.console import Console
 from phi3_lightning.commands.parser import Parser, command_parser, prepare
 from phi3_lightning.config.data import Split
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.preview import look, render_terminal
+from phi3_lightning.data.preview import build_preview, render_terminal
 from phi3_lightning.data.preview_html import render_html
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.files import local_path, writing
@@ -41,7 +41,7 @@ def main(args: list[str]) -> None:
     if config.split not in data.plans:
         raise ConfigError(f"--split: there is no {config.split} data; give data.{config.split}")
     data.setup()  # of the other splits too, which may share rows with this one
-    preview = look(data, config.split, config.rows)
+    preview = build_preview(data, config.split, config.rows)
     console = Console()
     console.print(render_terminal(preview, show_ids=config.ids, brackets=not console.is_terminal))
     if page is not None:

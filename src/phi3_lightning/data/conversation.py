@@ -1,4 +1,4 @@
-"""What the rows of every format become, and how a row says that it cannot."""
+"""What the rows of every format become, and the error of a row that cannot be used."""
 
 from dataclasses import dataclass
 from typing import Literal, TypedDict
@@ -17,47 +17,35 @@ class Message(TypedDict):
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """What is said, in order, and which messages are trained.
-
-    Args:
-        messages: The messages of one chat.
-        trained: For each message, whether its content is supervised.
-    """
+    """The messages of one chat, in order."""
 
     messages: list[Message]
     trained: list[bool]
+    """For each message, whether its content is supervised."""
 
 
 @dataclass(frozen=True, slots=True)
 class PlainText:
-    """A text without turns, all of which is trained.
-
-    Args:
-        text: The text.
-    """
+    """A text without turns, all of which is trained."""
 
     text: str
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizedDocument:
-    """A tokenised document.
-
-    Args:
-        input_ids: Its tokens.
-        spans: Supervised tokens as half-open ranges, in order: each trained content with its end-of-turn token.
-    """
+    """The tokens of a conversation or a text."""
 
     input_ids: list[int]
     spans: list[tuple[int, int]]
+    """Supervised tokens as half-open ranges, in order: each trained content with its end-of-turn token."""
 
 
 class BadRowError(DataError):
-    """A row cannot be used. Whoever reads the file adds file and line.
+    """A row that cannot be used. The reader of the file adds file and line.
 
     Args:
         reason: The kind of fault in a few words; rows are counted by it.
-        detail: What was found in this row, and what to do.
+        detail: What this row holds, and what to do.
     """
 
     def __init__(self, reason: str, detail: str) -> None:
@@ -70,13 +58,6 @@ class BadRowError(DataError):
 
 
 def kind_of(value: object) -> str:
-    """Name a JSON value for a message to the user.
-
-    Args:
-        value: A decoded value.
-
-    Returns:
-        ``a string``, ``null`` and so on.
-    """
+    """Name the kind of a JSON value for an error: ``a string``, ``null`` and so on."""
     names = {type(None): "null", bool: "a boolean", int: "a number", float: "a number", str: "a string"}
     return names.get(type(value), "a list" if isinstance(value, list) else "an object")

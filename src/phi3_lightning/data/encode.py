@@ -22,66 +22,59 @@ from phi3_lightning.data.keys import group_hash, row_id, token_hashes
 from phi3_lightning.data.readers import Row, decode_line
 from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.data.truncation import split, truncate_end, truncate_turns
+from phi3_lightning.data.word_cache import VERIFIED_CHATS
 
 
 class Job(NamedTuple):
-    """Rows to tokenise.
-
-    Args:
-        source: The index of their source.
-        rows: Number and content of each.
-    """
+    """Rows to tokenise."""
 
     source: int
+    """The index of their source."""
     rows: list[Row]
+    """The number and content of each."""
 
 
 class Chunk(NamedTuple):
-    """Tokenised rows, as flat arrays.
-
-    Args:
-        source: The index of their source.
-        read: Rows that came in.
-        rows: The number of each kept row, shape (kept,), int64.
-        input_ids: Tokens, document by document, shape (tokens,), int32.
-        lengths: Tokens of each document, shape (kept,), int32.
-        spans: Supervised ranges, document by document, shape (2 * ranges,), int32.
-        span_lengths: Entries of ``spans`` of each document, shape (kept,), int32.
-        dropped: Rows left out, by reason.
-        bad: Number and fault of each row that cannot be used.
-        cut: Rows of which something was cut off.
-        unused: Rows with each field that nothing reads, by the field's name.
-        ids: The own id of each kept row as JSON, where it has one.
-        groups: A number for the group of each kept row, shape (kept,), int64.
-        hashes: A number for the tokens of each document, shape (kept,), int64.
-    """
+    """Tokenised rows, as flat arrays."""
 
     source: int
+    """The index of their source."""
     read: int
+    """The number of rows of the job."""
     rows: NDArray[np.int64]
+    """The number of the row of each document, shape (documents,)."""
     input_ids: NDArray[np.int32]
+    """Tokens, document by document, shape (tokens,)."""
     lengths: NDArray[np.int32]
+    """Tokens of each document, shape (documents,)."""
     spans: NDArray[np.int32]
+    """Supervised ranges, document by document, shape (2 * ranges,)."""
     span_lengths: NDArray[np.int32]
+    """Entries of ``spans`` of each document, shape (documents,)."""
     dropped: dict[str, int]
+    """Rows left out, by reason."""
     bad: list[tuple[int, str]]
+    """Number and error of each row that cannot be used."""
     cut: int
+    """Rows that were truncated."""
     unused: dict[str, int]
+    """Rows with each field that nothing reads, by the field's name."""
     ids: list[str | None]
+    """The own id of each document's row as JSON, if it has one."""
     groups: NDArray[np.int64]
+    """A number for the group of each document's row, shape (documents,)."""
     hashes: NDArray[np.int64]
+    """A hash of the tokens of each document, shape (documents,)."""
 
 
-Parsed = Conversation | PlainText | TokenizedDocument | BadRowError
+_Item = Conversation | PlainText | TokenizedDocument | BadRowError
 
 
-class _Keyed(NamedTuple):
-    """A row, its number, its own id and its group."""
-
+class _ParsedRow(NamedTuple):
     number: int
-    item: Parsed
-    id: str | None
-    group: int
+    item: _Item
+    id: str | None = None
+    group: int = 0
 
 
 class Encoder:
@@ -101,87 +94,89 @@ class Encoder:
         self.prompts = prompts
 
     def fingerprint(self) -> str:
-        """A name for what decides about tokens, besides this package's code: tokenizer, template and options.
-
-        Returns:
-            Hexadecimal digits.
-        """
-        tokenizer = self.template.tokenizer
-        parts = [tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template, repr(tokenizer.special_tokens_map)]
-        text = json.dumps([*parts, self.prompts, asdict(self.options)])
+        """Return a hash of what decides about tokens besides the code: tokenizer, template and options."""
+        text = json.dumps([self.template.fingerprint, self.prompts, asdict(self.options)])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
     def encode(self, job: Job) -> Chunk:
-        """Tokenise a chunk of rows.
-
-        Args:
-            job: The rows.
-
-        Returns:
-            Tokens of those that can be used, and why the others cannot.
-        """
-        kept: list[tuple[_Keyed, TokenizedDocument]] = []
+        """Tokenise the rows that can be used, and report why others cannot."""
+        documents: list[tuple[_ParsedRow, TokenizedDocument]] = []
         bad: list[tuple[int, str]] = []
         dropped: Counter[str] = Counter()
         unused: Counter[str] = Counter()
         cut = 0
         parsed = [self._parse(number, row, unused) for number, row in job.rows]
-        for row, encoded in zip(parsed, self._encode([row.item for row in parsed]), strict=True):
+        for row, encoded in zip(parsed, self._tokenise([row.item for row in parsed]), strict=True):
             if isinstance(encoded, BadRowError):
                 bad.append((row.number, str(encoded)))
                 dropped[encoded.reason] += 1
                 continue
             pieces = self._fit(row.item, encoded)
-            cut += pieces != [encoded]
-            trained = [piece for piece in pieces if self.prompts or _trains(piece)]
-            kept += [(row, piece) for piece in trained]
-            if not trained:
+            usable = [piece for piece in pieces if self.prompts or _is_trained(piece)]
+            documents += [(row, piece) for piece in usable]
+            if usable:
+                cut += pieces != [encoded]
+            else:
                 dropped["nothing to train" if pieces else f"longer than max_length {self.options.max_length}"] += 1
-                cut -= pieces != [encoded]
-        return _chunk(job, kept, dropped, bad, cut, unused)
+        input_ids, lengths = _flatten([document.input_ids for _, document in documents])
+        spans, span_lengths = _flatten([list(chain.from_iterable(document.spans)) for _, document in documents])
+        return Chunk(
+            source=job.source,
+            read=len(job.rows),
+            rows=np.array([row.number for row, _ in documents], dtype=np.int64),
+            input_ids=input_ids,
+            lengths=lengths,
+            spans=spans,
+            span_lengths=span_lengths,
+            dropped=dict(dropped),
+            bad=bad,
+            cut=cut,
+            unused=dict(unused),
+            ids=[row.id for row, _ in documents],
+            groups=np.array([row.group for row, _ in documents], dtype=np.int64),
+            hashes=token_hashes(input_ids, lengths),
+        )
 
-    def _parse(self, number: int, row: object, unused: Counter[str]) -> _Keyed:
+    def _parse(self, number: int, row: object, unused: Counter[str]) -> _ParsedRow:
         if isinstance(row, BadRowError):
-            return _Keyed(number, row, None, 0)
+            return _ParsedRow(number, row)
         try:
             fields: Any = decode_line(row) if isinstance(row, bytes) else row
             parse = parse_prompt if self.prompts else parse_row
-            item = parse(fields, self.options, unused)  # which sees to it that the row has fields
-            return _Keyed(number, item, row_id(fields), group_hash(fields, self.options.group_by))
+            item = parse(fields, self.options, unused)  # raises unless the row is an object
+            return _ParsedRow(number, item, row_id(fields), group_hash(fields, self.options.group_by))
         except BadRowError as error:
-            return _Keyed(number, error, None, 0)
+            return _ParsedRow(number, error)
 
-    def _encode(self, parsed: list[Parsed]) -> list[TokenizedDocument | BadRowError]:
-        chats = [item for item in parsed if isinstance(item, Conversation)]
-        texts = [item.text for item in parsed if isinstance(item, PlainText)]
+    def _tokenise(self, items: list[_Item]) -> list[TokenizedDocument | BadRowError]:
+        chats = [item for item in items if isinstance(item, Conversation)]
+        texts = [item.text for item in items if isinstance(item, PlainText)]
         encoded_chats = iter(self.template.encode(chats, add_generation_prompt=self.prompts))
         encoded_texts = iter(self.template.encode_texts(texts))
         results: list[TokenizedDocument | BadRowError] = []
-        for item in parsed:
+        for item in items:
             if isinstance(item, Conversation):
-                results.append(next(encoded_chats))
+                results.append(self._check_prompt(next(encoded_chats)) if self.prompts else next(encoded_chats))
             elif isinstance(item, PlainText):
                 results.append(next(encoded_texts))
             else:
-                results.append(self._known_tokens(item) if isinstance(item, TokenizedDocument) else item)
-            if self.prompts and isinstance(found := results[-1], TokenizedDocument):
-                results[-1] = self._whole_prompt(found)
+                results.append(self._check_ids(item) if isinstance(item, TokenizedDocument) else item)
         return results
 
-    def _known_tokens(self, document: TokenizedDocument) -> TokenizedDocument | BadRowError:
+    def _check_ids(self, document: TokenizedDocument) -> TokenizedDocument | BadRowError:
         count = len(self.template.tokenizer)
         if not document.input_ids or max(document.input_ids) < count:
             return document
-        return BadRowError("not tokens", f"id {max(document.input_ids)} is none of the tokenizer's {count}")
+        return BadRowError("not tokens", f"id {max(document.input_ids)} is not one of the tokenizer's {count}")
 
-    def _whole_prompt(self, prompt: TokenizedDocument) -> TokenizedDocument | BadRowError:
-        length, limit = len(prompt.input_ids), self.options.max_length
-        if length <= limit:
+    def _check_prompt(self, prompt: TokenizedDocument | BadRowError) -> TokenizedDocument | BadRowError:
+        if isinstance(prompt, BadRowError) or len(prompt.input_ids) <= self.options.max_length:
             return prompt
-        return BadRowError("prompt too long", f"{length} tokens do not fit into {limit}; shorten it")
+        fault = f"{len(prompt.input_ids)} tokens do not fit into {self.options.max_length}; shorten it"
+        return BadRowError("prompt too long", fault)
 
-    def _fit(self, item: Parsed, document: TokenizedDocument) -> list[TokenizedDocument]:
-        """The document as it is, or what is left of one that is too long."""
+    def _fit(self, item: _Item, document: TokenizedDocument) -> list[TokenizedDocument]:
+        """The document, or what is left of it after truncation."""
         limit = self.options.max_length
         if len(document.input_ids) <= limit:
             return [document]
@@ -195,25 +190,30 @@ class Encoder:
         return []
 
 
-def _trains(document: TokenizedDocument) -> bool:
+def _is_trained(document: TokenizedDocument) -> bool:
     return any(end > max(start, 1) for start, end in document.spans)
 
 
+def _flatten(lists: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
+    lengths = np.array([len(item) for item in lists], dtype=np.int32)
+    return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum())), lengths
+
+
 def encode_all(jobs: Iterator[Job], encoder: Encoder, num_proc: int) -> Iterator[Chunk]:
-    """Tokenise chunk after chunk.
-
-    Args:
-        jobs: The rows.
-        encoder: Turns them into tokens.
-        num_proc: Processes to use.
-
-    Yields:
-        The chunks in the order of the jobs, whatever the number of processes.
-    """
+    """Tokenise chunk after chunk, in the order of the jobs, whatever the number of processes."""
+    encoder.template.verify_word_cache()
     if num_proc == 1:
         yield from map(encoder.encode, jobs)
         return
-    with fork_safe_tokenizers(), ProcessPoolExecutor(num_proc, _context(), _set_encoder, (encoder,)) as pool:
+    # Forking needs no second import of everything; where a platform cannot, its own default does.
+    context = multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
+    with fork_safe_tokenizers(), ProcessPoolExecutor(num_proc, context, _set_encoder, (encoder,)) as pool:
+        rows = 0
+        for job in jobs:  # here, before the pool starts its processes, so that all use the word cache or none does
+            yield encoder.encode(job)
+            rows += len(job.rows)
+            if rows >= VERIFIED_CHATS:
+                break
         waiting: deque[Future[Chunk]] = deque()
         for job in jobs:
             waiting.append(pool.submit(_encode, job))
@@ -235,11 +235,6 @@ def _encode(job: Job) -> Chunk:
     return _encoder.encode(job)
 
 
-def _context() -> multiprocessing.context.BaseContext:
-    # Forking needs no second import of everything; where a platform cannot, its own default does.
-    return multiprocessing.get_context("fork" if "fork" in multiprocessing.get_all_start_methods() else None)
-
-
 @contextmanager
 def fork_safe_tokenizers() -> Iterator[None]:
     """Keep tokenizers from using, in a forked process, threads that only its parent has."""
@@ -252,35 +247,3 @@ def fork_safe_tokenizers() -> Iterator[None]:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:
             os.environ["TOKENIZERS_PARALLELISM"] = before
-
-
-def _chunk(
-    job: Job,
-    kept: list[tuple[_Keyed, TokenizedDocument]],
-    dropped: Counter[str],
-    bad: list[tuple[int, str]],
-    cut: int,
-    unused: Counter[str],
-) -> Chunk:
-    def flat(lists: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-        lengths = np.array([len(item) for item in lists], dtype=np.int32)
-        return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum())), lengths
-
-    input_ids, lengths = flat([encoded.input_ids for _, encoded in kept])
-    spans, span_lengths = flat([list(chain.from_iterable(encoded.spans)) for _, encoded in kept])
-    return Chunk(
-        source=job.source,
-        read=len(job.rows),
-        rows=np.array([row.number for row, _ in kept], dtype=np.int64),
-        input_ids=input_ids,
-        lengths=lengths,
-        spans=spans,
-        span_lengths=span_lengths,
-        dropped=dict(dropped),
-        bad=bad,
-        cut=cut,
-        unused=dict(unused),
-        ids=[row.id for row, _ in kept],
-        groups=np.array([row.group for row, _ in kept], dtype=np.int64),
-        hashes=token_hashes(input_ids, lengths),
-    )

@@ -1,4 +1,4 @@
-"""The ledger of a row's fields: each is used, counted as unused, or would be lost, which makes the row a bad one."""
+"""The ledger of a row's fields: each is used, or counted as unused, or it makes the row a bad one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -7,8 +7,8 @@ from phi3_lightning.config.data import FIELDS, FORMATS, MASKS, SYSTEM, TOOLS
 from phi3_lightning.data.conversation import BadRowError, kind_of
 from phi3_lightning.data.decoding import decode_json
 
-# Where several fit, the first is meant; a row with an answer goes before one without.
-_SHAPES: Final = (
+# The first that fits wins; a row with an answer goes before one without.
+_FORMATS_BY_PRIORITY: Final = (
     *((name, FORMATS[name]) for name in ("messages", "sharegpt", "alpaca", "prompt_completion")),
     ("alpaca", ("instruction",)),
     ("prompt_completion", ("prompt",)),
@@ -19,35 +19,20 @@ _SHAPES: Final = (
 )
 _CONTENT: Final = frozenset((*SYSTEM, *TOOLS)) | {"input", "history"}
 _MEDIA: Final = frozenset({"images", "videos", "audios"})
-_NAMED: Final = 20  # fields that a line of the log names
+_MAX_LISTED: Final = 20  # fields in one line of the log
 
 
 def is_absent(value: object) -> bool:
-    """Whether a field says nothing. Tables have every column in every row.
-
-    Args:
-        value: Its value.
-
-    Returns:
-        Whether it is null or empty; 0 and false say something.
-    """
+    """Whether a field is null or empty, as the cells of tables often are; 0 and false are values."""
     return value is None or value == "[]" or (not value and not isinstance(value, int | float))
 
 
-def recognise(fields: Mapping[str, Any], wanted: str) -> str | None:
-    """Say which format a row has.
-
-    Args:
-        fields: The row.
-        wanted: A format, or ``auto``.
-
-    Returns:
-        The format; None where the row lacks its fields.
-    """
-    shapes = [(name, keys) for name, keys in _SHAPES if wanted in ("auto", name)]
-    filled = (name for name, keys in shapes if all(_filled(fields, key) for key in keys))
-    named = (name for name, keys in shapes if all(key in fields for key in keys))
-    return next(filled, None) or next(named, None)
+def recognise(fields: Mapping[str, Any], expected: str) -> str | None:
+    """Return the format of a row, which is ``expected`` unless that is ``auto``; None if it lacks the fields."""
+    candidates = [(name, keys) for name, keys in _FORMATS_BY_PRIORITY if expected in ("auto", name)]
+    filled = (name for name, keys in candidates if all(_filled(fields, key) for key in keys))
+    present = (name for name, keys in candidates if all(key in fields for key in keys))
+    return next(filled, None) or next(present, None)
 
 
 def _filled(fields: Mapping[str, Any], key: str) -> bool:
@@ -57,14 +42,11 @@ def _filled(fields: Mapping[str, Any], key: str) -> bool:
 
 
 def rename(fields: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Give fields the names that are read here.
+    """Rename fields, and return them with the names of those whose place a renamed field took.
 
     Args:
         fields: A row or a message.
-        names: For each new name the old one; fields that lack it are left without.
-
-    Returns:
-        The fields under their new names, and those whose own names were taken from them.
+        names: The old name of each new one; fields that do not exist are skipped.
     """
     old = set(names.values())
     others = {key: value for key, value in fields.items() if key not in old}
@@ -72,19 +54,11 @@ def rename(fields: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[st
     return others | {name: fields[key] for name, key in names.items() if key in fields}, displaced
 
 
-def only(fields: Mapping[str, Any], names: Sequence[str], where: str = "the row") -> Any:
-    """Read a field that has several names.
-
-    Args:
-        fields: A row or a message.
-        names: The names that mean the same.
-        where: Its place in the row.
-
-    Returns:
-        Its value; None where it is absent.
+def read_alias(fields: Mapping[str, Any], names: Sequence[str], where: str = "the row") -> Any:
+    """Return the value of a field that goes by several names; None if it is absent.
 
     Raises:
-        BadRowError: Two of them have different values.
+        BadRowError: If two of the names have different values.
     """
     filled = [name for name in names if name in fields and not is_absent(fields[name])]
     if any(fields[name] != fields[filled[0]] for name in filled[1:]):
@@ -94,55 +68,42 @@ def only(fields: Mapping[str, Any], names: Sequence[str], where: str = "the row"
 
 
 def read_list(value: object, where: str) -> list[Any]:
-    """Read a list, or its JSON, as CSV has it.
-
-    Args:
-        value: A field's value.
-        where: The field.
-
-    Returns:
-        The list.
+    """Return a list, which CSV holds as JSON.
 
     Raises:
-        BadRowError: It is something else.
+        BadRowError: If it is not a list.
     """
     if isinstance(value, str):
         value = decode_json(value, f"'{where}'")
     if not isinstance(value, list):
-        raise BadRowError("no list", f"'{where}' is {kind_of(value)}; give a list")
+        raise BadRowError("not a list", f"'{where}' is {kind_of(value)}; give a list")
     return value
 
 
 def check_weight(fields: Mapping[str, Any]) -> None:
-    """See that a row counts like any other.
-
-    Args:
-        fields: The row.
+    """Check that a row counts like any other.
 
     Raises:
-        BadRowError: It has another ``weight`` than 1.
+        BadRowError: If it has a ``weight`` other than 1.
     """
     weight = fields.get("weight")
     if not is_absent(weight) and weight not in (1, "1", "1.0"):
         raise BadRowError(
             "weight is not 1",
-            f"the row has weight {weight!r}, and rows count alike; leave the row out, or mix files with data.mixture",
+            f"the row has weight {weight!r}, but all rows count alike; remove the row, or mix files with data.mixture",
         )
 
 
 def unused_fields(fields: Mapping[str, Any], name: str, columns: Mapping[str, str] | None) -> list[str]:
-    """Account for the fields that a row's format does not read.
+    """Return the fields that a row's format does not read: identifiers, labels, and other renderings of the row.
 
     Args:
         fields: The row, its fields under the names of its format.
         name: The format.
         columns: ``data.columns``.
 
-    Returns:
-        The fields that nothing reads and nobody will miss: identifiers, labels, and other renderings of the row.
-
     Raises:
-        BadRowError: A part of the conversation would be lost, or a column that the user named.
+        BadRowError: If a part of the conversation would be lost, or a column that the user named.
     """
     used = FIELDS[name]
     for key, column in (columns or {}).items():
@@ -155,13 +116,13 @@ def unused_fields(fields: Mapping[str, Any], name: str, columns: Mapping[str, st
     if used.issuperset(fields):
         return []
     rest = [key for key, value in fields.items() if key not in used and key != "weight" and not is_absent(value)]
-    lost = next((key for key in rest if key in _MEDIA), None) or _lost(fields, rest, name)
-    if lost is not None:
-        raise BadRowError("a field would be lost", f"'{lost}' {_remedy(lost, name)}")
+    unreadable = next((key for key in rest if key in _MEDIA), None) or _unreadable_content(fields, rest, name)
+    if unreadable is not None:
+        raise BadRowError("a field would be lost", f"'{unreadable}' {_remedy(unreadable, name)}")
     return rest
 
 
-def _lost(fields: Mapping[str, Any], rest: list[str], name: str) -> str | None:
+def _unreadable_content(fields: Mapping[str, Any], rest: list[str], name: str) -> str | None:
     """The first field that belongs to the conversation, and not to another rendering of it beside this one."""
     content = [key for key in rest if key in _CONTENT]
     if not content:
@@ -172,10 +133,10 @@ def _lost(fields: Mapping[str, Any], rest: list[str], name: str) -> str | None:
 
 def _remedy(field: str, name: str) -> str:
     if field in _MEDIA:
-        return "cannot be used by a model that reads text alone; leave out the row or the field"
+        return "cannot be used by a model that reads text only; remove the row or the field"
     if field in SYSTEM or field in TOOLS:
         return (
-            f"has no place in a row of format '{name}', which is trained as it stands; leave it out, or give "
+            f"has no place in a row of format '{name}', which is trained as it stands; remove it, or give "
             "the row as messages"
         )
     return (
@@ -185,17 +146,10 @@ def _remedy(field: str, name: str) -> str:
 
 
 def name_unused(unused: Mapping[str, int]) -> str:
-    """Name the fields that nothing reads, for the log.
-
-    Args:
-        unused: Rows with each of them.
-
-    Returns:
-        Each with its rows, the most frequent first; an empty text where there are none.
-    """
+    """List unused fields with their numbers of rows, the most frequent first; an empty text if there are none."""
     ranked = sorted(unused.items(), key=lambda item: (-item[1], item[0]))
-    named = [f"{name} ({count})" for name, count in ranked[:_NAMED]]
-    if named:
+    counts = [f"{name} ({count})" for name, count in ranked[:_MAX_LISTED]]
+    if ranked:
         name, count = ranked[0]
-        named[0] = f"{name} ({count} {'row' if count == 1 else 'rows'})"
-    return ", ".join(named) + (f" and {len(ranked) - _NAMED} more" if len(ranked) > _NAMED else "")
+        counts[0] = f"{name} ({count} {'row' if count == 1 else 'rows'})"
+    return ", ".join(counts) + (f" and {len(ranked) - _MAX_LISTED} more" if len(ranked) > _MAX_LISTED else "")

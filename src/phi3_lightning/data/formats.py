@@ -1,15 +1,15 @@
-"""A row of any known format becomes a conversation, a text, or ready-made tokens; or a named bad row."""
+"""A row of any known format becomes a conversation, a text, or ready-made tokens; or a bad row, with the reason."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
-from typing import Any, Final
+from collections.abc import Mapping
+from typing import Any
 
 from phi3_lightning.config.data import FORMATS, SYSTEM, TOOLS, RowOptions
 from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText, TokenizedDocument, kind_of
 from phi3_lightning.data.fields import (
     check_weight,
     is_absent,
-    only,
+    read_alias,
     read_list,
     recognise,
     rename,
@@ -31,15 +31,10 @@ def parse_row(
     """Read a row for training.
 
     Args:
-        row: A decoded row.
-        options: Its format and how to treat what it holds.
-        unused: Counts rows by the fields of theirs that nothing reads.
-
-    Returns:
-        What the row holds.
+        unused: Counts rows by the fields that nothing reads.
 
     Raises:
-        BadRowError: The row has no known format, or cannot be trained.
+        BadRowError: If the row has no known format, or cannot be trained.
     """
     fields, name, unread = _open(row, options)
     check_weight(fields)
@@ -58,21 +53,17 @@ def parse_row(
 
 
 def parse_prompt(row: object, options: RowOptions, unused: Counter[str] | None = None) -> Conversation:
-    """Read a row for generation; an answer at its end is left out.
+    """Read a row for generation: a conversation up to the assistant's turn. An answer at its end is left out.
 
     Args:
-        row: A decoded row with messages of any format, or a question alone.
-        options: Its format and how to treat what it holds.
-        unused: Counts rows by the fields of theirs that nothing reads.
-
-    Returns:
-        A conversation that ends where the assistant is to speak.
+        row: A decoded row with messages of any format, or only a question.
+        unused: Counts rows by the fields that nothing reads.
 
     Raises:
-        BadRowError: The row has no known format, or does not lead to an answer.
+        BadRowError: If the row has no known format, or no turn to answer.
     """
     fields, name, unread = _open(row, options)
-    if name not in _READERS:
+    if name in ("text", "tokens"):
         raise BadRowError("not a chat", f"a row of format '{name}' has no turns that could be answered")
     prompt = prompt_turns(_turns(fields, name, options, unread), options)
     if unused is not None:
@@ -88,7 +79,8 @@ def _open(row: object, options: RowOptions) -> tuple[Mapping[str, Any], str, set
     displaced: list[str] = []
     for field, column in columns.items():
         if column not in row:
-            raise BadRowError("column is missing", f"data.columns names {column!r} for '{field}'; found {_found(row)}")
+            fault = f"data.columns names {column!r} for '{field}'; found {_names(row)}"
+            raise BadRowError("column is missing", fault)
     if columns:
         row, displaced = rename(row, columns)
     name = recognise(row, options.format)
@@ -98,39 +90,46 @@ def _open(row: object, options: RowOptions) -> tuple[Mapping[str, Any], str, set
 
 
 def _unknown_format(fields: Mapping[str, Any], options: RowOptions) -> BadRowError:
-    wanted = "messages" if options.format == "auto" else options.format
+    expected = "messages" if options.format == "auto" else options.format
     return BadRowError(
         "unknown format",
-        f"found {_found(fields)}; expected {' and '.join(map(repr, FORMATS[wanted]))}"
+        f"found {_names(fields)}; expected {' and '.join(map(repr, FORMATS[expected]))}"
         + (f" or another of the formats {', '.join(FORMATS)}" if options.format == "auto" else "")
         + f"; name other columns with data.columns{suggest_table(list(fields))}",
     )
 
 
 def _turns(fields: Mapping[str, Any], name: str, options: RowOptions, unread: set[str]) -> list[Turn]:
-    items = _with_system(fields, _READERS[name](fields, options, unread), options)
-    return read_messages(items, only(fields, TOOLS), options)
+    if name == "alpaca":
+        items = _alpaca(fields) + _answer(fields, "output", options, unread)
+    elif name == "prompt_completion":
+        prompt = _read_items(fields["prompt"], "prompt", "user", options, unread)
+        items = prompt + _answer(fields, "completion", options, unread)
+    else:
+        [key] = FORMATS[name]
+        items = _read_list(fields[key], key, options, unread)
+    return read_messages(_with_system(fields, items, options), read_alias(fields, TOOLS), options)
 
 
 def _check_answer(fields: Mapping[str, Any], name: str, turns: list[Turn]) -> None:
-    """Say which column lacks, where a question of a row has no answer."""
+    """Name the column that is missing if the question of a row has no answer."""
     *_, answer = FORMATS[name]
     if turns and turns[-1].role != "assistant" and len(FORMATS[name]) > 1 and fields.get(answer) is None:
         raise BadRowError(
             "last turn is not the assistant's",
-            f"no '{answer}' answers it, found {_found(fields)}; name its column with data.columns, add the answer, "
+            f"no '{answer}' answers it, found {_names(fields)}; name its column with data.columns, add the answer, "
             "or remove it",
         )
 
 
 def suggest_table(columns: list[str]) -> str:
-    """Guess which columns of a table hold one message a row.
+    """Guess which columns of a table with one message a row hold what, and return the options to set.
 
     Args:
-        columns: The names in the file's head.
+        columns: The names in the header.
 
     Returns:
-        The options to set, or an empty text.
+        The end of an error text; empty if it looks like no such table.
     """
     hints = {
         "conversation_column": ("conversation", "thread", "ticket", "session", "dialog", "chat", "case"),
@@ -140,59 +139,35 @@ def suggest_table(columns: list[str]) -> str:
     }
     guess: dict[str, str] = {}
     for option, words in hints.items():
-        fitting = (c for word in words for c in columns if word in c.lower() and c not in guess.values())
-        if found := next(fitting, None):
-            guess[option] = found
+        matches = (c for word in words for c in columns if word in c.lower() and c not in guess.values())
+        if column := next(matches, None):
+            guess[option] = column
     if not {"conversation_column", "role_column", "content_column"} <= guess.keys():
         return ""
     return "; one message a row? Try " + " ".join(f"--data.{option} {column}" for option, column in guess.items())
 
 
-def _messages(fields: Mapping[str, Any], options: RowOptions, unread: set[str]) -> Items:
-    return _read_list(fields["messages"], "messages", options, unread)
-
-
-def _sharegpt(fields: Mapping[str, Any], options: RowOptions, unread: set[str]) -> Items:
-    return _read_list(fields["conversations"], "conversations", options, unread)
-
-
-def _alpaca(fields: Mapping[str, Any], options: RowOptions, unread: set[str]) -> Items:
+def _alpaca(fields: Mapping[str, Any]) -> Items:
     items: Items = []
     for index, pair in enumerate(read_list(fields.get("history") or [], "history")):
+        where = f"history[{index}]"
         if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRowError("not a message", f"history[{index}] is not a pair of question and answer")
-        items += [
-            (f"history[{index}]", {"role": role, "content": text}) for role, text in zip(_PAIR, pair, strict=True)
-        ]
-    parts = [key for key in ("instruction", "input") if not is_absent(fields.get(key))] or ["instruction"]
-    question = "\n\n".join(_string(fields[key], key) for key in parts)
-    items.append(("instruction", {"role": "user", "content": question}))
-    return items + _answer(fields, "output", options, unread)
-
-
-def _prompt_completion(fields: Mapping[str, Any], options: RowOptions, unread: set[str]) -> Items:
-    prompt = fields["prompt"]
-    if isinstance(prompt, list):
-        items = _read_list(prompt, "prompt", options, unread)
-    else:
-        items = [("prompt", {"role": "user", "content": _string(prompt, "prompt")})]
-    return items + _answer(fields, "completion", options, unread)
+            raise BadRowError("not a message", f"{where} is not a pair of question and answer")
+        question, answer = pair
+        items += [(where, {"role": "user", "content": question}), (where, {"role": "assistant", "content": answer})]
+    keys = [key for key in ("instruction", "input") if not is_absent(fields.get(key))] or ["instruction"]
+    instruction = "\n\n".join(_string(fields[key], key) for key in keys)
+    return [*items, ("instruction", {"role": "user", "content": instruction})]
 
 
 def _answer(fields: Mapping[str, Any], key: str, options: RowOptions, unread: set[str]) -> Items:
-    value = fields.get(key)
+    return [] if fields.get(key) is None else _read_items(fields[key], key, "assistant", options, unread)
+
+
+def _read_items(value: object, key: str, role: str, options: RowOptions, unread: set[str]) -> Items:
     if isinstance(value, list):
         return _read_list(value, key, options, unread)
-    return [] if value is None else [(key, {"role": "assistant", "content": _string(value, key)})]
-
-
-_PAIR: Final = ("user", "assistant")
-_READERS: Final[dict[str, Callable[[Mapping[str, Any], RowOptions, set[str]], Items]]] = {
-    "messages": _messages,
-    "sharegpt": _sharegpt,
-    "alpaca": _alpaca,
-    "prompt_completion": _prompt_completion,
-}
+    return [(key, {"role": role, "content": _string(value, key)})]
 
 
 def _read_list(value: object, key: str, options: RowOptions, unread: set[str]) -> Items:
@@ -201,15 +176,13 @@ def _read_list(value: object, key: str, options: RowOptions, unread: set[str]) -
 
 
 def _with_system(fields: Mapping[str, Any], items: Items, options: RowOptions) -> Items:
-    system = only(fields, SYSTEM)
+    system = read_alias(fields, SYSTEM)
     if system is None:
         return items
-    own = [(where, item) for where, item in items if _is_system(item, options)]
-    if [item.get("content") for _, item in own] == [system]:
-        return items
-    if own:
+    own = [(where, item.get("content")) for where, item in items if _is_system(item, options)]
+    if own and [content for _, content in own] != [system]:
         raise BadRowError("two system messages", f"the row's 'system' and {own[0][0]} differ; keep one of them")
-    return [("system", {"role": "system", "content": system}), *items]
+    return items if own else [("system", {"role": "system", "content": system}), *items]
 
 
 def _is_system(item: dict[str, Any], options: RowOptions) -> bool:
@@ -223,5 +196,5 @@ def _string(value: object, key: str) -> str:
     return check_text(value, key)
 
 
-def _found(fields: Mapping[str, Any]) -> str:
+def _names(fields: Mapping[str, Any]) -> str:
     return ", ".join(map(repr, fields)) or "nothing"

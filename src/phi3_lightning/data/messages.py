@@ -1,6 +1,6 @@
 """Messages in OpenAI's shape become plain turns; tool calls and reasoning become text by one convention.
 
-The convention is the one that Hermes and Qwen models are trained on; where the chat template has another, ``Encoder``
+The convention is the one that Hermes and Qwen models are trained on. Where the chat template has its own, ``Encoder``
 sets ``options.tools`` to ``native``, and rows with tools are refused:
 
 ==================  ===========================================================================================
@@ -8,9 +8,9 @@ in the row          in the text
 ==================  ===========================================================================================
 ``tools``           the system message ends with the functions, one JSON object a line, and how to call them
 ``tool_calls``      the assistant says ``<tool_call>`` line feed ``{"name": ..., "arguments": ...}`` line feed
-                    ``</tool_call>``, one after the other, behind its words
+                    ``</tool_call>``, one after the other, after its text
 a ``tool`` message  the user says ``<tool_response>`` line feed the result line feed ``</tool_response>``
-reasoning           the assistant says ``<think>`` line feed the reasoning line feed ``</think>`` before its words
+reasoning           the assistant says ``<think>`` line feed the reasoning line feed ``</think>`` before its text
 ==================  ===========================================================================================
 """
 
@@ -21,8 +21,8 @@ from typing import Any, Final
 from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, Role, kind_of
 from phi3_lightning.data.decoding import decode_json, is_repr, python_repr
-from phi3_lightning.data.fields import is_absent, only
-from phi3_lightning.data.message_fields import CALLS, PARTS, REASONING, ROLES, is_trained, role_of
+from phi3_lightning.data.fields import is_absent, read_alias
+from phi3_lightning.data.message_fields import CALLS, CONTENT_PARTS, REASONING, ROLES, is_trained, role_of
 
 TOOL_RESPONSE: Final = "<tool_response>"
 _TOOL_ROLES: Final = {"tool", "function"}
@@ -30,59 +30,43 @@ _TOOL_ROLES: Final = {"tool", "function"}
 
 @dataclass(slots=True)
 class Turn:
-    """One message as text.
-
-    Args:
-        role: Who speaks.
-        content: What is said.
-        trained: Whether the row says that it is trained or not; None: it does not say.
-        tool: Whether it is a tool's result.
-        where: Its place in the row, for messages to the user.
-    """
+    """One message as text."""
 
     role: Role
     content: str
     trained: bool | None
-    tool: bool
+    """What the message's own flag says; None if it has none."""
+    is_tool_result: bool
     where: str
+    """Its place in the row, for errors."""
 
 
 def read_messages(items: list[tuple[str, dict[str, Any]]], tools: object, options: RowOptions) -> list[Turn]:
-    """Read messages.
+    """Turn messages into turns, in order.
 
     Args:
         items: For each message its place in the row and its fields, as ``read_message`` names them.
         tools: The functions that may be called, as a list or its JSON; None or empty: none.
-        options: What becomes of tools, and other names for roles.
-
-    Returns:
-        The turns, in order.
+        options: How tools and roles are read.
 
     Raises:
-        BadRowError: A message is not one, or holds what ``options`` refuse.
+        BadRowError: If a message is invalid, or holds what ``options`` refuse.
     """
     turns = [turn for where, item in items if (turn := _turn(item, where, options))]
-    described = _describe_tools(tools, options)
-    if not described:
+    description = _describe_tools(tools, options)
+    if not description:
         return turns
     if turns and turns[0].role == "system":
-        turns[0].content += "\n\n" + described
+        turns[0].content += "\n\n" + description
         return turns
-    return [Turn("system", described, None, tool=False, where="tools"), *turns]
+    return [Turn("system", description, None, is_tool_result=False, where="tools"), *turns]
 
 
 def check_text(value: str, where: str) -> str:
-    """See that a text can be written as UTF-8, and give its lines one kind of end.
-
-    Args:
-        value: The text.
-        where: Its place in the row.
-
-    Returns:
-        The text, whose lines end in line feeds, as those of templates do.
+    """Return a text with line feeds as ends of lines, as templates have them.
 
     Raises:
-        BadRowError: It holds half of a surrogate pair.
+        BadRowError: If it holds half of a surrogate pair, and so cannot be written as UTF-8.
     """
     if not value.isascii():
         try:
@@ -96,35 +80,35 @@ def _turn(item: dict[str, Any], where: str, options: RowOptions) -> Turn | None:
     role = role_of(item, options)
     if not isinstance(role, str) or role not in ROLES:
         known = ", ".join(ROLES)
-        raise BadRowError("unknown role", f"{where}.role is {role!r}; known are {known}, others map with data.role_map")
-    words, extras = _content(item, where)
-    if extras or role in _TOOL_ROLES:
-        _refuse_tools(options, where, tools=role in _TOOL_ROLES or any(kind == "call" for kind, _ in extras))
-    if options.tools == "drop" and (role in _TOOL_ROLES or (extras and not words.strip())):
+        raise BadRowError("unknown role", f"{where}.role is {role!r}; known are {known}; map others with data.role_map")
+    text, extras = _content(item, where)
+    is_tool_result = role in _TOOL_ROLES
+    if extras or is_tool_result:
+        _check_tools_allowed(options, where, tools=is_tool_result or any(kind == "call" for kind, _ in extras))
+    if options.tools == "drop" and (is_tool_result or (extras and not text.strip())):
         return None
     if options.tools != "drop":
-        thoughts = [f"<think>\n{text}\n</think>" for kind, text in extras if kind == "reasoning"]
-        calls = [f"<tool_call>\n{text}\n</tool_call>" for kind, text in extras if kind == "call"]
+        thoughts = [f"<think>\n{extra}\n</think>" for kind, extra in extras if kind == "reasoning"]
+        calls = [f"<tool_call>\n{extra}\n</tool_call>" for kind, extra in extras if kind == "call"]
         if extras:
-            words = "\n\n".join(part for part in (*thoughts, words, "\n".join(calls)) if part)
-        if role in _TOOL_ROLES:
-            words = f"{TOOL_RESPONSE}\n{words}\n</tool_response>"
-    text = check_text(words, f"{where}.content")
-    return Turn(ROLES[role], text, is_trained(item, where), role in _TOOL_ROLES, where)
+            text = "\n\n".join(part for part in (*thoughts, text, "\n".join(calls)) if part)
+        if is_tool_result:
+            text = f"{TOOL_RESPONSE}\n{text}\n</tool_response>"
+    return Turn(ROLES[role], check_text(text, f"{where}.content"), is_trained(item, where), is_tool_result, where)
 
 
 def _content(item: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str]]]:
-    """The words of a message, and its reasoning and tool calls."""
+    """The text of a message, and its reasoning and tool calls, each with its kind."""
     content = item.get("content")
     if isinstance(content, str) and len(item) == 2:
-        return content, []  # as most messages are
+        return content, []  # most messages
     extras = []
-    reasoning = only(item, REASONING, where)
+    reasoning = read_alias(item, REASONING, where)
     if reasoning is not None:
         if not isinstance(reasoning, str):
             raise BadRowError("reasoning is not text", f"{where} has {kind_of(reasoning)} as reasoning; give a string")
         extras.append(("reasoning", reasoning))
-    calls = _decoded(only(item, CALLS, where)) or []
+    calls = _decode(read_alias(item, CALLS, where)) or []
     calls = [calls] if isinstance(calls, dict) and is_absent(item.get("tool_calls")) else calls
     if not isinstance(calls, list):
         raise BadRowError("not a tool call", f"{where}.tool_calls is {kind_of(calls)}; give a list")
@@ -134,40 +118,44 @@ def _content(item: dict[str, Any], where: str) -> tuple[str, list[tuple[str, str
         parts = [_part(part, f"{where}.content[{index}]") for index, part in enumerate(content)]
     else:
         parts = [] if content is None and calls else [("text", content)]
-    words = []
-    for kind, text in parts:
-        if not isinstance(text, str):
-            raise BadRowError("content is not text", f"{where}.content is {kind_of(text)}; give a string or text parts")
+    texts = []
+    for kind, value in parts:
+        if not isinstance(value, str):
+            raise BadRowError(
+                "content is not text", f"{where}.content is {kind_of(value)}; give a string or text parts"
+            )
         if kind == "text":
-            words.append(text)
+            texts.append(value)
         else:
-            extras.append((kind, _call(text, f"{where}.content") if kind == "call" else text))
+            extras.append((kind, _call(value, f"{where}.content") if kind == "call" else value))
     extras += [("call", _call(call, f"{where}.tool_calls[{index}]")) for index, call in enumerate(calls)]
-    return "".join(words), extras
+    return "".join(texts), extras
 
 
 def _part(part: object, where: str) -> tuple[str, object]:
-    """A part's kind (text, reasoning or call) and its text."""
+    """The kind of a part of a content (text, reasoning or call), and its value."""
     name = part.get("type") if isinstance(part, dict) else None
-    if not isinstance(part, dict) or not isinstance(name, str) or name not in PARTS:
-        found = f"a part of type {name!r}" if isinstance(part, dict) else kind_of(part)
-        raise BadRowError("content is not text", f"{where} is {found}; known are parts of type {', '.join(PARTS)}")
-    texts = (part[key] for key in (name, "text", "value") if part.get(key) is not None)
-    return PARTS[name], next(texts, None)
+    if not isinstance(part, dict) or not isinstance(name, str) or name not in CONTENT_PARTS:
+        kind = f"a part of type {name!r}" if isinstance(part, dict) else kind_of(part)
+        known = ", ".join(CONTENT_PARTS)
+        raise BadRowError("content is not text", f"{where} is {kind}; known are parts of type {known}")
+    values = (part[key] for key in (name, "text", "value") if part.get(key) is not None)
+    return CONTENT_PARTS[name], next(values, None)
 
 
 def _call(call: object, where: str) -> str:
-    call = _decoded(call)
+    call = _decode(call)
     call = call.get("function", call) if isinstance(call, dict) else call
     if not isinstance(call, dict) or not isinstance(call.get("name"), str):
         raise BadRowError("not a tool call", f"{where} names no function; give an object with name and arguments")
-    arguments = _decoded(call.get("arguments", call.get("parameters", {})))  # the second is Llama's name
+    arguments = _decode(call.get("arguments", call.get("parameters", {})))  # the second is Llama's name
     if isinstance(arguments, str) and is_repr(arguments):
         raise python_repr(f"{where}.arguments")
     return json.dumps({"name": call["name"], "arguments": arguments}, ensure_ascii=False)
 
 
-def _decoded(value: object) -> object:
+def _decode(value: object) -> object:
+    """The value of a JSON text; any other value as it is."""
     if isinstance(value, str):
         try:
             return json.loads(value)
@@ -181,16 +169,17 @@ def _describe_tools(tools: object, options: RowOptions) -> str:
     if not tools:
         return ""
     if not isinstance(tools, list):
-        raise BadRowError("tools are no list", f"'tools' is {kind_of(tools)}; give a list of functions, or its JSON")
-    _refuse_tools(options, "'tools'")
+        fault = f"'tools' is {kind_of(tools)}; give a list of functions, or its JSON"
+        raise BadRowError("tools are not a list", fault)
+    _check_tools_allowed(options, "'tools'")
     if options.tools == "drop":
         return ""
-    functions = "\n".join(json.dumps(_decoded(tool), ensure_ascii=False) for tool in tools)
+    functions = "\n".join(json.dumps(_decode(tool), ensure_ascii=False) for tool in tools)
     call = '<tool_call>\n{"name": ..., "arguments": ...}\n</tool_call>'
     return check_text(f"# Tools\n\nYou may call these functions:\n{functions}\n\nTo call one, write\n{call}", "tools")
 
 
-def _refuse_tools(options: RowOptions, where: str, *, tools: bool = True) -> None:
+def _check_tools_allowed(options: RowOptions, where: str, *, tools: bool = True) -> None:
     if options.tools == "refuse":
         raise BadRowError("tools are refused", f"{where} holds tools or reasoning; set data.tools: render or drop")
     if options.tools == "native" and tools:

@@ -1,4 +1,4 @@
-"""What the model will see of the data, and how much of it."""
+"""A preview of the data: some documents as the model will see them, and statistics."""
 
 from dataclasses import dataclass
 from itertools import groupby
@@ -18,34 +18,23 @@ from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.data.fields import name_unused
 
 _BARS = 24
+_BAR_WIDTH = 40  # characters
 
 
 @dataclass(frozen=True)
 class Preview:
-    """A look at one split.
-
-    Args:
-        facts: What is known about it, name by name.
-        histogram: Lower end of each range of lengths, and the documents in it.
-        samples: Place and segments of some documents.
-    """
+    """A preview of one split."""
 
     facts: dict[str, str]
+    """Statistics by name."""
     histogram: list[tuple[int, int]]
+    """Lower end of each range of lengths, and the documents in it."""
     samples: list[tuple[str, list[Segment]]]
+    """Place and segments of the first documents."""
 
 
-def look(datamodule: ChatDataModule, split: Split = "train", rows: int = 3) -> Preview:
-    """Look at the data as they will be trained.
-
-    Args:
-        datamodule: Data, after ``setup``.
-        split: Which part.
-        rows: Documents to show.
-
-    Returns:
-        Facts, lengths, and the split's first documents.
-    """
+def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int = 3) -> Preview:
+    """Preview a split of data that are set up, with its first few documents."""
     prepared, plan = datamodule.prepared[split], datamodule.plans[split]
     shown = np.sort(plan.documents)[:rows].tolist()
     lengths = prepared.lengths()[plan.documents]
@@ -62,28 +51,26 @@ def _segments(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[Se
 
 
 def render_terminal(preview: Preview, *, show_ids: bool = False, brackets: bool = False) -> RenderableType:
-    """Write a preview for a terminal.
+    """Render a preview for rich to print: trained text is green, special tokens are visible.
 
     Args:
-        preview: What to show.
-        show_ids: Whether to show token ids behind the text.
+        preview: The preview.
+        show_ids: Whether token ids follow the text.
         brackets: Whether trained text stands in brackets, for where there are no colours.
-
-    Returns:
-        Something that rich prints: trained text green, special tokens visible.
     """
     facts = Table.grid(padding=(0, 2))
     for name, value in preview.facts.items():
         facts.add_row(Text(name, "dim"), Text(value))  # Text: a file's name may hold square brackets
-    most = max(count for _, count in preview.histogram)
+    highest = max(count for _, count in preview.histogram)
     bars = Table.grid(padding=(0, 1))
     for start, count in preview.histogram:
-        bars.add_row(Text(str(start), "dim"), "█" * round(40 * count / most) or "▏" * (count > 0), str(count))
-    parts: list[RenderableType] = [
-        Panel(_terminal_text(found, show_ids, brackets), title=Text(place), title_align="left", border_style="dim")
-        for place, found in preview.samples
+        bar = "█" * round(_BAR_WIDTH * count / highest) or "▏" * (count > 0)
+        bars.add_row(Text(str(start), "dim"), bar, str(count))
+    panels = [
+        Panel(_styled_text(document, show_ids, brackets), title=Text(place), title_align="left", border_style="dim")
+        for place, document in preview.samples
     ]
-    return Group(*parts, facts, Text("\ntokens  documents", "dim"), bars)
+    return Group(*panels, facts, Text("\ntokens  documents", "dim"), bars)
 
 
 def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
@@ -113,13 +100,13 @@ def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
 
 
 def _copies(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
-    """What there is twice, where there is something: within a split, and in training and held-out data."""
+    """The duplicates within the training data, and the held-out documents that are training data too, if any."""
     parts = {name: Part(datamodule.prepared[name], np.sort(plan.documents)) for name, plan in datamodule.plans.items()}
-    found = {"exact duplicates": repeated(parts[split])} if split == "train" else {}
+    copies = {"exact duplicates": repeated(parts[split])} if split == "train" else {}
     for name in ("val", "test"):
         if name in parts and "train" in parts and split in {"train", name}:
-            found[f"documents of {name} that are trained too"] = shared(parts[name], parts["train"])
-    return {name: str(copies) for name, copies in found.items() if copies.count}
+            copies[f"documents of {name} that are trained too"] = shared(parts[name], parts["train"])
+    return {name: str(documents) for name, documents in copies.items() if documents.count}
 
 
 def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
@@ -127,9 +114,9 @@ def _histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     return list(zip(np.ceil(edges[:-1]).astype(int).tolist(), counts.tolist(), strict=True))
 
 
-def _terminal_text(found: list[Segment], show_ids: bool, brackets: bool) -> Text:
+def _styled_text(document: list[Segment], show_ids: bool, brackets: bool) -> Text:
     text = Text()
-    for trained, group in groupby(found, key=lambda segment: segment.trained):
+    for trained, group in groupby(document, key=lambda segment: segment.trained):
         text.append("«" * (trained and brackets))
         for segment in group:
             text.append(segment.text, "green underline " * segment.trained + "bold magenta" * segment.special)

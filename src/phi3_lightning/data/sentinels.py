@@ -1,7 +1,7 @@
-"""Private characters around contents show where a chat template puts them.
+"""Sentinels, private characters around contents, show where a chat template puts them.
 
-A template may leave thoughts, ``<think>...</think>``, out of earlier answers, as those of reasoning models do. Marks
-behind contents still show where these end.
+A template may leave thoughts, ``<think>...</think>``, out of earlier answers, as those of reasoning models do.
+Sentinels behind contents still show where these end.
 """
 
 import re
@@ -10,78 +10,51 @@ from typing import Final, NamedTuple
 
 from phi3_lightning.data.conversation import BadRowError, Message
 
-# opened, or at the beginning of a content, since some templates open it in the generation prompt
+# After <think>, or at the beginning of a content, since some templates write <think> in the generation prompt.
 _THOUGHTS: Final = re.compile(r"(?:\A|<think>)(?:(?!<think>).)*?</think>", re.DOTALL)
-# Unicode sets the first 32 aside for a program's own use, so text never holds them; should it, private ones are left.
-_MARKS: Final = [*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900))]
+# Unicode reserves the first 32 for a program's own use, so text hardly ever holds them; private-use ones come next.
+_SENTINELS: Final = [*map(chr, range(0xFDD0, 0xFDF0)), *map(chr, range(0xE000, 0xF900))]
 
 
 class Rendered(NamedTuple):
-    """A chat as the template writes it.
-
-    Args:
-        text: The whole.
-        contents: Where in it each message's content is, as half-open ranges of characters.
-        thoughtless: The messages of whose contents this is all but the thoughts, which are left out or written anew.
-    """
+    """A chat as the template writes it."""
 
     text: str
     contents: list[tuple[int, int]]
-    thoughtless: frozenset[int] = frozenset()
+    """Where in the text each message's content is, as half-open ranges of characters."""
+    without_thoughts: frozenset[int] = frozenset()
+    """The messages whose range holds the content except its thoughts, which are left out or rewritten."""
 
 
 def unused_sentinels(chat: list[Message]) -> tuple[str, str]:
-    """Find two marks that a chat does not hold.
-
-    Args:
-        chat: The messages.
-
-    Returns:
-        An opening and a closing mark.
-    """
-    said = "".join(message["content"] for message in chat)
-    opening, closing = islice((mark for mark in _MARKS if mark not in said), 2)
+    """Return an opening and a closing sentinel that a chat does not hold."""
+    text = "".join(message["content"] for message in chat)
+    opening, closing = islice((sentinel for sentinel in _SENTINELS if sentinel not in text), 2)
     return opening, closing
 
 
 def insert_sentinels(chat: list[Message], opening: str, closing: str, *, strip: bool = False) -> list[Message]:
-    """Put marks around each content.
+    """Put sentinels around each content.
 
     Args:
-        chat: The messages.
-        opening: The mark before a content.
-        closing: The mark behind it.
-        strip: Leave outer white space outside of the marks, for templates that trim contents.
-
-    Returns:
-        The marked messages.
+        strip: Whether outer white space stays outside of the sentinels, for templates that trim contents.
     """
     marked: list[Message] = []
     for message in chat:
         content = message["content"]
-        if strip:
-            inner = content.strip()
-            head, _, tail = content.partition(inner) if inner else (content, "", "")
-            content = f"{head}{opening}{inner}{closing}{tail}"
-        else:
-            content = f"{opening}{content}{closing}"
-        marked.append({"role": message["role"], "content": content})
+        inner = content.strip() if strip else content
+        head, _, tail = content.partition(inner) if inner else (content, "", "")
+        marked.append({"role": message["role"], "content": f"{head}{opening}{inner}{closing}{tail}"})
     return marked
 
 
-def remove_sentinels(chat: list[Message], plain: str, marked: str, marks: tuple[str, str]) -> Rendered | None:
-    """Take the marks out again.
+def remove_sentinels(chat: list[Message], plain: str, marked: str, opening: str, closing: str) -> Rendered | None:
+    """Find the contents of a chat by the sentinels; None if the template changed, moved or lost a content.
 
     Args:
-        chat: The messages as they were.
-        plain: What the template makes of them.
-        marked: What it makes of the marked ones.
-        marks: The opening and the closing mark.
-
-    Returns:
-        The text and its contents; None where the template changed, moved or lost a content.
+        plain: The text that the template makes of the chat.
+        marked: The text that it makes of the chat with sentinels.
     """
-    opening, closing = marks
     parts = re.split(f"[{opening}{closing}]", marked)
     if len(parts) != 2 * len(chat) + 1 or "".join(parts) != plain:
         return None
@@ -97,60 +70,30 @@ def remove_sentinels(chat: list[Message], plain: str, marked: str, marks: tuple[
 
 
 def remove_end_sentinels(chat: list[Message], plain: str, marked: str, closing: str) -> Rendered | None:
-    """Take marks out again that were only put behind contents.
-
-    Args:
-        chat: The messages as they were.
-        plain: What the template makes of them.
-        marked: What it makes of the marked ones.
-        closing: The mark.
-
-    Returns:
-        The text and its contents; None where the template changed, moved or lost more than thoughts.
-    """
+    """Find contents by sentinels behind them; None if the template changed, moved or lost more than thoughts."""
     parts = marked.split(closing)
     if len(parts) != len(chat) + 1 or "".join(parts) != plain:
         return None
     contents = []
-    thoughtless = set()
+    without_thoughts = set()
     position = 0
     for index, (message, part) in enumerate(zip(chat, parts, strict=False)):
         position += len(part)
         content = message["content"]
         answer = _THOUGHTS.sub("", content)
-        # as it is, or without the outer white space that a template trims, or that the mark was put before
+        # as it is, or without the outer white space that a template trims, or that lies outside of the sentinels
         endings = (content, content.lstrip(), content.rstrip(), content.strip(), answer, answer.strip())
         ending = next((ending for ending in endings if part.endswith(ending)), None)
         if ending is None:
             return None
         if ending.strip() != content.strip():
-            thoughtless.add(index)
+            without_thoughts.add(index)
         contents.append((position - len(ending), position))
-    return Rendered(plain, contents, frozenset(thoughtless))
+    return Rendered(plain, contents, frozenset(without_thoughts))
 
 
-def has_thoughts(chat: list[Message]) -> bool:
-    """Whether an assistant of a chat thinks aloud.
-
-    Args:
-        chat: The messages.
-
-    Returns:
-        True where a content has the end of a ``<think>`` block.
-    """
-    return any("</think>" in message["content"] for message in chat)
-
-
-def lost(chat: list[Message], text: str) -> BadRowError:
-    """Say what a template did to contents that were not found again.
-
-    Args:
-        chat: The messages.
-        text: What the template makes of them.
-
-    Returns:
-        The fault.
-    """
+def describe_loss(chat: list[Message], text: str) -> BadRowError:
+    """Return the error of a chat whose contents cannot be found in the text that the template makes of it."""
     for index, message in enumerate(chat):
         if message["content"].strip() not in text:
             return BadRowError(

@@ -1,4 +1,4 @@
-"""The text of a chat template: read from a file, and looked through for what it says about tools."""
+"""The text of a chat template: read from a file, and searched for tools."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ _TOOL_WORDS: Final = {"tools", "tool_calls", "tool"}  # a variable, keys of mess
 
 
 class _Generation(Extension):
-    """The tag that transformers adds to Jinja, which marks what the assistant says."""
+    """The tag around the assistant's text that transformers adds to Jinja."""
 
     tags = {"generation"}
 
@@ -29,28 +29,22 @@ _ENVIRONMENT: Final = Environment(extensions=[_Generation, loopcontrols], autoes
 
 
 def read_template(name: str) -> str:
-    """Read a file with a chat template.
-
-    Args:
-        name: The file.
-
-    Returns:
-        Its text, without a byte order mark, and with line feeds as ends of lines.
+    """Return the chat template in a file, without a byte order mark, and with line feeds as ends of lines.
 
     Raises:
-        ConfigError: It cannot be read, or holds no Jinja template.
+        ConfigError: If the file cannot be read, or holds no Jinja template.
     """
     if "{%" in name or "{{" in name:
-        raise ConfigError("data.chat_template: the text of a template is given; write it into a file, and name that.")
+        raise ConfigError("data.chat_template: this is the text of a template; write it into a file, and name the file")
     text = _read(Path(name).expanduser()).replace("\r\n", "\n").replace("\r", "\n")
     if not text.strip():
-        raise ConfigError(f"data.chat_template: {name} is empty; leave it out to use the tokenizer's own.")
+        raise ConfigError(f"data.chat_template: {name} is empty; leave it out to use the tokenizer's own")
     if _is_json(text):
-        raise ConfigError(f"data.chat_template: {name} is JSON; give a file with the text of its template alone.")
+        raise ConfigError(f"data.chat_template: {name} is JSON; give a file that holds only its template")
     try:
         _ENVIRONMENT.parse(text)
     except TemplateSyntaxError as error:
-        fault = f"{name}:{error.lineno}: not a Jinja template ({error.message}); mend it there."
+        fault = f"{name}:{error.lineno}: not a Jinja template ({error.message}); correct it there"
         raise ConfigError(f"data.chat_template: {fault}") from None
     return text
 
@@ -59,10 +53,10 @@ def _read(path: Path) -> str:
     try:
         data = path.read_bytes()
     except IsADirectoryError:
-        fault = f"{path} is a folder; name the file in it, such as chat_template.jinja."
+        fault = f"{path} is a folder; name the file in it, such as chat_template.jinja"
         raise ConfigError(f"data.chat_template: {fault}") from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"data.chat_template: cannot read {path} ({error}); give a file with a template.") from error
+        raise ConfigError(f"data.chat_template: cannot read {path} ({error}); give a file with a template") from error
     if encoding := wide_encoding(data):
         command = convert(path, f"iconv -f {encoding} -t UTF-8")
         raise ConfigError(f"data.chat_template: {path} is {encoding}, not UTF-8: {command}")
@@ -73,7 +67,7 @@ def _read(path: Path) -> str:
 
 
 def _is_json(text: str) -> bool:
-    """Whether a file is a tokenizer's configuration, which holds a template: its other text would be in every chat."""
+    """Whether a file is a tokenizer's configuration, whose other text would be in every chat."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -82,27 +76,13 @@ def _is_json(text: str) -> bool:
 
 
 def templates_of(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return a tokenizer's chat templates, of which it may have several for different uses.
-
-    Args:
-        tokenizer: The tokenizer.
-
-    Returns:
-        Their texts.
-    """
-    template = tokenizer.chat_template
-    return list(template.values()) if isinstance(template, dict) else [] if template is None else [template]
+    """Return the texts of a tokenizer's chat templates; it may have several for different uses."""
+    template = tokenizer.chat_template or {}
+    return list(template.values()) if isinstance(template, dict) else [template]
 
 
 def writes_tools(template: str) -> bool:
-    """Whether a template has a way of its own to write tools, their calls or their results.
-
-    Args:
-        template: Its text.
-
-    Returns:
-        True where it reads ``tools`` or ``tool_calls``, of the chat or of a message, or knows the role ``tool``.
-    """
+    """Whether a template reads ``tools`` or ``tool_calls``, of the chat or of a message, or knows the role ``tool``."""
     tree = _ENVIRONMENT.parse(template)
     words = {name.name for name in tree.find_all(nodes.Name)} | {item.attr for item in tree.find_all(nodes.Getattr)}
     constants = (constant.value for constant in tree.find_all(nodes.Const))

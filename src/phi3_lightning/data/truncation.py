@@ -1,4 +1,4 @@
-"""What becomes of documents longer than they may be. No end-of-turn token is ever made up."""
+"""Truncating documents that are too long. An end-of-turn token is never added."""
 
 from phi3_lightning.data.conversation import BadRowError, Conversation, TokenizedDocument
 from phi3_lightning.data.messages import TOOL_RESPONSE
@@ -6,41 +6,20 @@ from phi3_lightning.data.template import ChatTemplate
 
 
 def truncate_end(document: TokenizedDocument, limit: int) -> TokenizedDocument:
-    """Keep the beginning.
-
-    Args:
-        document: The document.
-        limit: Tokens to keep at most.
-
-    Returns:
-        Its first tokens.
-    """
+    """Return the first ``limit`` tokens of a document."""
     return _slice(document, 0, limit)
 
 
 def split(document: TokenizedDocument, limit: int) -> list[TokenizedDocument]:
-    """Cut into pieces.
-
-    Args:
-        document: The document.
-        limit: Tokens of a piece at most.
-
-    Returns:
-        All of it, in order.
-    """
+    """Split a document into pieces of ``limit`` tokens or fewer."""
     return [_slice(document, start, start + limit) for start in range(0, len(document.input_ids), limit)]
 
 
 def truncate_turns(conversation: Conversation, template: ChatTemplate, limit: int) -> TokenizedDocument | None:
     """Leave out whole exchanges from the beginning, as few as possible; a system message before them stays.
 
-    Args:
-        conversation: The chat.
-        template: Renders it.
-        limit: Tokens to keep at most.
-
     Returns:
-        What the template makes of the shorter chat; None where even the last exchange is too long.
+        A chat of ``limit`` tokens or fewer; None if even the last exchange is too long.
     """
     messages = conversation.messages
     starts = [
@@ -52,11 +31,11 @@ def truncate_turns(conversation: Conversation, template: ChatTemplate, limit: in
         return None
     head = starts[0]
     shortest = None
-    low, high = 1, len(starts)  # the fewest exchanges to leave out lie in [low, high); one exchange is always kept
+    low, high = 1, len(starts)  # the fewest exchanges to leave out lie in [low, high); one exchange always stays
     while low < high:
         middle = (low + high) // 2
-        kept = [*range(head), *range(starts[middle], len(messages))]
-        shorter = Conversation([messages[i] for i in kept], [conversation.trained[i] for i in kept])
+        rest = [*range(head), *range(starts[middle], len(messages))]
+        shorter = Conversation([messages[i] for i in rest], [conversation.trained[i] for i in rest])
         [encoded] = template.encode([shorter])
         if isinstance(encoded, BadRowError) or len(encoded.input_ids) > limit:
             low = middle + 1
