@@ -62,8 +62,8 @@ def main() -> None:
     again.configure_model()
     again.model.load_state_dict(torch.load(given.file, weights_only=True), strict=False)
     assert all(map(torch.equal, again.trained_parameters(), module.trained_parameters()))
-    #    ... and says nothing where the file belongs to other layers; `adapter: path` names what does not fit.
-    other = Phi3LoRAModule(given.base, lora={**lora, "target_modules": ["q_proj"], "adapter": str(given.file)})
+    #    ... and says nothing where the file belongs to other layers; `init_from: path` names what does not fit.
+    other = Phi3LoRAModule(given.base, lora={**lora, "target_modules": ["q_proj"], "init_from": str(given.file)})
     try:
         other.configure_model()
     except CheckpointError as error:

@@ -39,10 +39,10 @@ def aged(section, path):
 @pytest.fixture
 def old_checkpoint(tmp_path, tiny_base):
     """A checkpoint as it was written before, and the adapter's tensors in it."""
-    module = Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | {"init_lora_weights": False})
-    module.configure_model()
-    trainer = synthetic.trainer(tmp_path)
-    trainer.strategy.connect(module)
+    module = Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL)
+    loader = synthetic.loader([synthetic.batch_of([[synthetic.document(9, 5, 0)]])])
+    trainer = synthetic.trainer(tmp_path, max_steps=1)
+    trainer.fit(module, loader)
     trainer.save_checkpoint(tmp_path / "new.ckpt")
     checkpoint = read_checkpoint(tmp_path / "new.ckpt")
     checkpoint["hyper_parameters"] = aged(checkpoint["hyper_parameters"], "model")

@@ -35,14 +35,10 @@ CALLBACKS = {"Forgetting": "BaseDrift"}
 
 
 def check_keys(section: str, names: Iterable[str]) -> None:
-    """Refuse the old key of an option.
-
-    Args:
-        section: The key path of the section, such as ``model.lora``.
-        names: The keys that were given in it.
+    """Refuse old keys in a section such as ``model.lora``.
 
     Raises:
-        ConfigError: One of them has another name now.
+        ConfigError: If an option has another name now.
     """
     for name in names:
         if new := OPTIONS.get(f"{section}.{name}"):
@@ -50,28 +46,17 @@ def check_keys(section: str, names: Iterable[str]) -> None:
 
 
 def check_metric(option: str, name: str | None) -> None:
-    """Refuse the old name of a metric.
-
-    Args:
-        option: The key path that names a metric.
-        name: The metric.
+    """Refuse the old name of a metric, as the value of an option.
 
     Raises:
-        ConfigError: It has another name now.
+        ConfigError: If the metric has another name now.
     """
     if name is not None and (new := _renamed(name, METRICS)) != name:
         raise ConfigError(f"{option}: {name!r} is called {new} now; write that.")
 
 
 def translate(checkpoint: dict[str, Any]) -> bool:
-    """Give the keys of a checkpoint their new names, in place.
-
-    Args:
-        checkpoint: A loaded checkpoint.
-
-    Returns:
-        Whether there was an old name in it.
-    """
+    """Give the keys of a checkpoint their new names, in place; return whether there was an old one."""
     changed = False
     for key, section in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
         if isinstance(options := checkpoint.get(key), Mapping) and (new := _section(options, section)) != options:
@@ -89,14 +74,7 @@ def translate(checkpoint: dict[str, Any]) -> bool:
 
 
 def translated(path: Any) -> Any:
-    """Return a checkpoint in memory with the new names, for ``load_from_checkpoint``.
-
-    Args:
-        path: A file, or what :func:`torch.load` reads besides.
-
-    Returns:
-        ``path``, or a buffer where the file has old names.
-    """
+    """Return what ``load_from_checkpoint`` is to read: ``path``, or a buffer with new names where it has old ones."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not translate(checkpoint):
         return path

@@ -36,9 +36,8 @@ def fitting(monkeypatch):
 
 def chats(tmp_path, **options) -> ChatDataModule:
     options = {"max_length": 256, "num_workers": 0, "val_fraction": 0.1, "batch_size": 2, "seed": 1} | options
-    return ChatDataModule(
-        train=str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(tmp_path / "cache"), **options
-    )
+    options = {"train": str(TINY / "chats_train.jsonl")} | options
+    return ChatDataModule(tokenizer=str(TINY), cache_dir=str(tmp_path / "cache"), **options)
 
 
 def trainer(tmp_path, **options) -> synthetic.pl.Trainer:
@@ -104,7 +103,9 @@ def trained(tmp_path, **options) -> tuple[torch.Tensor, int, int]:
     synthetic.pl.seed_everything(0, verbose=False)
     module = Phi3LoRAModule(str(TINY), lora={"lora_dropout": 0.0}, gradient_checkpointing="none")
     run = trainer(tmp_path, accumulate_grad_batches=options.pop("accumulate", 1))
-    run.fit(module, chats(tmp_path, **options))
+    lines = (TINY / "chats_train.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (tmp_path / "some.jsonl").write_text("".join(lines[:80]), encoding="utf-8")
+    run.fit(module, chats(tmp_path, train=str(tmp_path / "some.jsonl"), **options))
     weights = torch.cat([parameter.detach().flatten() for parameter in module.trained_parameters()])
     return weights, run.global_step, run.num_training_batches
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from cli.conftest import QUICK, REPOSITORY, TINY, start
 
-TABLE = (REPOSITORY / "docs/checkpoints.md").read_text().split("## What a changed option")[1].split("## Exactness")[0]
+TABLE = (REPOSITORY / "docs/checkpoints.md").read_text().split("## Changed options")[1].split("## Exactness")[0]
 
 SLOW = pytest.mark.slow  # the same way through the house as another row
 HONOURED = [

@@ -33,7 +33,6 @@ def test_each_group_has_one_point_a_step_and_pages_have_content(cli, tmp_path):
     for tag in ("val/loss", "base_drift/kl", "base_drift/loss_change"):
         assert steps[tag] == [1, 3]
     assert {"config/text_summary", "samples/text_summary", "data/first_rows/text_summary"} <= set(tags["tensors"])
-    assert tags["images"] == ["data/first_rows"]
     assert run.text.count("answers:") == 2
 
 
@@ -82,7 +81,7 @@ def test_tensorboard_shows_it_in_a_browser(cli, tmp_path):
     cli("fit", f"--config={REPOSITORY}/configs/quickstart.yaml", "--trainer.max_steps=54")
     with board.tensorboard(tmp_path / "runs/quickstart/tensorboard") as address, board.browser() as page:
         page.goto(f"{address}/#timeseries")
-        for group in sorted(GROUPS | {"data"}):
+        for group in sorted(GROUPS):
             page.locator(".group-name, .group-title", has_text=re.compile(rf"^\s*{group}\s*$")).first.wait_for()
         page.goto(f"{address}/#text")
         page.reload()
@@ -92,6 +91,3 @@ def test_tensorboard_shows_it_in_a_browser(cli, tmp_path):
         page.reload()
         for column in ("lora/r", "optimizer/lr", "result/val_loss"):
             page.get_by_text(column).first.wait_for(state="attached")
-        page.goto(f"{address}/#images")
-        page.reload()
-        page.locator("tf-image-loader img").first.wait_for()

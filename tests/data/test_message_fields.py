@@ -132,7 +132,7 @@ def test_rows_with_a_wrong_answer_do_not_train_it(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("marks", "reason"),
+    ("flags", "reason"),
     [
         *(({flag: wrong}, f"{flag} is not 0 or 1") for flag in FLAGS for wrong in (0.5, "false", [0, 1])),
         ({"train": True, "weight": 0}, "flags contradict each other"),
@@ -141,13 +141,13 @@ def test_rows_with_a_wrong_answer_do_not_train_it(name: str) -> None:
         ({"training_detail": [{"begin_offset": 0}], "train": True}, "a part of a message is marked"),
     ],
 )
-def test_marks_that_cannot_be_followed_are_a_bad_row(marks: dict[str, Any], reason: str) -> None:
+def test_flags_that_cannot_be_followed_are_a_bad_row(flags: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRowError, match=r"messages\[1\]") as caught:
-        parse({"messages": [U, A | marks]})
+        parse({"messages": [U, A | flags]})
     assert caught.value.reason == reason
 
 
-def test_marks_that_agree_are_one() -> None:
+def test_flags_that_agree_are_one() -> None:
     assert parse({"messages": [U, A | {"train": False, "weight": 0, "loss": 0.0}, U, A]}).trained == [0, 0, 0, 1]
 
 

@@ -141,7 +141,7 @@ def test_piecewise_encoding_is_the_tokenizers_own(tokenizer: Any) -> None:
     assert before[:start] == after[:start]
 
 
-def test_marks_that_a_content_holds_are_not_used(tokenizer: Any) -> None:
+def test_sentinels_that_a_content_holds_are_not_used(tokenizer: Any) -> None:
     talk = conversation("\ufdd0\ufdd1", "\ufdd2 the answer \ufdd0")
     encoded = encode(tokenizer, talk)
     assert encoded.input_ids == oracle(tokenizer, talk)

@@ -131,7 +131,7 @@ def test_the_folder_says_what_it_is_and_no_local_path(base_folder, tmp_path):
         assert str(tmp_path).encode() not in path.read_bytes()
     card = (tmp_path / "out" / "README.md").read_text()
     for part in ("base_model: owner/name", "library_name: peft", "after 3 optimiser steps", "`model.lora.r` | `4`",
-                 "--max-lora-rank 8", "same likeliest token"):  # fmt: skip
+                 "--max-lora-rank 8", "same argmax"):  # fmt: skip
         assert part in card
     certificate = json.loads((tmp_path / "out" / "certificate.json").read_text())
     assert certificate["holds"] is True

@@ -227,7 +227,7 @@ class StopAt(pl.Callback):
 
 def test_negative_control_without_the_seed_of_each_micro_batch(chats, tmp_path, uninterrupted, monkeypatch):
     folder, final, _ = uninterrupted
-    monkeypatch.setattr(Phi3LoRAModule, "_seed", lambda self, batch_idx: None)
+    monkeypatch.setattr("phi3_lightning.checkpoint.resume.seed_by_position", lambda *position: None)
     resumed, _ = run(chats, tmp_path, ckpt=folder / "epoch 0 batch 5.ckpt")
     assert not all(torch.equal(resumed[name], final[name]) for name in final)
 

@@ -207,7 +207,7 @@ def check_command(words: list[str]) -> None:
         for extra in re.findall(r"\[([\w,]+)\]", " ".join(words)):
             assert set(extra.split(",")) <= EXTRAS.keys(), f"no extra {extra}"
     else:
-        known_here = ("tensorboard", "python3", "python", "export", "git", "cd")
+        known_here = ("source", "tensorboard", "python3", "python", "export", "git", "cd")
         assert program in known_here, f"is {program} run here? mark the block `not run`, with the reason"
 
 

@@ -126,7 +126,7 @@ def _chat(config: Namespace, checkpoint: dict[str, Any]) -> Chat:
 def _report(exported: Exported, target: Path) -> None:
     certificate = exported.certificate
     table = Table(title="certificate")
-    for column in (f"over {certificate.positions} positions", "largest logit difference", "KL", "same likeliest token"):
+    for column in (f"over {certificate.positions} positions", "largest logit difference", "KL", "same argmax"):
         table.add_column(column, justify="left" if "positions" in column else "right")
     for pair, divergence in (
         (certificate.compared, certificate.export),
