@@ -21,13 +21,13 @@ quickstart: setup
 
 # all but the tests of the project itself (documentation, examples, benchmarks, releases), which run each week
 TESTS := $(BIN)/python -m pytest --ignore=tests/project
+ON_TWO_CORES := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 test: setup
-	$(TESTS) -m 'not alone' --numprocesses 2
-	$(TESTS) -m alone
+	$(TESTS) $(ON_TWO_CORES)
 
 test-fast: setup
-	$(TESTS) -m 'not slow and not alone' --numprocesses 2
+	$(TESTS) -m 'not slow' $(ON_TWO_CORES)
 
 test-project: setup
 	$(BIN)/python -m pytest tests/project --numprocesses 2

@@ -19,6 +19,20 @@ REPOSITORY = Path(__file__).parent.parent
 os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Long tests first, each by itself; the others file by file, so that a file's fixtures are made once.
+
+    It is what ``make test`` shares out over processes, one group after the other.
+    """
+    items.sort(
+        key=lambda item: (item.get_closest_marker("xdist_group") is None, item.get_closest_marker("slow") is None)
+    )
+    for item in items:
+        if not item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
     # tests run beside each other, and two pools of torch threads on the same cores slow each other down many times

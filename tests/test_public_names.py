@@ -1,16 +1,8 @@
 """The names that others may lean on: taking one away, or adding one, is a decision that shows here."""
 
-import os
-import subprocess
-import sys
 from importlib import import_module
-from pathlib import Path
 
 import pytest
-
-import phi3_lightning
-
-SOURCES = Path(phi3_lightning.__file__).parents[1]
 
 PUBLIC = {
     "phi3_lightning": {"ChatDataModule", "FSDP2Strategy", "Phi3LoRAModule", "__version__"},
@@ -66,17 +58,3 @@ def test_public_names_are_documented(name):
     module = import_module(name)
     things = [getattr(module, public) for public in PUBLIC[name]]
     assert [thing for thing in things if callable(thing) and not thing.__doc__] == []
-
-
-@pytest.mark.slow
-def test_sections_may_be_mappings_for_a_type_checker(tmp_path):
-    script = tmp_path / "script.py"
-    lines = ["from phi3_lightning import Phi3LoRAModule", "from phi3_lightning.config import LoRA"]
-    lines += ['Phi3LoRAModule("base", lora={"r": 8}, optimizer={"lr": 1e-4}, schedule={}, generation={})']
-    lines += ['Phi3LoRAModule("base", lora=LoRA(r=8))', 'Phi3LoRAModule("base", lora=8)']
-    script.write_text("\n".join(lines))
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", f"--cache-dir={tmp_path}", script]
-    told = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "MYPYPATH": str(SOURCES)})
-    errors = [line for line in told.stdout.splitlines() if line.startswith(str(script))]
-    assert len(errors) == 1, told.stdout + told.stderr
-    assert "script.py:5: error" in errors[0]

@@ -65,7 +65,8 @@ def write_random(folder: Path, config: Path) -> None:
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": names}))
 
 
-@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.xdist_group("large")
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="the extra qlora is not installed")
 def test_the_base_is_under_2_6_gb_and_trains(shared, tmp_path):
     write_random(tmp_path / "base", shared / "phi3-mini-4k-instruct/config.json")

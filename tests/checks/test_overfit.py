@@ -28,17 +28,6 @@ def results(made, rows):
 
 
 @pytest.mark.slow
-def test_a_learning_rate_that_is_too_low_is_the_settings_fault(suite):
-    made = suite(optimizer={"lr": 1e-9}, dtype="bfloat16", precision="bf16-mixed")
-    found = results(made, read_sample(made.options, made.template, made.context_length).rows)
-    assert {name: result.outcome for name, result in found.items()} == {
-        GOOD_ROWS_GOOD_SETTINGS: "ok", MY_ROWS_GOOD_SETTINGS: "ok", GOOD_ROWS_MY_SETTINGS: "FAIL",
-        MY_ROWS_MY_SETTINGS: "skipped", ROUND_TRIP: "ok",
-    }  # fmt: skip
-    assert "model.optimizer.lr" in found[GOOD_ROWS_MY_SETTINGS].remedy
-
-
-@pytest.mark.slow
 def test_answers_that_follow_from_nothing_are_the_data_s_fault(suite, tmp_path):
     noise = random.Random(0)
     lines = [

@@ -1,5 +1,7 @@
 """Runs the command line in processes forked from this one, which has done the imports."""
 
+import functools
+import io
 import logging
 import os
 import signal
@@ -8,12 +10,18 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stdout, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from unittest.mock import patch
 
+import datasets  # noqa: F401  commands import these late: once here, and not in every process
+import docstring_parser
 import pytest
+import torch.utils.tensorboard  # noqa: F401
+from peft.utils import transformers_weight_conversion  # noqa: F401
 
-from phi3_lightning.cli import main
+from phi3_lightning.cli import Phi3CLI, main
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "src/phi3_lightning/assets/tiny_phi3"
@@ -55,8 +63,17 @@ class Run:
             os.kill(self.pid, with_signal)
 
 
+@functools.cache
+def _read_option_texts() -> None:
+    """Parse the docstrings that are the options' help once here, and not in every process, where it takes longest."""
+    docstring_parser.parse_from_object = functools.cache(docstring_parser.parse_from_object)
+    with suppress(SystemExit), redirect_stdout(io.StringIO()), patch.object(sys, "argv", ["cli.py", "fit", "--help"]):
+        Phi3CLI()
+
+
 def start(folder: Path, *args: str) -> Run:
     """Fork a process that runs the command line in ``folder``."""
+    _read_option_texts()
     output = folder / f"output-{time.monotonic_ns()}.txt"
     pid = os.fork()
     if pid == 0:
@@ -69,7 +86,10 @@ def start(folder: Path, *args: str) -> Run:
             os.dup2(sink, 2)
             sys.stdout = os.fdopen(1, "w", buffering=1)
             sys.stderr = os.fdopen(2, "w", buffering=1)
-            sys.argv = ["cli.py", *args]
+            # where Lightning's launcher starts further ranks as `python cli.py`, and not as `python -m pytest`
+            sys.argv = [str(REPOSITORY / "cli.py"), *args]
+            sys.modules["__main__"].__spec__ = None
+            os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
             sys.path.insert(0, str(folder))
             warnings.resetwarnings()  # as in a process of a user's
             threading.excepthook = threading.__excepthook__  # and not pytest's

@@ -28,16 +28,16 @@ def gigabytes(text: str, row: str) -> float:
 def hub(tmp_path):
     """Make a folder with nothing but the configuration that the hub has of a model."""
 
-    def hub(name: str) -> str:
+    def hub(name: str, **changes) -> str:
         (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text(json.dumps(PUBLISHED[name]))
+        (tmp_path / name / "config.json").write_text(json.dumps(PUBLISHED[name] | changes))
         return name
 
     return hub
 
 
 def test_real_lengths_make_a_whole_plan(cli, tmp_path):
-    text = cli("plan", *QUICKSTART, f"--data.cache_dir={tmp_path}/cache").text
+    text = cli("plan", *QUICKSTART, "--data.max_length=256", f"--data.cache_dir={tmp_path}/cache").text
     assert "in data.train)" in text
     assert "whole run: 150 optimiser steps" in text
     assert re.search(r"speed: [\d,]+ tokens/s a device", text)
@@ -49,28 +49,28 @@ def test_real_lengths_make_a_whole_plan(cli, tmp_path):
 
 
 def test_without_data_the_largest_rows_are_planned(cli):
-    text = cli("plan", *QUICKSTART, "--data.train=nowhere.jsonl").text
-    assert "1,024 tokens, 2 documents, 2 rows" in text
+    text = cli("plan", *QUICKSTART, "--data.train=nowhere.jsonl", "--data.max_length=256").text
+    assert "512 tokens, 2 documents, 2 rows" in text
     assert "nowhere.jsonl: no such file" in text
     assert "whole run: unknown" in text
 
 
 AUTO = (
-    "--model.gradient_checkpointing=auto", "--data.max_tokens_per_batch=auto", "--data.batch_size=3",
-    "--trainer.accumulate_grad_batches=4",
+    "--model.gradient_checkpointing=auto", "--data.max_tokens_per_batch=auto", "--data.max_length=256",
+    "--data.batch_size=1", "--trainer.accumulate_grad_batches=4",
 )  # fmt: skip
 
 
 def test_what_is_auto_is_decided_as_by_fit(cli, tmp_path):
     text = cli("plan", *QUICKSTART, *AUTO, f"--data.cache_dir={tmp_path}/cache").text
-    assert "12 rows (the largest of 5 in data.train), 1 to an optimiser step" in text
+    assert "4 rows (the largest of 27 in data.train), 1 to an optimiser step" in text
     assert "model.gradient_checkpointing: auto is none here: the largest batch takes less than" in text
 
 
 def test_fit_decides_what_is_auto(cli, tmp_path):
     quiet = ("--monitor.base_drift=false", "--monitor.samples=0", "--trainer.max_steps=1")
     text = cli("fit", *QUICKSTART, *AUTO, *quiet, f"--data.cache_dir={tmp_path}/cache").text
-    assert "12 rows, 1 such micro-batches to an optimiser step of 12 rows" in text
+    assert "4 rows, 1 such micro-batches to an optimiser step of 4 rows" in text
     assert "model.gradient_checkpointing: auto is none: the largest batch takes less than" in text
     assert "gradient checkpointing: none" in text
 
@@ -83,7 +83,7 @@ def test_a_gpu_that_is_not_here_is_not_asked(cli):
     assert "auto needs the GPU, and there is none here; give a number" in refused
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_measured_steps_stand_beside_the_prediction(cli, tmp_path):
     text = cli("plan", *QUICKSTART, "--measure", f"--data.cache_dir={tmp_path}/cache").text
     assert re.search(r"peak memory, GB *│ *[\d.]+ │ *[\d.]+ │ *[+-][\d.]+%", text)
@@ -110,7 +110,7 @@ def test_the_family_is_planned_from_config_json_alone(cli, hub, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", ["cpu", "ddp", "fsdp2", "gpu_8gb", "torchrun"])
 def test_overlays_are_planned(cli, hub, overlay):
-    base = hub("phi3_mini_4k_lora")
+    base = hub("phi3_mini_4k_lora", num_hidden_layers=4)
     path = REPOSITORY / f"configs/overlays/{overlay}.yaml"
     configs = (f"--config={REPOSITORY}/configs/phi3_mini_4k_lora.yaml", f"--config={path}")
     text = cli("plan", *configs, f"--model.base={base}", "--trainer.accelerator=gpu").text
@@ -122,7 +122,7 @@ def test_overlays_are_planned(cli, hub, overlay):
     "name", ["phi3_mini_4k_loralib", "phi3_mini_4k_dora", "phi3_mini_4k_qlora", "cookbook_sample_finetune"]
 )
 def test_each_kind_of_adapter_is_planned(cli, hub, name):
-    base = hub("phi3_mini_4k_lora")
+    base = hub("phi3_mini_4k_lora", num_hidden_layers=4)
     text = cli(
         "plan",
         f"--config={REPOSITORY}/configs/{name}.yaml",

@@ -21,7 +21,7 @@ def decided(folder, world: int, sizes: list[tuple[float, float]]) -> tuple:
     auto.device_memory = lambda _: (free, total)  # a process of its own
     data = ChatDataModule(
         train=str(TINY / "chats_train.jsonl"), tokenizer=str(TINY), cache_dir=str(folder / "cache"), max_length=256,
-        num_workers=0, val_fraction=0.0, batch_size=64, max_tokens_per_batch="auto",
+        num_workers=0, val_fraction=0.0, batch_size=12, max_tokens_per_batch="auto",
     )  # fmt: skip
     module = cases.module(str(TINY), gradient_checkpointing="auto")
     callbacks = [AutoBatchSize(), AutoCheckpointing()]

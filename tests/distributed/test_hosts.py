@@ -15,8 +15,8 @@ import pytest
 from cli.conftest import QUICK, REPOSITORY
 from phi3_lightning.checkpoint.io import read_checkpoint
 
+from .programs import LAST, LENGTH, STEPS, running, same, wait_for
 from .ranks import free_port
-from .test_launchers import LAST, finished, running, same, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -68,8 +68,8 @@ def hosts() -> Iterator[list[Host]]:
 
 
 OPTIONS = (
-    "fit", *QUICK, "--trainer.max_steps=30", "--trainer.limit_val_batches=0", "--checkpoint.every_n_steps=5",
-    "--run=bot", "--data.cache_dir=cache", "--config=timeout.yaml",
+    "fit", *QUICK, *LENGTH, "--checkpoint.every_n_steps=5", "--run=bot", "--data.cache_dir=cache",
+    "--config=timeout.yaml",
 )  # fmt: skip
 TIMEOUT = """
 trainer:
@@ -84,7 +84,7 @@ def sent(host: Host) -> int:
     return int(shown.stdout)
 
 
-def test_a_host_dies_and_the_run_goes_on_from_the_last_checkpoint(hosts, tmp_path):
+def test_a_host_dies_and_the_run_goes_on_from_the_last_checkpoint(hosts, uninterrupted, tmp_path):
     def on(rank: int, folder: Path, port: int):
         environment = {
             "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(port), "NODE_RANK": str(rank), "LOCAL_RANK": "0",
@@ -93,10 +93,9 @@ def test_a_host_dies_and_the_run_goes_on_from_the_last_checkpoint(hosts, tmp_pat
         program = (sys.executable, str(REPOSITORY / "cli.py"), *OPTIONS, "--trainer.num_nodes=2")
         return running(folder, *hosts[rank].command(*program), **environment)
 
-    cut, straight = tmp_path / "cut", tmp_path / "straight"
-    for folder in (cut, straight):
-        folder.mkdir()
-        (folder / "timeout.yaml").write_text(TIMEOUT)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "timeout.yaml").write_text(TIMEOUT)
     port = free_port()
     with on(0, cut, port) as (first, text), on(1, cut, port) as (second, _):
         wait_for(lambda: (cut / LAST).exists(), text)
@@ -107,7 +106,7 @@ def test_a_host_dies_and_the_run_goes_on_from_the_last_checkpoint(hosts, tmp_pat
         print(f"ended after {time.monotonic() - before:.0f} s, with a timeout of 15 s")
         assert f"no sign of life from rank 1 on {hosts[1].name}" in text().strip().splitlines()[-1]
     done = read_checkpoint(cut / LAST)["global_step"]
-    assert 5 <= done < 30
+    assert 5 <= done < STEPS
 
     ip("-n", hosts[1].name, "link", "set", hosts[1].interface, "up")
     port, before = free_port(), sent(hosts[1])
@@ -117,10 +116,7 @@ def test_a_host_dies_and_the_run_goes_on_from_the_last_checkpoint(hosts, tmp_pat
         assert f"going on after step {done}" in text()
     state = read_checkpoint(cut / LAST)["state_dict"]
     adapter = sum(tensor.nbytes for tensor in state.values())
-    wire = (sent(hosts[1]) - before) / adapter / (30 - done)
+    wire = (sent(hosts[1]) - before) / adapter / (STEPS - done)
     print(f"{wire:.2f} adapters left a host a step")
     assert 0.9 < wire < 1.3  # of two ranks each sends half for the sum and half of the sum: one adapter, and headers
-
-    one_host = ("--trainer.devices=2", "--trainer.num_nodes=1")
-    finished(straight, sys.executable, str(REPOSITORY / "cli.py"), *OPTIONS, *one_host)
-    assert same(cut, straight)
+    assert same(uninterrupted, cut)

@@ -76,7 +76,7 @@ def measure(base: str, folder, strategy: dict, world: int) -> dict[str, int]:
     return sizes | {"training": live.peak}
 
 
-@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.alone)])
+@pytest.mark.parametrize("world", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_no_rank_holds_the_base(large, tmp_path, world):
     for found in ranks.run(tmp_path, world, measure, large, tmp_path, {}, world):
         share = found["base"] / world
@@ -90,7 +90,7 @@ def test_no_rank_holds_the_base(large, tmp_path, world):
         assert found["training"] < 0.9 * found["base"]
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_keeping_layers_holds_the_whole(large, tmp_path):
     """The control: with reshard_after_forward off all layers are there at once, and the measure shows it."""
     for found in ranks.run(tmp_path, 2, measure, large, tmp_path, {"reshard_after_forward": False}, 2):

@@ -28,6 +28,7 @@ def check(base: str, tmp_path) -> None:
             assert found["losses"] == pytest.approx(alone["losses"], rel=tolerance)
 
 
-@pytest.mark.alone
+@pytest.mark.slow
+@pytest.mark.xdist_group("large")
 def test_one_window_has_one_gradient(real_base, tmp_path):  # noqa: F811
     check(str(real_base), tmp_path)

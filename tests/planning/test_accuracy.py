@@ -42,7 +42,7 @@ def off(folder: Path, config: dict, *options: str) -> float:
     return (predicted - holes) / measured - 1
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("config", "checkpointing"), [(SMOLLM2, "full"), (SHALLOW, "none")], ids=["smollm2", "phi3-3-layers"]
 )
@@ -51,7 +51,7 @@ def test_memory_is_predicted_within_a_tenth(tmp_path, config, checkpointing):
     assert abs(off(tmp_path, config, *size)) <= WITHIN
 
 
-@pytest.mark.alone
+@pytest.mark.slow
 def test_memory_of_short_packed_documents_is_predicted_within_a_tenth(tmp_path, shared):
     found = off(
         tmp_path, SMOLLM2 | {"vocab_size": 32064}, f"--data.train={shared}/data/messages_multiturn.jsonl",

@@ -1,10 +1,8 @@
 """The family: each configuration trains a base that was shrunk as the guide says; its memory is calculated."""
 
 import json
-import re
 import runpy
 import shutil
-import subprocess
 import sys
 
 import pytest
@@ -16,8 +14,6 @@ from phi3_lightning.adapters import targets
 from phi3_lightning.config import LoRA
 from phi3_lightning.model.base import read_config, skeleton
 from recipes.published import PUBLISHED
-
-OVERLAYS = REPOSITORY / "configs/overlays"
 
 
 @pytest.fixture
@@ -100,29 +96,6 @@ def test_the_calculation_counts_the_parameters_of_the_real_model(tmp_path, monke
     assert sum(parameter.numel() for parameter in model.parameters()) == shapes.base
     layers = [model.get_submodule(target.path) for target in targets.resolve(model, LoRA())]
     assert sum(16 * (layer.in_features + layer.out_features) for layer in layers) == shapes.adapter
-
-
-@pytest.mark.slow
-def test_the_guide_has_the_table_that_the_script_prints():
-    command = [sys.executable, str(REPOSITORY / "benchmarks/memory.py")]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    assert printed.strip() in (REPOSITORY / "docs/recipes.md").read_text()
-
-
-@pytest.mark.slow
-def test_each_overlay_says_what_the_script_calculates(memory):
-    shown = {"Phi-3-mini": "phi3_mini_4k_lora", "Phi-4-mini": "phi4_mini_lora", "Phi-3-medium": "phi3_medium_4k_lora"}
-    for overlay, size in memory["OVERLAYS"].items():
-        text = (OVERLAYS / f"{overlay}.yaml").read_text()
-        said = re.findall(r"(Phi-\d-\w+)( with --model.quantization nf4)? (\d+\.\d) GB", text.replace("\n#", ""))
-        assert len(said) >= 2
-        for model, quantized, number in said:
-            config = memory["settings"](shown[model], f"overlays/{overlay}")
-            if quantized:
-                config["model"]["quantization"] = "nf4"
-            peak = memory["peak"](config)
-            assert f"{peak:.1f}" == number
-            assert not size or peak <= memory["FITS"] * size
 
 
 def test_an_optimiser_step_is_the_same_under_every_overlay_of_gpus(memory):
