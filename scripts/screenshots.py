@@ -35,8 +35,8 @@ FLAGS = [
 """Keeps the browser to the page that it is given."""
 
 SHOWN = (
-    "^(adapter/(relative_norm/q_proj|effective_rank/q_proj|grad_norm/qkv)|data/|base_drift/kl|memory/"
-    "|speed/(tokens|peak)|train/(loss|grad)|val/(loss|tok))"
+    "^(adapter/(relative_norm/q_proj|effective_rank/q_proj|grad_norm/qkv)|base_drift/kl|memory/"
+    "|speed/(tokens|mfu|packing)|train/(loss|grad)|val/(loss|tok))"
 )
 """The charts of the picture: some of each group."""
 

@@ -1,4 +1,4 @@
-"""HTML pages and Markdown files, by Jinja templates; all pages share one style, and load and run nothing."""
+"""HTML pages and Markdown files, by Jinja templates; all pages share one style, fetch nothing and run no script."""
 
 from pathlib import Path
 
@@ -17,10 +17,10 @@ _ENVIRONMENT = Environment(
 
 
 def render(template: str, **values: object) -> str:
-    """Return a template of this package with values; in HTML and SVG all text is escaped.
+    """Render a template of this package; in HTML and SVG all text is escaped.
 
     Args:
-        template: Its file name, such as ``preview.html``.
-        values: Values by the names that the template uses, every one of which is required.
+        template: The file name, such as ``preview.html``.
+        values: A value for every name that the template uses.
     """
     return _ENVIRONMENT.get_template(template).render(values)

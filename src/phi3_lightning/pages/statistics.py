@@ -1,9 +1,9 @@
-"""The table of what became of the rows of each split, for the test report and for model cards."""
+"""The table of statistics of each split, for the test report and for model cards."""
 
 from collections.abc import Mapping
 from typing import Any
 
-COLUMNS = ("split", "rows read", "documents kept", "cut", "dropped", "tokens", "trained tokens")
+COLUMNS = ("split", "rows read", "documents kept", "truncated", "dropped", "tokens", "trained tokens")
 
 
 def rows(statistics: Mapping[str, Mapping[str, Any]]) -> list[tuple[Any, ...]]:
