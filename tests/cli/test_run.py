@@ -127,14 +127,26 @@ def test_a_moved_run_folder_goes_on_and_keeps_its_best(cli, tmp_path):
     assert scores[1] <= scores[0]
 
 
-@pytest.mark.parametrize("sent", [pytest.param(signal.SIGKILL, marks=pytest.mark.slow), signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_goes_on_to_the_same_weights(cli, tmp_path, sent):
-    short = ("--trainer.max_steps=40", "--trainer.val_check_interval=20", "--trainer.limit_val_batches=2")
-    options = (*QUICK, *short, "--checkpoint.every_n_steps=1")
-    cli("fit", *options, "--run=whole")
+FORTY_STEPS = (
+    *QUICK, "--trainer.max_steps=40", "--trainer.val_check_interval=20", "--trainer.limit_val_batches=2",
+    "--checkpoint.every_n_steps=1",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory) -> Path:
+    """The last checkpoint of a run that was never killed."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    run = start(folder, "fit", *FORTY_STEPS, "--run=whole")
+    assert run.wait() == 0, run.text
+    return folder / "runs/whole/checkpoints/last.ckpt"
+
+
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_killed_run_goes_on_to_the_same_weights(cli, tmp_path, uninterrupted, sent):
     last = tmp_path / "runs/cut/checkpoints/last.ckpt"
     for _ in range(2):
-        run = start(tmp_path, "fit", *options, "--run=cut")
+        run = start(tmp_path, "fit", *FORTY_STEPS, "--run=cut")
         before = last.stat().st_mtime_ns if last.exists() else 0
         run.wait_for(lambda before=before: last.exists() and last.stat().st_mtime_ns > before)
         run.kill(sent)
@@ -142,9 +154,9 @@ def test_a_killed_run_goes_on_to_the_same_weights(cli, tmp_path, sent):
         assert run.status == {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 1}[sent], run.text
         step = torch.load(last, weights_only=True)["global_step"]
         assert 1 <= step < 40
-    resumed = cli("fit", *options, "--run=cut")
+    resumed = cli("fit", *FORTY_STEPS, "--run=cut")
     assert f"step {step}" in resumed.text
-    assert same(last, tmp_path / "runs/whole/checkpoints/last.ckpt")
+    assert same(last, uninterrupted)
 
 
 def test_sigterm_saves_first(tmp_path):
