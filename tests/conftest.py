@@ -1,4 +1,4 @@
-"""Fixtures that every part of the suite shares."""
+"""Fixtures that the whole suite shares."""
 
 import json
 import os
@@ -35,13 +35,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    # tests run beside each other, and two pools of torch threads on the same cores slow each other down many times
+    # tests run in parallel, and several pools of torch threads on the same cores slow each other down many times
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """Real tokenizer and chat files, which are not part of the repository."""
+    """The folder of real tokenizer and chat files, which are not part of the repository."""
     folder = Path(os.environ.get("PHI3_LIGHTNING_SHARED", REPOSITORY.parent / "shared"))
     if not folder.is_dir():
         pytest.skip(f"no real data: {folder} is missing (set PHI3_LIGHTNING_SHARED)")
@@ -50,17 +50,17 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def real_chats(shared: Path) -> Path:
-    """Chat files of third parties; no hub has them, and scripts/fetch_models.py does not bring them."""
-    return fetched(shared / "data")
+    """Chat files of third parties; no hub has them, and scripts/fetch_models.py does not fetch them."""
+    return require(shared / "data")
 
 
 @pytest.fixture(scope="session")
 def real_vectors(shared: Path) -> list[dict]:
-    """Texts with the ids that Phi-3's tokenizer has to give them; no hub has them either."""
-    return json.loads(fetched(shared / "phi3-mini-4k-instruct/vectors.json").read_text(encoding="utf-8"))
+    """Texts with their ids by Phi-3's tokenizer; no hub has them either."""
+    return json.loads(require(shared / "phi3-mini-4k-instruct/vectors.json").read_text(encoding="utf-8"))
 
 
-def fetched(path: Path) -> Path:
+def require(path: Path) -> Path:
     if not path.exists():
         pytest.skip(f"{path} was not fetched")
     return path
@@ -74,7 +74,7 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """All documents attend in one call, and layers can be compiled; one that is not a single graph is an error."""
+    """All documents attend in one call, and layers can be compiled; a layer that is not a single graph is an error."""
     monkeypatch.setattr(packed_attention, "takes_varlen", lambda model, device: True)
     monkeypatch.setattr(packed_attention, "varlen_attn", synthetic.attention_by_mask)
     one_graph = torch.compile(Phi3DecoderLayer.forward, dynamic=True, fullgraph=True, backend="aot_eager")

@@ -1,4 +1,4 @@
-"""Small models and batches that tests make up."""
+"""Small synthetic models and batches."""
 
 from pathlib import Path
 
@@ -72,7 +72,7 @@ def batch_of(rows: list[list[tuple[list[int], list[int]]]], first_id: int = 0, p
 
 
 def loader(batches: list[Batch]) -> DataLoader:
-    """Batches as they are, in this order."""
+    """A loader of the given batches, in this order."""
     return DataLoader(batches, batch_size=None)
 
 
@@ -89,7 +89,7 @@ def prompt_batch(prompts: list[list[int]], stop_ids: list[int], pad: int = 0) ->
 
 
 def trainer(folder: Path, **options) -> pl.Trainer:
-    """A Trainer on the CPU that writes nothing and prints nothing unless asked to."""
+    """A Trainer on the CPU that writes and prints nothing by default."""
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     options = {"enable_checkpointing": False, "max_epochs": 1} | options
     return pl.Trainer(accelerator="cpu", default_root_dir=folder, **quiet | options)

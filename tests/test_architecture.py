@@ -1,4 +1,4 @@
-"""Which room may import which, and what the package shows to others."""
+"""Which room may import which, and what an import of the package loads."""
 
 import ast
 import json
@@ -25,7 +25,7 @@ def module_name(path: Path) -> str:
 
 
 def imported(source: str) -> set[str]:
-    """The whole names of what a file imports, anywhere in it and for whatever purpose."""
+    """The full names of everything that a file imports, anywhere in it."""
     names = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -64,7 +64,7 @@ def graph(sources: dict[str, str]) -> dict[str, set[str]]:
 
 
 def cycle(edges: dict[str, set[str]]) -> list[str]:
-    """Files that import each other in a circle; an empty list where there is none."""
+    """A cycle of files that import each other; empty if there is none."""
     try:
         TopologicalSorter(edges).prepare()
     except CycleError as error:
@@ -72,12 +72,12 @@ def cycle(edges: dict[str, set[str]]) -> list[str]:
     return []
 
 
-def test_no_files_import_each_other_in_a_circle():
+def test_no_import_cycle_among_files():
     assert cycle(graph(SOURCES)) == []
 
 
 def rooms(edges: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The rooms that each room imports; a file at the top is a room of its own."""
+    """The rooms that each room imports; a top-level file is a room of its own."""
     room = {name: ".".join(name.split(".")[:2]) for name in edges}
     result: dict[str, set[str]] = {}
     for name, imported_files in edges.items():
@@ -85,11 +85,11 @@ def rooms(edges: dict[str, set[str]]) -> dict[str, set[str]]:
     return result
 
 
-def test_no_rooms_import_each_other_in_a_circle():
+def test_no_import_cycle_among_rooms():
     assert cycle(rooms(graph(SOURCES))) == []
 
 
-def test_a_circle_of_rooms_is_found_where_files_have_none():
+def test_a_cycle_of_rooms_is_found_where_files_have_none():
     sources = {
         "phi3_lightning.a.one": "from phi3_lightning.b import one",
         "phi3_lightning.b.one": "import torch",
@@ -110,7 +110,7 @@ def test_a_circle_of_rooms_is_found_where_files_have_none():
         "if TYPE_CHECKING:\n    from phi3_lightning.a import X",
     ],
 )
-def test_a_circle_is_found_whatever_closes_it(last):
+def test_a_cycle_is_found_whatever_closes_it(last):
     sources = {
         "phi3_lightning": "from phi3_lightning.a import X",
         "phi3_lightning.a": "from phi3_lightning.room import b",
@@ -132,7 +132,7 @@ def top_level(source: str) -> str:
 
 
 def need_an_extra(sources: dict[str, str], extras: set[str]) -> set[str]:
-    """Files that cannot be imported without a package that is installed with an extra alone."""
+    """Files that can be imported only with an extra installed."""
     tops = {name: top_level(source) for name, source in sources.items()}
     edges = graph(tops)
     found: set[str] = set()
@@ -144,7 +144,7 @@ def need_an_extra(sources: dict[str, str], extras: set[str]) -> set[str]:
 
 
 def late_imports(sources: dict[str, str], extras: set[str]) -> set[tuple[str, str]]:
-    """Files that import one of the package's own within a function, and which, but for files that need an extra."""
+    """Imports of the package's own files within functions, except of files that need an extra."""
     exempt = need_an_extra(sources, extras)
     return {
         (name, file)
@@ -175,7 +175,7 @@ def within(name: str, room: str) -> bool:
 
 
 def importers(room: str) -> set[str]:
-    """Modules outside ``room`` that import something of it."""
+    """Modules outside ``room`` that import from it."""
     return {
         name for name, imported in IMPORTS.items() if not within(name, room) and any(within(i, room) for i in imported)
     }
@@ -187,12 +187,12 @@ def test_rooms_never_import_each_other(room):
     assert others == set()
 
 
-def test_only_the_command_line_and_the_package_see_the_data():
+def test_only_the_command_line_and_the_package_import_the_data():
     seen = {name for name in importers("data") if not (within(name, "commands") or within(name, "checks"))}
     assert seen == {NAME, f"{NAME}.cli"}
 
 
-def test_the_room_of_checks_is_the_command_s_alone():
+def test_only_its_command_imports_the_checks():
     assert {name for name in importers("checks") if not within(name, "commands")} == set()
 
 
@@ -205,14 +205,14 @@ def test_the_module_uses_both_of_its_rooms():
 
 
 @pytest.mark.parametrize("base", ["errors", "config", "batch"])
-def test_what_all_share_imports_no_room(base):
+def test_shared_modules_import_no_room(base):
     files = graph(SOURCES)
     others = {file for name in files if within(name, base) for file in files[name] if not within(file, base)}
     assert others <= {f"{NAME}.errors", f"{NAME}.files", f"{NAME}.renamed"}
 
 
 INSERTED = ("base_layer", "original_module", "lora_A", "lora_B", "lora_embedding", "lora_magnitude")
-"""What the backends insert into the names of parameters."""
+"""Texts that the backends insert into the names of parameters."""
 
 
 def key_names(source: str) -> set[str]:
@@ -226,12 +226,12 @@ def key_names(source: str) -> set[str]:
     return spelled
 
 
-def test_no_room_but_the_adapters_knows_the_name_of_a_key():
+def test_only_the_adapters_spell_their_key_names():
     spelled = {name: keys for name in SOURCES if not within(name, "adapters") if (keys := key_names(SOURCES[name]))}
-    assert spelled == {f"{NAME}.optim": {"lora_A", "lora_B"}}  # as roles, after which groups of parameters are called
+    assert spelled == {f"{NAME}.optim": {"lora_A", "lora_B"}}  # as roles, after which parameter groups are named
 
 
-def test_quantised_weights_are_known_by_name_in_one_file():
+def test_only_one_file_spells_the_names_of_quantised_weights():
     assert [name for name, source in SOURCES.items() if '"SCB"' in source] == [f"{NAME}.checkpoint.identity"]
 
 
@@ -250,7 +250,7 @@ def test_the_name_of_a_key_is_found(source, key):
     assert key_names("model.embed_tokens.weight; adapter.lora_AB(target); 'model.embed_tokens.weight'") == set()
 
 
-def test_no_import_goes_unseen():
+def test_every_import_is_analysed():
     source = "def late():\n    from phi3_lightning.data.template import x\n    import phi3_lightning.cli\n"
     found = imports_of(source)
     assert {"phi3_lightning.data.template", "phi3_lightning.cli"} <= found

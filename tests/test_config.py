@@ -1,4 +1,4 @@
-"""Sections are checked when they are made, and name the key that the user wrote."""
+"""Sections are checked on construction, and errors name the key that the user wrote."""
 
 import re
 from dataclasses import asdict
@@ -64,12 +64,12 @@ def test_a_value_out_of_range_is_named_with_its_key(kind, field, value, key):
 
 
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "mica"])
-def test_a_start_that_cannot_be_used_is_refused_by_name_with_the_reason(start):
+def test_an_unsupported_initialisation_is_refused_with_the_reason(start):
     with pytest.raises(ConfigError, match=rf"model\.lora\.init_lora_weights: '{start}' cannot be used: it .*use true"):
         LoRA(init_lora_weights=start)
 
 
-def test_an_orthogonal_start_needs_even_ranks():
+def test_orthogonal_initialisation_needs_even_ranks():
     for ranks in ({"r": 3}, {"rank_pattern": {"o_proj": 5}}):
         with pytest.raises(ConfigError, match="every rank must be even"):
             LoRA(init_lora_weights="orthogonal", **ranks)
@@ -78,7 +78,7 @@ def test_an_orthogonal_start_needs_even_ranks():
 @pytest.mark.parametrize(
     "fields", [{"use_dora": True}, {"init_lora_weights": "gaussian"}, {"modules_to_save": ["lm_head"]}]
 )
-def test_what_loralib_has_not_is_refused_with_the_backend_that_has_it(fields):
+def test_options_unsupported_by_loralib_name_the_peft_backend(fields):
     assert LoRA(**fields)
     with pytest.raises(ConfigError, match=rf"model\.lora\.{next(iter(fields))}: .*backend: peft"):
         LoRA(backend="loralib", **fields)
@@ -114,7 +114,7 @@ def test_an_unknown_key_is_named_with_the_one_that_was_meant(kind, key, hint):
 
 
 @pytest.mark.parametrize(
-    ("kind", "field", "value", "told"),
+    ("kind", "field", "value", "message"),
     [
         (LoRA, "r", "8", "model.lora.r: '8' cannot be used: give a whole number"),
         (LoRA, "r", 8.5, "model.lora.r: 8.5 cannot be used: give a whole number"),
@@ -139,13 +139,13 @@ def test_an_unknown_key_is_named_with_the_one_that_was_meant(kind, key, hint):
         (Generation, "max_new_tokens", 2.5, "model.generation.max_new_tokens: 2.5 cannot be used: give a whole"),
     ],
 )
-def test_a_value_of_another_type_is_named_with_its_key(kind, field, value, told):
-    with pytest.raises(ConfigError, match=f"^{re.escape(told)}"):
+def test_a_value_of_another_type_is_named_with_its_key(kind, field, value, message):
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
         section(kind, {field: value})
 
 
 @pytest.mark.parametrize("given", [None, "r=8", ["r", 8], LoraConfig(r=8)])
-def test_what_is_no_mapping_is_no_section(given):
+def test_a_section_that_is_no_mapping_is_refused(given):
     with pytest.raises(ConfigError, match=r"^model\.lora: .* cannot be used: give a mapping"):
         section(LoRA, given)
 
@@ -163,10 +163,10 @@ def test_a_peft_config_of_a_script_drops_in():
     assert asdict(section(LoRA, peft_config)) == asdict(LoRA()) | peft_config
 
 
-def test_all_of_a_saved_peft_config_that_is_ours_drops_in():
+def test_every_option_of_ours_is_read_from_a_saved_peft_config():
     saved = LoraConfig(r=8, target_modules=["o_proj"], task_type="CAUSAL_LM").to_dict()
     ours = {key: saved[key] for key in asdict(LoRA()) if key in saved}
-    assert len(ours) == len(asdict(LoRA())) - 3  # but backend, enable_lora and adapter
+    assert len(ours) == len(asdict(LoRA())) - 3  # all but backend, enable_lora and init_from
     assert section(LoRA, ours | {"target_modules": ["o_proj"]}).r == 8
 
 
@@ -174,7 +174,7 @@ def test_defaults_adapt_every_linear_layer():
     assert LoRA().target_modules == list(PHI3_LINEAR_LAYERS)
 
 
-def test_sections_cannot_be_changed_behind_their_checks():
+def test_sections_are_immutable():
     with pytest.raises(AttributeError):
         LoRA().r = 0
 

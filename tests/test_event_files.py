@@ -1,4 +1,4 @@
-"""Which values of event files belong to the line that led to a run's model."""
+"""Which values of event files belong to the starts that led to a run's model."""
 
 import time
 from pathlib import Path
@@ -11,7 +11,7 @@ from phi3_lightning.event_files import MAX_CURVE_POINTS, event_files, read_scala
 
 
 def write(folder: Path, *logged: tuple[str, float, int], start: int | None = None, config: int | None = None) -> None:
-    """An event file of one start of a run."""
+    """Write the event file of one start of a run."""
     writer = SummaryWriter(str(folder))
     if start is not None:
         writer.file_writer.add_event(Event(session_log=SessionLog(status=SessionLog.START)), start)
@@ -20,7 +20,7 @@ def write(folder: Path, *logged: tuple[str, float, int], start: int | None = Non
     for tag, value, step in logged:
         writer.add_scalar(tag, value, step)
     writer.close()
-    time.sleep(0.01)  # files are told apart by when they were begun
+    time.sleep(0.01)  # files are ordered by the time of their start
 
 
 def losses(steps: range, value: float) -> list[tuple[str, float, int]]:
@@ -28,7 +28,7 @@ def losses(steps: range, value: float) -> list[tuple[str, float, int]]:
 
 
 @pytest.mark.parametrize("kind", ["marked", "by its configuration", "by its first step"])
-def test_what_an_interrupted_start_logged_beyond_its_checkpoint_is_left_out(tmp_path, kind):
+def test_values_logged_after_the_last_checkpoint_are_left_out(tmp_path, kind):
     marks = {"marked": {"start": 4}, "by its configuration": {"config": 4}, "by its first step": {}}[kind]
     write(tmp_path, *losses(range(7), 1.0), ("val/loss", 1.0, 2), ("val/loss", 1.0, 5), config=0)
     write(tmp_path, *losses(range(4, 6), 2.0), **marks)
@@ -36,14 +36,14 @@ def test_what_an_interrupted_start_logged_beyond_its_checkpoint_is_left_out(tmp_
     assert read_scalars(tmp_path) == {"train/loss": expected, "val/loss": [(2, 1.0)]}
 
 
-def test_a_value_that_was_logged_again_is_the_last(tmp_path):
+def test_the_last_value_logged_for_a_step_wins(tmp_path):
     write(tmp_path, *losses(range(4), 1.0), ("val/loss", 1.0, 3))
     write(tmp_path, ("val/loss", 2.0, 3), *losses(range(4, 6), 1.0), config=4)
     assert read_scalars(tmp_path)["val/loss"] == [(3, 2.0)]
     assert [step for step, _ in read_scalars(tmp_path)["train/loss"]] == list(range(6))
 
 
-def test_a_start_that_logged_nothing_has_overtaken_all_the_same(tmp_path):
+def test_a_start_that_logged_nothing_still_replaces_later_values(tmp_path):
     write(tmp_path, *losses(range(7), 1.0))
     write(tmp_path, start=3)
     assert read_scalars(tmp_path)["train/loss"] == [(step, 1.0) for step in range(3)]
@@ -61,7 +61,7 @@ def test_two_starts_in_one_file(tmp_path):
     assert read_scalars(tmp_path)["train/loss"] == expected
 
 
-def test_what_an_evaluation_logged_is_no_point_of_the_run(tmp_path):
+def test_values_of_an_evaluation_are_no_points_of_the_run(tmp_path):
     write(tmp_path, *losses(range(4), 1.0), ("val/loss", 1.0, 3))
     write(tmp_path, ("val/loss", 9.0, 0), ("epoch", 0.0, 0))
     write(tmp_path, ("test/loss", 9.0, 0))
@@ -77,7 +77,7 @@ def test_a_long_curve_is_thinned_and_keeps_its_end(tmp_path):
     assert curve == sorted(set(curve))
 
 
-def test_a_file_that_was_cut_gives_what_is_whole(tmp_path):
+def test_a_truncated_file_gives_its_whole_records(tmp_path):
     write(tmp_path, *losses(range(7), 1.0))
     (path,) = event_files(tmp_path)
     path.write_bytes(path.read_bytes()[:-5])
@@ -86,5 +86,5 @@ def test_a_file_that_was_cut_gives_what_is_whole(tmp_path):
     assert event_files(tmp_path) == [path]
 
 
-def test_nothing_is_read_where_nothing_is(tmp_path):
+def test_a_folder_without_event_files_has_no_curves(tmp_path):
     assert read_scalars(tmp_path / "absent") == read_scalars(tmp_path) == {}

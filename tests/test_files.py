@@ -1,4 +1,4 @@
-"""Paths that the user gives, and what the file system answers to a program that writes."""
+"""Paths given by the user, and errors of the file system on writing."""
 
 import errno
 import os
@@ -18,13 +18,13 @@ from phi3_lightning.files import file_error, local_path, writing
     ["s3://bucket/x", "gs://bucket/x", "hf://datasets/a/b", "memory://x", "https://host/x.jsonl", "dbfs:/mnt/x",
      "simplecache::s3://bucket/x", "abfss://a@b.dfs.core.windows.net/x", str(Path("s3://bucket/x"))],
 )  # fmt: skip
-def test_an_address_is_no_folder(address):
+def test_a_url_is_refused_as_a_path(address):
     with pytest.raises(ConfigError, match=r"^checkpoint\.dirpath: .* is an address.*mount it or copy it"):
         local_path("checkpoint.dirpath", address)
 
 
 @pytest.mark.parametrize("address", ["file:///x/y", "file:/x/y", "file://localhost/x/y"])
-def test_a_file_address_is_told_as_the_path_that_it_means(address):
+def test_a_file_url_is_refused_with_its_path(address):
     with pytest.raises(ConfigError, match=r"is an address.*; give /x/y$"):
         local_path("--ckpt_path", address)
 
@@ -39,14 +39,14 @@ def test_the_home_folder_is_known(monkeypatch):
     assert local_path("trainer.default_root_dir", "~/runs") == Path("/home/me/runs")
 
 
-def provoked(action) -> OSError:
+def error_of(action) -> OSError:
     with pytest.raises(OSError) as caught:  # noqa: PT011, the kinds are the point
         action()
     return caught.value
 
 
 @pytest.mark.parametrize(
-    ("make", "said"),
+    ("make", "message"),
     [
         (lambda folder: (folder / "file" / "x").mkdir(), "file/x: Not a directory; move what is in the way"),
         (lambda folder: (folder / "file").mkdir(), "file: File exists; move what is in the way"),
@@ -56,10 +56,10 @@ def provoked(action) -> OSError:
         (lambda folder: (folder / "full").write_text("x"), "the run: No space left on device; free some space there"),
     ],
 )
-def test_errors_of_the_file_system_name_file_and_remedy(tmp_path, make, said):
+def test_errors_of_the_file_system_name_file_and_remedy(tmp_path, make, message):
     (tmp_path / "file").touch()
     (tmp_path / "full").symlink_to("/dev/full")
-    assert said in file_error(provoked(lambda: make(tmp_path)), Path("the run"))
+    assert message in file_error(error_of(lambda: make(tmp_path)), Path("the run"))
 
 
 @pytest.mark.parametrize(
@@ -73,13 +73,13 @@ def test_other_errors_are_not_the_file_systems(error):
         raise error
 
 
-def test_a_fault_of_the_program_stays_one():
+def test_programming_errors_are_raised_unchanged():
     with pytest.raises(RuntimeError, match="a bug"), writing(Path("the run")):
         raise RuntimeError("a bug")
 
 
 def in_a_child(action) -> str:
-    """What ``action`` says of the file system in a process that may write 4 kB a file."""
+    """The file system error of ``action`` in a process that may write at most 4 kB per file."""
     read, write = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -93,8 +93,8 @@ def in_a_child(action) -> str:
             os._exit(0)
     os.close(write)
     os.waitpid(pid, 0)
-    with os.fdopen(read) as said:
-        return said.read()
+    with os.fdopen(read) as reader:
+        return reader.read()
 
 
 def write_by_torch(path: Path) -> None:
@@ -111,7 +111,7 @@ def write_by_torch(path: Path) -> None:
     ],
     ids=["python", "safetensors", "torch"],
 )
-def test_a_library_that_cannot_write_is_understood(tmp_path, write):
+def test_write_errors_of_libraries_are_recognised(tmp_path, write):
     assert in_a_child(lambda: write(tmp_path / "file")) == (
         "the export: File too large; free some space there, or name a place on another disk"
     )

@@ -1,4 +1,4 @@
-"""Where the package does not run is said in one sentence; what a device has is measured."""
+"""Unsupported platforms are refused in one sentence; memory and peak FLOPs of a device are measured."""
 
 import subprocess
 import sys
@@ -32,7 +32,7 @@ def test_windows_is_refused(monkeypatch):
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "gpu", "mps"])
-def test_mps_is_refused_however_it_is_asked_for(mps, accelerator):
+def test_mps_is_refused_however_it_is_requested(mps, accelerator):
     with pytest.raises(ConfigError, match=rf"trainer\.accelerator: {accelerator} .*MPS.*set it to cpu"):
         check_accelerator(accelerator)
 
@@ -44,7 +44,7 @@ def test_a_mac_trains_on_its_cpu(mps, monkeypatch):
 
 
 @pytest.mark.parametrize("accelerator", ["auto", "gpu", "cpu", "cuda"])
-def test_linux_is_taken(monkeypatch, accelerator):
+def test_linux_is_accepted(monkeypatch, accelerator):
     monkeypatch.setattr(sys, "platform", "linux")
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     check_platform()
@@ -64,33 +64,33 @@ def test_the_memory_of_a_host_is_what_the_system_says(monkeypatch, tmp_path):
         assert 0 < free <= total
 
 
-def test_a_container_has_what_it_is_allowed(monkeypatch, tmp_path):
+def test_container_memory_is_its_limit(monkeypatch, tmp_path):
     monkeypatch.setattr(hardware, "_CGROUP", tmp_path)
     (tmp_path / "memory.max").write_text("500000000\n")
     (tmp_path / "memory.stat").write_text("anon 120000000\nfile 300000000\nkernel 1\n")
-    assert device_memory(CPU) == (380_000_000, 500_000_000)  # pages of files are given up when memory is asked for
+    assert device_memory(CPU) == (380_000_000, 500_000_000)  # the file cache is released when memory is requested
 
 
-def test_what_torch_has_reserved_on_a_gpu_and_does_not_use_is_free(monkeypatch):
+def test_reserved_but_unused_gpu_memory_counts_as_free(monkeypatch):
     for name, value in (("mem_get_info", (10, 80)), ("memory_reserved", 7), ("memory_allocated", 4)):
         monkeypatch.setattr(torch.cuda, name, lambda _, value=value: value)
     assert device_memory(torch.device("cuda")) == (13, 80)
 
 
-def test_the_process_has_a_size():
+def test_process_memory_is_plausible():
     assert 1e8 < resident_memory() < 1e11
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="Linux alone tells the peak there")
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux reports the peak there")
 def test_peak_memory_is_that_of_the_process():
     lines = Path("/proc/self/status").read_text().splitlines()
     (peak,) = [int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")]
-    # both count pages, the one by thread and added up now and then
+    # both count pages, but one of them per thread with occasional sums
     assert peak_memory(torch.device("cpu")) == pytest.approx(peak, rel=0.02)
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the peak is getrusage's")
-def test_peak_memory_is_not_what_the_parent_held_when_it_started_the_process():
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the peak is that of getrusage")
+def test_peak_memory_excludes_that_of_the_parent():
     child = (
         "import resource, torch; from phi3_lightning.hardware import peak_memory;"
         "print(peak_memory(torch.device('cpu')), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
@@ -99,13 +99,13 @@ def test_peak_memory_is_not_what_the_parent_held_when_it_started_the_process():
     found = subprocess.run([sys.executable, "-c", child], check=True, capture_output=True, text=True).stdout
     peak, by_getrusage = map(int, found.split())
     assert peak < len(held) / 2
-    assert by_getrusage >= len(held)  # what is wrong with it, on Linux
+    assert by_getrusage >= len(held)  # which is why getrusage is not used on Linux
 
 
-def test_the_peak_of_a_cpu_is_that_of_its_matrix_products():
+def test_peak_flops_of_a_cpu_are_plausible():
     assert 1e8 < peak_flops(torch.device("cpu"), torch.float32) < 1e15
 
 
-def test_the_peak_of_a_gpu_is_that_of_its_data_sheet(monkeypatch):
+def test_peak_flops_of_a_gpu_are_those_of_its_data_sheet(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == pytest.approx(989e12, rel=1e-3)

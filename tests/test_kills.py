@@ -1,6 +1,6 @@
-"""A run that is killed at any moment goes on from its newest checkpoint to the same final weights.
+"""A run that is killed at any moment resumes from its last checkpoint to the same final weights.
 
-``KILLS`` says how many kills there are: a few in the suite, 200 in ``make kill-test``.
+``KILLS`` is the number of kills: a few in the suite, 200 in ``make kill-test``.
 """
 
 import os
@@ -24,7 +24,7 @@ STEPS = 16
 
 
 def train(folder: Path, cache: Path) -> None:
-    """Train to the end, from the newest checkpoint if there is one; every step is saved."""
+    """Train to the end, from the last checkpoint if there is one; every step is saved."""
     pl.seed_everything(5, verbose=False)
     module = Phi3LoRAModule(
         str(TINY), lora={"r": 4, "lora_dropout": 0.2}, optimizer={"lr": 1e-2}, gradient_checkpointing="none"
@@ -44,7 +44,7 @@ def train(folder: Path, cache: Path) -> None:
 
 
 def start(folder: Path, cache: Path) -> int:
-    """Fork a run from this process, which has done the imports."""
+    """Fork a run from this process, with its imports."""
     folder.mkdir(exist_ok=True)
     pid = os.fork()
     if pid == 0:
@@ -64,8 +64,8 @@ def start(folder: Path, cache: Path) -> int:
     return pid
 
 
-def ended(pid: int, seconds: float) -> int | None:
-    """The exit code of a run that ends within so many seconds."""
+def exit_code(pid: int, seconds: float) -> int | None:
+    """The exit code of a run, or None if it does not end within ``seconds``."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
@@ -76,7 +76,7 @@ def ended(pid: int, seconds: float) -> int | None:
 
 
 def steps_of(folder: Path) -> int:
-    """The step of the newest checkpoint, which must open; 0 where there is none yet."""
+    """The step of the last checkpoint, which must be readable; 0 if there is none yet."""
     last = folder / "last.ckpt"
     return read_checkpoint(last)["global_step"] if last.exists() else 0
 
@@ -97,11 +97,11 @@ def whole(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     begun = time.monotonic()
     pid = start(folder / "run", folder / "cache")
-    assert ended(pid, 120) == 0, (folder / "run" / "output.txt").read_text()
+    assert exit_code(pid, 120) == 0, (folder / "run" / "output.txt").read_text()
     return folder, time.monotonic() - begun
 
 
-def test_killed_runs_go_on_to_the_same_weights(tmp_path, whole):
+def test_killed_runs_resume_to_the_same_weights(tmp_path, whole):
     folder, seconds = whole
     expected, chance = weights(folder / "run"), random.Random(0)
     kills = finished = runs = 0
@@ -110,13 +110,13 @@ def test_killed_runs_go_on_to_the_same_weights(tmp_path, whole):
     while kills < KILLS or finished == 0:
         before = steps_of(run)
         pid = start(run, folder / "cache")
-        code = ended(pid, chance.uniform(0, seconds)) if kills < KILLS else ended(pid, 120)
+        code = exit_code(pid, chance.uniform(0, seconds)) if kills < KILLS else exit_code(pid, 120)
         if code is None:
             os.kill(pid, signal.SIGKILL)
             os.waitpid(pid, 0)
             kills += 1
             writing.append((run / "last.ckpt.tmp").exists())
-            assert before <= steps_of(run) <= STEPS  # it opens, and never falls back
+            assert before <= steps_of(run) <= STEPS  # the checkpoint is readable and never older
             continue
         assert code == 0, (run / "output.txt").read_text()
         found = weights(run)

@@ -1,4 +1,4 @@
-"""Lightning's learning-rate finder on our module."""
+"""Lightning's learning rate finder on our module."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ BATCHES = [synthetic.batch_of([[synthetic.document(12, 6, seed)]]) for seed in r
 pytestmark = pytest.mark.filterwarnings("ignore:.*`max_epochs` was not set.*")
 
 
-def test_it_finds_a_rate_and_leaves_the_adapter_as_it_was(tmp_path, tiny_base):
+def test_the_finder_suggests_a_rate_and_leaves_the_adapter_unchanged(tmp_path, tiny_base):
     module = Phi3LoRAModule(tiny_base, dtype="float32", lora={"r": 4, "lora_dropout": 0.1}, optimizer={"lr": 1e-5})
     module.configure_model()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
@@ -37,7 +37,7 @@ def test_it_finds_a_rate_and_leaves_the_adapter_as_it_was(tmp_path, tiny_base):
     assert saved["hyper_parameters"]["optimizer"]["lr"] == finder.suggestion()
 
 
-def test_the_rate_is_the_optimisers(tiny_base):
+def test_learning_rate_is_the_option_of_the_optimiser(tiny_base):
     module = Phi3LoRAModule(tiny_base, dtype="float32")
     module.learning_rate = 3e-4
     assert module.optimizer_config.lr == 3e-4

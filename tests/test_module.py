@@ -1,4 +1,4 @@
-"""Phi3LoRAModule: the model it makes, what it measures and what it answers."""
+"""Phi3LoRAModule: the model it builds, its metrics and its predictions."""
 
 import math
 import os
@@ -52,7 +52,7 @@ def test_a_misspelt_choice_is_refused(option, value):
         Phi3LoRAModule("base", **{option: value})
 
 
-def test_using_the_module_before_the_model_is_loaded_is_a_named_error(tiny_base):
+def test_using_the_module_before_loading_is_a_named_error(tiny_base):
     with pytest.raises(ModelError, match=r"call configure_model\(\) first"):
         small(tiny_base)(batches()[0])
 
@@ -108,7 +108,7 @@ def test_a_loaded_base_is_used_as_it_is(tiny_base):
     assert not weight.requires_grad
 
 
-def test_a_base_that_carries_an_adapter_is_refused_and_goes_on_training_it(tiny_base):
+def test_a_base_with_an_adapter_is_refused_and_stays_trainable(tiny_base):
     first = small(Phi3ForCausalLM.from_pretrained(tiny_base))
     first.configure_model()
     before = {name: parameter.requires_grad for name, parameter in first.model.named_parameters()}
@@ -119,7 +119,7 @@ def test_a_base_that_carries_an_adapter_is_refused_and_goes_on_training_it(tiny_
 
 
 def refusals(tiny_base, folder) -> dict[str, dict]:
-    """LoRA sections that a loaded base refuses: before an adapter is attached, when it is filled, and afterwards."""
+    """LoRA sections that a loaded base refuses: before an adapter is attached, on loading weights, and afterwards."""
     other = small(synthetic.save_tiny(folder / "other", initializer_range=0.5))
     trainer = synthetic.trainer(folder, max_steps=1)
     trainer.fit(other, synthetic.loader(batches()))
@@ -135,7 +135,7 @@ def refusals(tiny_base, folder) -> dict[str, dict]:
 
 
 @pytest.mark.parametrize("name", ["no such layer", "no such file", "another rank", "another base"])
-def test_a_refusal_leaves_a_loaded_base_as_it_was(tiny_base, tmp_path, name):
+def test_a_refusal_leaves_a_loaded_base_unchanged(tiny_base, tmp_path, name):
     base = Phi3ForCausalLM.from_pretrained(tiny_base)
     base.lm_head.requires_grad_(False)
     names = {name: parameter.requires_grad for name, parameter in base.named_parameters()}
@@ -144,7 +144,7 @@ def test_a_refusal_leaves_a_loaded_base_as_it_was(tiny_base, tmp_path, name):
         small(base, lora=SMALL | refusals(tiny_base, tmp_path)[name]).configure_model()
     assert {name: parameter.requires_grad for name, parameter in base.named_parameters()} == names
     assert [type(module) for module in base.modules()] == classes
-    small(base).configure_model()  # the next cell, with the mistake mended
+    small(base).configure_model()  # the next cell of a notebook, with the mistake corrected
 
 
 def test_the_base_answers_while_the_adapter_is_off(tiny_base):
@@ -165,7 +165,7 @@ def test_a_local_path_is_never_recorded_as_the_name_of_a_base(tiny_base):
     assert Phi3LoRAModule("owner/name").base_id == "owner/name"
 
 
-def test_a_document_beyond_the_window_is_refused(tiny_base):
+def test_a_document_beyond_the_context_length_is_refused(tiny_base):
     module = small(tiny_base)
     module.configure_model()
     module(synthetic.batch_of([[synthetic.document(256, 5, 0)]]))
@@ -177,7 +177,7 @@ def test_a_document_beyond_the_window_is_refused(tiny_base):
 
 
 class Observed(Phi3LoRAModule):
-    """Writes down in which mode its model is, and with which cache it is called."""
+    """Records the mode of its model, and the cache it is called with."""
 
     def configure_model(self) -> None:
         new = self.model is None
@@ -215,7 +215,7 @@ def test_training_is_in_train_mode_from_the_first_step(tmp_path, tiny_base, befo
     assert trainer.global_step == 2
 
 
-def test_no_cache_is_built_in_training_and_validation_and_the_config_keeps_its_own(tmp_path, tiny_base):
+def test_no_cache_is_built_and_use_cache_of_the_config_is_unchanged(tmp_path, tiny_base):
     module = Observed(tiny_base, dtype="float32", gradient_checkpointing="none")
     synthetic.trainer(tmp_path).fit(module, synthetic.loader(batches(4)), synthetic.loader(batches(4)))
     assert set(module.caches) == {(False, None)}
@@ -310,7 +310,7 @@ def test_held_out_numbers_do_not_depend_on_batch_size(tmp_path, tiny_base, size,
 
 
 class Record(Logger):
-    """Keeps every value that is logged."""
+    """Records every logged value."""
 
     name, version = "record", 0
 
@@ -337,7 +337,7 @@ def test_each_metric_is_logged_once_a_step(tmp_path, tiny_base):
     assert counts == {"train/loss": steps, "train/grad_norm": steps, "train/lr": steps} | held_out
 
 
-def test_metrics_start_anew_with_each_validation(tmp_path, tiny_base):
+def test_metrics_are_reset_for_each_validation(tmp_path, tiny_base):
     module = small(tiny_base)
     trainer = synthetic.trainer(tmp_path)
     trainer.validate(module, synthetic.loader(batches(7, DOCUMENTS[:3])), verbose=False)
@@ -363,7 +363,7 @@ def test_predictions_are_the_answers_of_the_adapted_model(tmp_path, tiny_base):
     assert base[0] != tuned[0]
 
 
-def test_the_run_seed_and_position_decide_the_dropout(tmp_path, tiny_base, monkeypatch):
+def test_dropout_follows_from_seed_and_position(tmp_path, tiny_base, monkeypatch):
     module = small(tiny_base, lora={"lora_dropout": 0.5})
     synthetic.randomised(module)
     batch = batches(7)[0]

@@ -1,4 +1,4 @@
-"""What a checkpoint of the module holds, what it restores, and what is refused."""
+"""What a checkpoint of the module holds and restores, and which ones are refused."""
 
 import copy
 from pathlib import Path
@@ -67,7 +67,7 @@ def test_a_checkpoint_holds_the_adapter_and_no_base_weight(tiny_base, checkpoint
 
 def test_a_checkpoint_is_no_larger_than_what_is_trained(path, checkpoint):
     values = sum(tensor.numel() for tensor in checkpoint["state_dict"].values())
-    # weight and two moments of 4 bytes, and per tensor of these a zip entry, a pickle of its place and the step count
+    # weight and two moments of 4 bytes, and per tensor a zip entry, its pickled metadata and the step count
     assert path.stat().st_size < 12 * values + 4 * len(checkpoint["state_dict"]) * 1500 + 10_000
 
 
@@ -108,7 +108,7 @@ def test_loading_gives_a_ready_module(path, checkpoint):
 
 
 class KeepRates(pl.Callback):
-    """The learning rate of each step, and a checkpoint after the first epoch."""
+    """Records the learning rate of each step, and writes a checkpoint after the first epoch."""
 
     def __init__(self, path: Path | None = None) -> None:
         self.rates: list[float] = []
@@ -170,7 +170,7 @@ def test_what_the_user_typed_wins_over_the_checkpoint(tmp_path, tiny_base, path)
 
 
 @pytest.mark.parametrize("lr", [1e-2, 3e-3])
-def test_the_learning_rate_that_is_typed_now_goes_on_where_the_schedule_was(tmp_path, tiny_base, lr):
+def test_a_changed_learning_rate_resumes_at_the_position_of_the_schedule(tmp_path, tiny_base, lr):
     options = {"schedule": {"name": "cosine", "warmup": 6}}
     whole, rest = KeepRates(tmp_path / "epoch.ckpt"), KeepRates()
     for keep, rate, resumed in ((whole, 1e-2, None), (rest, lr, tmp_path / "epoch.ckpt")):
@@ -208,22 +208,22 @@ def write(checkpoint: dict, path: Path, **changes) -> Path:
     return path
 
 
-WAYS = {
+LOADERS = {
     "resume": lambda module, path: resume(module, path, path.parent),
     "load_from_checkpoint": lambda module, path: Phi3LoRAModule.load_from_checkpoint(path, weights_only=True),
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("mutation", MUTATIONS)
-def test_a_key_that_does_not_fit_is_refused_by_name(tmp_path, tiny_base, checkpoint, mutation, way):
+def test_a_mismatched_key_is_refused_by_name(tmp_path, tiny_base, checkpoint, mutation, loader):
     mutate, message = MUTATIONS[mutation]
     broken = write(checkpoint, tmp_path / "broken.ckpt", state_dict=mutate(checkpoint["state_dict"]))
     module = small(tiny_base)
     module.configure_model()
     before = copy.deepcopy(module.state_dict())
     with pytest.raises(CheckpointError, match=message):
-        WAYS[way](module, broken)
+        LOADERS[loader](module, broken)
     assert all(torch.equal(before[name], tensor) for name, tensor in module.state_dict().items())
 
 
@@ -257,7 +257,7 @@ def test_other_targets_are_refused(tmp_path, tiny_base, path):
         resume(module, path, tmp_path)
 
 
-def test_an_optimiser_that_is_spoilt_is_refused(tmp_path, tiny_base, checkpoint):
+def test_a_corrupt_optimiser_state_is_refused(tmp_path, tiny_base, checkpoint):
     optimizer = copy.deepcopy(checkpoint["optimizer_states"])
     optimizer[0]["state"][0]["exp_avg"].fill_(float("nan"))
     broken = write(checkpoint, tmp_path / "broken.ckpt", optimizer_states=optimizer)
@@ -265,7 +265,7 @@ def test_an_optimiser_that_is_spoilt_is_refused(tmp_path, tiny_base, checkpoint)
         resume(small(tiny_base), broken, tmp_path)
 
 
-def test_a_mismatch_is_a_warning_where_asked_for(tmp_path, tiny_base, path):
+def test_a_mismatch_is_a_warning_with_on_mismatch_warn(tmp_path, tiny_base, path):
     module = small(tiny_base, lora={"r": 4, "lora_alpha": 16})
     keep = RunCheckpoint(str(tmp_path / "kept"), on_mismatch="warn")
     with pytest.warns(UserWarning, match=r"lora_alpha is 16 and was 8.*loaded all the same"):
@@ -278,7 +278,7 @@ def test_a_mismatch_is_a_warning_where_asked_for(tmp_path, tiny_base, path):
         resume(wider, path, tmp_path, callbacks=[keep], enable_checkpointing=True)
 
 
-def test_a_checkpoint_of_the_first_format_goes_on(tmp_path, tiny_base, path, checkpoint):
+def test_a_checkpoint_of_the_first_format_resumes(tmp_path, tiny_base, path, checkpoint):
     first = {key: checkpoint[IDENTITY][key] for key in ("base", "fingerprint", "lora")} | {"format_version": 1}
     old = write(checkpoint, tmp_path / "old.ckpt", **{IDENTITY: first})
     a, b = small(tiny_base), small(tiny_base)
@@ -306,7 +306,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path, tiny_base):
         resume(small(tiny_base), tmp_path / "other.ckpt", tmp_path)
 
 
-def test_loading_without_strictness_takes_what_fits(tiny_base, checkpoint):
+def test_loading_without_strict_takes_matching_keys(tiny_base, checkpoint):
     module = small(tiny_base)
     module.configure_model()
     keys = module.load_state_dict(without(checkpoint["state_dict"], KEY) | {"foreign": torch.zeros(1)}, strict=False)

@@ -1,4 +1,4 @@
-"""Whatever the Trainer's precision: the base in its own type, what is trained in float32."""
+"""Under every precision of the Trainer: the base in its own dtype, trainable weights in float32."""
 
 import pytest
 import torch
@@ -40,8 +40,8 @@ def test_small_updates_are_not_lost(tmp_path, tiny_base, precision, dtype):
     assert changed_share(before, trained(module)) > 0.99
 
 
-def test_in_bfloat16_most_small_updates_would_be_lost(tmp_path, tiny_base, monkeypatch):
-    monkeypatch.delattr(Phi3LoRAModule, "_apply")  # which keeps the type of what is trained
+def test_negative_control_bfloat16_loses_most_small_updates(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.delattr(Phi3LoRAModule, "_apply")  # which keeps the dtype of trainable weights
     module = with_start(tiny_base)
     synthetic.trainer(tmp_path, precision="bf16-true", limit_train_batches=0).fit(module, data())
     before = trained(module)
@@ -84,7 +84,7 @@ def test_rotary_angles_and_token_counts_keep_their_type(tmp_path, tiny_base, pre
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_products_are_in_the_type_of_the_base(tmp_path, tiny_base, precision):
+def test_matrix_products_are_in_the_dtype_of_the_base(tmp_path, tiny_base, precision):
     module = Phi3LoRAModule(tiny_base, dtype="bfloat16")
     module.configure_model()
     seen = set()

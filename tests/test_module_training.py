@@ -33,7 +33,7 @@ def batches(count: int, rows: int = 1) -> list:
 
 
 class Watch(pl.Callback):
-    """Loss, learning rate and gradients of each optimiser step."""
+    """Records loss, learning rate and gradients of each optimiser step."""
 
     def __init__(self) -> None:
         self.rates: list[float] = []
@@ -62,7 +62,7 @@ LR = 2e-2
 
 
 def plain_loop(base: str, data: list, lr: float = LR) -> list[float]:
-    """Losses of LoRA as one writes it with transformers and PEFT alone."""
+    """Losses of LoRA training written with transformers and PEFT alone."""
     torch.manual_seed(5)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["qkv_proj", "o_proj", "gate_up_proj", "down_proj"])
     model = get_peft_model(Phi3ForCausalLM.from_pretrained(base), config).train()
@@ -84,7 +84,7 @@ def plain_loop(base: str, data: list, lr: float = LR) -> list[float]:
     return losses
 
 
-# get_peft_model asks transformers for gradient checkpointing by its old name
+# get_peft_model calls gradient checkpointing of transformers by its old name
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 def test_loss_curve_follows_a_plain_loop_on_the_same_batches(tmp_path, tiny_base, checkpointing):
@@ -101,7 +101,7 @@ def test_loss_curve_follows_a_plain_loop_on_the_same_batches(tmp_path, tiny_base
     watch = fit(tmp_path, module, data, gradient_clip_val=0.5)
     tolerance = curve_tolerance(module, watch)
     assert watch.losses == pytest.approx(expected, abs=tolerance)
-    assert expected[-2] < expected[0] - 100 * tolerance  # the same batch, seen for the fifth time
+    assert expected[-2] < expected[0] - 100 * tolerance  # the same batch, for the fifth time
     assert plain_loop(tiny_base, data, lr=0.95 * LR) != pytest.approx(expected, abs=tolerance)
 
 
@@ -128,7 +128,7 @@ def test_checkpointing_changes_neither_loss_nor_gradient(tmp_path, tiny_base, dr
         module = synthetic.randomised(small(tiny_base, lora=lora, gradient_checkpointing=checkpointing))
         watches.append(fit(tmp_path, module, batches(2)))
     plain, recomputed = watches
-    # the same operations on the same numbers, forward once more
+    # the same operations on the same numbers, with a second forward
     assert plain.losses == recomputed.losses
     for one, other in zip(plain.gradients, recomputed.gradients, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -202,7 +202,7 @@ def test_a_run_without_end_needs_a_constant_schedule(tmp_path, tiny_base):
 
 
 class Diverging(Phi3LoRAModule):
-    """Finds a loss that is not a number at its third batch."""
+    """Has a NaN loss at its third batch."""
 
     def compute_loss(self, hidden, head, batch):
         total, count = super().compute_loss(hidden, head, batch)
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_a_number_stops_before_the_step(tmp_path, tiny_base):
 # ---------------------------------------------------------------- compilation
 
 
-# torch looks for a gradient of whatever it traces
+# torch accesses .grad of every tensor it traces
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo, of an autograd function
 @pytest.mark.parametrize("place", ["model", "layers", "wrapper"])

@@ -69,7 +69,7 @@ def test_schedule_is_its_formula(name, warmup):
         (0.5, 1, 0),
     ],
 )
-def test_a_fraction_of_the_run_rounds_up_but_leaves_a_step_and_a_number_stands(warmup, total, steps):
+def test_a_warmup_fraction_rounds_up_and_a_number_is_exact(warmup, total, steps):
     assert warmup_steps(Schedule(warmup=warmup), total) == steps
 
 
@@ -100,7 +100,7 @@ def test_weight_decay_shrinks_matrices_only():
     trained = [(None, parameter) for parameter in parameters.values()]
     optimizer = make_optimizer(trained, Optimizer(lr=0.1, weight_decay=0.2), fused=False)
     for parameter in parameters.values():
-        parameter.grad = torch.zeros_like(parameter)  # so that decay alone moves it
+        parameter.grad = torch.zeros_like(parameter)  # so that only weight decay changes it
     optimizer.step()
     assert parameters["matrix"].detach().unique().item() == pytest.approx(3 * (1 - 0.1 * 0.2), rel=1e-6)  # 8 eps
     assert torch.equal(parameters["bias"], torch.full((3,), 3.0))
@@ -128,7 +128,7 @@ def test_steps_are_those_of_torch(fused):
 def test_lora_plus_has_the_learning_rates_of_peft(tiny_base):
     config = LoraConfig(r=4, target_modules=["qkv_proj", "down_proj"])
     with warnings.catch_warnings():
-        # get_peft_model asks transformers for gradient checkpointing by its old name
+        # get_peft_model calls gradient checkpointing of transformers by its old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
         model = get_peft_model(Phi3ForCausalLM.from_pretrained(tiny_base), config)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -151,7 +151,7 @@ def test_paged_adamw_needs_a_gpu():
         make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer("paged_adamw_8bit"), fused=True)
 
 
-def test_a_run_does_not_go_on_with_another_optimiser_s_state():
+def test_the_state_of_another_optimiser_is_refused():
     optimizer = make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer(), fused=False)
     scheduler = make_schedule(optimizer, Schedule(warmup=0), 10)
     with pytest.raises(ConfigError, match=r"model\.optimizer\.name: .* begun with adamw"):
@@ -159,7 +159,7 @@ def test_a_run_does_not_go_on_with_another_optimiser_s_state():
 
 
 def test_a_restored_optimiser_follows_the_present_configuration():
-    def made(config: Optimizer) -> tuple:
+    def make(config: Optimizer) -> tuple:
         parameters = {role: nn.Parameter(torch.ones(2, 2)) for role in ("lora_A", "lora_B")}
         parameters["magnitude"] = nn.Parameter(torch.ones(2))
         optimizer = make_optimizer(parameters.items(), config, fused=False)
@@ -171,11 +171,11 @@ def test_a_restored_optimiser_follows_the_present_configuration():
         optimizer.step()
         scheduler.step()
 
-    former = made(Optimizer(lr=0.1, weight_decay=0.5))
+    former = make(Optimizer(lr=0.1, weight_decay=0.5))
     for _ in range(4):
         step(*former)
     now = Optimizer(lr=0.3, loraplus_lr_ratio=2, weight_decay=0.2, betas=(0.5, 0.6), eps=1e-3)
-    parameters, optimizer, scheduler = made(now)
+    parameters, optimizer, scheduler = make(now)
     optimizer.load_state_dict(former[1].state_dict())
     scheduler.load_state_dict(former[2].state_dict())
     apply_config_to_restored_optimizer(optimizer, scheduler, now)
@@ -211,7 +211,7 @@ def test_a_learning_rate_monitor_shows_each_group_by_its_name(tmp_path, older):
 
     names = {"lr-AdamW/lora_A", "lr-AdamW/lora_B", "lr-AdamW/vectors"}
     assert fit(1) == (names, {2.0})
-    if older:  # groups were called as the optimiser is
+    if older:  # groups had the name of the optimiser
         saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
         for group in saved["optimizer_states"][0]["param_groups"]:
             group["name"] = group.pop("kind")

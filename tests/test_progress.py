@@ -1,4 +1,4 @@
-"""Progress where there is no terminal: lines on a clock, and one for each phase."""
+"""Progress without a terminal: lines at intervals, and one for each phase."""
 
 import pytest
 
@@ -32,7 +32,7 @@ def test_a_line_comes_at_most_every_ten_seconds_and_at_the_end(lines, clock):
     assert lines[1:] == ["merging: 4 of 4 tensors"]
 
 
-def test_work_of_unknown_size_has_no_last_line(lines, clock):
+def test_progress_of_unknown_length_has_no_last_line(lines, clock):
     with count_progress("tokenising", "rows") as advance:
         advance(512)
         clock[0] = LINE_INTERVAL_SECONDS + 1

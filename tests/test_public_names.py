@@ -1,4 +1,4 @@
-"""The names that others may lean on: taking one away, or adding one, is a decision that shows here."""
+"""The public names: removing or adding one is a decision that shows here."""
 
 from importlib import import_module
 

@@ -1,4 +1,4 @@
-"""Names of version 0.0: a call with one is told the new one, and a checkpoint with them loads."""
+"""Names of version 0.0: a call with one is refused with the new name, and a checkpoint with them loads."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ OLD_OPTIONS = {new: old for old, new in renamed.OPTIONS.items()}
 SMALL = {"r": 4, "target_modules": ["o_proj"]}
 
 
-def test_an_old_option_in_a_script_is_told_its_new_name():
+def test_an_old_option_in_a_script_is_refused_with_its_new_name():
     with pytest.raises(ConfigError, match=r"^data\.roles: it is called data\.role_map now"):
         ChatDataModule(train="chats.jsonl", roles={"customer": "user"})
     with pytest.raises(ConfigError, match=r"^model\.lora\.adapter: it is called model\.lora\.init_from now"):
@@ -22,32 +22,32 @@ def test_an_old_option_in_a_script_is_told_its_new_name():
         RunCheckpoint(monitor="forgetting/kl")
 
 
-def test_an_unknown_option_in_a_script_is_told_the_nearest():
+def test_an_unknown_option_in_a_script_is_refused_with_the_nearest_name():
     with pytest.raises(ConfigError, match=r"^data\.batch: there is no such option; did you mean batch_size"):
         ChatDataModule(train="chats.jsonl", batch=4)
 
 
-def aged(section, path):
+def old_names(section, path):
     """The options of a section under the names they had."""
     result = {}
     for name, value in section.items():
         key = f"{path}.{name}"
-        result[OLD_OPTIONS.get(key, key).removeprefix(f"{path}.")] = aged(value, key) if name == "lora" else value
+        result[OLD_OPTIONS.get(key, key).removeprefix(f"{path}.")] = old_names(value, key) if name == "lora" else value
     return result
 
 
 @pytest.fixture
 def old_checkpoint(tmp_path, tiny_base):
-    """A checkpoint as it was written before, and the adapter's tensors in it."""
+    """A checkpoint in the old form, and its adapter tensors."""
     module = Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL)
     loader = synthetic.loader([synthetic.batch_of([[synthetic.document(9, 5, 0)]])])
     trainer = synthetic.trainer(tmp_path, max_steps=1)
     trainer.fit(module, loader)
     trainer.save_checkpoint(tmp_path / "new.ckpt")
     checkpoint = read_checkpoint(tmp_path / "new.ckpt")
-    checkpoint["hyper_parameters"] = aged(checkpoint["hyper_parameters"], "model")
+    checkpoint["hyper_parameters"] = old_names(checkpoint["hyper_parameters"], "model")
     data = ChatDataModule(train="chats.jsonl", role_map={"customer": "user"}, truncation="split")
-    checkpoint["datamodule_hyper_parameters"] = aged(dict(data.hparams), "data")
+    checkpoint["datamodule_hyper_parameters"] = old_names(dict(data.hparams), "data")
     checkpoint["callbacks"] = {"Forgetting": {"base": 1.0}, "RunCheckpoint": {"monitor": "forgetting/kl"}}
     torch.save(checkpoint, tmp_path / "old.ckpt")
     return tmp_path / "old.ckpt", checkpoint["state_dict"]
@@ -60,7 +60,7 @@ def test_an_old_checkpoint_has_old_names(old_checkpoint):
     assert {"roles", "overlong", "conversation_id"} <= raw["datamodule_hyper_parameters"].keys()
 
 
-def test_it_is_read_with_the_new_names(old_checkpoint):
+def test_an_old_checkpoint_is_read_with_the_new_names(old_checkpoint):
     checkpoint = SafeCheckpointIO().load_checkpoint(old_checkpoint[0])
     assert "init_from" in checkpoint["hyper_parameters"]["lora"]
     assert "torch_compile" in checkpoint["hyper_parameters"]
@@ -68,7 +68,7 @@ def test_it_is_read_with_the_new_names(old_checkpoint):
     assert checkpoint["callbacks"] == {"BaseDrift": {"base": 1.0}, "RunCheckpoint": {"monitor": "base_drift/kl"}}
 
 
-def test_it_loads_by_lightning_s_own_method(old_checkpoint):
+def test_an_old_checkpoint_loads_with_load_from_checkpoint(old_checkpoint):
     path, tensors = old_checkpoint
     module = Phi3LoRAModule.load_from_checkpoint(path, weights_only=True)
     assert module.lora.r == 4
@@ -77,6 +77,6 @@ def test_it_loads_by_lightning_s_own_method(old_checkpoint):
     assert (data.options.role_map, data.options.truncation) == ({"customer": "user"}, "split")
 
 
-def test_a_checkpoint_of_today_is_left_alone(tmp_path, old_checkpoint):
+def test_a_current_checkpoint_is_unchanged(tmp_path, old_checkpoint):
     path = tmp_path / "new.ckpt"
     assert renamed.translated(path) == path

@@ -1,4 +1,4 @@
-"""One folder a run: the same command goes on, and nothing is lost in silence."""
+"""Each run has one folder: the same command resumes, and nothing is lost silently."""
 
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def write_checkpoint(folder: RunFolder, name: str, step: int = 3) -> Path:
     return folder.checkpoints / name
 
 
-def test_a_run_has_one_place(folder, tmp_path):
+def test_a_run_has_one_folder(folder, tmp_path):
     assert folder.path == tmp_path / "runs" / "bot"
     assert RunFolder.named("bot", None).path == Path("runs/bot")
 
@@ -36,13 +36,13 @@ def test_a_name_that_leads_elsewhere_is_refused(name):
         RunFolder.named(name, None)
 
 
-def test_a_new_run_starts_at_nothing(folder):
+def test_a_new_run_has_no_checkpoint(folder):
     assert folder.newest("auto") is None
     assert folder.newest("never") is None
     assert folder.checkpoint(None) is None
 
 
-def test_a_run_goes_on_from_its_last_checkpoint(folder):
+def test_a_run_resumes_from_its_last_checkpoint(folder):
     write_checkpoint(folder, "best.ckpt", 2)
     last = write_checkpoint(folder, "last.ckpt", 3)
     path, content = folder.newest("auto")
@@ -56,7 +56,7 @@ def test_evaluation_takes_the_best_and_else_the_last(folder):
     assert folder.checkpoint(None) == best
 
 
-def test_never_refuses_a_folder_that_holds_anything(folder):
+def test_resume_never_refuses_a_folder_that_is_not_empty(folder):
     folder.path.mkdir(parents=True)
     assert folder.newest("never") is None
     (folder.path / "config.yaml").touch()
@@ -64,13 +64,13 @@ def test_never_refuses_a_folder_that_holds_anything(folder):
         folder.newest("never")
 
 
-def test_a_last_checkpoint_that_cannot_be_read_is_no_silent_start_at_step_0(folder):
+def test_an_unreadable_last_checkpoint_is_an_error_not_a_fresh_start(folder):
     write_checkpoint(folder, "last.ckpt").write_bytes(b"half")
     with pytest.raises(CheckpointError, match=r"last\.ckpt: not a whole checkpoint"):
         folder.newest("auto")
 
 
-def test_a_lost_last_checkpoint_is_no_silent_start_at_step_0(folder):
+def test_a_lost_last_checkpoint_is_an_error_not_a_fresh_start(folder):
     write_checkpoint(folder, "best.ckpt")
     with pytest.raises(CheckpointError, match=r"best\.ckpt and no last\.ckpt.*--ckpt_path .*best\.ckpt"):
         folder.newest("auto")
@@ -83,8 +83,8 @@ def test_former_configurations_are_kept(folder):
     assert kept == {"config.yaml": "a: 3", "config.1.yaml": "a: 1", "config.2.yaml": "a: 2"}
 
 
-def trained(folder: Path, base: str, max_epochs: int, **options) -> tuple[int, dict]:
-    """Epochs and last checkpoint of a run of three steps an epoch whose validation never gets better."""
+def train(folder: Path, base: str, max_epochs: int, **options) -> tuple[int, dict]:
+    """Epochs and last checkpoint of a run with three steps per epoch whose validation never improves."""
     batches = [synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(3)]
     module = Phi3LoRAModule(base, dtype="float32", optimizer={"lr": 1e-9})
     stopping = EarlyStopping("val/loss", **{"min_delta": 1.0} | options)
@@ -96,8 +96,8 @@ def trained(folder: Path, base: str, max_epochs: int, **options) -> tuple[int, d
 
 @pytest.fixture(scope="module")
 def two_epochs(tmp_path_factory, tiny_base) -> dict:
-    """The checkpoint after two epochs of three steps."""
-    return trained(tmp_path_factory.mktemp("run"), tiny_base, 2, patience=2)[1]
+    """The checkpoint after two epochs of three steps each."""
+    return train(tmp_path_factory.mktemp("run"), tiny_base, 2, patience=2)[1]
 
 
 @pytest.mark.parametrize(
@@ -114,20 +114,20 @@ def two_epochs(tmp_path_factory, tiny_base) -> dict:
         (3, 7, None),
     ],
 )
-def test_a_run_is_over_where_lightning_would_stop(two_epochs, max_epochs, max_steps, reason):
-    said = nothing_left(two_epochs, max_epochs, max_steps)
-    assert said is None if reason is None else reason in said
+def test_a_run_is_finished_where_lightning_would_stop(two_epochs, max_epochs, max_steps, reason):
+    reason_to_stop = nothing_left(two_epochs, max_epochs, max_steps)
+    assert reason_to_stop is None if reason is None else reason in reason_to_stop
 
 
 class EarlyStoppingX(Callback):
-    """A callback of somebody else's, whose name begins like Lightning's."""
+    """A foreign callback whose name begins like Lightning's."""
 
     def state_dict(self):
         return {"seen": 3}
 
 
 class EarlyStoppingWithOwnState(EarlyStopping):
-    """A subclass that stores something else than Lightning's state."""
+    """A subclass that stores another state than Lightning's."""
 
     def state_dict(self):
         return {"seen": 3}
@@ -135,7 +135,7 @@ class EarlyStoppingWithOwnState(EarlyStopping):
 
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory, tiny_base) -> dict:
-    epochs, checkpoint = trained(tmp_path_factory.mktemp("run"), tiny_base, 9, patience=1)
+    epochs, checkpoint = train(tmp_path_factory.mktemp("run"), tiny_base, 9, patience=1)
     assert epochs == 2
     for callback in (EarlyStoppingX(), EarlyStoppingWithOwnState("val/loss")):
         checkpoint["callbacks"][callback.state_key] = callback.state_dict()
@@ -143,7 +143,7 @@ def stopped(tmp_path_factory, tiny_base) -> dict:
 
 
 @pytest.mark.parametrize("word", ["last", "best"])
-def test_a_word_names_one_file_alone(folder, word):
+def test_last_and_best_resolve_to_one_file(folder, word):
     path = write_checkpoint(folder, f"{word}.ckpt")
     assert folder.checkpoint(word) == path
     other = {"last": "best", "best": "last"}[word]
@@ -153,7 +153,7 @@ def test_a_word_names_one_file_alone(folder, word):
         folder.checkpoint(other)
 
 
-def test_a_path_is_a_path(folder, tmp_path, monkeypatch):
+def test_a_path_of_a_checkpoint_is_used_or_refused(folder, tmp_path, monkeypatch):
     path = write_checkpoint(folder, "last.ckpt")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert folder.checkpoint(path) == folder.checkpoint(str(path)) == path
@@ -164,7 +164,7 @@ def test_a_path_is_a_path(folder, tmp_path, monkeypatch):
         folder.checkpoint("")
 
 
-def test_what_lightning_leaves_on_a_cluster_is_found_by_its_word(folder, tmp_path):
+def test_hpc_resolves_to_the_newest_hpc_checkpoint(folder, tmp_path):
     with pytest.raises(CheckpointError, match=r"--ckpt_path hpc: .*there is no such checkpoint"):
         folder.checkpoint("hpc")
     for name in ("hpc_ckpt_2.ckpt", "hpc_ckpt_10.ckpt", "hpc_ckpt_x.ckpt"):
@@ -192,8 +192,8 @@ def test_a_new_run_may_have_a_lock(folder):
     ],
 )
 def test_early_stopping_ends_a_run_by_the_options_of_this_start(stopped, callbacks, over):
-    said = nothing_left(stopped, 9, -1, callbacks)
-    assert (said is not None and "no better val/loss for 1 validations" in said) == over
+    reason_to_stop = nothing_left(stopped, 9, -1, callbacks)
+    assert (reason_to_stop is not None and "no better val/loss for 1 validations" in reason_to_stop) == over
 
 
 @pytest.mark.parametrize(
@@ -206,8 +206,8 @@ def test_early_stopping_ends_a_run_by_the_options_of_this_start(stopped, callbac
         ({"divergence_threshold": 0.1}, {"divergence_threshold": 0.2}, False),
     ],
 )
-def test_a_threshold_ends_a_run_until_it_is_changed(tmp_path, tiny_base, former, now, over):
-    epochs, checkpoint = trained(tmp_path, tiny_base, 9, **former)
+def test_a_stopping_threshold_ends_a_run_until_it_is_changed(tmp_path, tiny_base, former, now, over):
+    epochs, checkpoint = train(tmp_path, tiny_base, 9, **former)
     assert epochs == 1
-    said = nothing_left(checkpoint, 9, -1, [EarlyStopping("val/loss", min_delta=1.0, **now)])
-    assert (said is not None and "hreshold reached" in said) == over
+    reason_to_stop = nothing_left(checkpoint, 9, -1, [EarlyStopping("val/loss", min_delta=1.0, **now)])
+    assert (reason_to_stop is not None and "hreshold reached" in reason_to_stop) == over

@@ -1,4 +1,4 @@
-"""One process at a time may write in a folder, however it ends."""
+"""One process at a time may write to a folder, however it ends."""
 
 import errno
 import fcntl
@@ -18,7 +18,7 @@ from phi3_lightning.run_lock import RunLock
 
 @pytest.fixture(params=["locks", "no locks"])
 def file_system(request, monkeypatch) -> str:
-    """With locks, and without as some network drives are."""
+    """A file system with locks, or without them, like some network drives."""
     if request.param == "no locks":
 
         def refuse(*_: object) -> None:
@@ -32,18 +32,18 @@ class Holder:
     """Another process that holds the lock of a folder."""
 
     def __init__(self, folder: Path, then: Callable[[RunLock], None] = lambda lock: None) -> None:
-        ready, told = os.pipe()
+        ready, write_end = os.pipe()
         self.pid = os.fork()
         if self.pid == 0:
             try:
                 lock = RunLock(folder)
                 lock.acquire()
                 then(lock)
-                os.write(told, b"x")
+                os.write(write_end, b"x")
                 time.sleep(120)
             finally:
                 os._exit(1)
-        os.close(told)
+        os.close(write_end)
         assert os.read(ready, 1) == b"x"
         os.close(ready)
 
@@ -70,14 +70,14 @@ def hold():
             pass
 
 
-def test_the_second_is_told_who_writes(tmp_path, file_system, hold):
+def test_a_second_writer_is_refused_and_names_the_first(tmp_path, file_system, hold):
     holder = hold(tmp_path / "runs" / "bot")
     with pytest.raises(ConfigError, match=rf"bot is in use: process {holder.pid} on \S+ .* since 20\d\d-.*--run"):
         RunLock(tmp_path / "runs" / "bot").acquire()
     assert [path.name for path in (tmp_path / "runs" / "bot").iterdir()] == [".lock"]
 
 
-def test_a_killed_process_holds_nothing(tmp_path, hold):
+def test_the_lock_of_a_killed_process_is_free(tmp_path, hold):
     hold(tmp_path).end()
     assert (tmp_path / ".lock").exists()
     lock = RunLock(tmp_path)
@@ -86,7 +86,7 @@ def test_a_killed_process_holds_nothing(tmp_path, hold):
     lock.release()
 
 
-def test_a_forked_process_neither_keeps_nor_gives_back_the_lock(tmp_path, file_system, hold):
+def test_a_forked_process_neither_holds_nor_releases_the_lock(tmp_path, file_system, hold):
     def fork(lock: RunLock) -> None:
         pid = os.fork()
         if pid == 0:
@@ -119,7 +119,7 @@ def test_without_locks_a_silent_process_counts_as_dead(tmp_path, monkeypatch, ho
     lock.release()
 
 
-def test_without_locks_a_living_process_shows_it(tmp_path, monkeypatch):
+def test_without_locks_a_living_process_keeps_its_file_fresh(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "lockf", lambda *_: (_ for _ in ()).throw(OSError(errno.EOPNOTSUPP, "none")))
     monkeypatch.setattr(run_lock, "BEAT_SECONDS", 0.01)
     lock = RunLock(tmp_path)
@@ -130,7 +130,7 @@ def test_without_locks_a_living_process_shows_it(tmp_path, monkeypatch):
     lock.release()
 
 
-def test_what_was_given_back_can_be_taken_again(tmp_path, file_system):
+def test_a_released_lock_can_be_taken_again(tmp_path, file_system):
     folder = tmp_path / "runs" / "bot"
     for _ in range(2):
         lock = RunLock(folder)
@@ -139,10 +139,10 @@ def test_what_was_given_back_can_be_taken_again(tmp_path, file_system):
         assert lock.held
         lock.release()
         assert not lock.held
-    assert list(tmp_path.iterdir()) == []  # it made the folders, and nothing was put there
+    assert list(tmp_path.iterdir()) == []  # the lock created the folders, and they are empty
 
 
-def test_a_folder_with_a_file_of_somebody_s_stays(tmp_path):
+def test_a_folder_with_other_files_is_not_removed(tmp_path):
     lock = RunLock(tmp_path / "runs" / "bot")
     lock.acquire()
     (tmp_path / "runs" / "bot" / "config.yaml").touch()
@@ -151,7 +151,7 @@ def test_a_folder_with_a_file_of_somebody_s_stays(tmp_path):
 
 
 @pytest.mark.parametrize("place", ["file/run", "file", "full/run"])
-def test_a_place_where_nothing_can_be_written_is_an_error_of_the_file_system(tmp_path, place):
+def test_a_folder_that_cannot_be_created_is_a_file_system_error(tmp_path, place):
     (tmp_path / "file").touch()
     (tmp_path / "full").symlink_to("/dev/full")
     with pytest.raises(OSError, match=r"[Nn]ot a directory|exists"):

@@ -1,4 +1,4 @@
-"""Strategies that would move or save the frozen base are refused by name."""
+"""Strategies that would communicate or save the frozen base are refused by name."""
 
 import pytest
 from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
@@ -9,12 +9,12 @@ from phi3_lightning.errors import ConfigError
 
 
 @pytest.mark.parametrize("kind", [FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy])
-def test_a_foreign_way_of_sharding_is_refused(kind):
-    strategy = kind.__new__(kind)  # as the Trainer has it: what its constructor asks of the machine is not the point
+def test_other_sharding_strategies_are_refused(kind):
+    strategy = kind.__new__(kind)  # without its constructor, which checks the machine
     with pytest.raises(ConfigError, match=rf"trainer\.strategy: {kind.__name__} is not supported: use ddp"):
         check_strategy(strategy)
 
 
-def test_ddp_and_our_own_are_taken():
+def test_ddp_and_fsdp2_are_accepted():
     check_strategy(DDPStrategy())
     check_strategy(FSDP2Strategy())

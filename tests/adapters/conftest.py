@@ -1,4 +1,4 @@
-"""What the tests of both backends share."""
+"""Helpers that the tests of both backends share."""
 
 import torch
 from transformers import Phi3ForCausalLM

@@ -1,4 +1,4 @@
-"""Each key of adapter_config.json gives PEFT's own answers, or is refused by name."""
+"""Each key of adapter_config.json gives PEFT's own logits, or is refused by name."""
 
 import json
 from dataclasses import fields
@@ -15,7 +15,7 @@ from phi3_lightning.errors import CheckpointError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
-    pytest.mark.filterwarnings("ignore::UserWarning:peft"),  # of keys that PEFT does not read
+    pytest.mark.filterwarnings("ignore::UserWarning:peft"),  # about keys that PEFT does not read
 ]
 
 SMALL = {"r": 4, "lora_alpha": 8, "target_modules": ["qkv_proj", "o_proj"], "task_type": "CAUSAL_LM"}
@@ -38,7 +38,7 @@ BY_PEFT = {
     "task_type": [{"task_type": None}],
     "lora_dropout": [{"lora_dropout": 0.5}],
 }
-"""Adapters that PEFT makes and saves itself: the same answers here."""
+"""Adapters that PEFT itself makes and saves: the logits here are the same."""
 
 BY_HAND = {
     "init_lora_weights": ["eva", None],
@@ -62,7 +62,7 @@ BY_HAND = {
     "lorap_lr_ratio": [16.0],
     "a_key_of_tomorrow": [None, False, {}, []],
 }
-"""Values written into the file of a plain adapter: PEFT ignores them in a trained adapter, and so does this."""
+"""Values written into the file of a plain adapter: PEFT ignores them in a trained adapter, and so do we."""
 
 REFUSED = {
     "init_lora_weights": ["pissa", "pissa_niter_4", "olora", "OLoRA", "loftq", "corda", "lora_ga", "of tomorrow"],
@@ -90,33 +90,33 @@ REFUSED = {
     "use_dora": ["yes"],
     "base_model_name_or_path": [3],
 }
-"""Values that another adapter has than the one that is computed here, or none at all."""
+"""Values of adapters that are not supported here, or of no adapter at all."""
 
 
 def cases(table) -> list:
     return [pytest.param(key, value, id=f"{key}={value}") for key, values in table.items() for value in values]
 
 
-def saved(base: str, folder: Path, **options) -> Path:
-    """An adapter as PEFT makes and saves it, with weights that move every logit."""
+def save_with_peft(base: str, folder: Path, **options) -> Path:
+    """Save an adapter with PEFT, with weights that move every logit."""
     model = get_peft_model(frozen_base(base), LoraConfig(**SMALL | options))
     randomise(trained(model).values())
     model.save_pretrained(folder, save_embedding_layers=False)
     return folder
 
 
-def rewritten(folder: Path, **keys) -> Path:
+def with_keys(folder: Path, **keys) -> Path:
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
     return folder
 
 
-def by_peft(base: str, folder: Path) -> torch.Tensor:
+def peft_logits(base: str, folder: Path) -> torch.Tensor:
     return logits(PeftModel.from_pretrained(frozen_base(base), folder).eval()).detach()
 
 
-def by_us(base: str, folder: Path) -> torch.Tensor:
-    """As ``chat --ckpt_path FOLDER`` does: the file's keys are the section's."""
+def our_logits(base: str, folder: Path) -> torch.Tensor:
+    """Load as ``chat --ckpt_path FOLDER`` does: the keys of the file are those of the section."""
     found = adapter_config.read(str(folder), "--ckpt_path")
     model = frozen_base(base)
     attach(model, LoRA(**found.lora, init_from=str(folder)))
@@ -124,46 +124,46 @@ def by_us(base: str, folder: Path) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("key", "options"), cases(BY_PEFT))
-def test_an_adapter_of_peft_s_gives_the_same_answers(tiny_base, tmp_path, key, options):
-    folder = saved(tiny_base, tmp_path, **options)
-    expected = by_peft(tiny_base, folder)
-    torch.testing.assert_close(by_us(tiny_base, folder), expected)
+def test_an_adapter_saved_by_peft_gives_the_same_logits(tiny_base, tmp_path, key, options):
+    folder = save_with_peft(tiny_base, tmp_path, **options)
+    expected = peft_logits(tiny_base, folder)
+    torch.testing.assert_close(our_logits(tiny_base, folder), expected)
     assert (expected - logits(frozen_base(tiny_base))).abs().max() > 0.1  # the adapter does something
 
 
 @pytest.mark.parametrize(("key", "value"), cases(BY_HAND))
-def test_what_peft_does_not_read_changes_nothing_here(tiny_base, tmp_path, key, value):
-    plain = by_peft(tiny_base, saved(tiny_base, tmp_path))
-    folder = rewritten(tmp_path, **{key: value})
-    torch.testing.assert_close(by_peft(tiny_base, folder), plain)
-    torch.testing.assert_close(by_us(tiny_base, folder), plain)
+def test_keys_that_peft_ignores_change_nothing(tiny_base, tmp_path, key, value):
+    plain = peft_logits(tiny_base, save_with_peft(tiny_base, tmp_path))
+    folder = with_keys(tmp_path, **{key: value})
+    torch.testing.assert_close(peft_logits(tiny_base, folder), plain)
+    torch.testing.assert_close(our_logits(tiny_base, folder), plain)
 
 
 @pytest.mark.parametrize(("key", "value"), cases(REFUSED))
-def test_another_adapter_is_refused_with_its_key(tiny_base, tmp_path, key, value):
-    folder = rewritten(saved(tiny_base, tmp_path), **{key: value})
+def test_an_unsupported_adapter_is_refused_and_its_key_named(tiny_base, tmp_path, key, value):
+    folder = with_keys(save_with_peft(tiny_base, tmp_path), **{key: value})
     if key == "layers_pattern":
-        rewritten(folder, layers_to_transform=[0])
+        with_keys(folder, layers_to_transform=[0])
     with pytest.raises(CheckpointError, match=rf"^--ckpt_path: {folder}: adapter_config\.json: {key}"):
         adapter_config.read(str(folder), "--ckpt_path")
     with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {folder}: adapter_config\.json: {key}"):
         attach(frozen_base(tiny_base), LoRA(**SMALL, init_from=str(folder)))
 
 
-def test_every_key_of_peft_s_is_in_a_table():
+def test_every_key_of_pefts_config_is_in_a_table():
     known = {*adapter_config.TAKEN, *adapter_config.HARMLESS, *adapter_config.REFUSED, *adapter_config.CHECKED}
     assert {field.name for field in fields(LoraConfig)} - known == set()
     tried = {*BY_PEFT, *BY_HAND, *REFUSED}
     assert known - tried == set()
 
 
-def test_a_start_that_rewrites_the_base_can_be_converted_as_the_message_says(tiny_base, tmp_path):
+def test_the_suggested_conversion_of_an_adapter_that_rewrote_the_base_works(tiny_base, tmp_path):
     model = get_peft_model(frozen_base(tiny_base), LoraConfig(**SMALL, init_lora_weights="pissa"))
     model.save_pretrained(tmp_path / "start")
     randomise(trained(model).values())
     expected = logits(model.eval()).detach()
     model.save_pretrained(tmp_path / "trained")
     with pytest.raises(CheckpointError, match=r"'pissa' changes the base weights.*path_initial_model_for_weight_conv"):
-        by_us(tiny_base, tmp_path / "trained")
+        our_logits(tiny_base, tmp_path / "trained")
     model.save_pretrained(tmp_path / "converted", path_initial_model_for_weight_conversion=str(tmp_path / "start"))
-    torch.testing.assert_close(by_us(tiny_base, tmp_path / "converted"), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(our_logits(tiny_base, tmp_path / "converted"), expected, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What holds of an adapter whichever library carries it."""
+"""Properties of an adapter that hold for both backends."""
 
 import copy
 import importlib.util
@@ -36,7 +36,7 @@ def test_a_fresh_adapter_changes_no_logit(base, backend, targets):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_switched_off_the_model_answers_exactly_as_its_base(base, backend, training):
+def test_a_switched_off_adapter_gives_exactly_the_logits_of_the_base(base, backend, training):
     model = frozen_base(base)
     expected = logits(model)
     adapter = attach(model, small(backend, target_modules=EVERYWHERE))
@@ -71,16 +71,16 @@ def test_what_is_trained_is_the_same_before_and_after_switching(tiny_base, backe
     assert len(before) == 2 * 4 * 2
 
 
-def test_detached_the_base_is_bit_identical(base, backend):
+def test_a_detached_base_is_bit_identical(base, backend):
     model, expected = frozen_base(base), frozen_base(base)
     adapter = attach(model, small(backend, target_modules=EVERYWHERE))
     randomise(adapter.parameters())
     assert adapter.detach() is model
     assert list(model.state_dict()) == list(expected.state_dict())
     assert all(map(torch.equal, model.state_dict().values(), expected.state_dict().values()))
-    for mine, plain in zip(model.modules(), expected.modules(), strict=True):
-        assert type(mine) is type(plain)
-        assert vars(mine).keys() == vars(plain).keys()
+    for ours, plain in zip(model.modules(), expected.modules(), strict=True):
+        assert type(ours) is type(plain)
+        assert vars(ours).keys() == vars(plain).keys()
     assert not any(parameter.requires_grad for parameter in model.parameters())
     assert torch.equal(logits(model), logits(expected))
 
@@ -116,7 +116,7 @@ def test_adapters_are_float32_over_any_base_and_default(tiny_base, backend, dtyp
     assert {p.dtype for p in model.parameters() if not p.requires_grad} == {dtype}
 
 
-def test_torch_default_dtype_does_not_change_the_start(tiny_base, backend):
+def test_the_default_dtype_does_not_change_initial_values(tiny_base, backend):
     starts = []
     for default in (torch.float32, torch.bfloat16):
         model = frozen_base(tiny_base)
@@ -146,8 +146,8 @@ def test_base_weights_are_the_same_tensors_and_never_written(base, backend, dtyp
 
 @pytest.mark.parametrize("autocast", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_under_autocast_and_without(tiny_base, backend, dtype, autocast):
-    """The update is there, in the base's type, and its gradient reaches every weight."""
+def test_adapters_work_with_and_without_autocast(tiny_base, backend, dtype, autocast):
+    """The LoRA delta is applied in the dtype of the base, and its gradient reaches every weight."""
     model = frozen_base(tiny_base, dtype)
     plain = logits(model)
     adapter = attach(model, small(backend, lora_dropout=0.0, target_modules=EVERYWHERE))
@@ -161,7 +161,7 @@ def test_under_autocast_and_without(tiny_base, backend, dtype, autocast):
     assert all(gradient.abs().max() > 0 for gradient in gradients)
 
 
-def test_loralib_is_asked_for_where_it_is_missing(tiny_base, backend, monkeypatch):
+def test_a_missing_loralib_is_named_with_its_extra(tiny_base, backend, monkeypatch):
     find = importlib.util.find_spec
     monkeypatch.setattr("phi3_lightning.adapters.find_spec", lambda name: None if name == "loralib" else find(name))
     model = frozen_base(tiny_base)

@@ -1,4 +1,4 @@
-"""loralib's tensors <-> PEFT's: exact both ways, and opened by PEFT itself."""
+"""Conversion between the tensors of loralib and PEFT: exact both ways, and opened by PEFT itself."""
 
 import pytest
 import torch
@@ -31,7 +31,7 @@ def section(**options) -> LoRA:
 
 
 def loralib_state(found: list[targets.Target], model, seed: int = 3) -> dict[str, torch.Tensor]:
-    """Random tensors of the shapes that loralib has."""
+    """Random tensors of loralib's shapes."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
     for target in found:
@@ -51,7 +51,7 @@ def base(request, tmp_path) -> str:
 
 @pytest.mark.parametrize("patterns", [False, True])
 @pytest.mark.parametrize("name", SECTIONS)
-def test_there_and_back_is_exact(base, name, patterns):
+def test_a_round_trip_is_exact(base, name, patterns):
     model = frozen_base(base)
     found = targets.resolve(model, section(**SECTIONS[name]))
     state = loralib_state(found, model)
@@ -61,7 +61,7 @@ def test_there_and_back_is_exact(base, name, patterns):
     assert all(torch.equal(again[key], tensor) for key, tensor in state.items())
 
 
-def test_a_fresh_adapter_goes_there_and_back_too(base):
+def test_a_fresh_adapter_survives_a_round_trip(base):
     model = frozen_base(base)
     found = targets.resolve(model, section(**SECTIONS["slices"]))
     state = {key: tensor * (0 if "lora_B" in key else 1) for key, tensor in loralib_state(found, model).items()}
@@ -70,8 +70,8 @@ def test_a_fresh_adapter_goes_there_and_back_too(base):
 
 
 @pytest.mark.parametrize("name", SECTIONS)
-def test_the_update_is_the_same_matrix(base, name):
-    """By plain algebra: scale x B x A of each slice, on its rows."""
+def test_the_lora_delta_is_the_same_matrix(base, name):
+    """The delta follows from plain algebra: scale x B x A of each slice, on its rows."""
     model = frozen_base(base)
     found = targets.resolve(model, section(**SECTIONS[name]))
     state = loralib_state(found, model)
@@ -90,7 +90,7 @@ def test_the_update_is_the_same_matrix(base, name):
             torch.testing.assert_close(part, expected)
 
 
-def saved(form: PeftForm, folder, base: str) -> PeftModel:
+def open_in_peft(form: PeftForm, folder, base: str) -> PeftModel:
     form.config.save_pretrained(folder)
     save_file(form.tensors, folder / "adapter_model.safetensors")
     return PeftModel.from_pretrained(frozen_base(base), folder)
@@ -106,13 +106,13 @@ def test_the_pattern_form_is_made_on_request_and_opens_in_peft(base, tmp_path, n
     assert form.config.rank_pattern
     for target in adapter.targets:
         assert form.tensors[convert.peft_keys(target)[0]].shape[0] == target.r * sum(target.enabled)
-    torch.testing.assert_close(logits(saved(form, tmp_path, base)), logits(model))
+    torch.testing.assert_close(logits(open_in_peft(form, tmp_path, base)), logits(model))
     assert adapter.to_peft().config.rank_pattern == {}
 
 
 @pytest.mark.parametrize("more", [0, 3])
-def test_a_whole_matrix_of_peft_becomes_slices(base, more):
-    """Its A for each slice, with the slice's rows of its B; a slice's rank may be larger."""
+def test_an_unsliced_peft_adapter_becomes_slices(base, more):
+    """Each slice gets the whole A, and its own rows of B; the rank of a slice may be larger."""
     plain = get_peft_model(frozen_base(base), LoraConfig(r=4, lora_alpha=8, target_modules=EVERYWHERE[1:]))
     randomise(trained(plain).values())
     tensors = {name.replace(".default", ""): tensor.detach() for name, tensor in trained(plain).items()}
@@ -149,10 +149,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_what_is_not_exact_is_refused(tiny_base, name):
-    theirs, mine, told = WRONG[name]
-    found = targets.resolve(frozen_base(tiny_base), section(**{"target_modules": ["qkv_proj"]} | mine))
-    with pytest.raises(CheckpointError, match=told) as caught:
+def test_a_conversion_that_is_not_exact_is_refused(tiny_base, name):
+    theirs, ours, message = WRONG[name]
+    found = targets.resolve(frozen_base(tiny_base), section(**{"target_modules": ["qkv_proj"]} | ours))
+    with pytest.raises(CheckpointError, match=message) as caught:
         convert.from_peft(plain_form(tiny_base, **theirs), found, "model.lora.init_from: there")
     assert str(caught.value).startswith("model.lora.init_from: there")
 

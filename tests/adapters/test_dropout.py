@@ -1,4 +1,4 @@
-"""Dropout from 16 random bits a value: what nn.Dropout does, with other numbers."""
+"""Dropout from 16 random bits per value: as nn.Dropout, from other random numbers."""
 
 import pytest
 import torch
@@ -8,11 +8,11 @@ from phi3_lightning.adapters.dropout import Dropout
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9999])
 @pytest.mark.parametrize("shape", [(3, 1000, 333), (1_000_003,)])
-def test_values_are_dropped_with_the_probability_that_is_asked_for(p, shape):
+def test_values_are_dropped_with_the_configured_probability(p, shape):
     torch.manual_seed(0)
     found = Dropout(p)(torch.ones(shape))
     dropped = (found == 0).double().mean().item()
-    # five standard deviations of the share, and the step of 16 bits
+    # five standard deviations of the fraction, and the resolution of 16 bits
     assert abs(dropped - p) <= 5 * (p * (1 - p) / found.numel()) ** 0.5 + 2**-17
     assert torch.equal(found[found != 0], torch.full_like(found[found != 0], 1 / (1 - p)))
 
@@ -20,7 +20,7 @@ def test_values_are_dropped_with_the_probability_that_is_asked_for(p, shape):
 def test_neighbours_are_dropped_independently():
     torch.manual_seed(0)
     kept = (Dropout(0.5)(torch.ones(4, 250_000)) != 0).double() - 0.5
-    for distance in (1, 2, 3, 4):  # four values share a number of 64 bits
+    for distance in (1, 2, 3, 4):  # four values share a 64-bit number
         correlation = (kept.flatten()[distance:] * kept.flatten()[:-distance]).mean().item() * 4
         assert abs(correlation) < 5 / kept.numel() ** 0.5
 

@@ -1,4 +1,4 @@
-"""The start from the data: PEFT's own directions, found once, and only for a fresh adapter."""
+"""EVA initialisation: PEFT's own directions, computed once, and only for a fresh adapter."""
 
 import re
 import warnings
@@ -25,15 +25,15 @@ def batches(supervised: int = 8) -> list:
     return [synthetic.batch_of([[synthetic.document(12, supervised, seed)]], seed) for seed in range(6)]
 
 
-class Start(pl.Callback):
-    """What the adapter holds before the first step."""
+class RecordStart(pl.Callback):
+    """Records the adapter's weights before the first step."""
 
     def on_train_epoch_start(self, trainer, pl_module):
         self.weights = {n: p.detach().clone() for n, p in pl_module.model.named_parameters() if p.requires_grad}
 
 
 def fit(folder, model, data, **options) -> dict[str, torch.Tensor]:
-    start = Start()
+    start = RecordStart()
     ckpt_path = options.pop("ckpt_path", None)
     trainer = synthetic.trainer(folder, callbacks=[start], **{"max_epochs": 1} | options)
     trainer.fit(model, synthetic.loader(data), ckpt_path=ckpt_path)
@@ -43,7 +43,7 @@ def fit(folder, model, data, **options) -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def expected(tiny_base) -> dict[str, torch.Tensor]:
-    """PEFT's own start on the same batches."""
+    """PEFT's own initialisation from the same batches."""
     base = Phi3ForCausalLM.from_pretrained(tiny_base, dtype=torch.float32)
     config = LoraConfig(r=4, target_modules=FOUR, init_lora_weights="eva", eva_config=EvaConfig(rho=1.0))
     with warnings.catch_warnings():
@@ -54,18 +54,18 @@ def expected(tiny_base) -> dict[str, torch.Tensor]:
     return {name.removeprefix("base_model.model."): p for name, p in theirs.named_parameters() if "lora_A" in name}
 
 
-def test_the_directions_are_peft_s_own(tiny_base, tmp_path, expected):
+def test_the_directions_are_those_of_peft(tiny_base, tmp_path, expected):
     found = fit(tmp_path, module(tiny_base), batches())
     assert len(expected) == 8
     for name, directions in expected.items():
-        # the directions of a decomposition are fixed up to what float32 leaves of them: both run the same one
+        # a decomposition fixes directions up to float32 rounding: both run the same one
         torch.testing.assert_close(found[name], directions, rtol=0, atol=1e-5)
     assert all(not tensor.any() for name, tensor in found.items() if "lora_B" in name)
     usual = fit(tmp_path, module(tiny_base, init_lora_weights=True), batches())
     assert all((usual[name] - tensor).abs().max() > 0.1 for name, tensor in expected.items())
 
 
-def test_rows_beside_each_other_are_those_of_one_row(tiny_base, tmp_path):
+def test_packed_and_padded_rows_give_the_same_start(tiny_base, tmp_path):
     pairs = [[synthetic.document(12, 8, seed), synthetic.document(9, 5, seed + 9)] for seed in range(3)]
     packed = fit(tmp_path, module(tiny_base), [synthetic.batch_of([pair]) for pair in pairs])
     padded = fit(tmp_path, module(tiny_base), [synthetic.batch_of([[document] for document in pair]) for pair in pairs])
@@ -87,7 +87,7 @@ def test_every_layer_keeps_its_rank(tiny_base, tmp_path):
     assert {tensor.shape[0] for name, tensor in found.items() if "qkv_proj.lora_A" in name} == {4}
 
 
-def test_a_restart_and_a_second_fit_leave_what_was_learnt(tiny_base, tmp_path):
+def test_a_resumed_or_second_fit_keeps_trained_weights(tiny_base, tmp_path):
     first = module(tiny_base)
     fit(tmp_path, first, batches())
     learnt = {name: p.detach().clone() for name, p in first.model.named_parameters() if p.requires_grad}
@@ -115,6 +115,6 @@ def test_batches_with_fewer_tokens_than_directions_are_left_out(tiny_base, tmp_p
         fit(tmp_path, module(tiny_base), batches(supervised=3))
 
 
-def test_an_adapter_to_start_from_brings_its_own_values(tmp_path):
+def test_eva_with_init_from_is_refused(tmp_path):
     with pytest.raises(ConfigError, match=r"init_lora_weights: 'eva' cannot be used: model\.lora\.init_from brings"):
         module("base", init_from=str(tmp_path))

@@ -1,4 +1,4 @@
-"""Starting from an adapter that exists, in each of its formats, and refusing what is another one."""
+"""Starting from an existing adapter in each of its formats, and refusing one that does not match."""
 
 import json
 import logging
@@ -26,8 +26,8 @@ def section(**options) -> LoRA:
     return LoRA(**SMALL | options)
 
 
-def by_plain_peft(base: str, folder, **options) -> torch.Tensor:
-    """Save an adapter as PEFT does; return the answers of the model that carries it."""
+def save_with_peft(base: str, folder, **options) -> torch.Tensor:
+    """Save an adapter as PEFT does; return the logits of the adapted model."""
     targets = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     model = get_peft_model(frozen_base(base), LoraConfig(**SMALL | {"target_modules": targets} | options))
     randomise(trained(model).values())
@@ -36,23 +36,23 @@ def by_plain_peft(base: str, folder, **options) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("options", [{}, {"use_dora": True}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}])
-def test_a_folder_that_peft_saved(tiny_base, tmp_path, options):
-    expected = by_plain_peft(tiny_base, tmp_path, **options)
+def test_a_folder_saved_by_peft_is_loaded(tiny_base, tmp_path, options):
+    expected = save_with_peft(tiny_base, tmp_path, **options)
     model = frozen_base(tiny_base)
     attach(model, section(init_from=str(tmp_path), **options))
     torch.testing.assert_close(logits(model), expected)
     assert {parameter.dtype for parameter in trained(model).values()} == {torch.float32}
 
 
-def test_a_folder_that_peft_saved_as_slices_of_loralib(tiny_base, tmp_path):
-    expected = by_plain_peft(tiny_base, tmp_path)
+def test_a_folder_saved_by_peft_is_loaded_into_loralib_slices(tiny_base, tmp_path):
+    expected = save_with_peft(tiny_base, tmp_path)
     model = frozen_base(tiny_base)
     attach(model, section(init_from=str(tmp_path), backend="loralib"))
     torch.testing.assert_close(logits(model), expected)
 
 
 @pytest.mark.parametrize("backend", ["peft", "loralib"])
-def test_what_a_backend_gives_to_peft_it_takes_back(tiny_base, tmp_path, backend):
+def test_a_backend_reads_its_own_peft_export(tiny_base, tmp_path, backend):
     options = {"backend": backend, "rank_pattern": {"o_proj": 2}}
     model = frozen_base(tiny_base)
     adapter = attach(model, section(**options))
@@ -60,23 +60,23 @@ def test_what_a_backend_gives_to_peft_it_takes_back(tiny_base, tmp_path, backend
     form = adapter.to_peft()
     form.config.save_pretrained(tmp_path)
     save_file(form.tensors, tmp_path / "adapter_model.safetensors")
-    if backend == "peft":  # whose layers take the one rank as it is
+    if backend == "peft":  # whose layers have the export's single rank
         options = {"backend": backend, "alpha_pattern": {}, "lora_alpha": form.config.lora_alpha}
     again = frozen_base(tiny_base)
     attach(again, section(init_from=str(tmp_path), **options))
     torch.testing.assert_close(logits(again), logits(model))
 
 
-def by_loralib(base: str, folder, **options) -> torch.Tensor:
-    """Save an adapter as loralib does; return the answers of the model that carries it."""
+def save_with_loralib(base: str, folder, **options) -> torch.Tensor:
+    """Save an adapter as loralib does; return the logits of the adapted model."""
     model = frozen_base(base)
     randomise(attach(model, section(backend="loralib", **options)).parameters())
     torch.save(loralib.lora_state_dict(model), folder / "lora.pt")
     return logits(model).detach()
 
 
-def test_a_file_of_plain_loralib(tiny_base, tmp_path, caplog):
-    expected = by_loralib(tiny_base, tmp_path)
+def test_a_plain_loralib_file_is_loaded(tiny_base, tmp_path, caplog):
+    expected = save_with_loralib(tiny_base, tmp_path)
     again = frozen_base(tiny_base)
     with caplog.at_level(logging.INFO):
         attach(again, section(backend="loralib", init_from=str(tmp_path / "lora.pt")))
@@ -89,29 +89,29 @@ VALUE_SLICE = {"layer": "MergedLinear", "r": 4, "lora_alpha": 8, "enable_lora": 
 
 
 @pytest.mark.parametrize(
-    ("written", "told"),
+    ("written", "message"),
     [
         ({"lora_alpha": 16}, r"lora\.json has model\.layers\.0\.self_attn\.qkv_proj scaled by 4 .* it is 2"),
         ({"enable_lora": [False, True, False]}, r"with slices \[False, True, False\].* with \[False, False, True\]"),
         ({"r": 0}, r"lora\.json does not describe its layers"),
     ],
 )
-def test_what_an_export_says_of_a_loralib_file_is_compared(tiny_base, tmp_path, written, told):
+def test_a_loralib_file_is_checked_against_its_lora_json(tiny_base, tmp_path, written, message):
     options = {"target_modules": ["v_proj"]}
-    expected = by_loralib(tiny_base, tmp_path, **options)
+    expected = save_with_loralib(tiny_base, tmp_path, **options)
     paths = [f"model.layers.{number}.self_attn.qkv_proj" for number in range(2)]
-    mine = section(backend="loralib", init_from=str(tmp_path / "lora.pt"), **options)
+    ours = section(backend="loralib", init_from=str(tmp_path / "lora.pt"), **options)
     (tmp_path / "lora.json").write_text(json.dumps(dict.fromkeys(paths, VALUE_SLICE)))
     again = frozen_base(tiny_base)
-    attach(again, mine)
+    attach(again, ours)
     assert torch.equal(logits(again), expected)
     (tmp_path / "lora.json").write_text(json.dumps(dict.fromkeys(paths, VALUE_SLICE | written)))
-    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: .*{told}"):
-        attach(frozen_base(tiny_base), mine)
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: .*{message}"):
+        attach(frozen_base(tiny_base), ours)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (lambda model: model.state_dict(), r"model\.embed_tokens\.weight and \d+ more: no tensor of an adapter"),
         (lambda model: loralib.lora_state_dict(model) | {"epoch": 3}, "epoch: no tensor of an adapter"),
@@ -123,11 +123,11 @@ def test_what_an_export_says_of_a_loralib_file_is_compared(tiny_base, tmp_path, 
     ],
     ids=["whole model", "a number", "no tensor", "prefix"],
 )
-def test_what_nothing_reads_of_a_loralib_file_is_named(tiny_base, tmp_path, content, told):
+def test_unused_tensors_of_a_loralib_file_are_named(tiny_base, tmp_path, content, message):
     model = frozen_base(tiny_base)
     attach(model, section(backend="loralib"))
     torch.save(content(model), tmp_path / "lora.pt")
-    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}/lora\.pt: .*{told}"):
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}/lora\.pt: .*{message}"):
         attach(frozen_base(tiny_base), section(backend="loralib", init_from=str(tmp_path / "lora.pt")))
 
 
@@ -144,15 +144,15 @@ def checkpoint(base: str, tmp_path, **lora) -> tuple[str, Phi3LoRAModule]:
     [{}, {"backend": "loralib", "target_modules": ["q_proj", "o_proj"]}, {"modules_to_save": ["lm_head"]}],
     ids=["peft", "loralib", "whole"],
 )
-def test_a_checkpoint_of_ours(tiny_base, tmp_path, lora):
+def test_our_checkpoint_is_loaded(tiny_base, tmp_path, lora):
     path, module = checkpoint(tiny_base, tmp_path, **lora)
     again = Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | lora | {"init_from": path})
     again.configure_model()
     assert torch.equal(again.eval()(BATCH), module.eval()(BATCH))
 
 
-def test_a_run_that_started_from_an_adapter_needs_it_no_more(tiny_base, tmp_path):
-    by_plain_peft(tiny_base, tmp_path / "start")
+def test_a_resumed_run_does_not_need_the_adapter_it_started_from(tiny_base, tmp_path):
+    save_with_peft(tiny_base, tmp_path / "start")
     path, module = checkpoint(tiny_base, tmp_path, init_from=str(tmp_path / "start"))
     (tmp_path / "start" / "adapter_config.json").unlink()
     again = Phi3LoRAModule.load_from_checkpoint(path, weights_only=True)
@@ -170,33 +170,33 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_another_adapter_is_refused(tiny_base, tmp_path, name):
-    theirs, mine, told = REFUSED[name]
-    by_plain_peft(tiny_base, tmp_path, **theirs)
-    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}: .*{told}"):
-        attach(frozen_base(tiny_base), section(init_from=str(tmp_path), **mine))
+def test_an_adapter_with_other_options_is_refused(tiny_base, tmp_path, name):
+    theirs, ours, message = REFUSED[name]
+    save_with_peft(tiny_base, tmp_path, **theirs)
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}: .*{message}"):
+        attach(frozen_base(tiny_base), section(init_from=str(tmp_path), **ours))
 
 
 def test_an_adapter_of_a_smaller_base_is_refused(tiny_base, tmp_path):
     other = synthetic.save_tiny(tmp_path / "other", hidden_size=64)
-    by_plain_peft(other, tmp_path / "adapter")
+    save_with_peft(other, tmp_path / "adapter")
     with pytest.raises(CheckpointError, match=r"has shape .*or its base not model\.base"):
         attach(frozen_base(tiny_base), section(init_from=str(tmp_path / "adapter")))
 
 
 def test_an_adapter_that_records_another_base_is_refused_with_both_names(tiny_base, tmp_path):
-    by_plain_peft(tiny_base, tmp_path)
+    save_with_peft(tiny_base, tmp_path)
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "some/other-model"}))
     lora = SMALL | {"init_from": str(tmp_path)}
     with pytest.raises(CheckpointError, match=r"trained on some/other-model, .*set model\.base_id: some/other-model"):
         Phi3LoRAModule(tiny_base, base_id="our/model", lora=lora).configure_model()
     Phi3LoRAModule(tiny_base, base_id="some/other-model", lora=lora).configure_model()
-    Phi3LoRAModule(tiny_base, lora=lora).configure_model()  # a local folder: nobody can tell
+    Phi3LoRAModule(tiny_base, lora=lora).configure_model()  # a local folder is not comparable with a hub name
 
 
 @pytest.mark.parametrize(
-    ("lora", "told"),
+    ("lora", "message"),
     [
         ({"lora_alpha": 9}, "model.lora.lora_alpha is 9 and was 8"),
         ({"backend": "loralib"}, "model.lora.backend is loralib and was peft"),
@@ -208,9 +208,9 @@ def test_an_adapter_that_records_another_base_is_refused_with_both_names(tiny_ba
         ({"alpha_pattern": {"o_proj": 9}}, "model.lora.alpha_pattern is {'o_proj': 9} and was {}"),
     ],
 )
-def test_another_checkpoint_is_refused(tiny_base, tmp_path, lora, told):
+def test_a_checkpoint_with_other_options_is_refused(tiny_base, tmp_path, lora, message):
     path, _ = checkpoint(tiny_base, tmp_path)
-    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: .*{told}"):
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: .*{message}"):
         Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | lora | {"init_from": path}).configure_model()
 
 
@@ -220,8 +220,8 @@ def test_a_checkpoint_of_another_base_is_refused(tiny_base, tmp_path):
         Phi3LoRAModule(tiny_base, dtype="bfloat16", lora=SMALL | {"init_from": path}).configure_model()
 
 
-def test_the_same_shapes_of_other_slices_are_another_adapter(tiny_base, tmp_path):
-    """k and v have equally many rows: a name alone tells them apart."""
+def test_other_slices_of_the_same_shapes_are_refused(tiny_base, tmp_path):
+    """k and v have equally many rows: only their names tell them apart."""
     path, _ = checkpoint(tiny_base, tmp_path, backend="loralib", target_modules=["k_proj"])
     lora = SMALL | {"backend": "loralib", "target_modules": ["v_proj"]}
     with pytest.raises(CheckpointError, match=r"slices is .*v_proj.* and was .*k_proj"):
@@ -232,7 +232,7 @@ def test_the_same_shapes_of_other_slices_are_another_adapter(tiny_base, tmp_path
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".ckpt", ""])
-def test_what_is_not_there_is_named(tiny_base, tmp_path, suffix):
+def test_a_missing_source_is_named(tiny_base, tmp_path, suffix):
     source = str(tmp_path / f"nowhere{suffix}")
     with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: .*{source}"):
         attach(frozen_base(tiny_base), section(backend="loralib", init_from=source))
@@ -247,7 +247,7 @@ def test_a_file_that_could_run_code_is_never_opened(tiny_base, tmp_path):
         torch.save({"state_dict": {}, "x": Trap()}, tmp_path / name)
         with pytest.raises(CheckpointError, match="not a whole checkpoint of tensors and plain types"):
             attach(frozen_base(tiny_base), section(backend="loralib", init_from=str(tmp_path / name)))
-    by_plain_peft(tiny_base, tmp_path / "folder")
+    save_with_peft(tiny_base, tmp_path / "folder")
     (tmp_path / "folder/adapter_model.safetensors").rename(tmp_path / "folder/adapter_model.bin")
     with pytest.raises(CheckpointError, match=r"adapter_model\.bin, which can run code"):
         attach(frozen_base(tiny_base), section(init_from=str(tmp_path / "folder")))
@@ -261,8 +261,8 @@ def test_a_loralib_file_needs_its_backend(tiny_base, tmp_path):
 
 @pytest.mark.parametrize("backend", ["peft", "loralib"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_an_adapter_in_two_bytes_is_as_peft_reads_it(tiny_base, tmp_path, backend, dtype):
-    by_plain_peft(tiny_base, tmp_path)
+def test_a_half_precision_adapter_is_read_as_peft_reads_it(tiny_base, tmp_path, backend, dtype):
+    save_with_peft(tiny_base, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file({name: tensor.to(dtype) for name, tensor in load_file(file).items()}, file)
     expected = logits(PeftModel.from_pretrained(frozen_base(tiny_base), tmp_path).eval()).detach()
@@ -277,7 +277,7 @@ LAYER = "base_model.model.model.layers.0.self_attn.o_proj"
 
 @pytest.mark.parametrize("backend", ["peft", "loralib"])
 @pytest.mark.parametrize(
-    ("more", "told"),
+    ("more", "message"),
     [
         ({f"{LAYER}.lora_magnitude_vector": torch.ones(32)}, "unexpected .*lora_magnitude_vector"),
         ({f"{LAYER}.lora_B.bias": torch.ones(32)}, r"unexpected .*lora_B\.bias"),
@@ -289,22 +289,22 @@ LAYER = "base_model.model.model.layers.0.self_attn.o_proj"
     ],
     ids=["magnitude", "bias", "whole module", "adapter name", "base", "nan", "inf"],
 )
-def test_a_tensor_that_nothing_reads_is_named(tiny_base, tmp_path, backend, more, told):
-    by_plain_peft(tiny_base, tmp_path)
+def test_an_unused_tensor_is_named(tiny_base, tmp_path, backend, more, message):
+    save_with_peft(tiny_base, tmp_path)
     file = tmp_path / "adapter_model.safetensors"
     save_file(load_file(file) | more, file)
-    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}: .*{told}"):
+    with pytest.raises(CheckpointError, match=rf"^model\.lora\.init_from: {tmp_path}: .*{message}"):
         attach(frozen_base(tiny_base), section(init_from=str(tmp_path), backend=backend))
 
 
 def test_a_folder_of_several_adapters_names_them(tiny_base, tmp_path):
     for name in ("first", "second"):
-        by_plain_peft(tiny_base, tmp_path / name)
+        save_with_peft(tiny_base, tmp_path / name)
     with pytest.raises(CheckpointError, match=rf"in folders of their own; give one: {tmp_path}/first, {tmp_path}/sec"):
         attach(frozen_base(tiny_base), section(init_from=str(tmp_path)))
 
 
-def rewritten(path: str, **identity) -> None:
+def rewrite_identity(path: str, **identity) -> None:
     content = torch.load(path, weights_only=True)
     content["phi3_lightning"] |= identity
     torch.save(content, path)
@@ -313,7 +313,7 @@ def rewritten(path: str, **identity) -> None:
 @pytest.mark.parametrize("version", [0, 99])
 def test_a_checkpoint_of_an_unknown_format_is_refused(tiny_base, tmp_path, version):
     path, _ = checkpoint(tiny_base, tmp_path)
-    rewritten(path, format_version=version)
+    rewrite_identity(path, format_version=version)
     with pytest.raises(
         CheckpointError, match=rf"^model\.lora\.init_from: {path}: .* has format version {version}, and"
     ):

@@ -1,4 +1,4 @@
-"""The loralib backend against loralib used in the plain way, and against PEFT with the same A and B."""
+"""The loralib backend against plain loralib, and against PEFT with the same A and B."""
 
 import copy
 
@@ -19,7 +19,7 @@ from phi3_lightning.config import LoRA
 from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 from phi3_lightning.errors import CheckpointError
 
-# PEFT asks transformers for gradient checkpointing by its old name
+# PEFT calls gradient checkpointing of transformers by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 SHAPES = {"mini": {"num_key_value_heads": 4}, "gqa": {}, "tied": {"tie_word_embeddings": True}}
@@ -40,7 +40,7 @@ def base(request, tmp_path) -> str:
 
 
 def plain_loralib(model, lora: LoRA, enabled: dict[str, list[bool]]):
-    """What the cookbook does: each target replaced by a layer of loralib's that gets its weight."""
+    """As the cookbook does it: each target is replaced by a loralib layer with the same weight."""
     common = {"r": lora.r, "lora_alpha": lora.lora_alpha, "merge_weights": False}
     linear = common | {"lora_dropout": lora.lora_dropout, "bias": False}
     for path, old in list(model.named_modules()):
@@ -72,7 +72,7 @@ ENABLED = [
 @pytest.mark.parametrize("enabled", ENABLED)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("tied", [False, True])
-def test_equal_slices_answer_and_learn_as_plain_loralib(tmp_path, enabled, dropout, tied):
+def test_equal_slices_give_the_logits_and_gradients_of_plain_loralib(tmp_path, enabled, dropout, tied):
     folder = synthetic.save_tiny(tmp_path / "base", num_key_value_heads=4, tie_word_embeddings=tied)
     lora = section(lora_dropout=dropout, target_modules=EVERYWHERE, enable_lora=enabled)
     ours = frozen_base(folder)
@@ -89,7 +89,7 @@ def test_equal_slices_answer_and_learn_as_plain_loralib(tmp_path, enabled, dropo
         torch.testing.assert_close(gradient, expected_gradients[name])
 
 
-def test_state_files_go_both_ways(tmp_path):
+def test_state_files_are_exchanged_with_plain_loralib(tmp_path):
     folder = synthetic.save_tiny(tmp_path / "base", num_key_value_heads=4)
     lora = section(target_modules=EVERYWHERE, enable_lora=ENABLED[1])
     ours, theirs = frozen_base(folder), plain_loralib(frozen_base(folder), lora, ENABLED[1])
@@ -135,7 +135,7 @@ def test_each_layer_is_one_of_loralib(base):
 
 
 def test_negative_control_plain_merged_linear_adapts_the_wrong_rows_of_unequal_slices():
-    """The heads 6 + 3 + 3 divide by 3: plain loralib takes slices of 4 rows without a word."""
+    """The heads 6 + 3 + 3 divide by 3: plain loralib silently takes slices of 4 rows."""
     plain = loralib.MergedLinear(5, 12, r=2, enable_lora=[False, True, False], merge_weights=False, bias=False)
     nn.init.ones_(plain.lora_B)
     assert plain.merge_AB().abs().sum(1).nonzero().flatten().tolist() == [4, 5, 6, 7]
@@ -165,7 +165,7 @@ SLICES = {
 
 @pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 @pytest.mark.parametrize("name", SLICES)
-def test_exported_to_plain_peft_answers_and_gradients_are_equal(base, tmp_path, name):
+def test_plain_peft_gives_equal_logits_and_gradients_after_export(base, tmp_path, name):
     lora = section(**SLICES[name])
     ours = frozen_base(base)
     adapter = attach(ours, lora)
@@ -198,7 +198,7 @@ def test_the_whole_adapter_has_one_rank_and_one_alpha(base):
 
 @pytest.mark.parametrize("names", [["v_proj"], ["q_proj", "up_proj"]])
 def test_disabled_slices_stay_exactly_what_they_were(base, tmp_path, names):
-    """In the live model, after conversion, and after PEFT has merged."""
+    """This holds in the live model, after conversion, and after PEFT has merged."""
     model, plain = frozen_base(base), frozen_base(base)
     adapter = attach(model, section(target_modules=names))
     randomise(adapter.parameters())
@@ -221,7 +221,7 @@ def test_disabled_slices_stay_exactly_what_they_were(base, tmp_path, names):
 
 
 class Block(nn.Module):
-    """A fused layer alone, as targets find it."""
+    """A single fused layer, under a path that targets match."""
 
     def __init__(self, rows: int, inputs: int) -> None:
         super().__init__()
@@ -238,11 +238,11 @@ def rounded(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("slices", [(3072, 3072, 3072), (3072, 1024, 1024)], ids=["mini", "gqa"])
 @pytest.mark.parametrize("backend", ["peft", "loralib"])
-def test_in_bfloat16_both_backends_are_within_their_roundings(slices, backend):
-    """Each intermediate is rounded once: A, B, A x, B A x, its factor, the base's answer and the sum.
+def test_both_backends_are_within_bfloat16_rounding(slices, backend):
+    """Each intermediate is rounded once: A, B, A x, B A x, its factor, the base's output and the sum.
 
     A rounding moves each entry by at most U of itself. Over random operands a product's norm moves by at most U of its
-    own for each rounded factor, so that the answer is off by U (|W x| + 5 |s B A x| + |y|), the gradients of A and B by
+    own for each rounded factor, so that the output is off by U (|W x| + 5 |s B A x| + |y|), the gradients of A and B by
     5 U of themselves: two factors, two products and the factor.
     """
     torch.manual_seed(0)
@@ -287,10 +287,10 @@ def test_in_bfloat16_both_backends_are_within_their_roundings(slices, backend):
         assert not within(gradient, 1.05 * exact, 5 * U * exact.norm())
 
 
-# ---------------------------------------------------------------------- what else the library's classes promise
+# ---------------------------------------------------------------------- other properties of the layers
 
 
-def test_the_dense_update_is_that_of_the_forward(base):
+def test_the_dense_delta_is_that_of_the_forward(base):
     model = frozen_base(base)
     adapter = attach(model, section(target_modules=["q_proj", "v_proj"]))
     randomise(adapter.parameters())
@@ -306,8 +306,8 @@ def test_a_model_with_an_adapter_can_be_copied(tiny_base):
     assert torch.equal(logits(copy.deepcopy(model)), logits(model))
 
 
-def test_all_slices_are_those_that_transformers_takes_apart(tiny_base):
-    """gate_up_proj is chunked in two and qkv_proj split by heads: an update of v alone must move v alone."""
+def test_slices_are_split_as_transformers_splits_them(tiny_base):
+    """gate_up_proj is chunked in two and qkv_proj split by heads: a delta of v alone must move v alone."""
     model = frozen_base(tiny_base)
     (qkv, *_) = [t for t in targets.resolve(model, section()) if t.name == "qkv_proj"]
     config = model.config

@@ -1,4 +1,4 @@
-"""The adapter against PEFT used in the plain way."""
+"""The PEFT backend against plain PEFT."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from phi3_lightning.adapters.dropout import Dropout
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import LoRA
 
-# get_peft_model asks transformers for gradient checkpointing by its old name
+# get_peft_model calls gradient checkpointing of transformers by its old name
 ASKS_BY_AN_OLD_NAME = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
 OPTIONS = {
@@ -48,16 +48,16 @@ def test_forward_and_gradients_are_those_of_plain_peft(tiny_base, name):
     for model in (ours, theirs):
         randomise(trained(model).values())
     (logits, gradients), (expected, expected_gradients) = map(logits_and_gradients, (ours, theirs))
-    # the update is added before it is rounded, and not after: float32's own tolerance
+    # the delta is added before rounding, and not after: float32's own tolerance
     torch.testing.assert_close(logits, expected)
-    for gradient, wanted in zip(gradients.values(), expected_gradients.values(), strict=True):
-        torch.testing.assert_close(gradient, wanted)
+    for gradient, expected_gradient in zip(gradients.values(), expected_gradients.values(), strict=True):
+        torch.testing.assert_close(gradient, expected_gradient)
     assert all(gradient.abs().max() > 0 for gradient in gradients.values())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @ASKS_BY_AN_OLD_NAME
-def test_the_start_is_that_of_plain_peft_with_the_same_seed(tiny_base, dtype):
+def test_initial_weights_are_those_of_plain_peft_with_the_same_seed(tiny_base, dtype):
     config = OPTIONS["plain"]
     ours, theirs = frozen_base(tiny_base, dtype), frozen_base(tiny_base, dtype)
     torch.manual_seed(5)
@@ -84,7 +84,7 @@ def test_under_autocast_the_input_of_dora_is_not_cast_back_and_forth(tiny_base):
 
 
 @ASKS_BY_AN_OLD_NAME
-def test_the_form_of_peft_opens_in_plain_peft(tiny_base, tmp_path):
+def test_an_export_opens_in_plain_peft(tiny_base, tmp_path):
     model, adapter = attached(tiny_base, OPTIONS["rslora"])
     randomise(adapter.parameters())
     form = adapter.to_peft()

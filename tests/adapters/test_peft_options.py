@@ -1,4 +1,4 @@
-"""LoraConfig in full: DoRA, starts, patterns and modules that are trained whole, against plain PEFT."""
+"""All of LoraConfig: DoRA, initialisations, patterns and modules_to_save, against plain PEFT."""
 
 import copy
 from collections import Counter
@@ -35,7 +35,7 @@ def section(**options) -> LoRA:
 
 
 def plain(base: str, lora: LoRA):
-    """The same by PEFT itself, whose names are the same; norm is a path, or it would be every layer's norm too."""
+    """The same adapter by PEFT itself; norm is given as a path, or PEFT would match every layer's norm too."""
     options = {key: getattr(lora, key) for key in ("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora")}
     options |= {key: getattr(lora, key) for key in ("rank_pattern", "alpha_pattern", "layers_to_transform")}
     options |= {key: getattr(lora, key) for key in ("target_modules", "exclude_modules")}
@@ -44,7 +44,7 @@ def plain(base: str, lora: LoRA):
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_answers_and_gradients_are_those_of_plain_peft(tiny_base, name):
+def test_logits_and_gradients_are_those_of_plain_peft(tiny_base, name):
     lora = section(**OPTIONS[name])
     ours, theirs = frozen_base(tiny_base), plain(tiny_base, lora)
     attach(ours, lora)
@@ -53,13 +53,13 @@ def test_answers_and_gradients_are_those_of_plain_peft(tiny_base, name):
         randomise(trained(model).values())
     (answers, gradients), (expected, expected_gradients) = map(logits_and_gradients, (ours, theirs))
     torch.testing.assert_close(answers, expected)
-    for mine, other in zip(gradients.values(), expected_gradients.values(), strict=True):
-        torch.testing.assert_close(mine, other)
-        assert mine.abs().max() > 0
+    for gradient, other in zip(gradients.values(), expected_gradients.values(), strict=True):
+        torch.testing.assert_close(gradient, other)
+        assert gradient.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_the_exported_form_opens_in_plain_peft_with_one_rank(tiny_base, tmp_path, name):
+def test_an_export_opens_in_plain_peft_with_one_rank(tiny_base, tmp_path, name):
     model = frozen_base(tiny_base)
     adapter = attach(model, section(**OPTIONS[name]))
     randomise(adapter.parameters())
@@ -74,7 +74,7 @@ def test_the_exported_form_opens_in_plain_peft_with_one_rank(tiny_base, tmp_path
 
 @pytest.mark.parametrize("name", OPTIONS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_off_fresh_and_detached_it_is_the_base(tiny_base, name, dtype):
+def test_a_fresh_switched_off_or_detached_adapter_changes_nothing(tiny_base, name, dtype):
     model = frozen_base(tiny_base, dtype)
     before, expected = copy.deepcopy(model.state_dict()), logits(model)
     adapter = attach(model, section(**OPTIONS[name]))
@@ -104,18 +104,18 @@ def test_a_fresh_dora_changes_nothing_on_a_bfloat16_base_under_autocast(tiny_bas
         assert not torch.equal(logits(theirs), logits(bare))
 
 
-# ---------------------------------------------------------------------- starts
+# ---------------------------------------------------------------------- initialisations
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("start", [True, "gaussian", "orthogonal"])
-def test_a_start_leaves_base_and_answers_alone(tiny_base, start, dtype):
+def test_an_initialisation_changes_neither_base_nor_logits(tiny_base, start, dtype):
     model = frozen_base(tiny_base, dtype)
     before, expected = copy.deepcopy(model.state_dict()), logits(model)
     adapter = attach(model, section(init_lora_weights=start, target_modules=["embed_tokens", "qkv_proj", "o_proj"]))
     after = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    if start == "orthogonal":  # the product of A and B is 0 up to roundings of float32
+    if start == "orthogonal":  # the product of A and B is 0 up to float32 rounding
         assert all(parameter.abs().max() > 0 for name, parameter in trained(model).items() if "embed" not in name)
         for layer in adapter._layers():
             for down, up in zip(layer.lora_A.values(), layer.lora_B.values(), strict=True):
@@ -126,7 +126,7 @@ def test_a_start_leaves_base_and_answers_alone(tiny_base, start, dtype):
         assert torch.equal(logits(model), expected)
 
 
-def test_negative_control_plain_peft_writes_the_base_in_a_refused_start(tiny_base):
+def test_negative_control_plain_pissa_rewrites_the_base(tiny_base):
     model = frozen_base(tiny_base)
     before = copy.deepcopy(model.state_dict())
     get_peft_model(model, LoraConfig(target_modules="all-linear", init_lora_weights="pissa"))
@@ -134,7 +134,7 @@ def test_negative_control_plain_peft_writes_the_base_in_a_refused_start(tiny_bas
     assert not all(torch.equal(after[name], value) for name, value in before.items())
 
 
-def test_the_gaussian_start_is_peft_s(tiny_base):
+def test_gaussian_initialisation_is_that_of_peft(tiny_base):
     model, theirs = frozen_base(tiny_base), frozen_base(tiny_base)
     torch.manual_seed(4)
     attach(model, section(init_lora_weights="gaussian"))
@@ -144,18 +144,18 @@ def test_the_gaussian_start_is_peft_s(tiny_base):
     assert all(map(torch.equal, trained(model).values(), trained(theirs).values()))
 
 
-def test_false_starts_from_values_that_change_the_answers(tiny_base):
+def test_init_lora_weights_false_changes_the_logits(tiny_base):
     model = frozen_base(tiny_base)
     expected = logits(model)
     attach(model, section(init_lora_weights=False))
     assert not torch.equal(logits(model), expected)
 
 
-# ---------------------------------------------------------------------- modules that are trained whole
+# ---------------------------------------------------------------------- modules_to_save
 
 
-def test_a_name_is_a_name(tiny_base):
-    """PEFT takes 'norm' for the end of 'input_layernorm' as well."""
+def test_modules_to_save_matches_whole_names(tiny_base):
+    """PEFT matches 'norm' with the end of 'input_layernorm' as well."""
     model = frozen_base(tiny_base)
     assert attach(model, section(modules_to_save=["norm"])).modules_to_save == ["model.norm"]
     theirs = get_peft_model(
@@ -164,7 +164,7 @@ def test_a_name_is_a_name(tiny_base):
     assert len([name for name in trained(theirs) if "norm.modules_to_save" in name]) == 5
 
 
-def test_copies_and_magnitudes_have_roles(tiny_base):
+def test_every_parameter_has_a_base_name_or_a_role(tiny_base):
     model = frozen_base(tiny_base)
     names = {name for name, _ in model.named_parameters()}
     adapter = attach(model, section(use_dora=True, modules_to_save=["lm_head"]))
@@ -182,22 +182,22 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_cannot_be_trained_whole_is_refused_before_a_weight_is_read(tmp_path, name):
-    options, told = REFUSED[name]
+def test_impossible_modules_to_save_are_refused_before_loading_weights(tmp_path, name):
+    options, message = REFUSED[name]
     synthetic.tiny_config().save_pretrained(tmp_path)  # config.json alone
-    with pytest.raises(ModelError, match=rf"model\.lora\.modules_to_save: .*{told}"):
+    with pytest.raises(ModelError, match=rf"model\.lora\.modules_to_save: .*{message}"):
         Phi3LoRAModule(str(tmp_path), lora=options).check_base()
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens"])
-def test_a_copy_of_one_of_two_tied_modules_is_refused(tmp_path, name):
+def test_one_of_two_tied_modules_to_save_is_refused(tmp_path, name):
     base = synthetic.save_tiny(tmp_path / "base", tie_word_embeddings=True)
     with pytest.raises(ModelError, match="share one weight"):
         attach(frozen_base(base), section(modules_to_save=[name]))
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "bf16-true"])
-def test_copies_learn_in_float32_are_saved_and_come_back(tmp_path, precision):
+def test_modules_to_save_train_in_float32_and_are_restored(tmp_path, precision):
     base = synthetic.save_tiny(tmp_path / "base", torch.bfloat16)
     batch = synthetic.batch_of([[synthetic.document(12, 6, seed)] for seed in range(2)])
     options = {
@@ -218,7 +218,7 @@ def test_copies_learn_in_float32_are_saved_and_come_back(tmp_path, precision):
         assert torch.equal(again.eval()(batch), module.eval()(batch))
 
 
-def test_a_copy_runs_outside_autocast_and_answers_in_the_base_s_type(tiny_base):
+def test_modules_to_save_return_the_dtype_of_the_base(tiny_base):
     model = frozen_base(tiny_base, torch.bfloat16)
     attach(model, section(modules_to_save=["lm_head", "embed_tokens", "norm"]))
     hidden = model.model(IDS, use_cache=False).last_hidden_state

@@ -1,4 +1,4 @@
-"""Both backends over a base in 4 and 8 bits."""
+"""Both backends over a 4-bit and an 8-bit base."""
 
 import importlib.util
 
@@ -40,7 +40,7 @@ def quantized(base: str, kind: str, dtype: torch.dtype = torch.float32) -> Phi3F
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_loralib_and_plain_peft_with_the_same_weights_are_equal(base, kind):
-    """8 bits quantise each layer's input too, so that a last bit before may be a whole step behind."""
+    """8 bits quantise each layer's input too: a difference in its last bit may become a whole quantisation step."""
     ours, theirs = quantized(base, kind), quantized(base, kind)
     adapter = attach(ours, LoRA(backend="loralib", r=4, lora_alpha=8, lora_dropout=0.0, target_modules=["o_proj"]))
     theirs = get_peft_model(theirs, LoraConfig(r=4, lora_alpha=8, target_modules=["o_proj"]))
@@ -50,14 +50,14 @@ def test_loralib_and_plain_peft_with_the_same_weights_are_equal(base, kind):
     tolerance = {} if kind == "nf4" else {"rtol": 2 / 127, "atol": 2 / 127 * expected.abs().max().item()}
     torch.testing.assert_close(answers, expected, **tolerance)
     if kind == "nf4":
-        for mine, other in zip(gradients.values(), expected_gradients.values(), strict=True):
-            torch.testing.assert_close(mine, other)
+        for gradient, expected_gradient in zip(gradients.values(), expected_gradients.values(), strict=True):
+            torch.testing.assert_close(gradient, expected_gradient)
     adapter.detach()
     assert [type(m) for m in ours.modules()] == [type(m) for m in quantized(base, kind).modules()]
 
 
 @pytest.mark.parametrize("targets", [["qkv_proj", "gate_up_proj"], ["q_proj", "v_proj", "up_proj", "down_proj"]])
-def test_fused_slices_over_nf4_are_what_peft_makes_of_their_export(base, targets):
+def test_fused_slices_over_nf4_equal_their_export_in_peft(base, targets):
     ours, theirs = quantized(base, "nf4"), quantized(base, "nf4")
     adapter = attach(ours, LoRA(backend="loralib", r=4, lora_alpha=8, lora_dropout=0.0, target_modules=targets))
     randomise(adapter.parameters())
@@ -76,7 +76,7 @@ def test_fused_slices_over_nf4_are_what_peft_makes_of_their_export(base, targets
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("lora", [{}, {"backend": "loralib"}, {"use_dora": True}, {"init_lora_weights": "orthogonal"}])
-def test_a_fresh_adapter_is_the_base_and_so_is_one_that_is_off(base, kind, lora):
+def test_a_fresh_or_switched_off_adapter_gives_the_logits_of_the_base(base, kind, lora):
     model = quantized(base, kind)
     expected = logits(model)
     if kind == "int8" and lora.get("use_dora"):
@@ -100,7 +100,7 @@ def test_a_quantised_module_cannot_be_trained_whole(base):
 
 
 @pytest.mark.parametrize("backend", ["peft", "loralib"])
-def test_after_validation_the_base_is_what_it_was_and_gradients_reach_every_layer(base, backend, tmp_path):
+def test_validation_leaves_the_base_unchanged_and_gradients_intact(base, backend, tmp_path):
     """bitsandbytes repacks 4-bit weights at the first evaluation on a CPU: scales are rounded, gradients are lost."""
     modules = []
     for validates in (True, False):

@@ -1,4 +1,4 @@
-"""The full-size Phi-3-mini in 4 bits: what stays resident after loading, and a step."""
+"""The full-size Phi-3-mini in 4 bits: resident memory after loading, and one training step."""
 
 import importlib.util
 import json
@@ -26,7 +26,7 @@ before = gigabytes("VmRSS")
 module = Phi3LoRAModule(sys.argv[1], quantization="nf4", lora={"backend": "loralib"})
 module.configure_model()
 gc.collect()
-ctypes.CDLL(None).malloc_trim(0)  # what is free in the heap is not the base's, and differs from run to run
+ctypes.CDLL(None).malloc_trim(0)  # free heap is not the base's, and differs from run to run
 print(f"resident {gigabytes('VmRSS') - before:.2f} peak {gigabytes('VmHWM') - before:.2f}")
 batch = synthetic.batch_of([[synthetic.document(64, 32, 0)]])
 trainer = synthetic.trainer(tempfile.mkdtemp(), max_steps=1, precision="bf16-mixed")
@@ -36,7 +36,7 @@ print(f"steps {trainer.global_step}")
 
 
 def write_random(folder: Path, config: Path) -> None:
-    """Full-size weights in shards of one layer, each layer with the same values: made in seconds."""
+    """Full-size weights in shards of one layer, each layer with the same values, which takes seconds."""
     folder.mkdir()
     shutil.copy(config, folder)
     options = json.loads(config.read_text())

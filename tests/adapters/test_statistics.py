@@ -1,4 +1,4 @@
-"""Norms and ranks of LoRA deltas, against the dense delta that they are never made of."""
+"""Norms and ranks of LoRA deltas, against the dense deltas, which the code never builds."""
 
 import importlib.util
 
@@ -33,7 +33,7 @@ def attached(base, **options):
 
 
 def dense(adapter, weights):
-    """Each adapted matrix and its update, by what PEFT's files hold: all in float64."""
+    """Each adapted matrix and its delta in float64, from the tensors of PEFT's files."""
     form = adapter.to_peft()
     head = 32 // 4
     sizes = {"qkv_proj": (32, 2 * head, 2 * head), "gate_up_proj": (64, 64)}
@@ -52,7 +52,7 @@ def dense(adapter, weights):
 
 
 @pytest.mark.parametrize("options", SECTIONS.values(), ids=SECTIONS)
-def test_norm_and_effective_rank_are_those_of_the_dense_update(tiny_base, options):
+def test_norm_and_effective_rank_are_those_of_the_dense_delta(tiny_base, options):
     weights = frozen_base(tiny_base).state_dict()
     model, adapter = attached(tiny_base, **options)
     found = Statistics(model, adapter).deltas()
@@ -63,18 +63,18 @@ def test_norm_and_effective_rank_are_those_of_the_dense_update(tiny_base, option
         share = singular / singular.sum()
         # weights are measured in float32
         assert update.relative_norm == pytest.approx((change.norm() / weight.norm()).item(), rel=1e-5)
-        # the files hold float32 values, of which the dense product is made in float64: roots of squares lose half
+        # the dense product is computed in float64 from float32 values: roots of squares lose half of the digits
         assert update.effective_rank == pytest.approx(torch.special.entr(share).sum().exp().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize("options", [SECTIONS["peft"], SECTIONS["loralib"]], ids=["peft", "loralib"])
-def test_no_update_has_no_norm_and_no_rank(tiny_base, options):
+def test_a_zero_delta_has_norm_and_rank_zero(tiny_base, options):
     model = frozen_base(tiny_base)
     adapter = attach(model, LoRA(**{"r": 4} | options))
     assert {(u.relative_norm, u.effective_rank) for u in Statistics(model, adapter).deltas()} == {(0.0, 0.0)}
 
 
-def test_directions_are_counted(tiny_base):
+def test_effective_rank_counts_orthogonal_directions(tiny_base):
     model, adapter = attached(tiny_base, target_modules=["o_proj"])
     for target in adapter.targets:
         down, up = adapter.lora_AB(target)
@@ -125,9 +125,9 @@ def test_a_quantised_base_is_measured_in_4_bits_and_left_out_in_8(tmp_path, quan
     reference = attach(plain, LoRA(r=4, lora_dropout=0.0, backend=backend))
     randomise(trained(plain).values())
     found, expected = Statistics(model, adapter).deltas(), Statistics(plain, reference).deltas()
-    for mine, other in zip(found, expected, strict=True):
-        assert mine.effective_rank == pytest.approx(other.effective_rank, rel=1e-5)
+    for statistic, other in zip(found, expected, strict=True):
+        assert statistic.effective_rank == pytest.approx(other.effective_rank, rel=1e-5)
         if quantization == "int8":
-            assert mine.relative_norm is None
+            assert statistic.relative_norm is None
         else:  # a step of NF4 is at most 0.3 of the largest value of a block; over a matrix the errors cancel
-            assert mine.relative_norm == pytest.approx(other.relative_norm, rel=0.05)
+            assert statistic.relative_norm == pytest.approx(other.relative_norm, rel=0.05)

@@ -1,4 +1,4 @@
-"""Names that the user writes, and the layers and slices that exist."""
+"""Target names that a user writes, and the layers and slices they match."""
 
 import pytest
 from peft import LoraConfig, get_peft_model
@@ -14,7 +14,7 @@ from phi3_lightning.config.lora import PHI3_LINEAR_LAYERS
 from phi3_lightning.errors import ModelError
 from phi3_lightning.model.base import skeleton
 
-# get_peft_model asks transformers for gradient checkpointing by its old name
+# get_peft_model calls gradient checkpointing of transformers by its old name
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -50,13 +50,13 @@ def adapted(found: list[targets.Target], layer: str) -> set[tuple[str, ...]]:
     return {tuple(target.adapted) for target in found if target.name == layer}
 
 
-def test_llama_names_are_every_slice_with_loralib(model):
+def test_loralib_resolves_llama_names_to_every_slice(model):
     found = resolve(model, LLAMA, backend="loralib")
     assert paths(found) == linear_layers(model)
     assert all(all(target.enabled) for target in found)
 
 
-def test_a_complete_set_of_slices_is_the_whole_matrix_with_peft(model):
+def test_peft_resolves_a_complete_set_of_slices_to_the_whole_matrix(model):
     found = resolve(model, LLAMA)
     assert paths(found) == linear_layers(model)
     (qkv, *_) = [target for target in found if target.name == "qkv_proj"]
@@ -74,7 +74,7 @@ def test_a_complete_set_of_slices_is_the_whole_matrix_with_peft(model):
         ({"names": r".*\.(q|v|down)_proj"}, ("q_proj", "v_proj")),
     ],
 )
-def test_slices_by_name_by_flag_by_exclusion_and_by_expression(model, options, slices):
+def test_slices_are_chosen_by_name_flag_exclusion_or_expression(model, options, slices):
     names = options.pop("names")
     found = resolve(model, names, backend="loralib", **options)
     assert adapted(found, "qkv_proj") == {slices}
@@ -105,18 +105,18 @@ def test_enable_lora_and_targets_must_agree(model):
 
 
 @pytest.mark.parametrize("blocks", [1, [1]])
-def test_chosen_blocks(model, blocks):
+def test_layers_to_transform_limits_targets_to_blocks(model, blocks):
     found = resolve(model, layers_to_transform=blocks, layers_pattern="layers")
     assert paths(found) == [path for path in linear_layers(model) if ".layers.1." in path]
 
 
 @pytest.mark.parametrize("blocks", [2, [0, 7], -1])
-def test_blocks_that_are_not_there(model, blocks):
+def test_a_block_that_does_not_exist_is_named(model, blocks):
     with pytest.raises(ModelError, match=r"model\.lora\.layers_to_transform: there is no block .*; they are 0 to 1"):
         resolve(model, layers_to_transform=blocks)
 
 
-def test_the_embedding_is_in_no_block(model):
+def test_layers_to_transform_excludes_the_embedding(model):
     with pytest.raises(ModelError, match="embed_tokens matches no layer"):
         resolve(model, ["embed_tokens", "o_proj"], layers_to_transform=0)
 
@@ -134,7 +134,7 @@ def test_patterns_give_ranks_and_scales_as_in_peft(tiny_base, backend):
 
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
-def test_a_pattern_that_decides_nothing_is_refused(model, key):
+def test_a_pattern_that_matches_no_target_is_refused(model, key):
     with pytest.raises(ModelError, match=rf"model\.lora\.{key}: down_prj decides for no target"):
         resolve(model, **{key: {"down_prj": 4}})
 
@@ -146,7 +146,7 @@ def test_an_exclusion_that_excludes_nothing_or_all_is_refused(model):
         resolve(model, ["o_proj"], exclude_modules=["o_proj"])
 
 
-def test_peft_alone_would_adapt_a_part_without_a_word(tiny_base):
+def test_negative_control_plain_peft_adapts_some_layers_silently(tiny_base):
     adapted = get_peft_model(Phi3ForCausalLM.from_pretrained(tiny_base), LoraConfig(target_modules=LLAMA))
     layers = {name.split(".lora_A")[0].rpartition(".")[2] for name, _ in adapted.named_modules() if ".lora_A" in name}
     assert layers == {"o_proj", "down_proj"}
@@ -200,7 +200,7 @@ COVERED = [
 
 
 @pytest.mark.parametrize(("backend", "options"), COVERED)
-def test_coverage_leaves_nothing_out(tiny_base, backend, options):
+def test_coverage_counts_every_trainable_parameter(tiny_base, backend, options):
     model = frozen_base(tiny_base)
     adapter = attach(model, LoRA(backend=backend, **options))
     entries = coverage(model, adapter)
@@ -211,7 +211,7 @@ def test_coverage_leaves_nothing_out(tiny_base, backend, options):
     assert ("norm (whole)" in labels) == ("modules_to_save" in options)
 
 
-def test_short_names_say_what_long_ones_say(tiny_base):
+def test_paths_are_shortened_where_names_match_the_same_layers(tiny_base):
     model = frozen_base(tiny_base)
     every = paths(resolve(model))
     assert targets.short_names(model, every) == ["o_proj", "qkv_proj", "gate_up_proj", "down_proj"]

@@ -1,4 +1,4 @@
-"""Pieces of a document together are its text, whatever is trained of it, and each token is in one of them."""
+"""The segments of a document join to its text, whichever tokens are trained, and each token is in one of them."""
 
 import random
 from pathlib import Path
@@ -34,7 +34,7 @@ def tokenizer(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.mark.parametrize("text", TEXTS)
-def test_every_cut_of_a_text_shows_the_text(tokenizer: Any, text: str) -> None:
+def test_every_segmentation_of_a_text_joins_to_the_text(tokenizer: Any, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     whole = tokenizer.decode(ids, clean_up_tokenization_spaces=False)
     for cut in range(len(ids) + 1):
@@ -43,7 +43,7 @@ def test_every_cut_of_a_text_shows_the_text(tokenizer: Any, text: str) -> None:
         assert [token for segment in found for token in segment.ids] == ids
 
 
-def test_a_chat_shows_each_content_as_it_was_written(tokenizer: Any) -> None:
+def test_each_message_of_a_chat_is_shown_as_written(tokenizer: Any) -> None:
     question, answer = "Do you sell ink?", "Yes, two kinds: blue 😀 and black."
     ids = tokenizer(f"<|user|>\n{question}<|end|>\n<|assistant|>\n{answer}<|end|>", add_special_tokens=False)[
         "input_ids"

@@ -1,4 +1,4 @@
-"""When the adapter is measured, and under which names."""
+"""At which steps adapter statistics are logged, and under which names."""
 
 import csv
 
@@ -14,7 +14,7 @@ from phi3_lightning.errors import ConfigError
 BATCHES = [synthetic.batch_of([[synthetic.document(12, 6, seed)]]) for seed in range(8)]
 
 
-def logged(folder, base, every=2, **options) -> tuple[list[dict[str, str]], Phi3LoRAModule]:
+def logged_rows(folder, base, every=2, **options) -> tuple[list[dict[str, str]], Phi3LoRAModule]:
     module = Phi3LoRAModule(base, dtype="float32", lora={"r": 4, "lora_dropout": 0.0}, optimizer={"lr": 1e-2})
     logger = CSVLogger(folder, name="", version="")
     synthetic.trainer(folder, logger=logger, log_every_n_steps=1, callbacks=[AdapterStatistics(every)], **options).fit(
@@ -27,15 +27,15 @@ def points(rows, name) -> dict[int, float]:
     return {int(row["step"]): float(row[name]) for row in rows if row.get(name)}
 
 
-def test_points_are_where_the_losses_are(tmp_path, tiny_base):
-    rows, _ = logged(tmp_path, tiny_base, accumulate_grad_batches=2)
+def test_statistics_share_the_step_axis_of_losses(tmp_path, tiny_base):
+    rows, _ = logged_rows(tmp_path, tiny_base, accumulate_grad_batches=2)
     assert list(points(rows, "train/loss")) == [0, 1, 2, 3]
     assert list(points(rows, "adapter/relative_norm/q_proj")) == [0, 2]
     assert points(rows, "adapter/relative_norm/q_proj")[0] == 0 < points(rows, "adapter/relative_norm/q_proj")[2]
 
 
-def test_names_are_those_of_kinds_and_of_layers(tmp_path, tiny_base):
-    rows, _ = logged(tmp_path, tiny_base)
+def test_statistics_are_logged_by_kind_and_by_layer(tmp_path, tiny_base):
+    rows, _ = logged_rows(tmp_path, tiny_base)
     kinds = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
     for kind in kinds:
         mean = points(rows, f"adapter/effective_rank/{kind}")
@@ -43,9 +43,9 @@ def test_names_are_those_of_kinds_and_of_layers(tmp_path, tiny_base):
         assert mean[6] == pytest.approx((layers[0][6] + layers[1][6]) / 2)
 
 
-def test_the_gradient_is_the_exact_one_before_clipping(tmp_path, tiny_base):
-    """Over a window and before clipping, as train/grad_norm has it, whose parts these are."""
-    rows, _ = logged(tmp_path, tiny_base, accumulate_grad_batches=2, gradient_clip_val=1e-3)
+def test_gradient_norms_add_up_to_train_grad_norm(tmp_path, tiny_base):
+    """They are taken over an accumulation window and before clipping, like train/grad_norm, of which they are parts."""
+    rows, _ = logged_rows(tmp_path, tiny_base, accumulate_grad_batches=2, gradient_clip_val=1e-3)
     for step in (0, 2):
         kinds = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
         parts = torch.tensor([points(rows, f"adapter/grad_norm/{kind}")[step] for kind in kinds])
@@ -59,6 +59,6 @@ def test_without_a_logger_nothing_is_measured(tmp_path, tiny_base, monkeypatch):
     synthetic.trainer(tmp_path, callbacks=[AdapterStatistics(1)]).fit(module, synthetic.loader(BATCHES))
 
 
-def test_a_step_of_nothing_is_refused():
+def test_an_interval_of_zero_steps_is_refused():
     with pytest.raises(ConfigError, match=r"monitor.adapter_every_n_steps: 0"):
         AdapterStatistics(0)

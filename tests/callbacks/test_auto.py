@@ -1,4 +1,4 @@
-"""What is ``auto`` is decided when a run begins, by memory, and changes nothing of what is learnt."""
+"""``auto`` is decided by memory when a run begins, and does not change what is learnt."""
 
 from pathlib import Path
 
@@ -17,14 +17,14 @@ GB = 10**9
 
 
 @pytest.fixture
-def memory(monkeypatch):
-    """Pretend that the device has so much memory, free and in all."""
+def set_memory(monkeypatch):
+    """Set the free and the total memory that the device reports."""
     return lambda free, total=None: monkeypatch.setattr(auto, "device_memory", lambda _: (free, total or free))
 
 
 @pytest.fixture
-def fitting(monkeypatch):
-    """Pretend that so many rows fit; what is asked is kept."""
+def set_rows_that_fit(monkeypatch):
+    """Set the number of rows that fit; return the list of shapes that are planned."""
     shapes = []
 
     def set_rows(rows: int) -> list:
@@ -48,10 +48,10 @@ def trainer(tmp_path, **options) -> synthetic.pl.Trainer:
 # ---------------------------------------------------------------- gradient checkpointing
 
 
-def test_a_run_takes_what_fits_and_says_so(tmp_path, memory, caplog):
+def test_auto_checkpointing_uses_the_mode_that_fits_and_logs_it(tmp_path, set_memory, caplog):
     modes = {}
     for free in (10 * GB, 30 * 10**6):
-        memory(free)
+        set_memory(free)
         caplog.clear()
         module = Phi3LoRAModule(str(TINY))
         with caplog.at_level("INFO"):
@@ -63,29 +63,29 @@ def test_a_run_takes_what_fits_and_says_so(tmp_path, memory, caplog):
     assert modes == {10 * GB: "none", 30 * 10**6: "full"}
 
 
-def test_a_trainer_without_the_callback_recomputes_all(tmp_path, memory):
-    memory(10 * GB)
+def test_without_the_callback_auto_means_full(tmp_path, set_memory):
+    set_memory(10 * GB)
     module = Phi3LoRAModule(str(TINY))
     trainer(tmp_path, max_steps=1, callbacks=[]).fit(module, chats(tmp_path))
     assert mode_of(module.model) == "full"
 
 
-def test_what_is_configured_stays(tmp_path, memory):
-    memory(10 * GB)
+def test_a_configured_mode_is_kept(tmp_path, set_memory):
+    set_memory(10 * GB)
     module = Phi3LoRAModule(str(TINY), gradient_checkpointing="selective")
     trainer(tmp_path, max_steps=1).fit(module, chats(tmp_path))
     assert mode_of(module.model) == "selective"
 
 
-def test_rows_that_nobody_knows_are_recomputed(tmp_path, tiny_base):
+def test_auto_means_full_where_row_lengths_are_unknown(tmp_path, tiny_base):
     module = Phi3LoRAModule(tiny_base)
     batch = synthetic.batch_of([[synthetic.document(9, 5, 0)]])
     trainer(tmp_path, max_steps=1).fit(module, synthetic.loader([batch]))
     assert mode_of(module.model) == "full"
 
 
-def test_a_loaded_model_that_is_nowhere_on_the_disk_is_planned_as_well(tmp_path, memory):
-    memory(10 * GB)
+def test_a_base_made_in_memory_is_planned_too(tmp_path, set_memory):
+    set_memory(10 * GB)
     model = Phi3LoRAModule(str(TINY))
     model.configure_model()
     base = model.detach_adapter()
@@ -98,8 +98,8 @@ def test_a_loaded_model_that_is_nowhere_on_the_disk_is_planned_as_well(tmp_path,
 # ---------------------------------------------------------------- batch size
 
 
-def trained(tmp_path, **options) -> tuple[torch.Tensor, int, int]:
-    """Weights after an epoch, its steps, and its micro-batches."""
+def train_epoch(tmp_path, **options) -> tuple[torch.Tensor, int, int]:
+    """Weights after an epoch, and its numbers of steps and micro-batches."""
     synthetic.pl.seed_everything(0, verbose=False)
     module = Phi3LoRAModule(str(TINY), lora={"lora_dropout": 0.0}, gradient_checkpointing="none")
     run = trainer(tmp_path, accumulate_grad_batches=options.pop("accumulate", 1))
@@ -111,17 +111,17 @@ def trained(tmp_path, **options) -> tuple[torch.Tensor, int, int]:
 
 
 @pytest.mark.parametrize(("rows", "each"), [(100, 6), (2, 2), (3, 3), (1, 1)])
-def test_an_optimiser_step_keeps_its_rows(tmp_path, fitting, rows, each):
-    """Six rows to a step, by one after the other, or by as many together as fit."""
-    fitting(rows)
-    weights, steps, count = trained(tmp_path, max_tokens_per_batch="auto", batch_size=2, accumulate=3)
-    expected, *same = trained(tmp_path, max_tokens_per_batch=each * 256, accumulate=6 // each)
+def test_an_optimiser_step_keeps_its_rows(tmp_path, set_rows_that_fit, rows, each):
+    """Each step has six rows, one at a time or as many together as fit."""
+    set_rows_that_fit(rows)
+    weights, steps, count = train_epoch(tmp_path, max_tokens_per_batch="auto", batch_size=2, accumulate=3)
+    expected, *same = train_epoch(tmp_path, max_tokens_per_batch=each * 256, accumulate=6 // each)
     assert [steps, count] == same
     assert torch.equal(weights, expected)
 
 
-def test_another_trainer_and_a_second_fit_keep_the_rows_of_a_step_too(tmp_path, fitting):
-    fitting(3)
+def test_another_trainer_and_a_second_fit_keep_the_rows_of_a_step_too(tmp_path, set_rows_that_fit):
+    set_rows_that_fit(3)
     data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2)
     callbacks = [AutoBatchSize()]
     for accumulation, micro_batches in ((3, 2), (6, 4)):
@@ -132,16 +132,16 @@ def test_another_trainer_and_a_second_fit_keep_the_rows_of_a_step_too(tmp_path, 
             assert len(data.largest_train_batch()["document_lengths"]) == 3
 
 
-def test_two_such_callbacks_are_as_one(tmp_path, fitting):
-    fitting(3)
+def test_a_second_auto_batch_size_changes_nothing(tmp_path, set_rows_that_fit):
+    set_rows_that_fit(3)
     data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2)
     run = trainer(tmp_path, accumulate_grad_batches=3, max_steps=1, callbacks=[AutoBatchSize(), AutoBatchSize()])
     run.fit(Phi3LoRAModule(str(TINY), gradient_checkpointing="none"), data)
     assert run.accumulate_grad_batches == 2
 
 
-def test_a_row_of_the_largest_size_is_what_must_fit(tmp_path, fitting):
-    shapes = fitting(3)
+def test_auto_batch_size_plans_with_the_largest_row(tmp_path, set_rows_that_fit):
+    shapes = set_rows_that_fit(3)
     module = Phi3LoRAModule(str(TINY), gradient_checkpointing="none")
     for options in ({}, {"packing": False}):
         data = chats(tmp_path, max_tokens_per_batch="auto", **options)
@@ -154,21 +154,21 @@ def test_a_row_of_the_largest_size_is_what_must_fit(tmp_path, fitting):
 
 
 @pytest.mark.slow
-def test_the_budget_follows_memory(tmp_path, memory, caplog):
+def test_auto_batch_size_follows_memory(tmp_path, set_memory, caplog):
     batches = []
     for total in (10 * GB, 1.4 * GB):
-        memory(10 * GB, total)
+        set_memory(10 * GB, total)
         caplog.clear()
         with caplog.at_level("INFO"):
-            *_, count = trained(tmp_path, max_tokens_per_batch="auto", batch_size=64)
+            *_, count = train_epoch(tmp_path, max_tokens_per_batch="auto", batch_size=64)
         batches.append(count)
         assert "rows fit into 85% of" in caplog.text
         assert "to an optimiser step of 64 rows" in caplog.text
     assert batches[0] < batches[1]
 
 
-def test_a_stream_s_rows_are_full(tmp_path, fitting):
-    shapes = fitting(3)
+def test_auto_batch_size_plans_streams_with_full_rows(tmp_path, set_rows_that_fit):
+    shapes = set_rows_that_fit(3)
     data = chats(tmp_path, streaming=True, max_tokens_per_batch="auto", batch_size=3, val_fraction=0.0)
     sizes = []
 
@@ -183,23 +183,23 @@ def test_a_stream_s_rows_are_full(tmp_path, fitting):
     assert sizes == [3, 3]
 
 
-def test_other_memory_within_an_epoch_is_named(tmp_path, fitting):
+def test_resuming_within_an_epoch_with_other_memory_is_refused(tmp_path, set_rows_that_fit):
     def fit(steps: int, checkpoint=None):
         module = Phi3LoRAModule(str(TINY), gradient_checkpointing="none")
         run = trainer(tmp_path, max_steps=steps)
         run.fit(module, chats(tmp_path, max_tokens_per_batch="auto", batch_size=4), ckpt_path=checkpoint)
         run.save_checkpoint(tmp_path / "last.ckpt")
 
-    fitting(2)
+    set_rows_that_fit(2)
     fit(1)
     fit(2, tmp_path / "last.ckpt")
-    fitting(4)
+    set_rows_that_fit(4)
     with pytest.raises(CheckpointError, match="max_tokens_per_batch was 512, now 1024"):
         fit(3, tmp_path / "last.ckpt")
 
 
 class Plain(synthetic.pl.LightningModule):
-    """A module that nothing here knows."""
+    """A module of another project."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -214,7 +214,7 @@ class Plain(synthetic.pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-def test_a_module_whose_memory_is_not_known_is_named(tmp_path):
+def test_a_module_whose_memory_cannot_be_predicted_is_refused(tmp_path):
     with pytest.raises(
         ConfigError, match=r"data\.max_tokens_per_batch: auto .* Plain is another module; give a number"
     ):
@@ -223,7 +223,7 @@ def test_a_module_whose_memory_is_not_known_is_named(tmp_path):
 
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("module", [Plain, lambda: Phi3LoRAModule(str(TINY))], ids=["foreign", "ours"])
-def test_a_trainer_without_the_callback_is_refused_by_its_name(tmp_path, module, streaming):
+def test_auto_batch_size_without_its_callback_is_refused(tmp_path, module, streaming):
     data = chats(tmp_path, max_tokens_per_batch="auto", val_fraction=0.0, streaming=streaming)
     with pytest.raises(
         ConfigError, match=r"data\.max_tokens_per_batch: auto .*callbacks\.AutoBatchSize.*give a number"
@@ -231,8 +231,8 @@ def test_a_trainer_without_the_callback_is_refused_by_its_name(tmp_path, module,
         trainer(tmp_path, callbacks=[], max_steps=1).fit(module(), data)
 
 
-def test_a_trainer_without_the_callback_is_refused_after_one_with_it_too(tmp_path, fitting):
-    fitting(3)
+def test_auto_batch_size_without_its_callback_is_refused_in_a_second_fit(tmp_path, set_rows_that_fit):
+    set_rows_that_fit(3)
     data = chats(tmp_path, max_tokens_per_batch="auto")
     module = Phi3LoRAModule(str(TINY), gradient_checkpointing="none")
     trainer(tmp_path, max_steps=1).fit(module, data)
@@ -240,7 +240,7 @@ def test_a_trainer_without_the_callback_is_refused_after_one_with_it_too(tmp_pat
         trainer(tmp_path, max_steps=1, callbacks=[]).fit(module, data)
 
 
-def test_elsewhere_the_batch_size_counts(tmp_path):
+def test_auto_uses_batch_size_outside_of_training(tmp_path):
     data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2)
     data.prepare_data()
     data.setup("validate")

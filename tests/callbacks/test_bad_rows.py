@@ -1,4 +1,4 @@
-"""A row whose loss is not a number is named, and the last good checkpoint stays."""
+"""A row whose loss is not finite is named, and the last good checkpoint is kept."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from phi3_lightning.checkpoint.io import SafeCheckpointIO
 from phi3_lightning.errors import DivergenceError
 
 POISON = 96
-"""A token whose embedding is not a number; made-up documents may hold it too."""
+"""A token whose embedding is NaN; synthetic documents may contain it too."""
 
 
 class Poisoned(Phi3LoRAModule):
-    """Answers NaN wherever a document holds the token."""
+    """Gives NaN wherever a document contains the token."""
 
     token = POISON
 
@@ -47,36 +47,36 @@ def documents(count: int, bad: set[int]):
     return [synthetic.batch_of([rows[i : i + 2]], first_id=i) for i in range(0, count, 2)]
 
 
-def poisoned(base) -> Poisoned:
+def poisoned_module(base) -> Poisoned:
     return Poisoned(base, dtype="float32", lora={"r": 4, "lora_dropout": 0.0}, optimizer={"lr": 1e-2})
 
 
-def test_the_row_is_named_and_no_other_of_its_window(tmp_path, tiny_base):
+def test_only_the_bad_row_of_an_accumulation_window_is_named(tmp_path, tiny_base):
     checkpoint = RunCheckpoint(str(tmp_path / "kept"), every_n_steps=1)
     trainer = synthetic.trainer(
         tmp_path, callbacks=[BadRows(), checkpoint], accumulate_grad_batches=2, plugins=[SafeCheckpointIO()],
         enable_checkpointing=True,
     )  # fmt: skip
     with pytest.raises(DivergenceError, match="optimiser step 3") as caught:
-        trainer.fit(poisoned(tiny_base), synthetic.loader(documents(14, {11})))
+        trainer.fit(poisoned_module(tiny_base), synthetic.loader(documents(14, {11})))
     assert caught.value.document_ids == [11]
     kept = torch.load(tmp_path / "kept/last.ckpt", weights_only=True)
     assert kept["global_step"] == 2
     assert all(tensor.isfinite().all() for tensor in kept["state_dict"].values())
 
 
-def test_without_it_the_whole_window_is_suspected(tmp_path, tiny_base):
+def test_without_the_callback_every_row_of_the_window_is_named(tmp_path, tiny_base):
     trainer = synthetic.trainer(tmp_path, accumulate_grad_batches=2)
     with pytest.raises(DivergenceError) as caught:
-        trainer.fit(poisoned(tiny_base), synthetic.loader(documents(14, {11})))
+        trainer.fit(poisoned_module(tiny_base), synthetic.loader(documents(14, {11})))
     assert caught.value.document_ids == [8, 9, 10, 11]
 
 
-def test_where_the_gradient_is_to_blame_all_rows_stay_named(tmp_path, tiny_base):
+def test_all_rows_are_named_where_only_the_gradient_is_not_finite(tmp_path, tiny_base):
     class Steep(Phi3LoRAModule):
         def compute_loss(self, hidden, head, batch):
             loss, count = super().compute_loss(hidden, head, batch)
-            return loss + (loss - loss.detach()).sqrt(), count  # finite, and its slope is not
+            return loss + (loss - loss.detach()).sqrt(), count  # a finite loss with an infinite gradient
 
     module = Steep(tiny_base, dtype="float32")
     with pytest.raises(DivergenceError) as caught:
@@ -96,7 +96,7 @@ def chat_file(path, marked: int):
     return str(path)
 
 
-def test_a_validation_names_its_row_and_goes_on(tmp_path):
+def test_validation_warns_of_its_bad_row_and_continues(tmp_path):
     data = ChatDataModule(
         train=str(TINY / "chats_val.jsonl"), val=chat_file(tmp_path / "held_out.jsonl", 2), tokenizer=str(TINY),
         max_length=128, packing=True, num_workers=0, cache_dir=str(tmp_path / "cache"),
@@ -116,6 +116,6 @@ def test_a_validation_names_its_row_and_goes_on(tmp_path):
     )  # fmt: skip
     with pytest.warns(UserWarning, match=r"validation loss is not finite\. Rows: .*held_out\.jsonl:3\. ") as caught:
         trainer.fit(module, data)
-    assert len([w for w in caught if "not finite" in str(w.message)]) == 2  # once a validation
+    assert len([w for w in caught if "not finite" in str(w.message)]) == 2  # once per validation
     assert not checkpoint.best_path.exists()
     assert checkpoint.last_path.exists()

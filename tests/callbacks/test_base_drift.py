@@ -1,4 +1,4 @@
-"""How far the tuned model is from its base, against plain probabilities."""
+"""Drift of the tuned model from its base, against plain probabilities."""
 
 import json
 
@@ -57,7 +57,7 @@ TARGETS = {"layers": ["qkv_proj", "down_proj"], "head": ["qkv_proj", "lm_head"]}
 
 
 @pytest.mark.parametrize("targets", TARGETS.values(), ids=TARGETS)
-def test_it_is_the_divergence_of_plain_probabilities(tmp_path, tiny_base, targets):
+def test_drift_is_the_kl_divergence_of_plain_probabilities(tmp_path, tiny_base, targets):
     lora = {"r": 4, "lora_dropout": 0.0, "target_modules": targets}
     module = synthetic.randomised(small(tiny_base, lora=lora), std=0.3)
     expected = plain(module)
@@ -66,7 +66,7 @@ def test_it_is_the_divergence_of_plain_probabilities(tmp_path, tiny_base, target
     assert measured(tmp_path, module) == pytest.approx(expected, rel=1e-4, abs=1e-5)
 
 
-def test_tuned_comes_first_in_the_divergence(tmp_path, tiny_base):
+def test_drift_is_the_divergence_of_tuned_from_base(tmp_path, tiny_base):
     """KL is not symmetric: the other direction is another number."""
     module = synthetic.randomised(small(tiny_base), std=0.3)
     model = module.loaded_model.eval()
@@ -82,7 +82,7 @@ def test_tuned_comes_first_in_the_divergence(tmp_path, tiny_base):
     assert measured(tmp_path, module)["base_drift/kl"] != pytest.approx(total / tokens, rel=1e-3)
 
 
-def test_a_new_adapter_has_forgotten_nothing(tmp_path, tiny_base):
+def test_a_fresh_adapter_has_no_drift(tmp_path, tiny_base):
     module = small(tiny_base)
     module.configure_model()
     found = measured(tmp_path, module)
@@ -97,7 +97,7 @@ def test_neither_batches_nor_chunks_change_it(tmp_path, tiny_base, monkeypatch):
     assert measured(tmp_path, module, size=5) == pytest.approx(expected, rel=1e-4)
 
 
-def test_each_validation_of_a_fit_measures_and_training_goes_on_alike(tmp_path, tiny_base):
+def test_each_validation_measures_drift_without_changing_training(tmp_path, tiny_base):
     def trained(*callbacks):
         pl.seed_everything(1, verbose=False)
         module = small(tiny_base, optimizer={"lr": 1e-2}, lora={"r": 4, "lora_dropout": 0.2})
@@ -112,7 +112,7 @@ def test_each_validation_of_a_fit_measures_and_training_goes_on_alike(tmp_path, 
     assert all(parameter.requires_grad for parameter in with_it)
 
 
-def test_the_chats_of_the_package_are_chats(tmp_path):
+def test_the_general_chats_of_the_package_are_valid(tmp_path):
     rows = [json.loads(line) for line in GENERAL.read_text(encoding="utf-8").splitlines()]
     assert len(rows) >= 36
     assert len({row["messages"][0]["content"] for row in rows}) == len(rows)

@@ -1,4 +1,4 @@
-"""The two checkpoints of a run: when they are written, and what survives a restart."""
+"""The two checkpoints of a run: when they are written, and what is restored on resuming."""
 
 import math
 import os
@@ -22,7 +22,7 @@ NAN = float("nan")
 
 
 class Scripted(TokenWeightedModule):
-    """Validates to given losses, one after the other."""
+    """Has the given validation losses, one after the other."""
 
     def __init__(self, *losses: float) -> None:
         super().__init__()
@@ -43,8 +43,8 @@ class Scripted(TokenWeightedModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-class Writes(SafeCheckpointIO):
-    """Remembers what was written at which step."""
+class RecordingIO(SafeCheckpointIO):
+    """Records which file was written at which step."""
 
     def __init__(self) -> None:
         self.done: list[tuple[str, int]] = []
@@ -54,7 +54,7 @@ class Writes(SafeCheckpointIO):
         super().save_checkpoint(checkpoint, path, storage_options)
 
 
-class Fits:
+class RunsInFolder:
     """Runs with a RunCheckpoint in one folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -62,7 +62,7 @@ class Fits:
         self.plugins: list[SafeCheckpointIO] | None = None
 
     def __call__(self, module, resume: str | None = None, callbacks=(), checkpoint=None, **options) -> Any:
-        writes = Writes()
+        writes = RecordingIO()
         self.checkpoint = RunCheckpoint(str(self.folder / "kept"), **checkpoint or {})
         trainer = synthetic.trainer(
             self.folder,
@@ -84,11 +84,11 @@ class Fits:
 
 
 @pytest.fixture
-def fit(tmp_path) -> Fits:
-    return Fits(tmp_path)
+def fit(tmp_path) -> RunsInFolder:
+    return RunsInFolder(tmp_path)
 
 
-def test_the_newest_and_the_best_are_kept(fit):
+def test_the_last_and_the_best_checkpoint_are_kept(fit):
     fit(Scripted(3.0, 1.0, 2.0), max_epochs=3)
     assert (fit.step_of("last.ckpt"), fit.step_of("best.ckpt")) == (15, 10)
     files = list((fit.folder / "kept").iterdir())
@@ -97,14 +97,14 @@ def test_the_newest_and_the_best_are_kept(fit):
 
 
 @pytest.mark.parametrize("losses", [(2.0, NAN), (NAN, 2.0), (NAN, NAN), (2.0, math.inf), (2.0, 2.0)])
-def test_what_is_no_better_is_no_best(fit, losses):
+def test_best_is_replaced_only_by_a_lower_loss(fit, losses):
     written = fit(Scripted(*losses), max_epochs=2)
     expected = [] if 2.0 not in losses else [("best.ckpt", EPOCH * (1 + losses.index(2.0)))]
     assert [entry for entry in written if entry[0] == "best.ckpt"] == expected
     assert fit.step_of("last.ckpt") == 2 * EPOCH
 
 
-def test_the_sanity_check_is_no_validation(fit):
+def test_the_sanity_check_sets_no_best_checkpoint(fit):
     fit(Scripted(9.0), num_sanity_val_steps=2)
     assert fit.step_of("best.ckpt") == EPOCH
 
@@ -118,12 +118,12 @@ def test_the_sanity_check_is_no_validation(fit):
         ({}, [5]),
     ],
 )
-def test_the_newest_is_written_on_the_way(fit, options, steps):
+def test_last_is_written_at_the_configured_steps(fit, options, steps):
     assert fit(Scripted(), checkpoint=options) == [("last.ckpt", step) for step in steps]
 
 
-def test_time_passes_between_two_writes(fit, monkeypatch):
-    clock = iter(range(0, 10_000, 40))  # seconds: each look at the clock is 40 later
+def test_every_n_minutes_spaces_writes_by_time(fit, monkeypatch):
+    clock = iter(range(0, 10_000, 40))  # seconds: each reading of the clock is 40 later
     monkeypatch.setattr("phi3_lightning.callbacks.checkpoint.time.monotonic", lambda: next(clock))
     assert fit(Scripted(), checkpoint={"every_n_minutes": 1.0}) == [
         ("last.ckpt", 2),
@@ -137,7 +137,7 @@ def test_accumulation_writes_once_a_step(fit):
     assert written == [("last.ckpt", 1), ("last.ckpt", 2), ("last.ckpt", 3)]
 
 
-def test_the_end_of_training_in_the_middle_of_an_epoch_is_kept(fit):
+def test_last_is_written_where_training_ends_within_an_epoch(fit):
     fit(Scripted(), max_steps=7, max_epochs=-1)
     assert fit.step_of("last.ckpt") == 7
 
@@ -149,16 +149,16 @@ def test_the_best_value_survives_a_restart(fit):
     assert fit.checkpoint.best_score == 0.5
 
 
-def test_another_monitor_starts_anew(fit):
+def test_another_monitor_starts_a_new_best(fit):
     fit(Scripted(1.0), max_epochs=1)
     fit(Scripted(), max_epochs=2, resume="last.ckpt", checkpoint={"monitor": None})
     assert fit.checkpoint.best_score == math.inf
 
 
-def test_a_moved_folder_goes_on(fit, tmp_path):
+def test_a_moved_folder_resumes(fit, tmp_path):
     fit(Scripted(1.0), max_epochs=1)
     (tmp_path / "kept").rename(tmp_path / "moved")
-    moved = Fits(tmp_path / "new")
+    moved = RunsInFolder(tmp_path / "new")
     (tmp_path / "new").mkdir()
     (tmp_path / "moved").rename(tmp_path / "new" / "kept")
     moved(Scripted(2.0), max_epochs=2, resume="last.ckpt")
@@ -173,30 +173,30 @@ def test_a_checkpoint_remembers_no_path(fit):
     assert "best_score" in text
 
 
-def test_without_validation_the_newest_alone_is_kept(fit):
+def test_without_validation_only_last_is_written(fit):
     assert fit(Scripted()) == [("last.ckpt", 5)]
 
 
-def test_no_monitor_keeps_the_newest_alone(fit):
+def test_without_a_monitor_only_last_is_written(fit):
     assert fit(Scripted(1.0), checkpoint={"monitor": None}) == [("last.ckpt", 5)]
 
 
-def test_a_monitor_that_is_not_logged_is_said(fit):
+def test_a_monitor_that_is_not_logged_is_named(fit):
     with pytest.warns(
         UserWarning, match=r"checkpoint\.monitor: val/los is not logged .*val/loss.*no best\.ckpt"
-    ) as said:
+    ) as warned:
         fit(Scripted(1.0, 0.5), checkpoint={"monitor": "val/los"}, max_epochs=2)
-    assert sum("checkpoint.monitor" in str(warning.message) for warning in said) == 1
+    assert sum("checkpoint.monitor" in str(warning.message) for warning in warned) == 1
     assert fit.written == [("last.ckpt", 5), ("last.ckpt", 10)]
 
 
-def test_a_trial_run_writes_nothing(fit):
+def test_fast_dev_run_writes_nothing(fit):
     assert fit(Scripted(1.0), fast_dev_run=2) == []
     assert not (fit.folder / "kept").exists()
 
 
-class At(pl.Callback):
-    """Does something after a batch."""
+class CallAtBatch(pl.Callback):
+    """Calls a function at a batch."""
 
     def __init__(self, batch: int, what) -> None:
         self.batch, self.what = batch, what
@@ -206,8 +206,8 @@ class At(pl.Callback):
             self.what()
 
 
-def test_sigterm_saves_first(fit):
-    at = At(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def test_sigterm_saves_a_checkpoint_before_stopping(fit):
+    at = CallAtBatch(3, lambda: os.kill(os.getpid(), signal.SIGTERM))
     with pytest.raises(SystemExit):
         fit(Scripted(1.0), callbacks=[at])
     assert fit.written[-1][0] == "last.ckpt"
@@ -219,7 +219,7 @@ def test_any_other_exception_saves_nothing(fit):
         raise ValueError("in the middle of a step")
 
     with pytest.raises(ValueError, match="in the middle"):
-        fit(Scripted(1.0), callbacks=[At(3, fail)], checkpoint={"every_n_steps": 2})
+        fit(Scripted(1.0), callbacks=[CallAtBatch(3, fail)], checkpoint={"every_n_steps": 2})
     assert fit.written == [("last.ckpt", 2)]
 
 
@@ -229,7 +229,7 @@ def test_ranges_are_checked(wrong):
         RunCheckpoint(**wrong)
 
 
-def test_the_place_is_the_trainers_unless_given(tmp_path):
+def test_the_folder_defaults_to_that_of_the_trainer(tmp_path):
     checkpoint = RunCheckpoint()
     with pytest.raises(ValueError, match="not known"):
         _ = checkpoint.last_path
@@ -239,7 +239,7 @@ def test_the_place_is_the_trainers_unless_given(tmp_path):
 
 
 def evaluate(folder: Path, word: str | None, module: Scripted, **options) -> float:
-    """The weight that a script measures which asks for a checkpoint by one of Lightning's words."""
+    """The weight that a script evaluates with one of Lightning's words as its ckpt_path."""
     trainer = synthetic.trainer(
         folder, enable_checkpointing=True, callbacks=[RunCheckpoint(str(folder / "kept"))], plugins=[SafeCheckpointIO()]
     )
@@ -248,13 +248,13 @@ def evaluate(folder: Path, word: str | None, module: Scripted, **options) -> flo
 
 
 @pytest.mark.parametrize("word", ["last", "best"])
-def test_a_script_evaluates_the_checkpoint_that_a_word_of_lightnings_means(fit, word):
+def test_a_script_evaluates_last_and_best_by_lightnings_words(fit, word):
     fit(Scripted(3.0, 1.0, 2.0), max_epochs=3)
     trained = torch.load(fit.folder / "kept" / f"{word}.ckpt", weights_only=True)["state_dict"]["weight"].item()
     assert evaluate(fit.folder, word, Scripted(0.0), weights_only=True) == trained != 0
 
 
-def test_a_script_goes_on_from_its_last_checkpoint_or_begins(fit):
+def test_ckpt_path_last_resumes_a_script_or_starts_it(fit):
     checkpoint = RunCheckpoint(str(fit.folder / "kept"))
     data = torch.utils.data.DataLoader(range(EPOCH), batch_size=1)
     for epochs in (1, 2):
@@ -273,28 +273,28 @@ def test_a_script_goes_on_from_its_last_checkpoint_or_begins(fit):
 
 
 @pytest.mark.parametrize(("word", "kind"), [("last", CheckpointError), ("best", ValueError)])
-def test_a_script_never_evaluates_the_weights_in_memory_in_place_of_a_checkpoint(tmp_path, word, kind):
+def test_a_missing_checkpoint_is_an_error_and_never_the_weights_in_memory(tmp_path, word, kind):
     with pytest.raises(kind, match=rf'ckpt_path="{word}"'):
         evaluate(tmp_path, word, Scripted(0.0))
 
 
-def test_scripts_read_what_lightnings_own_callback_tells(fit):
+def test_the_paths_and_score_of_model_checkpoint_are_available(fit):
     fit(Scripted(3.0, 1.0, 2.0), max_epochs=3)
     best, last = (str(fit.folder / "kept" / name) for name in ("best.ckpt", "last.ckpt"))
-    told = fit.checkpoint
-    assert (told.best_model_path, told.last_model_path, told.best_model_score.item()) == (best, last, 1.0)
+    saved = fit.checkpoint
+    assert (saved.best_model_path, saved.last_model_path, saved.best_model_score.item()) == (best, last, 1.0)
     again = RunCheckpoint(str(fit.folder / "kept"))
     assert (again.best_model_path, again.last_model_path) == (best, last)
     assert RunCheckpoint(str(fit.folder / "none")).best_model_path == ""
 
 
-def test_no_hook_of_lightnings_own_callback_is_left(fit):
+def test_every_hook_of_model_checkpoint_is_overridden(fit):
     hooks = {name for name in vars(ModelCheckpoint) if name in vars(pl.Callback)}
     assert {"on_train_batch_end", "on_validation_end", "on_exception"} <= hooks
     assert hooks <= vars(RunCheckpoint).keys()
 
 
-def test_its_state_has_the_name_and_the_form_of_earlier_releases(fit):
+def test_the_state_has_the_key_and_form_of_earlier_releases(fit):
     fit(Scripted(1.0), checkpoint={"every_n_steps": 2})
     states = torch.load(fit.folder / "kept" / "last.ckpt", weights_only=True)["callbacks"]
     assert states["RunCheckpoint"] == {"monitor": "val/loss", "best_score": 1.0}

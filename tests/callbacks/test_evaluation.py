@@ -1,4 +1,4 @@
-"""The report of ``test``: numbers against transformers' own, texts against the rows, and what cannot be asked."""
+"""The report of ``test``: numbers against transformers' own, texts against the rows, and rows without a prompt."""
 
 import json
 from html.parser import HTMLParser
@@ -62,7 +62,7 @@ def module(**options) -> Phi3LoRAModule:
 
 
 def run(folder: Path, data, tested=None, **options) -> tuple[dict, dict]:
-    """What is logged, and what test.json says."""
+    """The logged metrics, and the content of test.json."""
     report = EvaluationReport(folder / "run", **{"resamples": 100} | options)
     trainer = synthetic.trainer(folder, callbacks=[report])
     (logged,) = trainer.test(tested or module(), datamodule=data, verbose=False)
@@ -84,7 +84,7 @@ def test_the_base_models_loss_is_transformers_own(tmp_path, data):
         with torch.no_grad():
             total += model(input_ids=batch["input_ids"], labels=batch["labels"]).loss.item() * tokens
         count += tokens
-    # the same products in other shapes: a loss of about 7 moves by some roundings of logits below 30
+    # the same products in other shapes: a loss of about 7 moves by a few roundings of logits below 30
     assert values(content, "base")["loss"] == pytest.approx(total / count, rel=100 * EPSILON)
     assert values(content, "tuned")["loss"] == pytest.approx(logged["test/loss"], rel=EPSILON)
     assert values(content, "tuned")["perplexity"] == pytest.approx(logged["test/perplexity"], rel=10 * EPSILON)
@@ -135,24 +135,24 @@ def test_the_number_of_rows_is_limited_and_they_are_the_same_each_time(tmp_path,
     assert three["metrics"]["loss"]["rows"] == len(everything["answers"]) == len(ROWS)
 
 
-def test_rows_that_cannot_be_asked_are_counted_by_reason(tmp_path, data):
+def test_rows_without_a_usable_prompt_are_counted_by_reason(tmp_path, data):
     rows = [*ROWS[:2], chat("Say nothing", ""), {"text": "A text without turns."}, chat("Go on", "word " * 60)]
     _, content = run(tmp_path, data(*rows, max_length=64, truncation="truncate_end"))
     reasons = {"empty reference": 1, "no prompt before the trained text": 1, "the reference was cut off": 1}
     assert content["left_out"] == reasons
     assert [found["row"] for found in content["answers"]] == [0, 1]
     assert content["metrics"]["loss"]["rows"] == 5
-    told = (tmp_path / "run/test.md").read_text()
-    assert all(f"1 ({reason})" in told for reason in reasons)
+    markdown = (tmp_path / "run/test.md").read_text()
+    assert all(f"1 ({reason})" in markdown for reason in reasons)
 
 
-def test_nothing_to_ask_still_gives_losses(tmp_path, data):
+def test_without_usable_prompts_losses_are_still_reported(tmp_path, data):
     _, content = run(tmp_path, data(chat("Say nothing", "")))
     assert content["answers"] == []
     assert set(content["metrics"]) == {"loss", "perplexity", "token_accuracy"}
 
 
-def test_an_interrupted_test_keeps_what_was_answered_and_the_former_report(tmp_path, data, monkeypatch):
+def test_an_interrupted_test_keeps_its_answers_and_the_previous_report(tmp_path, data, monkeypatch):
     tested = module()
     _, former = run(tmp_path, data(), tested)
     step, calls = tested.predict_step, []
@@ -191,7 +191,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path, data):
+def test_the_page_is_self_contained_and_runs_no_script(tmp_path, data):
     (tmp_path / "run/my-bot").mkdir(parents=True)
     (tmp_path / "run/config.yaml").write_text(f"run: '{EVIL}'\n")
     (tmp_path / "run/my-bot/certificate.json").write_text(json.dumps({"compared": EVIL, "export": {"kl": 1e-7}}))
@@ -201,55 +201,55 @@ def test_the_page_needs_nothing_else_and_runs_nothing(tmp_path, data):
             curves.add_scalar("speed/tokens_per_second", 100 + step, step)
             for layer in range(20):
                 curves.add_scalar(f"adapter/layer_{layer}", layer, step)
-        curves.add_scalar("test/loss", 1.0, 3)  # of a test before
+        curves.add_scalar("test/loss", 1.0, 3)  # of an earlier test
     run(tmp_path, data())
     page = Page((tmp_path / "run/test.html").read_text(encoding="utf-8"))
     tags = {tag for tag, _ in page.tags}
     assert not tags & {"script", "img", "link", "iframe", "object", "a"}
     assert not any(name in ("src", "href") or name.startswith("on") for _, attrs in page.tags for name in attrs)
-    assert page.text.count(EVIL) >= 3  # as it was written: in a reference, in the configuration, in the certificate
+    assert page.text.count(EVIL) >= 3  # unchanged: in a reference, in the configuration, in the certificate
     assert ("meta", {"http-equiv": "Content-Security-Policy",
                      "content": "default-src 'none'; style-src 'unsafe-inline'"}) in page.tags  # fmt: skip
-    for told in ("train/loss", "speed/tokens_per_second", "ROUGE-Lsum", "stop rate", "Certificate of my-bot",
+    for text in ("train/loss", "speed/tokens_per_second", "ROUGE-Lsum", "stop rate", "Certificate of my-bot",
                  "Configuration", "rows read", "Where are the maps?"):  # fmt: skip
-        assert told in page.text
+        assert text in page.text
     assert len([tag for tag, _ in page.tags if tag == "svg"]) == 2
     assert "layer_" not in page.text  # curves of each layer are for TensorBoard
     assert "nan" not in "".join(str(attrs) for _, attrs in page.tags)
 
 
-def test_every_form_of_the_report_says_how_texts_are_taken_apart_and_that_few_rows_tell_nothing(tmp_path, data, capsys):
+def test_every_report_names_score_signatures_and_warns_of_too_few_rows(tmp_path, data, capsys):
     _, content = run(tmp_path, data())
     forms = [(tmp_path / f"run/test.{suffix}").read_text(encoding="utf-8") for suffix in ("md", "html")]
-    for told in (*forms, capsys.readouterr().out):
-        assert "one character a word in scripts without spaces" in told
-        assert "tok:13a" in told
-        assert "too few rows to tell" in told
+    for text in (*forms, capsys.readouterr().out):
+        assert "one character a word in scripts without spaces" in text
+        assert "tok:13a" in text
+        assert "too few rows to tell" in text
     assert "*" not in "".join(line for line in forms[0].splitlines() if line.startswith("|"))
     assert content["signatures"].keys() == {"rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf"}
 
 
-def test_rows_enough_are_told_apart(tmp_path, data):
+def test_enough_rows_give_no_warning(tmp_path, data):
     rows = [chat(f"Who reads {i}?", "word " * (i % 5 + 1)) for i in range(20)]
     _, content = run(tmp_path, data(*rows), rows=0)
-    told = (tmp_path / "run/test.md").read_text(encoding="utf-8")
-    assert "too few rows" not in told
+    markdown = (tmp_path / "run/test.md").read_text(encoding="utf-8")
+    assert "too few rows" not in markdown
     assert content["metrics"]["loss"]["rows"] == 20
     assert content["signatures"] == {}
 
 
-def test_markdown_holds_any_text(tmp_path, data):
+def test_markdown_escapes_any_text(tmp_path, data):
     run(tmp_path, data())
-    told = (tmp_path / "run/test.md").read_text(encoding="utf-8")
-    assert f"````text\n{EVIL}\n````" in told
+    markdown = (tmp_path / "run/test.md").read_text(encoding="utf-8")
+    assert f"````text\n{EVIL}\n````" in markdown
 
 
 def test_a_table_and_the_files_are_printed(tmp_path, data, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
     run(tmp_path, data())
-    said = capsys.readouterr().out
-    assert "stop rate" in said
-    assert str(tmp_path / "run/test.html") in said
+    printed = capsys.readouterr().out
+    assert "stop rate" in printed
+    assert str(tmp_path / "run/test.html") in printed
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "bf16-mixed", "32-true"])
@@ -259,12 +259,12 @@ def test_every_precision_gives_the_loss_that_is_logged(tmp_path, data, precision
         module(), datamodule=data(), verbose=False
     )
     found = values(json.loads((tmp_path / "run/test.json").read_text()), "tuned")
-    assert found["loss"] == pytest.approx(logged["test/loss"], rel=100 * EPSILON)  # the same losses, added up otherwise
+    assert found["loss"] == pytest.approx(logged["test/loss"], rel=100 * EPSILON)  # the same sum in another order
     assert found["token_accuracy"] == pytest.approx(logged["test/token_accuracy"], rel=EPSILON)
 
 
 class OwnChats(ChatDataModule):
-    """A data module of another project, whose state has its own class's name in a checkpoint."""
+    """A subclass, whose state in a checkpoint is under its own class name."""
 
 
 def test_statistics_of_the_training_data_are_found_for_any_class_of_data(tmp_path, write):
@@ -282,7 +282,7 @@ def test_statistics_of_the_training_data_are_found_for_any_class_of_data(tmp_pat
     assert set(content["data"]["statistics"]) == {"train", "test"}
 
 
-def test_a_test_that_is_a_trial_writes_nothing(tmp_path, data):
+def test_fast_dev_run_writes_nothing(tmp_path, data):
     trainer = synthetic.trainer(tmp_path, callbacks=[EvaluationReport(tmp_path / "run")], fast_dev_run=True)
     trainer.test(module(), datamodule=data(), verbose=False)
     assert not (tmp_path / "run/test.json").exists()
@@ -292,7 +292,7 @@ def test_a_test_that_is_a_trial_writes_nothing(tmp_path, data):
 
 
 class Theirs(pl.LightningDataModule):
-    """Batches as our module reads them, and nothing else of ours."""
+    """Provides batches that our module reads, and nothing else of ours."""
 
     def __init__(self, batches) -> None:
         super().__init__()

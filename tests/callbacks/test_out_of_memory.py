@@ -1,4 +1,4 @@
-"""An error for lack of memory names the batch, its lengths and what would help."""
+"""An out-of-memory error names the batch, its lengths and the remedies."""
 
 from pathlib import Path
 
@@ -23,7 +23,7 @@ def batch():
 
 
 class Greedy(Phi3LoRAModule):
-    """Asks for more memory than there is, in one of its steps."""
+    """Runs out of memory in one of its steps."""
 
     where = "training_step"
 
@@ -58,7 +58,7 @@ def test_the_batch_and_what_helps_are_named(tiny_base, tmp_path, where):
 
 
 class Limited(Phi3LoRAModule):
-    """Has memory for so many tokens."""
+    """Has memory for a limited number of tokens."""
 
     limit = 10**9
 
@@ -89,7 +89,7 @@ def test_the_largest_batch_is_tried_before_the_first_step(tmp_path):
     assert trainer.global_step == 0
     assert error.value.__notes__[0].startswith("memory ran out in a trial of the largest training batch: 1 rows")
     without = synthetic.trainer(tmp_path, max_steps=1)
-    without.fit(module, chats(tmp_path))  # whose first batch is another: hours might pass
+    without.fit(module, chats(tmp_path))  # its first batch is another: the largest might come hours later
     assert without.global_step == 1
 
 

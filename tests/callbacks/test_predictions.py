@@ -1,4 +1,4 @@
-"""Answers as JSON lines: whole texts, in the order of the prompts, and never a half file."""
+"""Answers as JSON lines: whole texts, in the order of the prompts, and never a half-written file."""
 
 import json
 
@@ -23,7 +23,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Prompts(pl.LightningDataModule):
-    """Prompts in another order than that of their file, as batches of one length come."""
+    """Prompts in another order than in their file, as when batches are sorted by length."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -67,7 +67,7 @@ def test_an_answer_is_decoded_as_a_whole_without_special_tokens(tmp_path):
     assert "".join(words) != "Good morning"  # token by token, the space is lost
 
 
-def test_an_answer_that_was_cut_is_marked(tmp_path):
+def test_a_truncated_answer_is_marked(tmp_path):
     rows = predict(tmp_path, [[GOOD, END], [MOR, NING]], [[]])
     assert [row["finished"] for row in rows] == [False, False, True]
 
@@ -77,7 +77,7 @@ def test_a_filler_row_writes_nothing(tmp_path):
     assert [row["place"] for row in rows] == ["row 0", "row 1", "row 2"]
 
 
-def test_text_is_written_as_it_is(tmp_path):
+def test_text_is_written_unescaped(tmp_path):
     predict(tmp_path, [[UMLAUT], [UMLAUT]], [[UMLAUT]])
     assert "ü" in (tmp_path / "out" / "predictions.jsonl").read_text(encoding="utf-8")
 
@@ -88,7 +88,7 @@ def test_a_second_run_replaces_the_first(tmp_path):
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["predictions.jsonl"]
 
 
-def test_an_interrupted_run_keeps_the_former_file_and_what_it_had(tmp_path):
+def test_an_interrupted_run_keeps_the_previous_file_and_its_own_answers(tmp_path):
     former = predict(tmp_path, [[GOOD], [GOOD]], [[GOOD]])
     with pytest.raises(ValueError, match="out of memory"):
         predict(tmp_path, [[UMLAUT], [UMLAUT]], fail_at=1)
@@ -104,7 +104,7 @@ def test_an_interrupted_run_keeps_the_former_file_and_what_it_had(tmp_path):
 
 
 def test_answers_are_on_the_disk_as_soon_as_a_batch_is_answered(tmp_path):
-    """Nobody is asked before a process is killed."""
+    """A killed process has no chance to write them later."""
     seen = []
 
     class Look(pl.Callback):
@@ -118,7 +118,7 @@ def test_answers_are_on_the_disk_as_soon_as_a_batch_is_answered(tmp_path):
 
 
 class Located(Prompts):
-    """Prompts whose rows are known."""
+    """Prompts with the origins of their rows."""
 
     def origins(self, stage, document_ids):
         known = [Origin("p.jsonl:1", "a7"), Origin("p.jsonl:3", 7), Origin("q.csv row 2")]
@@ -129,7 +129,7 @@ class Located(Prompts):
         return {}
 
 
-def test_a_line_has_place_and_id_of_its_row_and_the_prompt_as_the_model_read_it(tmp_path):
+def test_a_line_has_source_id_and_prompt_of_its_row(tmp_path):
     writer = PredictionWriter(tmp_path / "predictions.jsonl")
     module = Scripted([[GOOD, END], [MOR]], [[UMLAUT, END]])
     synthetic.trainer(tmp_path, callbacks=[writer]).predict(module, datamodule=Located())

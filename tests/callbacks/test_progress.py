@@ -1,4 +1,4 @@
-"""Plain lines where there is no terminal."""
+"""Progress as plain lines, without a terminal."""
 
 import logging
 
@@ -26,27 +26,27 @@ def _lightning_speaks(monkeypatch):
 
 
 def test_each_line_has_step_and_loss(tmp_path, tiny_base, caplog):
-    said = lines(tmp_path, tiny_base, caplog, LineProgress(every_n_seconds=0))
-    assert [line.split(":")[0] for line in said] == [
+    shown = lines(tmp_path, tiny_base, caplog, LineProgress(every_n_seconds=0))
+    assert [line.split(":")[0] for line in shown] == [
         "epoch 0, batch 1/3, step 1",
         "epoch 0, batch 2/3, step 2",
         "epoch 0, batch 3/3, step 3",
         "step 3, validated",
     ]
-    assert all("train/loss 4." in line for line in said[:3])
-    assert "val/loss 4." in said[3]
+    assert all("train/loss 4." in line for line in shown[:3])
+    assert "val/loss 4." in shown[3]
 
 
-def test_lines_are_rare_but_the_last_batch_is_always_said(tmp_path, tiny_base, caplog):
-    said = lines(tmp_path, tiny_base, caplog, LineProgress(every_n_seconds=1e6), max_epochs=2)
-    assert [line.split(":")[0] for line in said if "batch" in line][-2:] == [
+def test_lines_are_rare_but_the_last_batch_always_has_one(tmp_path, tiny_base, caplog):
+    shown = lines(tmp_path, tiny_base, caplog, LineProgress(every_n_seconds=1e6), max_epochs=2)
+    assert [line.split(":")[0] for line in shown if "batch" in line][-2:] == [
         "epoch 0, batch 3/3, step 3",
         "epoch 1, batch 3/3, step 6",
     ]
-    assert len(said) <= 5
+    assert len(shown) <= 5
 
 
-def test_disabled_it_says_nothing(tmp_path, tiny_base, caplog):
+def test_a_disabled_callback_prints_nothing(tmp_path, tiny_base, caplog):
     progress = LineProgress(every_n_seconds=0)
     progress.disable()
     assert lines(tmp_path, tiny_base, caplog, progress) == []

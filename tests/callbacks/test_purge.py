@@ -1,4 +1,4 @@
-"""A run that goes on has one value a step in TensorBoard, of the line that led to the model."""
+"""A resumed run has one value per step in TensorBoard, from the starts that led to the model."""
 
 import time
 from contextlib import nullcontext
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 class Kill(Callback):
-    """Writes checkpoints at some places, and ends the run before a step."""
+    """Writes checkpoints at given hooks and steps, and ends the run before a step."""
 
     def __init__(self, folder, *places: tuple[str, int], before: int | None = None) -> None:
         self.folder, self.places, self.before = folder, places, before
@@ -48,7 +48,7 @@ class Kill(Callback):
 
 def fit(folder, base, kill: Kill, steps: int, ckpt=None) -> None:
     begun = {path.name.split(".")[3] for path in folder.glob("tensorboard/events.*")}
-    while str(int(time.time())) in begun:  # TensorBoard orders files by name, which is right to the second
+    while str(int(time.time())) in begun:  # TensorBoard orders files by name, which has whole seconds
         time.sleep(0.02)
     logger = TensorBoardLogger(folder, name="", version="", sub_dir="tensorboard", default_hp_metric=False)
     trainer = synthetic.trainer(
@@ -63,7 +63,7 @@ def fit(folder, base, kill: Kill, steps: int, ckpt=None) -> None:
     logger.finalize("success")
 
 
-def shown(folder) -> dict[str, list[int]]:
+def shown_steps(folder) -> dict[str, list[int]]:
     """The steps that TensorBoard shows; its own ``epoch`` comes with each group of numbers."""
     events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"tensors": 0})
     events.Reload()
@@ -75,7 +75,7 @@ def shown(folder) -> dict[str, list[int]]:
 def uninterrupted(tmp_path_factory, tiny_base) -> dict[str, list[int]]:
     folder = tmp_path_factory.mktemp("whole")
     fit(folder, tiny_base, Kill(folder), 10)
-    steps = shown(folder)
+    steps = shown_steps(folder)
     assert steps["train/loss"] == list(range(10))
     assert steps["val/loss"] == [2, 5, 8]
     return steps
@@ -89,21 +89,21 @@ def uninterrupted(tmp_path_factory, tiny_base) -> dict[str, list[int]]:
         ([("batch", 6)], 9),
         ([("validated", 6)], 8),
         ([("batch", 1)], 2),
-        ([], 4),  # no checkpoint: from the beginning
+        ([], 4),  # without a checkpoint it starts again
     ],
 )
-def test_a_run_that_was_killed_shows_each_step_once(tmp_path, tiny_base, uninterrupted, places, before):
+def test_a_killed_and_resumed_run_shows_each_step_once(tmp_path, tiny_base, uninterrupted, places, before):
     fit(tmp_path, tiny_base, Kill(tmp_path, *places, before=before), 10)
     fit(tmp_path, tiny_base, Kill(tmp_path), 10, tmp_path / "last.ckpt" if places else None)
-    assert shown(tmp_path) == uninterrupted
+    assert shown_steps(tmp_path) == uninterrupted
     assert [step for step, _ in read_scalars(tmp_path / "tensorboard")["train/loss"]] == list(range(10))
 
 
-def test_a_run_that_was_killed_twice_and_one_that_is_taken_back(tmp_path, tiny_base, uninterrupted):
+def test_two_kills_and_a_shorter_rerun_show_each_step_once(tmp_path, tiny_base, uninterrupted):
     fit(tmp_path, tiny_base, Kill(tmp_path, ("batch", 3), before=8), 10)
     fit(tmp_path, tiny_base, Kill(tmp_path, ("batch", 6), before=9), 10, tmp_path / "last.ckpt")
     fit(tmp_path, tiny_base, Kill(tmp_path), 10, tmp_path / "last.ckpt")
-    assert shown(tmp_path) == uninterrupted
+    assert shown_steps(tmp_path) == uninterrupted
     fit(tmp_path, tiny_base, Kill(tmp_path), 7, tmp_path / "last.ckpt")  # a shorter run from the same checkpoint
-    assert shown(tmp_path)["train/loss"] == list(range(7))
-    assert shown(tmp_path)["val/loss"] == [2, 5]
+    assert shown_steps(tmp_path)["train/loss"] == list(range(7))
+    assert shown_steps(tmp_path)["val/loss"] == [2, 5]

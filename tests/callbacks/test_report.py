@@ -1,4 +1,4 @@
-"""What a run says of itself."""
+"""The report that a run prints about itself."""
 
 import re
 from contextlib import nullcontext
@@ -13,7 +13,7 @@ DATA = [synthetic.batch_of([[synthetic.document(8, 4, seed)]]) for seed in range
 
 
 def report(folder, module, capsys, held_out=DATA, **options) -> str:
-    """What is printed, on one line and without the lines of tables."""
+    """The printed text on one line, without table borders."""
     trainer = synthetic.trainer(folder, callbacks=[RunReport(folder)], **options)
     trainer.fit(module, synthetic.loader(DATA), synthetic.loader(held_out) if held_out else None)
     return " ".join(re.sub("[\u2500-\u257f]", " ", capsys.readouterr().out).split())
@@ -29,51 +29,51 @@ def _wide(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
 
 
-def test_what_is_trained_is_said_before_the_first_step(tmp_path, tiny_base, capsys):
+def test_adapted_layers_and_trainable_parameters_are_reported_first(tmp_path, tiny_base, capsys):
     module = small(tiny_base)
-    said = report(tmp_path, module, capsys)
-    assert "qkv_proj 2 of 2" in said
-    assert "down_proj 2 of 2" in said
+    text = report(tmp_path, module, capsys)
+    assert "qkv_proj 2 of 2" in text
+    assert "down_proj 2 of 2" in text
     trained = sum(parameter.numel() for parameter in module.trained_parameters())
     total = sum(parameter.numel() for parameter in module.parameters())
-    assert f"trainable {trained:,} of {total:,} parameters" in said
+    assert f"trainable {trained:,} of {total:,} parameters" in text
 
 
 def test_steps_and_warmup_are_counted(tmp_path, tiny_base, capsys):
     module = small(tiny_base, schedule={"warmup": 0.3})
-    said = report(tmp_path, module, capsys, accumulate_grad_batches=2, max_epochs=3)
-    assert "4 batches an epoch, 2 to an optimiser step; 6 optimiser steps, 2 of them warm-up" in said
-    assert "starting at epoch 0, step 0" in said
+    text = report(tmp_path, module, capsys, accumulate_grad_batches=2, max_epochs=3)
+    assert "4 batches an epoch, 2 to an optimiser step; 6 optimiser steps, 2 of them warm-up" in text
+    assert "starting at epoch 0, step 0" in text
 
 
 @pytest.mark.parametrize(("lr", "warned"), [(1e-5, True), (1e-2, False)])
-def test_a_run_that_can_move_nothing_is_said(tmp_path, tiny_base, capsys, lr, warned):
+def test_a_run_too_weak_to_change_answers_is_warned_about(tmp_path, tiny_base, capsys, lr, warned):
     warning = pytest.warns(UserWarning, match="the answers will not change") if warned else nullcontext()
     with warning:
         report(tmp_path, small(tiny_base, optimizer={"lr": lr}), capsys)
 
 
 @pytest.mark.parametrize("sanity", [-1, 0])
-def test_first_and_last_held_out_numbers(tmp_path, tiny_base, capsys, sanity):
+def test_held_out_numbers_are_reported_before_and_after(tmp_path, tiny_base, capsys, sanity):
     module = small(tiny_base)
     (first,) = synthetic.trainer(tmp_path).validate(module, synthetic.loader(DATA), verbose=False)
-    said = report(tmp_path, module, capsys, max_epochs=3, num_sanity_val_steps=sanity)
+    text = report(tmp_path, module, capsys, max_epochs=3, num_sanity_val_steps=sanity)
     (last,) = synthetic.trainer(tmp_path).validate(module, synthetic.loader(DATA), verbose=False)
-    assert (f"val/loss {first['val/loss']:.4f} {last['val/loss']:.4f}" in said) == (sanity == -1)
-    assert f" {last['val/loss']:.4f} val/token_accuracy" in said
+    assert (f"val/loss {first['val/loss']:.4f} {last['val/loss']:.4f}" in text) == (sanity == -1)
+    assert f" {last['val/loss']:.4f} val/token_accuracy" in text
     assert first["val/loss"] > last["val/loss"]
 
 
 def test_a_run_without_validation_reports_none(tmp_path, tiny_base, capsys):
-    said = report(tmp_path, small(tiny_base), capsys, held_out=None)
-    assert "trainable" in said
-    assert "held-out" not in said
+    text = report(tmp_path, small(tiny_base), capsys, held_out=None)
+    assert "trainable" in text
+    assert "held-out" not in text
 
 
-def test_where_things_are_is_said(tmp_path, tiny_base, capsys):
+def test_checkpoints_and_the_tensorboard_command_are_reported(tmp_path, tiny_base, capsys):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "checkpoints" / "last.ckpt").write_bytes(b"0" * 2_500_000)
     (tmp_path / "tensorboard").mkdir()
-    said = report(tmp_path, small(tiny_base), capsys)
-    assert "last.ckpt (2.5 MB)" in said
-    assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in said
+    text = report(tmp_path, small(tiny_base), capsys)
+    assert "last.ckpt (2.5 MB)" in text
+    assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in text

@@ -1,4 +1,4 @@
-"""What base and tuned model answer, as training goes on."""
+"""Answers of base and tuned model during training."""
 
 import re
 from pathlib import Path
@@ -48,15 +48,15 @@ def fit(tmp_path, module, data, samples, **options):
     return trainer
 
 
-def printed(capsys) -> str:
-    """On one line and without the lines of tables."""
+def printed_text(capsys) -> str:
+    """The printed text on one line, without table borders."""
     return " ".join(re.sub("[\u2500-\u257f]", " ", capsys.readouterr().out).split())
 
 
 def test_base_and_tuned_answers_stand_side_by_side(tmp_path, capsys):
     data, module = chats(tmp_path, predict=str(TINY / "prompts.jsonl")), tiny()
     fit(tmp_path, module, data, Samples(from_predict=True))
-    said = printed(capsys)
+    text = printed_text(capsys)
     data.setup("predict")
     batch = next(iter(data.predict_dataloader()))
     row, answer = batch["document_ids"].index(0), module.predict_step(batch, 0)
@@ -64,34 +64,34 @@ def test_base_and_tuned_answers_stand_side_by_side(tmp_path, capsys):
     prompt = data.tokenizer.decode(
         batch["input_ids"][row][batch["attention_mask"][row].bool()], skip_special_tokens=True
     )
-    assert "prompt base tuned" in said
-    assert " ".join(tuned.split()) in said
-    assert prompt.split()[0] in said.split("tuned")[-1]
+    assert "prompt base tuned" in text
+    assert " ".join(tuned.split()) in text
+    assert prompt.split()[0] in text.split("tuned")[-1]
     assert module.model.training
 
 
-class Leaving(SingleDeviceStrategy):
-    """Ends as on a GPU: when fit ends, the model cannot read batches any more, which go to the device."""
+class WithoutModelAfterFit(SingleDeviceStrategy):
+    """Has no model after fit: on a GPU it has then left the device that batches go to."""
 
     def teardown(self) -> None:
         super().teardown()
         self.lightning_module.model = None
 
 
-def test_the_last_answers_are_asked_for_while_the_model_is_on_its_device(tmp_path, capsys):
+def test_the_last_answers_are_generated_before_the_model_leaves_its_device(tmp_path, capsys):
     data = chats(tmp_path, predict=str(TINY / "prompts.jsonl"))
-    fit(tmp_path, tiny(), data, Samples(from_predict=True), strategy=Leaving(device="cpu"))
-    assert "prompt base tuned" in printed(capsys)
+    fit(tmp_path, tiny(), data, Samples(from_predict=True), strategy=WithoutModelAfterFit(device="cpu"))
+    assert "prompt base tuned" in printed_text(capsys)
 
 
 def test_prompts_come_from_the_validation_data_where_there_are_no_others(tmp_path, capsys):
     data, module = chats(tmp_path), tiny()
     fit(tmp_path, module, data, Samples(prompts=2), val_check_interval=1)
-    said = printed(capsys)
+    text = printed_text(capsys)
     batch = next(iter(data.val_dataloader()))
     first = batch["labels"][0, : batch["document_lengths"][0][0]]
     prompt = batch["input_ids"][0, : int((first != -100).nonzero()[0])]
-    assert " ".join(data.tokenizer.decode(prompt, skip_special_tokens=True).split()) in said
+    assert " ".join(data.tokenizer.decode(prompt, skip_special_tokens=True).split()) in text
 
 
 def test_the_base_answers_once_and_every_validation_is_kept(tmp_path, monkeypatch):
@@ -101,7 +101,7 @@ def test_the_base_answers_once_and_every_validation_is_kept(tmp_path, monkeypatc
     logger = TensorBoardLogger(tmp_path, name="", version="")
     module = tiny()
     fit(tmp_path, module, chats(tmp_path), Samples(prompts=2), val_check_interval=1, logger=logger, max_steps=3)
-    assert len(calls) == 1 + 3  # the base, and the tuned model three times; the last validation is the end's
+    assert len(calls) == 1 + 3  # the base once, the tuned model three times; the last validation serves as the end's
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     texts = events.Tensors("samples/text_summary")
@@ -109,7 +109,7 @@ def test_the_base_answers_once_and_every_validation_is_kept(tmp_path, monkeypatc
     assert "| prompt | base | tuned |" in texts[0].tensor_proto.string_val[0].decode()
 
 
-def test_training_goes_on_as_without(tmp_path):
+def test_samples_do_not_change_training(tmp_path):
     def weights(*callbacks):
         module = tiny(lora={"lora_dropout": 0.3})
         trainer = synthetic.trainer(
@@ -123,11 +123,11 @@ def test_training_goes_on_as_without(tmp_path):
 
 
 @pytest.mark.parametrize("samples", [Samples(prompts=0), Samples()])
-def test_none_are_asked_for_or_nothing_is_known_of_text(tmp_path, tiny_base, capsys, samples):
+def test_no_answers_are_shown_without_prompts_or_a_tokenizer(tmp_path, tiny_base, capsys, samples):
     module = Phi3LoRAModule(tiny_base, dtype="float32")
     trainer = synthetic.trainer(tmp_path, callbacks=[samples])
     trainer.fit(module, synthetic.loader(CHATS), synthetic.loader(CHATS))
-    assert "answers" not in printed(capsys)
+    assert "answers" not in printed_text(capsys)
 
 
 @pytest.mark.parametrize(("options", "key"), [({"prompts": -1}, "samples"), ({"max_new_tokens": 0}, "sample_tokens")])

@@ -1,4 +1,4 @@
-"""A run's folder has one fit at a time, in any Trainer."""
+"""One fit at a time writes to a run's folder, in any Trainer."""
 
 import os
 import time
@@ -14,8 +14,8 @@ from phi3_lightning.errors import ConfigError
 from phi3_lightning.run_lock import RunLock
 
 
-class Asks(pl.LightningModule):
-    """Asks from another process, in each step, whether somebody writes in a folder."""
+class LockProbe(pl.LightningModule):
+    """Tests in each step, from another process, whether a folder is locked."""
 
     def __init__(self, folder: Path, fail: bool = False) -> None:
         super().__init__()
@@ -50,13 +50,13 @@ def in_use(folder: Path) -> bool:
 
 
 @pytest.fixture
-def taken(tmp_path):
-    """A folder in which another process writes."""
-    ready, told = os.pipe()
+def locked_folder(tmp_path):
+    """A folder that another process has locked."""
+    ready, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
         RunLock(tmp_path / "run").acquire()
-        os.write(told, b"x")
+        os.write(write_end, b"x")
         time.sleep(60)
         os._exit(0)
     os.read(ready, 1)
@@ -73,42 +73,42 @@ def trainer(folder: Path, **options) -> pl.Trainer:
 
 
 def test_a_fit_holds_its_folder_to_its_end(tmp_path):
-    module = Asks(tmp_path / "run")
+    module = LockProbe(tmp_path / "run")
     for _ in range(2):  # one after the other, in one process
         trainer(tmp_path).fit(module, DATA)
         assert not in_use(tmp_path / "run")
     assert module.answers == [True] * 4
 
 
-def test_a_fit_that_fails_gives_its_folder_back(tmp_path):
+def test_a_failed_fit_releases_its_folder(tmp_path):
     with pytest.raises(ValueError, match="in the middle"):
-        trainer(tmp_path).fit(Asks(tmp_path / "run", fail=True), DATA)
+        trainer(tmp_path).fit(LockProbe(tmp_path / "run", fail=True), DATA)
     assert not in_use(tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
-def test_a_second_fit_is_refused_and_writes_nothing(taken, tmp_path):
-    module = Asks(taken)
+def test_a_second_fit_is_refused_and_writes_nothing(locked_folder, tmp_path):
+    module = LockProbe(locked_folder)
     with pytest.raises(ConfigError, match="run is in use: process"):
         trainer(tmp_path).fit(module, DATA)
     with pytest.raises(ConfigError, match="run is in use: process"):
-        SingleWriter(taken).claim(synthetic.trainer(tmp_path))
+        SingleWriter(locked_folder).claim(synthetic.trainer(tmp_path))
     assert module.answers == []
-    assert [path.name for path in taken.iterdir()] == [".lock"]
+    assert [path.name for path in locked_folder.iterdir()] == [".lock"]
 
 
-def test_whoever_reads_is_not_stopped(taken, tmp_path):
-    trainer(tmp_path).validate(Asks(taken), DATA, verbose=False)
+def test_validation_runs_in_a_locked_folder(locked_folder, tmp_path):
+    trainer(tmp_path).validate(LockProbe(locked_folder), DATA, verbose=False)
 
 
-def test_a_trial_takes_no_folder(tmp_path):
-    module = Asks(tmp_path / "run")
+def test_fast_dev_run_locks_no_folder(tmp_path):
+    module = LockProbe(tmp_path / "run")
     trainer(tmp_path, fast_dev_run=True).fit(module, DATA)
     assert module.answers == [False]
 
 
-def test_a_folder_is_claimed_ahead_of_the_loggers(tmp_path):
-    writer, module = SingleWriter(tmp_path / "run"), Asks(tmp_path / "run")
+def test_a_folder_can_be_locked_before_loggers_start(tmp_path):
+    writer, module = SingleWriter(tmp_path / "run"), LockProbe(tmp_path / "run")
     run = synthetic.trainer(tmp_path, callbacks=[writer])
     writer.claim(run)
     assert in_use(tmp_path / "run")

@@ -1,4 +1,4 @@
-"""TensorBoard's pages for text and hyper-parameters, as they are read back."""
+"""TensorBoard's text and hyper-parameter pages, read back from event files."""
 
 import html
 import warnings
@@ -16,7 +16,7 @@ from phi3_lightning.callbacks import TensorBoardSamples
 from phi3_lightning.callbacks.tensorboard import literal
 from phi3_lightning.callbacks.tensorboard_samples import as_markdown, row_segments
 
-with warnings.catch_warnings():  # of what TensorBoard brings along
+with warnings.catch_warnings():  # from TensorBoard's own dependencies
     warnings.simplefilter("ignore", DeprecationWarning)
     from tensorboard.plugin_util import markdown_to_safe_html
 
@@ -53,17 +53,17 @@ def run(tmp_path_factory):
     return read(folder / "tb"), module, data
 
 
-def test_the_first_rows_are_those_that_are_trained_first(run):
+def test_the_rows_shown_are_the_first_that_are_trained(run):
     events, _, data = run
     (text,) = events.Tensors("data/first_rows/text_summary")
-    said = markdown_to_safe_html(text.tensor_proto.string_val[0])
+    shown = markdown_to_safe_html(text.tensor_proto.string_val[0])
     data.trainer = None
     batch = next(iter(data.train_dataloader()))
     for row in range(2):
         labels = batch["labels"][row]
         words = data.tokenizer.decode(labels[labels != IGNORE_INDEX][:4])
-        assert f"<strong>{words}" in said
-    assert said.count("<pre>") == 2
+        assert f"<strong>{words}" in shown
+    assert shown.count("<pre>") == 2
 
 
 def test_hyper_parameters_have_one_point_with_the_last_numbers(run):
@@ -80,11 +80,11 @@ def test_hyper_parameters_have_one_point_with_the_last_numbers(run):
 
 
 @pytest.mark.parametrize("logger", [False, "csv"])
-def test_a_logger_without_pages_is_left_alone(tmp_path, logger):
+def test_a_logger_without_text_pages_is_ignored(tmp_path, logger):
     fit(tmp_path, CSVLogger(tmp_path) if logger == "csv" else logger, max_steps=1)
 
 
-def test_text_is_shown_as_it_is():
+def test_markdown_in_text_is_escaped():
     text = "a *b* _c_ `d` <e> | # f & [g](h) \u00e9 \u4f60"
     shown = markdown_to_safe_html(literal(text))
     assert html.unescape(shown) == f"<p>{text}</p>"
@@ -100,11 +100,11 @@ def test_what_is_trained_is_bold_across_empty_lines():
     assert "<strong>Who" not in shown
 
 
-def test_parts_hold_every_token(run):
+def test_segments_hold_every_token(run):
     *_, data = run
     batch = next(iter(data.train_dataloader()))
-    said = "".join(part.text for part in row_segments(batch, 0, data.tokenizer))
+    shown = "".join(part.text for part in row_segments(batch, 0, data.tokenizer))
     whole = data.tokenizer.decode(batch["input_ids"][0, : sum(batch["document_lengths"][0])])
-    assert "".join(said.split()) == "".join(
+    assert "".join(shown.split()) == "".join(
         whole.split()
     )  # the tokenizer drops the blank that a decoded text begins with

@@ -1,4 +1,4 @@
-"""Tokens a second, by a clock that the test moves."""
+"""Tokens per second, by a clock that the test moves."""
 
 import lightning.pytorch as pl
 import pytest
@@ -23,7 +23,7 @@ def clock(monkeypatch) -> Clock:
 
 
 class Slow(pl.LightningModule):
-    """Takes two seconds a batch, and an hour a validation."""
+    """Takes two seconds for a batch, and an hour for a validation."""
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
@@ -45,8 +45,8 @@ class Slow(pl.LightningModule):
         return torch.optim.SGD(self.parameters(), 0.1)
 
 
-class Keep(pl.Callback):
-    """What is logged, step by step."""
+class RecordSpeeds(pl.Callback):
+    """Records the logged speeds, step by step."""
 
     def __init__(self) -> None:
         self.speeds: list[tuple[float, float]] = []
@@ -60,35 +60,35 @@ class Keep(pl.Callback):
 
 MASKED = ([5] * 6, [IGNORE_INDEX] * 6)
 BATCHES = [
-    synthetic.batch_of([[synthetic.document(10, 4, 0)], [synthetic.document(30, 8, 1)]]),  # 20 places are padding
+    synthetic.batch_of([[synthetic.document(10, 4, 0)], [synthetic.document(30, 8, 1)]]),  # 20 positions are padding
     synthetic.batch_of([[synthetic.document(20, 2, 2), synthetic.document(4, 2, 3)]]),
     synthetic.batch_of([[MASKED]]),
 ]
 
 
 def speeds(folder, clock, **options) -> list[tuple[float, float]]:
-    keep = Keep()
+    keep = RecordSpeeds()
     trainer = synthetic.trainer(folder, callbacks=[Throughput(), keep], **options)
     trainer.fit(Slow(clock), synthetic.loader(BATCHES), synthetic.loader(BATCHES[:1]))
     return keep.speeds
 
 
-def test_documents_count_and_padding_does_not(tmp_path, clock):
+def test_padding_tokens_are_not_counted(tmp_path, clock):
     assert speeds(tmp_path, clock) == [(20, 6), (12, 2), (3, 0)]
 
 
-def test_a_step_is_a_whole_window(tmp_path, clock):
+def test_a_step_covers_its_accumulation_window(tmp_path, clock):
     assert speeds(tmp_path, clock, accumulate_grad_batches=2) == [(16, 4), (3, 0)]
 
 
 @pytest.mark.parametrize("options", [{"val_check_interval": 1}, {"max_epochs": 2}])
-def test_validation_takes_no_time(tmp_path, clock, options):
+def test_validation_time_is_excluded(tmp_path, clock, options):
     assert speeds(tmp_path, clock, **options)[:3] == [(20, 6), (12, 2), (3, 0)]
     assert len(set(speeds(tmp_path, clock, **options))) == 3
 
 
-class Record(pl.Callback):
-    """Everything under speed/, step by step."""
+class RecordAll(pl.Callback):
+    """Records everything under speed/, step by step."""
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
@@ -100,13 +100,13 @@ class Record(pl.Callback):
 
 
 def recorded(folder, module, batches, row_length=None, **options) -> list[dict[str, float]]:
-    record = Record()
+    record = RecordAll()
     trainer = synthetic.trainer(folder, callbacks=[Throughput(row_length), record], **options)
     trainer.fit(module, synthetic.loader(batches))
     return record.steps
 
 
-def test_padding_and_what_rows_could_hold(tmp_path, clock):
+def test_padding_fraction_and_packing_efficiency(tmp_path, clock):
     first, second, third = recorded(tmp_path, Slow(clock), BATCHES, row_length=40)
     assert first["speed/padding_fraction"] == pytest.approx(20 / 60)
     assert first["speed/packing_efficiency"] == pytest.approx(40 / 80)
@@ -116,15 +116,15 @@ def test_padding_and_what_rows_could_hold(tmp_path, clock):
     assert (window["speed/padding_fraction"], window["speed/packing_efficiency"]) == pytest.approx((20 / 84, 64 / 120))
 
 
-def test_rows_that_are_not_packed_have_no_fill(tmp_path, clock):
+def test_unpacked_rows_have_no_packing_efficiency(tmp_path, clock):
     assert "speed/packing_efficiency" not in recorded(tmp_path, Slow(clock), BATCHES)[0]
 
 
-def test_a_foreign_module_has_no_share_of_the_peak(tmp_path, clock):
+def test_a_foreign_module_has_no_mfu(tmp_path, clock):
     assert "speed/mfu" not in recorded(tmp_path, Slow(clock), BATCHES)[0]
 
 
-def test_the_share_of_the_peak_follows_from_formula_speed_and_peak(tmp_path, tiny_base, monkeypatch):
+def test_mfu_follows_from_flops_speed_and_peak(tmp_path, tiny_base, monkeypatch):
     monkeypatch.setattr("phi3_lightning.callbacks.throughput.peak_flops", lambda *_: 1e9)
     module = Phi3LoRAModule(tiny_base, dtype="float32")
     for step in recorded(tmp_path, module, BATCHES[:2]):

@@ -1,4 +1,4 @@
-"""Averaged weights beside a frozen base: adapters alone are averaged, written and exchanged."""
+"""Weight averaging over a frozen base: only adapters are averaged, saved and swapped."""
 
 import os
 import signal
@@ -36,14 +36,14 @@ KINDS = {  # 0.8 x + 0.2 x is not x in bfloat16, nor for a rotary angle in float
 }
 
 
-def made(base: str, **options) -> Phi3LoRAModule:
+def make_module(base: str, **options) -> Phi3LoRAModule:
     lora = {"r": 4, "target_modules": ["qkv_proj", "down_proj"], "lora_dropout": 0.2}
     constant = {"name": "constant", "warmup": 0}
     return Phi3LoRAModule(base, **{"lora": lora, "optimizer": {"lr": 1e-2}, "schedule": constant} | options)
 
 
-class Weights(pl.Callback):
-    """Current and averaged adapters after each step, and whatever is frozen while a validation runs."""
+class WeightLog(pl.Callback):
+    """Records current and averaged adapters after each step, and frozen tensors during validation."""
 
     def __init__(self) -> None:
         self.current: list[torch.Tensor] = []
@@ -62,7 +62,7 @@ class Weights(pl.Callback):
 
 
 def frozen(module: torch.nn.Module) -> list[torch.Tensor]:
-    """Frozen weights, and the buffers of the model: rotary angles."""
+    """Frozen weights, and the model's buffers (rotary angles)."""
     weights = [parameter for parameter in module.parameters() if not parameter.requires_grad]
     return [tensor.detach().clone() for tensor in [*weights, *module.model.buffers()]]
 
@@ -71,15 +71,15 @@ def flat(module: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.detach().flatten().clone() for p in module.parameters() if p.requires_grad])
 
 
-def fit(base: str, folder: Path, callback, *more, module=None, ckpt=None, **options) -> tuple[Weights, pl.Trainer]:
+def fit(base: str, folder: Path, callback, *more, module=None, ckpt=None, **options) -> tuple[WeightLog, pl.Trainer]:
     pl.seed_everything(3, verbose=False)
-    weights = Weights()
+    weights = WeightLog()
     callbacks = [*([callback] if callback else []), *([weights] if callback else []), *more]
     keeps = any(isinstance(each, RunCheckpoint) for each in more)
     options = {"max_epochs": 2, "num_sanity_val_steps": 0, "enable_checkpointing": keeps} | options
     trainer = synthetic.trainer(folder, callbacks=callbacks, **options)
     data = synthetic.loader(BATCHES)
-    trainer.fit(made(base) if module is None else module, data, data, ckpt_path=ckpt, weights_only=True)
+    trainer.fit(make_module(base) if module is None else module, data, data, ckpt_path=ckpt, weights_only=True)
     return weights, trainer
 
 
@@ -90,7 +90,7 @@ def bfloat16_base(tmp_path_factory) -> str:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_adapters_are_averaged_and_no_frozen_bit_changes(tmp_path, bfloat16_base, kind):
-    module = made(bfloat16_base)
+    module = make_module(bfloat16_base)
     module.configure_model()
     before = frozen(module)
     weights, _ = fit(bfloat16_base, tmp_path, KINDS[kind](), module=module)
@@ -105,12 +105,12 @@ def test_adapters_are_averaged_and_no_frozen_bit_changes(tmp_path, bfloat16_base
     torch.testing.assert_close(weights.averaged, expected)
     assert not torch.equal(weights.averaged, weights.current[-1])
     assert torch.equal(weights.validated[-1], weights.averaged)  # validations measure the average
-    assert torch.equal(flat(module), weights.averaged)  # which is what a run ends with
+    assert torch.equal(flat(module), weights.averaged)  # the run ends with the averaged weights
     assert all(all(map(torch.equal, before, seen)) for seen in [*weights.frozen, frozen(module)])
 
 
 class Chats(pl.LightningDataModule):
-    """Batches, with a tokenizer that numbers its tokens."""
+    """Batches, with a tokenizer whose tokens are numbers."""
 
     tokenizer = SimpleNamespace(
         eos_token_id=None,
@@ -126,7 +126,7 @@ class Chats(pl.LightningDataModule):
 
 
 def adapters(model: torch.nn.Module) -> torch.Tensor:
-    """As ``flat``, and also while the adapter is switched off, when nothing can be trained."""
+    """Like ``flat``, but also while the adapter is switched off and nothing requires a gradient."""
     return torch.cat([p.detach().flatten().clone() for name, p in model.named_parameters() if "lora_" in name])
 
 
@@ -143,11 +143,11 @@ def test_samples_and_drift_show_the_averaged_weights(tmp_path, tiny_base, monkey
 
     def run(*shown):
         pl.seed_everything(3, verbose=False)
-        weights, averaging = Weights(), [EMAWeightAveraging(decay=0.8)]
+        weights, averaging = WeightLog(), [EMAWeightAveraging(decay=0.8)]
         callbacks = [*averaging, *shown, weights] if first else [*shown, *averaging, weights]
         options = {"max_epochs": 3, "check_val_every_n_epoch": 2, "num_sanity_val_steps": 0}
         trainer = synthetic.trainer(tmp_path, callbacks=callbacks, **options)
-        module = made(tiny_base, generation={"max_new_tokens": 4})
+        module = make_module(tiny_base, generation={"max_new_tokens": 4})
         trainer.fit(module, Chats())
         return weights, flat(module)
 
@@ -164,7 +164,7 @@ def test_samples_and_drift_show_the_averaged_weights(tmp_path, tiny_base, monkey
 
 
 def test_a_copy_of_the_base_is_never_made(tmp_path, tiny_base):
-    module = made(tiny_base)
+    module = make_module(tiny_base)
     module.configure_model()
     callback = EMAWeightAveraging()
     fit(tiny_base, tmp_path, callback, module=module, max_epochs=1)
@@ -173,7 +173,7 @@ def test_a_copy_of_the_base_is_never_made(tmp_path, tiny_base):
     assert shared == {name for name, p in module.named_parameters() if not p.requires_grad}
 
 
-def test_a_file_holds_averaged_and_current_adapters_and_evaluation_takes_the_averaged(tmp_path, tiny_base):
+def test_checkpoints_hold_averaged_and_current_adapters_and_evaluation_uses_the_averaged(tmp_path, tiny_base):
     weights, trainer = fit(tiny_base, tmp_path, EMAWeightAveraging(decay=0.8), RunCheckpoint(str(tmp_path)))
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     trained = {name for name, p in trainer.lightning_module.named_parameters() if p.requires_grad}
@@ -183,7 +183,7 @@ def test_a_file_holds_averaged_and_current_adapters_and_evaluation_takes_the_ave
     loaded = Phi3LoRAModule.load_from_checkpoint(tmp_path / "last.ckpt", weights_only=True)
     assert torch.equal(flat(loaded), weights.averaged)
     expected = trainer.callback_metrics["val/loss"]
-    module = made(tiny_base)
+    module = make_module(tiny_base)
     (found,) = synthetic.trainer(tmp_path).validate(
         module, synthetic.loader(BATCHES), ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False
     )
@@ -191,14 +191,14 @@ def test_a_file_holds_averaged_and_current_adapters_and_evaluation_takes_the_ave
 
 
 class Stop(pl.Callback):
-    """Asks for the end in the second validation, as a scheduler does."""
+    """Requests a stop in the second validation, as a scheduler does."""
 
     def on_validation_batch_start(self, trainer, pl_module, batch, batch_idx, *args):
         if trainer.current_epoch == 1 and batch_idx == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_a_run_that_is_asked_to_stop_in_a_validation_goes_on_exactly(tmp_path, tiny_base):
+def test_a_stop_during_validation_resumes_exactly(tmp_path, tiny_base):
     whole, _ = fit(tiny_base, tmp_path, EMAWeightAveraging(decay=0.8), max_epochs=3)
     with pytest.raises(SIGTERMException):
         fit(tiny_base, tmp_path, EMAWeightAveraging(decay=0.8), Stop(), RunCheckpoint(str(tmp_path)), max_epochs=3)
@@ -208,11 +208,11 @@ def test_a_run_that_is_asked_to_stop_in_a_validation_goes_on_exactly(tmp_path, t
 
 
 @pytest.mark.filterwarnings("ignore:The checkpoint was not created with WeightAveraging")
-def test_averaging_can_be_left_and_begun(tmp_path, tiny_base):
+def test_averaging_can_be_switched_off_and_on_when_resuming(tmp_path, tiny_base):
     plain, _ = fit(tiny_base, tmp_path, EMAWeightAveraging(decay=0.8), max_epochs=3)
     fit(tiny_base, tmp_path, EMAWeightAveraging(decay=0.8), RunCheckpoint(str(tmp_path)), max_epochs=1)
     _, without = fit(tiny_base, tmp_path, None, ckpt=tmp_path / "last.ckpt", max_epochs=3)
-    assert torch.equal(flat(without.lightning_module), plain.current[-1])  # averaging never changed what is trained
+    assert torch.equal(flat(without.lightning_module), plain.current[-1])  # averaging never changes the trained weights
     fit(tiny_base, tmp_path / "plain", None, RunCheckpoint(str(tmp_path / "plain")), max_epochs=1)
     begun, _ = fit(tiny_base, tmp_path, EMAWeightAveraging(decay=0.8), ckpt=tmp_path / "plain/last.ckpt", max_epochs=3)
     assert torch.equal(begun.current[-1], plain.current[-1])
@@ -222,7 +222,7 @@ def test_averaging_can_be_left_and_begun(tmp_path, tiny_base):
     torch.testing.assert_close(begun.averaged, expected)
 
 
-def test_a_file_with_the_whole_base_in_it_goes_on(tmp_path, tiny_base):
+def test_a_checkpoint_that_contains_the_base_resumes(tmp_path, tiny_base):
     _, trainer = fit(tiny_base, tmp_path, EMAWeightAveraging(decay=0.8), RunCheckpoint(str(tmp_path)), max_epochs=1)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     saved[CURRENT] |= {n: p.detach() for n, p in trainer.lightning_module.named_parameters() if not p.requires_grad}
@@ -249,7 +249,7 @@ class Normalised(TrainableStateMixin):
         return torch.optim.SGD([*self.norm.parameters(), *self.head.parameters()], lr=0.1)
 
 
-def test_a_module_of_somebody_else_s_averages_its_statistics_too(tmp_path):
+def test_a_foreign_module_averages_its_buffers_too(tmp_path):
     data = synthetic.loader([torch.randn(3, 4, generator=torch.Generator().manual_seed(n)) for n in range(4)])
     module, callback = Normalised(), EMAWeightAveraging(decay=0.8)
     trainer = synthetic.trainer(tmp_path, callbacks=[callback], max_epochs=1)
@@ -266,18 +266,18 @@ def test_a_module_of_somebody_else_s_averages_its_statistics_too(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("callback", "strategy", "said"),
+    ("callback", "strategy", "message"),
     [
         (lambda: StochasticWeightAveraging(1e-2), lambda: "auto", "use WeightAveraging"),
         (EMAWeightAveraging, FSDP2Strategy, r"use trainer\.strategy: ddp"),
     ],
 )
-def test_what_cannot_work_is_refused_by_name(tmp_path, tiny_base, callback, strategy, said):
+def test_unsupported_combinations_are_refused_by_name(tmp_path, tiny_base, callback, strategy, message):
     def run():
-        module = made(tiny_base)
+        module = make_module(tiny_base)
         trainer = synthetic.trainer(tmp_path, callbacks=[callback()], strategy=strategy())
-        with pytest.raises(ConfigError, match=rf"^trainer\.callbacks: .*{said}"):
+        with pytest.raises(ConfigError, match=rf"^trainer\.callbacks: .*{message}"):
             trainer.fit(module, synthetic.loader(BATCHES))
-        return module.model is None  # nothing was loaded for it
+        return module.model is None  # nothing was loaded
 
-    assert ranks.run(tmp_path, 1, run) == [True]  # in a process of its own: strategies leave theirs initialised
+    assert ranks.run(tmp_path, 1, run) == [True]  # in its own process: strategies leave torch.distributed initialised

@@ -1,4 +1,4 @@
-"""What a checkpoint knows of callbacks: their progress comes back, their options are those of this start."""
+"""Callback state in a checkpoint: progress is restored, options are those of this start."""
 
 from datetime import timedelta
 
@@ -13,8 +13,8 @@ from phi3_lightning import Phi3LoRAModule
 BATCHES = [synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(3)]
 
 
-class Every(Callback):
-    """Keeps all that it has, options too, as people write it."""
+class StoresAll(Callback):
+    """Stores all its attributes, options too, as many callbacks do."""
 
     def __init__(self, every: int = 2, names: tuple[str, ...] = ("a",), count: int = 0) -> None:
         self._every = every
@@ -31,8 +31,8 @@ class Every(Callback):
         vars(self).update(state_dict)
 
 
-class Derived(Every):
-    """Hands its options on."""
+class Derived(StoresAll):
+    """Passes its options to its base class."""
 
     def __init__(self, scale: float, **options) -> None:
         super().__init__(**options)
@@ -40,7 +40,7 @@ class Derived(Every):
 
 
 class AtFitStart(Callback):
-    """What the callbacks are like when the first hook after loading is called."""
+    """Records a callback's state in the first hook after loading."""
 
     def __init__(self, callback: Callback) -> None:
         self.callback = callback
@@ -58,19 +58,19 @@ def fit(folder, base, callback, ckpt=None, max_epochs=1, **options):
     data = synthetic.loader(BATCHES)
     trainer.fit(module, data, data, ckpt_path=ckpt, weights_only=True)
     trainer.save_checkpoint(folder / "last.ckpt")
-    assert torch.load(folder / "last.ckpt", weights_only=True)  # plain types alone
+    assert torch.load(folder / "last.ckpt", weights_only=True)  # only plain types
     return watch.seen
 
 
 @pytest.mark.parametrize(
     ("former", "now", "expected"),
     [
-        (Every(2), Every(5), {"_every": 5, "count": 3}),
-        (Every(5), Every(2), {"_every": 2, "count": 3}),
-        (Every(names=("a", "b")), Every(names=("c",)), {"names": ["c"], "count": 3}),
-        (Every(), Every(), {"_every": 2, "names": ["a"], "count": 3}),
-        (Every(count=4), Every(count=4), {"count": 7}),  # a start value that is as it was has moved on
-        (Every(count=4), Every(count=0), {"count": 0}),
+        (StoresAll(2), StoresAll(5), {"_every": 5, "count": 3}),
+        (StoresAll(5), StoresAll(2), {"_every": 2, "count": 3}),
+        (StoresAll(names=("a", "b")), StoresAll(names=("c",)), {"names": ["c"], "count": 3}),
+        (StoresAll(), StoresAll(), {"_every": 2, "names": ["a"], "count": 3}),
+        (StoresAll(count=4), StoresAll(count=4), {"count": 7}),  # an unchanged initial value takes the stored progress
+        (StoresAll(count=4), StoresAll(count=0), {"count": 0}),
         (Derived(0.5, every=3), Derived(0.1, every=4), {"scale": 0.1, "_every": 4, "count": 3}),
         (
             EarlyStopping("val/loss", min_delta=1.0, patience=7),
@@ -79,20 +79,20 @@ def fit(folder, base, callback, ckpt=None, max_epochs=1, **options):
         ),
     ],
 )
-def test_options_are_those_of_this_start_and_progress_comes_back(tmp_path, tiny_base, former, now, expected):
+def test_options_of_this_start_win_and_progress_is_restored(tmp_path, tiny_base, former, now, expected):
     fit(tmp_path, tiny_base, former)
     seen = fit(tmp_path, tiny_base, now, tmp_path / "last.ckpt", max_epochs=2)
     assert {name: seen[name] for name in expected} == expected
     assert "load_state_dict" not in vars(now)
 
 
-def test_an_option_that_changes_twice_is_as_typed_last(tmp_path, tiny_base):
+def test_the_option_typed_last_wins(tmp_path, tiny_base):
     for epochs, every in enumerate((2, 5, 2), 1):
         ckpt = tmp_path / "last.ckpt" if epochs > 1 else None
-        assert fit(tmp_path, tiny_base, Every(every), ckpt, epochs)["_every"] == every
+        assert fit(tmp_path, tiny_base, StoresAll(every), ckpt, epochs)["_every"] == every
 
 
-def test_a_checkpoint_that_tells_no_options_follows_what_is_typed(tmp_path, tiny_base):
+def test_typed_options_win_over_a_checkpoint_without_options(tmp_path, tiny_base):
     fit(tmp_path, tiny_base, EarlyStopping("val/loss", patience=7))
     old = torch.load(tmp_path / "last.ckpt", weights_only=True)
     del old["callback_options"]
@@ -101,7 +101,7 @@ def test_a_checkpoint_that_tells_no_options_follows_what_is_typed(tmp_path, tiny
     assert fit(tmp_path, tiny_base, now, tmp_path / "old.ckpt", max_epochs=2)["patience"] == 4
 
 
-def test_a_larger_patience_goes_on_and_waits_on_from_where_it_was(tmp_path, tiny_base):
+def test_a_larger_patience_continues_the_wait_count(tmp_path, tiny_base):
     first = EarlyStopping("val/loss", min_delta=1.0, patience=1)
     fit(tmp_path, tiny_base, first, max_epochs=20)
     assert first.stopped_epoch == 1
@@ -110,7 +110,7 @@ def test_a_larger_patience_goes_on_and_waits_on_from_where_it_was(tmp_path, tiny
     assert (second.stopped_epoch, second.wait_count) == (4, 4)
 
 
-def test_another_metric_is_watched_from_the_start(tmp_path, tiny_base):
+def test_another_metric_starts_with_a_wait_count_of_zero(tmp_path, tiny_base):
     fit(tmp_path, tiny_base, EarlyStopping("val/loss", min_delta=1.0, patience=1), max_epochs=20)
     now = EarlyStopping("val/perplexity", patience=3)
     with pytest.warns(UserWarning, match="callbacks used to create the checkpoint need to be provided"):
@@ -119,7 +119,7 @@ def test_another_metric_is_watched_from_the_start(tmp_path, tiny_base):
 
 
 class Slow(Timer):
-    """A Timer whose time has long run out."""
+    """A Timer whose stored time has run out."""
 
     def state_dict(self):
         return {"time_elapsed": {"train": 1e9}}
@@ -140,7 +140,7 @@ def test_each_start_has_its_own_time(tmp_path, tiny_base, kind):
 def test_each_start_has_the_max_time_of_the_trainer(tmp_path, tiny_base):
     for epochs in (1, 2):
         ckpt = tmp_path / "last.ckpt" if epochs == 2 else None
-        fit(tmp_path, tiny_base, Every(), ckpt, epochs, max_time={"hours": 1})
+        fit(tmp_path, tiny_base, StoresAll(), ckpt, epochs, max_time={"hours": 1})
         saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
         assert saved["global_step"] == 3 * epochs
         saved["callbacks"]["Timer"]["time_elapsed"]["train"] = 3601.0

@@ -1,4 +1,4 @@
-"""What is typed now, compared with what a checkpoint was trained with."""
+"""The options of this start, compared with those of the checkpoint."""
 
 import copy
 from pathlib import Path
@@ -22,7 +22,7 @@ def _seed(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "42")
 
 
-def changed(path: str, value):
+def changes_of(path: str, value):
     now = {"model": copy.deepcopy(MODEL), "data": copy.deepcopy(DATA)}
     *sections, key = path.split(".")
     place = now
@@ -50,7 +50,7 @@ def changed(path: str, value):
     ],
 )
 def test_another_base_adapter_or_data_make_another_run(path, value):
-    (found,) = changed(path, value)
+    (found,) = changes_of(path, value)
     assert (found.option, found.makes_another_run) == (path, True)
     assert str(found).startswith(f"{path} is {value} and was ")
 
@@ -64,8 +64,8 @@ def test_another_base_adapter_or_data_make_another_run(path, value):
         ("model.lora.lora_dropout", 0.5),
     ],
 )
-def test_what_a_run_takes_over_as_it_goes_on_is_told(path, value):
-    (found,) = changed(path, value)
+def test_options_that_a_resumed_run_takes_over_are_listed(path, value):
+    (found,) = changes_of(path, value)
     assert (found.option, found.makes_another_run) == (path, False)
 
 
@@ -83,11 +83,11 @@ def test_what_a_run_takes_over_as_it_goes_on_is_told(path, value):
         ("model.base", f"{Path('base').resolve()}/"),
     ],
 )
-def test_what_decides_nothing_is_no_difference(path, value):
-    assert changed(path, value) == []
+def test_options_without_effect_on_training_are_not_listed(path, value):
+    assert changes_of(path, value) == []
 
 
-def test_another_global_seed_makes_another_run_where_it_decides(monkeypatch):
+def test_another_global_seed_makes_another_run_unless_data_seed_is_set(monkeypatch):
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     (found,) = changed_options(CHECKPOINT, MODEL, DATA)
     assert str(found) == "seed_everything is 1 and was 42"
@@ -96,6 +96,6 @@ def test_another_global_seed_makes_another_run_where_it_decides(monkeypatch):
     assert changed_options(CHECKPOINT | {"datamodule_hyper_parameters": given}, MODEL, given) == []
 
 
-def test_an_option_that_an_older_version_did_not_have_is_not_compared():
+def test_an_option_unknown_to_the_older_version_is_not_compared():
     older = {key: value for key, value in MODEL.items() if key not in ("torch_compile", "dtype")}
     assert changed_options({"hyper_parameters": older}, MODEL, DATA) == []

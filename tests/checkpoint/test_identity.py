@@ -1,4 +1,4 @@
-"""What a checkpoint holds and what is checked when it is read: on dictionaries, without a model."""
+"""What a checkpoint holds and what is checked on reading it, on plain dictionaries without a model."""
 
 import pytest
 import torch
@@ -21,35 +21,35 @@ LAYERS = {"qkv_proj": 2}
 MINE = identity("owner/base", "a" * 64, LORA, LAYERS) | {"tokenizer": "c" * 64, "template": "d" * 64}
 
 
-def written(**changes) -> dict:
+def content(**changes) -> dict:
     return {IDENTITY: MINE | changes}
 
 
-def test_the_own_checkpoint_is_taken():
-    check_identity(written(), MINE)
+def test_a_matching_checkpoint_is_accepted():
+    check_identity(content(), MINE)
 
 
 @pytest.mark.parametrize("same", [{"lora_dropout": 0.0}, {"target_modules": ["model.layers.0.self_attn.qkv_proj"]}])
-def test_what_changes_no_weight_may_differ(same):
-    check_identity(written(lora=LORA | same), MINE)
+def test_options_that_change_no_weight_may_differ(same):
+    check_identity(content(lora=LORA | same), MINE)
 
 
 @pytest.mark.parametrize(
     ("checkpoint", "message"),
     [
         ({}, "not written by phi3_lightning"),
-        (written(format_version=FORMAT_VERSION + 1), f"format version {FORMAT_VERSION + 1}"),
-        (written(fingerprint="b" * 64, base="owner/other"), r"another base model: .*owner/other.*owner/base"),
-        (written(fingerprint="b" * 64, base=None), "another base model: .*a local folder"),
-        (written(lora=LORA | {"r": 8}), r"model\.lora\.r is 16 and was 8"),
-        (written(lora=LORA | {"lora_alpha": 8}), "lora_alpha is 32 and was 8"),
-        (written(lora=LORA | {"use_rslora": True}), "use_rslora is False and was True"),
-        (written(lora=LORA | {"use_dora": True}), "use_dora is None and was True"),
-        (written(layers={"qkv_proj": 2, "o_proj": 1}), "qkv_proj in 2 layers and adapted qkv_proj in 2.*o_proj in 1"),
-        (written(tokenizer="e" * 64), r"another tokenizer \(eeeeeeeeeeee\).*data\.tokenizer"),
-        (written(template="e" * 64), r"another template \(e.*data\.chat_template"),
-        (written(fingerprint="b" * 64, revision="v1"), "owner/base at v1"),
-        (written(format_version=0), "reads 1 to 2"),
+        (content(format_version=FORMAT_VERSION + 1), f"format version {FORMAT_VERSION + 1}"),
+        (content(fingerprint="b" * 64, base="owner/other"), r"another base model: .*owner/other.*owner/base"),
+        (content(fingerprint="b" * 64, base=None), "another base model: .*a local folder"),
+        (content(lora=LORA | {"r": 8}), r"model\.lora\.r is 16 and was 8"),
+        (content(lora=LORA | {"lora_alpha": 8}), "lora_alpha is 32 and was 8"),
+        (content(lora=LORA | {"use_rslora": True}), "use_rslora is False and was True"),
+        (content(lora=LORA | {"use_dora": True}), "use_dora is None and was True"),
+        (content(layers={"qkv_proj": 2, "o_proj": 1}), "qkv_proj in 2 layers and adapted qkv_proj in 2.*o_proj in 1"),
+        (content(tokenizer="e" * 64), r"another tokenizer \(eeeeeeeeeeee\).*data\.tokenizer"),
+        (content(template="e" * 64), r"another template \(e.*data\.chat_template"),
+        (content(fingerprint="b" * 64, revision="v1"), "owner/base at v1"),
+        (content(format_version=0), "reads 1 to 2"),
     ],
 )
 def test_a_foreign_checkpoint_is_refused_by_name(checkpoint, message):
@@ -58,11 +58,11 @@ def test_a_foreign_checkpoint_is_refused_by_name(checkpoint, message):
 
 
 def test_a_difference_can_be_a_warning(recwarn):
-    check_identity(written(tokenizer="e" * 64, lora=LORA | {"r": 8}), MINE, on_mismatch="warn")
-    said = [str(warning.message) for warning in recwarn]
-    assert len(said) == 2
-    assert "another tokenizer" in said[0]
-    assert "r is 16 and was 8" in said[1]
+    check_identity(content(tokenizer="e" * 64, lora=LORA | {"r": 8}), MINE, on_mismatch="warn")
+    warned = [str(warning.message) for warning in recwarn]
+    assert len(warned) == 2
+    assert "another tokenizer" in warned[0]
+    assert "r is 16 and was 8" in warned[1]
     with pytest.raises(CheckpointError, match="not written by"):
         check_identity({}, MINE, on_mismatch="warn")
 
@@ -76,9 +76,9 @@ def test_the_first_format_is_migrated():
         check_identity({IDENTITY: first | {"lora": LORA | {"r": 8}}}, MINE)
 
 
-def test_what_is_not_known_is_not_compared():
-    check_identity(written(tokenizer=None, template=None), MINE)
-    check_identity(written(), MINE | {"tokenizer": None, "template": None})
+def test_unknown_values_are_not_compared():
+    check_identity(content(tokenizer=None, template=None), MINE)
+    check_identity(content(), MINE | {"tokenizer": None, "template": None})
 
 
 def test_the_packages_are_recorded():
@@ -97,7 +97,7 @@ def without(name: str) -> dict:
     return {key: value for key, value in STATE.items() if key != name}
 
 
-def test_a_fitting_state_is_taken():
+def test_a_matching_state_is_accepted():
     check_state({name: tensor + 1 for name, tensor in STATE.items()}, STATE)
 
 
@@ -112,12 +112,12 @@ def test_a_fitting_state_is_taken():
         (STATE | {"a.lora_A": torch.zeros(3, 2)}, r"a\.lora_A has shape \(3, 2\) instead of \(2, 3\)"),
     ],
 )
-def test_a_state_that_does_not_fit_is_refused_key_by_key(found, message):
+def test_mismatches_of_a_state_are_named_key_by_key(found, message):
     with pytest.raises(CheckpointError, match=message):
         check_state(found, STATE)
 
 
-def test_many_misfits_are_counted():
+def test_many_mismatches_are_counted():
     many = {f"layer{index}": torch.zeros(1) for index in range(9)}
     with pytest.raises(CheckpointError, match="layer4; and 4 more"):
         check_state({}, many)
@@ -131,7 +131,7 @@ def test_moments_that_are_not_finite_are_refused():
         check_moments([good, bad])
 
 
-def test_the_mark_of_compilation_is_taken_out_of_names():
+def test_the_prefix_of_compiled_modules_is_removed_from_names():
     assert plain_name("model._orig_mod.layers.0._orig_mod.weight") == "model.layers.0.weight"
     assert plain_name("model.layers.0.weight") == "model.layers.0.weight"
 

@@ -1,4 +1,4 @@
-"""A checkpoint file is whole or not there, and reading one runs nothing."""
+"""A checkpoint file is complete or absent, and reading one runs no code."""
 
 import errno
 import os
@@ -35,7 +35,7 @@ def assert_holds(path: Path, checkpoint: dict) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_what_is_written_is_read_and_nothing_else_is_left(path):
+def test_a_checkpoint_reads_back_and_no_temporary_file_stays(path):
     SafeCheckpointIO().save_checkpoint(NEWER, path)
     assert_holds(path, NEWER)
 
@@ -65,7 +65,7 @@ def test_a_disk_that_fills_up_while_flushing_leaves_the_former_file(path, monkey
     assert_holds(path, FORMER)
 
 
-def test_the_first_checkpoint_that_fails_says_that_there_is_none(tmp_path, monkeypatch):
+def test_a_failed_first_checkpoint_reports_that_none_exists(tmp_path, monkeypatch):
     def full(descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -75,7 +75,7 @@ def test_the_first_checkpoint_that_fails_says_that_there_is_none(tmp_path, monke
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_content_reaches_the_disk_before_the_name_does(path, monkeypatch):
+def test_content_is_flushed_before_the_rename(path, monkeypatch):
     events = []
     fsync, replace = os.fsync, Path.replace
     monkeypatch.setattr(os, "fsync", lambda descriptor: (events.append("flush"), fsync(descriptor)))
@@ -97,7 +97,7 @@ def test_a_missing_file_is_a_named_error(tmp_path):
         read_checkpoint(tmp_path / "none.ckpt")
 
 
-def test_an_adapter_in_another_form_is_told_where_it_belongs(tmp_path, path):
+def test_an_adapter_file_is_refused_with_init_from_as_the_remedy(tmp_path, path):
     with pytest.raises(CheckpointError, match=r"a folder, and no checkpoint.*model\.lora\.init_from"):
         read_checkpoint(tmp_path)
     torch.save({"layer.lora_A": torch.zeros(2, 2)}, path)
@@ -112,7 +112,7 @@ def test_a_file_of_something_else_is_a_named_error(path):
 
 
 class Touch:
-    """Unpickling it creates a file."""
+    """Creates a file when it is unpickled."""
 
     def __init__(self, target: Path) -> None:
         self.target = target
@@ -129,7 +129,7 @@ def test_code_in_a_file_is_never_run(path, tmp_path, weights_only):
         SafeCheckpointIO().load_checkpoint(path, weights_only=weights_only)
     assert not trace.exists()
     torch.load(path, weights_only=False)
-    assert trace.exists()  # the file was dangerous
+    assert trace.exists()  # the pickle does run code elsewhere
 
 
 def test_a_bare_pickle_is_never_run(path, tmp_path):
@@ -140,7 +140,7 @@ def test_a_bare_pickle_is_never_run(path, tmp_path):
     assert not trace.exists()
 
 
-def test_a_trainer_saves_and_resumes_through_it(tmp_path, tiny_base):
+def test_a_trainer_saves_and_resumes_with_the_plugin(tmp_path, tiny_base):
     data = synthetic.loader([synthetic.batch_of([[synthetic.document(9, 5, 0)]])])
     module = Phi3LoRAModule(tiny_base, dtype="float32")
     first = synthetic.trainer(tmp_path, plugins=[SafeCheckpointIO()])
@@ -152,11 +152,11 @@ def test_a_trainer_saves_and_resumes_through_it(tmp_path, tiny_base):
     assert again.global_step == 2
 
 
-# ---------------------------------------------------------------- disks that are full, and kills
+# ---------------------------------------------------------------- full disks and kills
 
 
 def test_a_disk_with_a_limit_leaves_the_former_file(path):
-    """A file-size limit fails the write of a big checkpoint at some byte, as a full disk does."""
+    """A file-size limit makes the write of a large checkpoint fail at some byte, as a full disk does."""
     big = {"state_dict": {"w": torch.ones(500_000)}, "global_step": 5}
     former = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, former[1]))  # Python ignores SIGXFSZ
@@ -170,7 +170,7 @@ def test_a_disk_with_a_limit_leaves_the_former_file(path):
 
 @pytest.mark.parametrize("written", [0, 1, 1000, 100_000, None])
 def test_a_kill_at_any_byte_leaves_the_former_file(path, written):
-    """The child dies after so many bytes; None: when all are written, before the name changes."""
+    """The child dies after ``written`` bytes; None: after all are written, before the rename."""
     pid = os.fork()
     if pid == 0:
         real = Path.open
@@ -204,7 +204,7 @@ def test_a_kill_at_any_byte_leaves_the_former_file(path, written):
             os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
     assert torch.equal(read_checkpoint(path)["state_dict"]["w"], FORMER["state_dict"]["w"])
-    SafeCheckpointIO().save_checkpoint(NEWER, path)  # what was left behind is in nobody's way
+    SafeCheckpointIO().save_checkpoint(NEWER, path)  # the leftover temporary file does not interfere
     assert_holds(path, NEWER)
 
 
@@ -212,7 +212,7 @@ def test_a_kill_at_any_byte_leaves_the_former_file(path, written):
 
 
 class Losses(pl.Callback):
-    """The loss of every validation."""
+    """Records the loss of every validation."""
 
     def __init__(self) -> None:
         self.scores: list[float] = []
@@ -222,7 +222,7 @@ class Losses(pl.Callback):
             self.scores.append(trainer.callback_metrics["val/loss"].item())
 
 
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")  # it is meant to be
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* exists and is not empty:UserWarning")  # which is intended
 def test_lightnings_model_checkpoint_keeps_the_best_by_token_weighted_loss(tmp_path, tiny_base):
     data = synthetic.loader([synthetic.batch_of([[synthetic.document(9, 5, seed)]]) for seed in range(3)])
     losses = Losses()
@@ -239,7 +239,7 @@ def test_lightnings_model_checkpoint_keeps_the_best_by_token_weighted_loss(tmp_p
     assert {path.name for path in kept} == {"last.ckpt", *(f"{3 * (epoch + 1)}.ckpt" for epoch in best)}
     assert Path(keep.best_model_path).name == f"{3 * (best[0] + 1)}.ckpt"
     assert not any(path.is_symlink() for path in kept)
-    newest = 3 * (max(best) + 1)  # Lightning renews it where it keeps one of the best
+    newest = 3 * (max(best) + 1)  # Lightning rewrites `last` whenever it saves one of the best
     assert read_checkpoint(tmp_path / "kept" / "last.ckpt")["global_step"] == newest
     again = synthetic.trainer(tmp_path, max_epochs=5, callbacks=[keep], **options)
     again.fit(
@@ -254,12 +254,12 @@ def test_storage_options_are_refused_as_lightning_does(tmp_path):
         SafeCheckpointIO().save_checkpoint(FORMER, tmp_path / "a.ckpt", storage_options={})
 
 
-def test_what_is_no_checkpoint_is_read_back_as_it_was_saved_and_taken_for_none(tmp_path):
+def test_a_plain_state_reads_back_unless_it_was_saved_elsewhere(tmp_path):
     state = {"adapter.lora_A": torch.arange(3.0)}
     SafeCheckpointIO().save_checkpoint(state, tmp_path / "sent.ckpt")
     found = SafeCheckpointIO().load_checkpoint(tmp_path / "sent.ckpt")
     assert found.keys() == state.keys()
     assert torch.equal(found["adapter.lora_A"], state["adapter.lora_A"])
-    torch.save(state, tmp_path / "adapter.pt")  # somebody's adapter is no checkpoint
+    torch.save(state, tmp_path / "adapter.pt")  # an adapter is not a checkpoint
     with pytest.raises(CheckpointError, match="not a Lightning checkpoint"):
         SafeCheckpointIO().load_checkpoint(tmp_path / "adapter.pt")

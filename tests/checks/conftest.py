@@ -1,4 +1,4 @@
-"""A suite of checks on the embedded model."""
+"""Suites of checks on the embedded model."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,7 +17,7 @@ TINY = Path(phi3_lightning.__file__).parent / "assets/tiny_phi3"
 
 @pytest.fixture
 def shared_base(tmp_path) -> Callable[..., SharedBase]:
-    """Make a shared base of the embedded model with given arguments of the module."""
+    """Make a shared base of the embedded model with arguments of the module."""
 
     def make(precision: str = "32-true", **module) -> SharedBase:
         options = {"dtype": "float32", "optimizer": {"lr": 0.01}} | module
@@ -29,7 +29,7 @@ def shared_base(tmp_path) -> Callable[..., SharedBase]:
 
 @pytest.fixture
 def suite(shared_base, tmp_path) -> Callable[..., Suite]:
-    """Make a suite with given arguments of the data and of the module."""
+    """Make a suite with arguments of the data and of the module."""
 
     def make(data: dict | None = None, **module) -> Suite:
         arguments = {"train": str(TINY / "chats_train.jsonl"), "tokenizer": str(TINY), "max_length": 256}

@@ -1,4 +1,4 @@
-"""Who is at fault: rows, settings or base."""
+"""The overfit check blames rows, settings or base."""
 
 import random
 import string
@@ -28,7 +28,7 @@ def results(made, rows):
 
 
 @pytest.mark.slow
-def test_answers_that_follow_from_nothing_are_the_data_s_fault(suite, tmp_path):
+def test_random_answers_are_blamed_on_the_data(suite, tmp_path):
     noise = random.Random(0)
     lines = [
         f'{{"prompt": "Question {number}?", "completion": "{"".join(noise.choices(string.ascii_letters, k=90))}"}}'
@@ -48,7 +48,7 @@ def test_answers_that_follow_from_nothing_are_the_data_s_fault(suite, tmp_path):
     )
 
 
-def test_where_nothing_is_learnt_the_base_is_at_fault(suite, monkeypatch):
+def test_learning_nothing_is_blamed_on_the_base(suite, monkeypatch):
     monkeypatch.setattr(overfit, "OVERFIT_STEPS", 1)
     made = suite()
     found = results(made, packaged_rows(made.template))
@@ -57,7 +57,7 @@ def test_where_nothing_is_learnt_the_base_is_at_fault(suite, monkeypatch):
     assert {result.outcome for name, result in found.items() if name != GOOD_ROWS_GOOD_SETTINGS} == {"skipped"}
 
 
-def test_settings_that_diverge_are_at_fault(suite, monkeypatch):
+def test_divergence_is_blamed_on_the_settings(suite, monkeypatch):
     made = suite(optimizer={"lr": 1e38})
     diagnosis = OverfitDiagnosis(made.shared_base, made.template, None, made.folder, lambda name: None, lambda: None)
     rows = packaged_rows(made.template)[:2]

@@ -1,4 +1,4 @@
-"""A checkpoint that does not bring everything back is found out."""
+"""A checkpoint that does not restore everything is detected."""
 
 import pytest
 import torch
@@ -12,17 +12,17 @@ from phi3_lightning.checks.rows import packaged_rows
 LOAD = Phi3LoRAModule.load_state_dict
 
 
-def changed(self, state_dict, *args, **kwargs):
+def load_other(self, state_dict, *args, **kwargs):
     name = next(name for name in state_dict if "qkv_proj.lora_A" in name)
     return LOAD(self, {**state_dict, name: torch.nextafter(state_dict[name], state_dict[name] + 1)}, *args, **kwargs)
 
 
-def nothing(self, state_dict, *args, **kwargs):
+def load_none(self, state_dict, *args, **kwargs):
     return LOAD(self, {}, strict=False)
 
 
-@pytest.mark.parametrize(("load", "told"), [(LOAD, None), (changed, "qkv_proj.lora_A"), (nothing, "lora_B")])
-def test_what_does_not_come_back(suite, monkeypatch, load, told):
+@pytest.mark.parametrize(("load", "message"), [(LOAD, None), (load_other, "qkv_proj.lora_A"), (load_none, "lora_B")])
+def test_a_lossy_checkpoint_fails_the_check(suite, monkeypatch, load, message):
     monkeypatch.setattr(overfit, "OVERFIT_STEPS", 2)
     made = suite(lora={"lora_dropout": 0.1})
     diagnosis = OverfitDiagnosis(made.shared_base, made.template, 1.0, made.folder, lambda name: None, lambda: None)
@@ -33,5 +33,5 @@ def test_what_does_not_come_back(suite, monkeypatch, load, told):
     monkeypatch.setattr(Phi3LoRAModule, "load_state_dict", load)
     with made.shared_base.module() as fresh:
         faults = trip.faults(fresh)
-    assert (faults == []) == (told is None)
-    assert told is None or any(told in fault for fault in faults)
+    assert (faults == []) == (message is None)
+    assert message is None or any(message in fault for fault in faults)

@@ -1,4 +1,4 @@
-"""Each fault shows in its own check, with what to do, and in no other that can be tried."""
+"""Each fault fails its own check, with a remedy, and no other check that can run."""
 
 import json
 from itertools import islice
@@ -16,7 +16,7 @@ from phi3_lightning.data.template import ChatTemplate
 FORWARD = Phi3LoRAModule.forward
 CONFIGURE = Phi3LoRAModule.configure_model
 QUICK = 7
-"""How many checks come before the diagnosis."""
+"""Number of checks before the overfit diagnosis."""
 
 
 def outcomes(suite) -> dict[str, str]:
@@ -24,7 +24,7 @@ def outcomes(suite) -> dict[str, str]:
 
 
 def failed(suite):
-    """The one check that fails; all others hold, or cannot be tried."""
+    """The one check that fails; all others pass or are skipped."""
     results = list(islice(suite.run(), QUICK))
     [fault] = [result for result in results if result.outcome == "FAIL"]
     return fault, {result.name: result.outcome for result in results}
@@ -44,7 +44,7 @@ def chat(question: str, answer: str, **marks) -> dict:
 @pytest.mark.parametrize(
     ("precision", "dtype"), [("32-true", "float32"), ("bf16-mixed", "bfloat16"), ("bf16-true", "bfloat16")]
 )
-def test_what_is_sound_passes(suite, backend, precision, dtype):
+def test_a_sound_setup_passes_every_check(suite, backend, precision, dtype):
     pytest.importorskip(backend)
     made = suite(precision=precision, dtype=dtype, lora={"backend": backend}, gradient_checkpointing="full")
     assert set(outcomes(made).values()) == {"ok"}
@@ -57,7 +57,7 @@ def test_other_adapters_pass(suite, lora):
     assert set(outcomes(suite(lora=lora)).values()) == {"ok"}
 
 
-def test_answers_that_are_masked_away(suite, tmp_path):
+def test_masked_answers_fail_the_check_of_rows(suite, tmp_path):
     rows = [chat(f"Question {number}?", "An answer.", train=False) for number in range(9)]
     fault, others = failed(suite(write(tmp_path, rows)))
     assert fault.name == MY_ROWS
@@ -65,23 +65,23 @@ def test_answers_that_are_masked_away(suite, tmp_path):
     assert "9 dropped (nothing to train)" in fault.figure
     assert "weight 0 or train false" in fault.remedy
     assert others[TEMPLATE] == "skipped"
-    assert others[PACKED] == others[GRADIENTS] == "ok"  # tried with the package's rows
+    assert others[PACKED] == others[GRADIENTS] == "ok"  # these run on the package's rows
 
 
-def test_answers_that_are_empty(suite, tmp_path):
+def test_empty_answers_are_named(suite, tmp_path):
     fault, _ = failed(suite(write(tmp_path, [chat(f"Question {number}?", "") for number in range(9)])))
     assert fault.name == MY_ROWS
     assert "9 with empty answers" in fault.figure
 
 
-def test_answers_that_are_cut(suite, tmp_path):
+def test_truncated_answers_are_named(suite, tmp_path):
     rows = [chat(f"Question {number}?", "word " * 60) for number in range(9)]
     fault, _ = failed(suite(write(tmp_path, rows) | {"max_length": 40, "truncation": "truncate_end"}, lora={"r": 2}))
     assert fault.name == MY_ROWS
     assert "data.max_length" in fault.remedy
 
 
-def test_rows_that_cannot_be_read(suite, tmp_path):
+def test_unreadable_rows_are_named(suite, tmp_path):
     rows = [chat("Question?", "An answer."), {"messages": [{"role": "robot", "content": "x"}]}]
     data = write(tmp_path, rows)
     fault, _ = failed(suite(data))
@@ -122,14 +122,14 @@ def test_held_out_rows_that_are_trained_are_named(suite, tmp_path, split):
         )
 
 
-def test_copies_that_share_a_group_are_held_out_together(suite, tmp_path):
+def test_duplicates_of_one_group_are_held_out_together(suite, tmp_path):
     rows = [chat(f"Question {number // 2}?", "An answer.") | {"pair": number // 2} for number in range(40)]
     data = write(tmp_path, rows) | {"val_fraction": 0.5}
     results = [list(islice(suite(data | options).run(), 3))[2] for options in ({}, {"group_by": "pair"})]
     assert [(result.name, result.outcome) for result in results] == [(HELD_OUT, "FAIL"), (HELD_OUT, "ok")]
 
 
-def test_a_fault_behind_the_first_rows_is_found(suite, tmp_path):
+def test_a_bad_row_after_the_first_rows_is_found(suite, tmp_path):
     rows = [chat(f"Question {number}?", "An answer.") for number in range(600)] + [{"messages": 5}]
     fault, others = failed(suite(write(tmp_path, rows)))
     assert fault.name == REPEATED_ROWS
@@ -137,7 +137,7 @@ def test_a_fault_behind_the_first_rows_is_found(suite, tmp_path):
     assert others[MY_ROWS] == "ok"
 
 
-def test_a_template_whose_prompts_are_not_what_is_trained(suite, tmp_path):
+def test_a_template_whose_prompt_is_no_prefix_of_training_fails(suite, tmp_path):
     template = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
     (tmp_path / "own.jinja").write_text(template + "{% if add_generation_prompt %}Sure: {% endif %}")
     fault, _ = failed(suite({"chat_template": str(tmp_path / "own.jinja")}))
@@ -147,7 +147,7 @@ def test_a_template_whose_prompts_are_not_what_is_trained(suite, tmp_path):
 
 
 @pytest.mark.parametrize(("start", "end"), [(1, 0), (-1, 0), (0, 1)])
-def test_a_mask_that_is_off_by_one(suite, monkeypatch, start, end):
+def test_a_mask_that_is_off_by_one_fails(suite, monkeypatch, start, end):
     encode = ChatTemplate.encode
 
     def shifted(self, *args, **kwargs):
@@ -161,7 +161,7 @@ def test_a_mask_that_is_off_by_one(suite, monkeypatch, start, end):
     assert "chats_train.jsonl:" in fault.figure
 
 
-def test_a_mask_without_the_end_of_turn(suite, monkeypatch):
+def test_a_mask_without_the_end_of_turn_fails(suite, monkeypatch):
     supervise = ChatTemplate._supervise
 
     def endless(self, *args):
@@ -177,7 +177,7 @@ def test_a_mask_without_the_end_of_turn(suite, monkeypatch):
 
 
 @pytest.mark.parametrize("attention", ["documents", "sdpa", "eager"])
-def test_documents_that_see_each_other(suite, monkeypatch, attention):
+def test_packed_documents_that_see_each_other_fail(suite, monkeypatch, attention):
     def leaking(self, batch):
         rows, width = batch["input_ids"].shape
         one_document = {"position_ids": torch.arange(width).expand(rows, width)}
@@ -191,7 +191,7 @@ def test_documents_that_see_each_other(suite, monkeypatch, attention):
     assert "data.packing: false" in fault.remedy
 
 
-def test_recomputation_with_other_dropout(suite, monkeypatch):
+def test_recomputation_with_other_dropout_fails(suite, monkeypatch):
     checkpoint = numerics.checkpoint_activations
 
     def careless(model, how):
@@ -238,7 +238,7 @@ def test_a_slice_without_a_gradient_is_named(suite, monkeypatch):
     assert "1 of 28 get none: model.layers.1.self_attn.qkv_proj (k_proj)" in fault.figure
 
 
-def test_the_base_comes_back_as_it_was(suite):
+def test_the_checks_leave_the_base_unchanged(suite):
     made = suite()
     with made.shared_base.module() as module:
         before = {n: p.clone() for n, p in module.named_parameters() if not p.requires_grad}

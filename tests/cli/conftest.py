@@ -1,4 +1,4 @@
-"""Runs the command line in processes forked from this one, which has done the imports."""
+"""Runs the command line in processes forked from this one, which has already imported everything."""
 
 import functools
 import io
@@ -50,7 +50,7 @@ class Run:
         return self.status
 
     def wait_for(self, condition: Callable[[], bool], seconds: float = 120) -> None:
-        """Wait until something has happened; the run is killed when it takes too long."""
+        """Wait until a condition holds; kill the run when that takes too long."""
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end or (self.poll() is not None and not condition()):
@@ -79,7 +79,7 @@ def start(folder: Path, *args: str) -> Run:
     if pid == 0:
         code = 1
         try:
-            signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background is deaf to it
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a background process ignores it
             os.chdir(folder)
             sink = os.open(output, os.O_WRONLY | os.O_CREAT)
             os.dup2(sink, 1)
@@ -91,11 +91,11 @@ def start(folder: Path, *args: str) -> Run:
             sys.modules["__main__"].__spec__ = None
             os.environ |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPOSITORY / "src")}
             sys.path.insert(0, str(folder))
-            warnings.resetwarnings()  # as in a process of a user's
+            warnings.resetwarnings()  # as in a user's process
             threading.excepthook = threading.__excepthook__  # and not pytest's
             logging.getLogger("lightning.pytorch").handlers = [logging.StreamHandler(sys.stderr)]
             for logger in ("lightning.pytorch", "lightning.fabric"):
-                logging.getLogger(logger).setLevel(logging.INFO)  # commands that run in the tests' own process lower it
+                logging.getLogger(logger).setLevel(logging.INFO)  # commands run in this process lower it
             main()
             code = 0
         except SystemExit as end:

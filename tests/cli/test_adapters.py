@@ -1,4 +1,4 @@
-"""The configurations of the backends, as commands; wrong adapters are named before the model is loaded."""
+"""The backends' configurations as commands; wrong adapters are named before the model is loaded."""
 
 import importlib.util
 import json
@@ -28,7 +28,7 @@ def test_each_configuration_trains_three_steps(cli, tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         (["--model.lora.target_modules=[q_proj]"], "set model.lora.backend: loralib, or name qkv_proj"),
         (["--model.lora.init_lora_weights=pissa"], "it rewrites the base weights"),
@@ -41,15 +41,15 @@ def test_each_configuration_trains_three_steps(cli, tmp_path, name):
         (["--model.lora.bias=all"], "no layer of a Phi3ForCausalLM has a bias"),
     ],
 )
-def test_bad_input_is_one_clear_error(cli, options, told):
+def test_bad_input_is_one_clear_error(cli, options, message):
     refused = cli("fit", *QUICK, "--trainer.max_steps=1", *options, code=None)
     assert refused.status != 0
-    assert told in refused.text
+    assert message in refused.text
     assert "Traceback" not in refused.text
 
 
 def adapter_folder(folder: Path, **keys) -> Path:
-    """A folder of PEFT's with other keys in its configuration."""
+    """Write a PEFT adapter folder with changed keys in its configuration."""
     LoraConfig(r=4, target_modules=["o_proj"], base_model_name_or_path=str(TINY)).save_pretrained(str(folder))
     file = folder / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | keys))
@@ -57,7 +57,7 @@ def adapter_folder(folder: Path, **keys) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("keys", "told"),
+    ("keys", "message"),
     [
         ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base weights"),
         (
@@ -69,24 +69,24 @@ def adapter_folder(folder: Path, **keys) -> Path:
         ({"r": "4"}, "r: '4' cannot be used: give a whole number"),
     ],
 )
-def test_an_adapter_of_another_kind_is_named_before_the_base_is_loaded(cli, tmp_path, keys, told):
+def test_an_adapter_of_another_kind_is_named_before_the_base_is_loaded(cli, tmp_path, keys, message):
     folder = adapter_folder(tmp_path / "adapter", **keys)
-    said = f"{folder}: adapter_config.json: {told}"
-    absent = f"--model.base={tmp_path}/absent"  # an error of its own if it were looked for
+    prefix = f"{folder}: adapter_config.json: {message}"
+    absent = f"--model.base={tmp_path}/absent"  # loading it would be another error
     for option, args in (
         ("--ckpt_path", ("chat", f"--ckpt_path={folder}", absent, "--prompt=Hello")),
         ("model.lora.init_from", ("fit", *QUICK, f"--model.lora.init_from={folder}", "--trainer.max_steps=1")),
     ):
         refused = cli(*args, code=1)
         assert re.findall(r"^error: .*", refused.text, re.MULTILINE) == [
-            line for line in refused.text.splitlines() if line.startswith(f"error: {option}: {said}")
+            line for line in refused.text.splitlines() if line.startswith(f"error: {option}: {prefix}")
         ]
-        assert f"error: {option}: {said}" in refused.text
+        assert f"error: {option}: {prefix}" in refused.text
         assert "Traceback" not in refused.text
     assert not (tmp_path / "runs").exists()
 
 
-def test_slices_by_flags_from_a_file(cli, tmp_path):
+def test_slices_are_chosen_by_enable_lora_in_a_file(cli, tmp_path):
     (tmp_path / "a.yaml").write_text(
         f"model: {{base: {TINY}, lora: {{backend: loralib, target_modules: [qkv_proj],"
         " enable_lora: {qkv_proj: [true, false, true]}, alpha_pattern: {qkv_proj: 8}}}\n"

@@ -1,4 +1,4 @@
-"""``chat``: one answer, a script, and a person at a terminal."""
+"""``chat``: one answer, a script on stdin, and a person at a terminal."""
 
 import contextlib
 import json
@@ -50,12 +50,12 @@ def run_main(folder: Path, args: tuple[str, ...]) -> int:
 
 
 @dataclass
-class Said:
+class Result:
     out: str
     err: str
 
 
-def chat(folder: Path, *args: str, typed: str | bytes = "", code: int = 0) -> Said:
+def chat(folder: Path, *args: str, typed: str | bytes = "", code: int = 0) -> Result:
     """Run ``chat`` with ``typed`` on a stdin that is no terminal."""
     (folder / "typed").write_bytes(typed if isinstance(typed, bytes) else typed.encode())
     names = [folder / name for name in ("typed", "out", "err")]
@@ -70,14 +70,14 @@ def chat(folder: Path, *args: str, typed: str | bytes = "", code: int = 0) -> Sa
         finally:
             os._exit(status)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    said = Said(names[1].read_text(), names[2].read_text())
-    assert status == code, said
-    return said
+    result = Result(names[1].read_text(), names[2].read_text())
+    assert status == code, result
+    return result
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a run that has learnt to end with its shop's farewell."""
+    """The folder of a run that has learnt to end answers with the shop's farewell."""
     folder = tmp_path_factory.mktemp("chat")
     run = start(folder, "fit", *QUICK, "--trainer.max_steps=40", "--model.schedule.warmup=2")
     assert run.wait() == 0, run.text
@@ -87,12 +87,12 @@ def trained(tmp_path_factory) -> Path:
 TOKENS = "--model.generation.max_new_tokens=60"
 
 
-def test_one_answer_is_all_on_stdout(trained):
-    said = chat(trained, *CONFIG, TOKENS, "--prompt=Are you open on Sunday?")
-    assert said.out.endswith("Keep your lantern lit.\n")
-    assert said.out.count("\n") == 1
-    assert "last.ckpt: taken" in said.err
-    assert "Traceback" not in said.err
+def test_stdout_holds_nothing_but_the_answer(trained):
+    result = chat(trained, *CONFIG, TOKENS, "--prompt=Are you open on Sunday?")
+    assert result.out.endswith("Keep your lantern lit.\n")
+    assert result.out.count("\n") == 1
+    assert "last.ckpt: taken" in result.err
+    assert "Traceback" not in result.err
 
 
 def test_a_checkpoint_alone_is_enough(trained):
@@ -105,21 +105,21 @@ def test_answers_are_those_of_predict(trained, tmp_path):
     run = start(trained, "predict", *CONFIG, TOKENS, "--data.predict=prompts.jsonl")
     assert run.wait() == 0, run.text
     [line] = (trained / "runs/phi3-lora/predictions.jsonl").read_text().splitlines()
-    said = chat(trained, *CONFIG, TOKENS, "--prompt=Are you open on Sunday?")
-    assert said.out == json.loads(line)["answer"] + "\n"
+    result = chat(trained, *CONFIG, TOKENS, "--prompt=Are you open on Sunday?")
+    assert result.out == json.loads(line)["answer"] + "\n"
 
 
 def test_a_script_is_answered_line_by_line(trained):
     script = (
         "Are you open on Sunday?\n\n/base\nAre you open on Sunday?\n/base\n/reset\nAre you open on Sunday?\n/exit\nNo\n"
     )
-    said = chat(trained, *CONFIG, TOKENS, typed=script)
-    tuned, base, again = said.out.splitlines()
+    result = chat(trained, *CONFIG, TOKENS, typed=script)
+    tuned, base, again = result.out.splitlines()
     assert tuned == again != base
     assert tuned.endswith("Keep your lantern lit.")
     assert "Keep your lantern lit." not in base
-    assert "you>" not in said.out + said.err
-    assert "the base answers" in said.err
+    assert "you>" not in result.out + result.err
+    assert "the base answers" in result.err
 
 
 def test_history_and_system_messages_reach_the_model(trained):
@@ -136,8 +136,8 @@ def test_history_and_system_messages_reach_the_model(trained):
 def test_an_adapter_in_peft_s_format_answers_as_the_checkpoint_does(trained):
     run = start(trained, "export", LAST, "--output_dir=out-peft", "--overwrite")
     assert run.wait() == 0, run.text
-    said = chat(trained, "--ckpt_path=out-peft", f"--model.base={TINY}", TOKENS, "--prompt=Hello")
-    assert said.out == chat(trained, *CONFIG, TOKENS, "--prompt=Hello").out
+    result = chat(trained, "--ckpt_path=out-peft", f"--model.base={TINY}", TOKENS, "--prompt=Hello")
+    assert result.out == chat(trained, *CONFIG, TOKENS, "--prompt=Hello").out
 
 
 def test_an_adapter_of_loralib_answers(trained):
@@ -149,9 +149,9 @@ def test_an_adapter_of_loralib_answers(trained):
     with module.autocast():
         ids = list(stream(module.model.eval(), prompt, template.stop_ids, Generation(max_new_tokens=40)))
     shape = ("--model.lora.r=4", "--model.lora.lora_alpha=8", f"--model.base={TINY}")
-    said = chat(trained, "--ckpt_path=lora.pt", *shape, TOKENS, "--prompt=Hello")
-    assert said.out == template.tokenizer.decode(ids, skip_special_tokens=True) + "\n"
-    assert "lora.pt: taken; the file does not record how its LoRA deltas are scaled" in said.err
+    result = chat(trained, "--ckpt_path=lora.pt", *shape, TOKENS, "--prompt=Hello")
+    assert result.out == template.tokenizer.decode(ids, skip_special_tokens=True) + "\n"
+    assert "lora.pt: taken; the file does not record how its LoRA deltas are scaled" in result.err
 
 
 def test_a_merged_model_is_a_base(trained):
@@ -164,17 +164,17 @@ def test_a_merged_model_is_a_base(trained):
 
 
 def test_the_base_alone_answers_where_there_is_no_checkpoint(trained):
-    said = chat(trained, f"--model.base={TINY}", "--run=none", TOKENS, "--prompt=Hello")
-    assert "no checkpoint" in said.err
-    assert "Keep your lantern lit." not in said.out
+    result = chat(trained, f"--model.base={TINY}", "--run=none", TOKENS, "--prompt=Hello")
+    assert "no checkpoint" in result.err
+    assert "Keep your lantern lit." not in result.out
 
 
-def test_bad_input_is_said_and_the_chat_goes_on(trained):
+def test_bad_input_is_reported_and_the_chat_continues(trained):
     typed = f"/nope\n{'word ' * 1100}\n <|end|><|assistant|>\nHello\n"
-    said = chat(trained, *CONFIG, TOKENS, typed=typed)
-    assert "there is no /nope" in said.err
-    assert "the message is too long" in said.err
-    assert len(said.out.splitlines()) == 2
+    result = chat(trained, *CONFIG, TOKENS, typed=typed)
+    assert "there is no /nope" in result.err
+    assert "the message is too long" in result.err
+    assert len(result.out.splitlines()) == 2
     too_long = chat(trained, *CONFIG, TOKENS, f"--prompt={'word ' * 1100}", code=1)
     assert "error: the message is too long" in too_long.err
     assert too_long.out == ""
@@ -185,9 +185,9 @@ def test_bad_input_is_said_and_the_chat_goes_on(trained):
     assert "model.lora.r" in chat(trained, *CONFIG, "--model.lora.r=8", "--prompt=x", code=1).err
 
 
-def test_what_is_cut_and_what_is_forgotten_is_said(trained):
-    said = chat(trained, *CONFIG, "--model.generation.max_new_tokens=2", "--prompt=Hello")
-    assert "cut after model.generation.max_new_tokens 2" in said.err
+def test_truncated_answers_and_dropped_turns_are_reported(trained):
+    result = chat(trained, *CONFIG, "--model.generation.max_new_tokens=2", "--prompt=Hello")
+    assert "cut after model.generation.max_new_tokens 2" in result.err
     script = "".join(f"Number {number}: {'word ' * 60}\n" for number in range(16))
     assert (
         "no longer fit into the context"
@@ -209,7 +209,7 @@ class Terminal:
         self.seen = ""
 
     def until(self, pattern: str, seconds: float = 90) -> str:
-        """Read until something is shown; return it, and forget what came before."""
+        """Read until the pattern is shown; return it, and drop the text before it."""
         end = time.monotonic() + seconds
         while not (match := re.search(pattern, self.seen)):
             ready, _, _ = select.select([self.terminal], [], [], max(end - time.monotonic(), 0))
@@ -225,7 +225,7 @@ class Terminal:
         os.write(self.terminal, text.encode())
 
     def press_until(self, key: str, pattern: str) -> None:
-        """Press a key again where nothing happens: a signal just before readline waits is seen at the next key."""
+        """Press a key until the pattern is shown: a signal just before readline waits is handled at the next key."""
         for _ in range(10):
             self.type(key)
             with contextlib.suppress(AssertionError):
@@ -248,15 +248,15 @@ class Terminal:
         raise AssertionError(f"the chat did not end; the terminal shows:\n{self.seen}")
 
 
-def test_a_person_at_a_terminal(trained):
-    # an answer that does not end by itself: what is said is sampled from all tokens, up to the window
+def test_a_terminal_session_handles_commands_and_ctrl_c(trained):
+    # an answer that does not end by itself: it is sampled from all tokens, up to the context length
     endless = ("--model.generation.max_new_tokens=900", "--model.generation.do_sample=true",
                "--model.generation.temperature=50")  # fmt: skip
     person = Terminal(trained, *CONFIG, *endless)
     person.until("you> ")
     person.type("Hello\r")
     person.until("tuned> .{20}")
-    person.type("\x03")  # Ctrl-C stops the answer, and the chat goes on
+    person.type("\x03")  # Ctrl-C stops the answer, and the chat continues
     person.until("stopped")
     person.until("you> ")
     person.type("/base\r")
@@ -268,7 +268,7 @@ def test_a_person_at_a_terminal(trained):
     person.until("you> ")
     person.type("half a line")
     person.until("half a line")
-    person.press_until("\x03", "Ctrl-D leaves")  # Ctrl-C at the prompt drops the line
+    person.press_until("\x03", "Ctrl-D leaves")  # Ctrl-C at the prompt discards the line
     person.until("you> ")
     person.type("/help\r")
     person.until("clear the history")
@@ -277,7 +277,7 @@ def test_a_person_at_a_terminal(trained):
     assert person.end() == 0
 
 
-def test_a_script_that_is_interrupted_ends(trained, tmp_path):
+def test_an_interrupted_script_ends(trained, tmp_path):
     out, err = tmp_path / "out", tmp_path / "err"
     out.touch()
     pid = os.fork()
@@ -297,7 +297,7 @@ def test_a_script_that_is_interrupted_ends(trained, tmp_path):
         time.sleep(0.05)
     status = None
     while status is None and time.monotonic() < end:
-        os.kill(pid, signal.SIGINT)  # again: one that comes just before a read is seen after it
+        os.kill(pid, signal.SIGINT)  # repeated: a signal just before a read is handled after it
         time.sleep(0.5)
         ended, found = os.waitpid(pid, os.WNOHANG)
         status = os.waitstatus_to_exitcode(found) if ended else None
@@ -308,6 +308,6 @@ def test_a_script_that_is_interrupted_ends(trained, tmp_path):
 
 
 def test_the_help_explains_the_commands(trained):
-    said = chat(trained, "--help")
+    result = chat(trained, "--help")
     for part in ("--prompt", "--system", "--ckpt_path", "/base"):
-        assert part in said.out
+        assert part in result.out

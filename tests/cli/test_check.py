@@ -22,7 +22,7 @@ def lines(text: str) -> dict[str, list[str]]:
     return {outcome: [name for other, name in found if other == outcome] for outcome in ("ok", "FAIL", "skipped")}
 
 
-def test_what_is_sound_passes_and_nothing_is_written(cli, tmp_path, monkeypatch):
+def test_a_sound_setup_passes_and_nothing_is_written(cli, tmp_path, monkeypatch):
     cache, temporary = tmp_path / "cache", tmp_path / "temporary"
     temporary.mkdir()
     monkeypatch.setenv("TMPDIR", str(temporary))
@@ -30,7 +30,7 @@ def test_what_is_sound_passes_and_nothing_is_written(cli, tmp_path, monkeypatch)
     checked = cli("check", *CONFIG, f"--data.cache_dir={cache}", "--run=mine")
     found = lines(checked.text)
     assert (len(found["ok"]), found["FAIL"], found["skipped"]) == (CHECKS, [], [])
-    assert "checking: packed = unpacked" in checked.text  # progress, without a terminal
+    assert "checking: packed = unpacked" in checked.text  # progress lines without a terminal
     assert "All is sound" in checked.text
     assert "Warning" not in checked.text
     assert "\x1b" not in checked.text
@@ -61,13 +61,13 @@ def test_quantised_bases_pass(cli, kind):
 
 
 @pytest.mark.slow
-def test_a_base_that_was_never_trained_is_at_fault(cli):
+def test_an_untrained_base_is_blamed(cli):
     checked = cli("check", *CONFIG, "--model.init=random", code=1)
     assert lines(checked.text)["FAIL"] == ["good rows, good settings"]
     assert "the base or this machine" in checked.text
 
 
-def test_usage(cli, tmp_path):
+def test_usage_errors_are_named_and_the_help_lists_options(cli, tmp_path):
     assert "model.optimizer.lr" in cli("check", *CONFIG, "--model.optimizer.ir=1", code=2).text
     assert "nowhere.jsonl" in cli("check", *CONFIG, "--data.train=nowhere.jsonl", code=1).text
     assert (

@@ -1,4 +1,4 @@
-"""``--ckpt_path``: Lightning's words and paths mean the same in every command, and the base never takes their place."""
+"""``--ckpt_path``: Lightning's words and paths mean the same in every command, and the base never replaces them."""
 
 import json
 import re
@@ -43,20 +43,20 @@ def loss(run: Run) -> float:
     return float(re.search(r"val/loss\s+│\s+([\d.]+)", run.text)[1])
 
 
-def test_words_name_the_files_of_the_run(trained):
+def test_last_and_best_resolve_to_the_files_of_the_run(trained):
     base = loss(call(trained, "validate", "--run=other"))
     measured = {}
-    for asked in ("last", "best", "runs/phi3-lora/checkpoints/last.ckpt"):
-        run = call(trained, "validate", f"--ckpt_path={asked}")
+    for word in ("last", "best", "runs/phi3-lora/checkpoints/last.ckpt"):
+        run = call(trained, "validate", f"--ckpt_path={word}")
         assert run.status == 0, run.text
-        assert f"{'best' if asked == 'best' else 'last'}.ckpt: taken" in run.text
-        measured[asked] = loss(run)
+        assert f"{'best' if word == 'best' else 'last'}.ckpt: taken" in run.text
+        measured[word] = loss(run)
     assert measured["last"] == measured["runs/phi3-lora/checkpoints/last.ckpt"]
     assert len({base, measured["last"], measured["best"]}) == 3
 
 
 @pytest.mark.parametrize("command", ["chat", "export"])
-def test_commands_that_are_not_the_trainers_know_the_words(trained, tmp_path, command):
+def test_chat_and_export_resolve_last_and_best_too(trained, tmp_path, command):
     shutil.copytree(trained / "runs", tmp_path / "runs")
     run = call(tmp_path, command, "--ckpt_path=last")
     assert run.status == 0, run.text
@@ -71,12 +71,12 @@ def test_commands_that_are_not_the_trainers_know_the_words(trained, tmp_path, co
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-@pytest.mark.parametrize("asked", ["nothing.ckpt", "best", ""])
-def test_what_is_not_there_ends_every_command(tmp_path, command, asked):
+@pytest.mark.parametrize("word", ["nothing.ckpt", "best", ""])
+def test_a_missing_checkpoint_ends_every_command(tmp_path, command, word):
     report = tmp_path / "runs/phi3-lora/test.json"
     report.parent.mkdir(parents=True)
     report.write_text(json.dumps("of an earlier call"))
-    run = call(tmp_path, command, f"--ckpt_path={asked}")
+    run = call(tmp_path, command, f"--ckpt_path={word}")
     assert run.status == 1, run.text
     (line,) = [line for line in run.text.splitlines() if line.startswith("error: ")]
     assert "--ckpt_path" in line or "nothing.ckpt: there is no such checkpoint" in line
@@ -86,13 +86,13 @@ def test_what_is_not_there_ends_every_command(tmp_path, command, asked):
 
 
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "chat", "export"])
-def test_the_base_does_not_answer_where_the_last_checkpoint_was_asked_for(tmp_path, command):
+def test_the_base_never_replaces_a_missing_last_checkpoint(tmp_path, command):
     run = call(tmp_path, command, "--ckpt_path=last")
     assert run.status == 1
     assert "error: --ckpt_path last: runs/phi3-lora/checkpoints/last.ckpt: there is no such checkpoint" in run.text
 
 
-def test_a_fit_from_the_last_checkpoint_begins_where_there_is_none_as_in_a_script(tmp_path):
+def test_fit_with_ckpt_path_last_starts_without_a_checkpoint(tmp_path):
     first = call(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_steps=1")
     assert "no checkpoint yet, starting at step 0" in first.text
     assert "going on after step 1" in call(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_steps=2").text
@@ -110,7 +110,7 @@ def test_checkpoints_of_another_folder_are_found_by_every_command(tmp_path):
         assert "elsewhere/last.ckpt: taken" in run.text
 
 
-def test_a_folder_of_a_run_names_its_checkpoints(trained):
+def test_a_run_folder_is_refused_with_its_checkpoints_named(trained):
     run = call(trained, "validate", "--ckpt_path=runs/phi3-lora")
     assert run.status == 1
     assert "give runs/phi3-lora/checkpoints/best.ckpt or runs/phi3-lora/checkpoints/last.ckpt" in run.text

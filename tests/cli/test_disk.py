@@ -1,4 +1,4 @@
-"""Where nothing can be written: one line that names the place, and the last checkpoint is as it was."""
+"""Where nothing can be written, one line names the path, and the last checkpoint is unchanged."""
 
 import os
 import subprocess
@@ -23,7 +23,7 @@ def disk(tmp_path) -> Path:
         ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(folder)], capture_output=True, check=False
     )
     if mounted.returncode != 0:
-        pytest.skip("nothing can be mounted here")
+        pytest.skip("mounting is not allowed here")
     yield folder
     subprocess.run(["umount", "-l", str(folder)], check=True)
 
@@ -94,7 +94,7 @@ RUN = "runs/phi3-lora"
     ],
     ids=["runs", "run", "checkpoints", "tensorboard", "config", "lock"],
 )
-def test_what_is_in_the_way_is_named(cli, tmp_path, put: Callable[[Path], None], place):
+def test_a_file_or_folder_in_the_way_is_named(cli, tmp_path, put: Callable[[Path], None], place):
     put(tmp_path)
     line = refusal(cli("fit", *FIT, code=1))
     assert line.startswith(f"error: {place}: ")
@@ -102,11 +102,11 @@ def test_what_is_in_the_way_is_named(cli, tmp_path, put: Callable[[Path], None],
 
 
 @pytest.mark.parametrize("root", ["/dev/null/x", "/proc/x"])
-def test_a_place_that_takes_no_folder_is_named(cli, root):
+def test_a_root_that_cannot_be_created_is_named(cli, root):
     assert refusal(cli("fit", *FIT, f"--trainer.default_root_dir={root}", code=1)).startswith(f"error: {root}")
 
 
-def test_a_run_that_failed_in_the_middle_leaves_no_lock(cli, tmp_path):
+def test_a_failed_run_leaves_no_lock(cli, tmp_path):
     file(tmp_path / RUN / "tensorboard")
     cli("fit", *FIT, code=1)
     assert not (tmp_path / RUN / ".lock").exists()

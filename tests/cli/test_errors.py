@@ -22,7 +22,7 @@ def with_message(**message) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("bad", "told"),
+    ("bad", "message"),
     [
         ("{not json", "chats.jsonl:2"),
         (with_message(role="robot", content="x"), "chats.jsonl:2"),
@@ -31,21 +31,21 @@ def with_message(**message) -> dict:
         ({"messages": []}, "chats.jsonl:2"),
     ],
 )
-def test_a_bad_row_is_named(cli, tmp_path, bad, told):
+def test_a_bad_row_is_named(cli, tmp_path, bad, message):
     refused = cli("fit", *QUICK, rows(tmp_path, CHAT, bad, CHAT), "--trainer.max_steps=1", code=1)
-    assert told in refused.text
+    assert message in refused.text
     assert "Traceback" not in refused.text
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
 
 
-def test_missing_and_empty_files(cli, tmp_path):
+def test_missing_and_empty_files_are_named(cli, tmp_path):
     assert "nowhere.jsonl" in cli("fit", *QUICK, "--data.train=nowhere.jsonl", code=1).text
     assert "empty" in cli("fit", *QUICK, rows(tmp_path), code=1).text
 
 
 @pytest.mark.parametrize("command", [("fit", "--trainer.max_steps=1"), ("preview",)])
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         ("--data.cache_dir=file/cache", "data.cache_dir: file/cache/phi3_lightning cannot be written"),
         ("--data.cache_dir=/proc/cache", "data.cache_dir: /proc/cache/phi3_lightning cannot be written"),
@@ -56,7 +56,7 @@ def test_missing_and_empty_files(cli, tmp_path):
         ("--data.group_by=customer", "data.group_by: 'customer' only decides which training rows validate"),
     ],
 )
-def test_data_that_cannot_be_read_or_kept_are_one_line(cli, tmp_path, command, option, told):
+def test_unreadable_data_or_cache_are_one_line_errors(cli, tmp_path, command, option, message):
     (tmp_path / "file").write_text("")
     (tmp_path / "splits").mkdir()
     for name in ("train", "test"):
@@ -64,18 +64,18 @@ def test_data_that_cannot_be_read_or_kept_are_one_line(cli, tmp_path, command, o
     options = QUICK if command[0] == "fit" else QUICK[3:7]
     refused = cli(*command, *options, option, code=1)
     [error] = [line for line in refused.text.splitlines() if line.startswith("error:")]
-    assert told in error
+    assert message in error
     assert "Traceback" not in refused.text
     assert not (tmp_path / "runs").exists()
 
 
-def test_no_row_left(cli, tmp_path):
+def test_max_length_is_named_where_it_leaves_no_row(cli, tmp_path):
     long = {"messages": [{"role": "user", "content": "word " * 300}, {"role": "assistant", "content": "ok"}]}
     refused = cli("fit", *QUICK, rows(tmp_path, long), "--data.max_length=32", code=1)
     assert "max_length" in refused.text
 
 
-def test_base_without_config(cli, tmp_path):
+def test_a_base_without_config_is_named(cli, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in cli("fit", *QUICK, "--model.base=empty", code=1).text
 
@@ -98,14 +98,14 @@ def test_wrong_targets_are_named_with_what_exists(cli):
     assert "set model.lora.backend: loralib, or name qkv_proj" in refused.text
 
 
-def test_max_length_beyond_the_window(cli):
+def test_max_length_beyond_the_context_length_is_refused(cli):
     refused = cli("fit", *QUICK, "--data.max_length=4096", code=1)
     assert "data.max_length: 4096" in refused.text
     assert "1024" in refused.text
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         ("--model.lora.r=0", "model.lora.r"),
         ("--model.optimizer.lr=-1", "model.optimizer.lr"),
@@ -117,14 +117,14 @@ def test_max_length_beyond_the_window(cli):
         ("--trainer.accelerator=mps", "MPS"),
     ],
 )
-def test_values_that_cannot_work(cli, option, told):
+def test_impossible_values_are_named(cli, option, message):
     refused = cli("fit", *QUICK, "--trainer.max_steps=1", option, code=None)
     assert refused.status != 0
-    assert told in refused.text
+    assert message in refused.text
 
 
 @pytest.mark.parametrize(
-    ("option", "code", "told"),
+    ("option", "code", "message"),
     [
         ("--trainer.precision=bf17", 2, "trainer.precision: bf17 cannot be used: "),
         ("--trainer.strategy=dpp", 1, "trainer.strategy: 'dpp' cannot be used: "),
@@ -137,17 +137,17 @@ def test_values_that_cannot_work(cli, option, told):
         ("--config=section.yaml", 2, "Problem with given class_path 'phi3_lightning.FSDP2Strategy': "),
     ],
 )
-def test_values_that_the_parser_refuses_are_one_line(cli, tmp_path, option, code, told):
+def test_values_that_the_parser_refuses_are_one_line(cli, tmp_path, option, code, message):
     section = "{class_path: phi3_lightning.FSDP2Strategy, init_args: text}"
     (tmp_path / "section.yaml").write_text(f"trainer: {{strategy: {section}}}\n")
     refused = cli("fit", *QUICK, "--trainer.max_steps=1", option, code=code)
     [error] = [line for line in refused.text.splitlines() if line.startswith("error:")]
-    assert told in error
+    assert message in error
     assert "Traceback" not in refused.text
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         ("--model.bse=x", "model.base"),
         ("--data.max_lenght=5", "data.max_length"),
@@ -156,8 +156,8 @@ def test_values_that_the_parser_refuses_are_one_line(cli, tmp_path, option, code
         ("--lr_scheduler=StepLR", "--model.schedule.name"),
     ],
 )
-def test_a_typo_names_the_nearest_option(cli, option, told):
-    assert told in cli("fit", *QUICK, option, code=2).text
+def test_a_typo_names_the_nearest_option(cli, option, message):
+    assert message in cli("fit", *QUICK, option, code=2).text
 
 
 def test_a_typo_in_a_file_names_the_nearest_key(cli, tmp_path):

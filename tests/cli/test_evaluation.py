@@ -1,4 +1,4 @@
-"""The command ``test``: the report in the run's folder, and what is left of a test that was killed."""
+"""The command ``test``: the report in the run's folder, and the answers that a killed test leaves."""
 
 import json
 import signal
@@ -27,7 +27,7 @@ def test_a_report_of_the_run_is_in_its_folder(cli, tmp_path):
     assert (folder / "test.md").is_file()
 
 
-def test_without_a_checkpoint_base_and_tuned_model_are_one(cli, tmp_path):
+def test_without_a_checkpoint_base_and_tuned_numbers_are_equal(cli, tmp_path):
     run = cli("test", *QUICK, f"--data.test={TINY}/chats_val.jsonl", *TESTED)
     assert "no checkpoint, the base model answers" in run.text
     content = json.loads((tmp_path / "runs/phi3-lora/test.json").read_text(encoding="utf-8"))

@@ -1,4 +1,4 @@
-"""``export`` from the command line: a checkpoint is all it needs, and others read what it writes."""
+"""``export`` from the command line: it needs only a checkpoint, and other libraries read its output."""
 
 import json
 import re
@@ -67,7 +67,7 @@ def test_a_checkpoint_is_exported_in_all_formats_and_read_without_this_package(c
     assert found["ours"] == []
     assert found["peft stops"] == found["merged stops"] == [1020, 1013]
     peft, merged, loralib = (torch.tensor(found[kind]) for kind in ("peft", "merged", "loralib"))
-    torch.testing.assert_close(loralib, peft, rtol=0, atol=1e-4)  # float32 all through, in another order
+    torch.testing.assert_close(loralib, peft, rtol=0, atol=1e-4)  # float32 throughout, in another order
     # the tiny base is stored in bfloat16, and the sum was rounded to it once: 2^-9 of each weight
     assert (merged - peft).abs().max() < 0.05 * peft.abs().max()
     card = (tmp_path / "out/peft/README.md").read_text()
@@ -75,7 +75,7 @@ def test_a_checkpoint_is_exported_in_all_formats_and_read_without_this_package(c
         assert part in card
     assert (tmp_path / "out/peft/loss.svg").read_text().startswith("<svg")
     for path in (tmp_path / "out").rglob("*"):
-        assert path.is_dir() or str(TINY).encode() not in path.read_bytes()  # a local path is nobody else's
+        assert path.is_dir() or str(TINY).encode() not in path.read_bytes()  # a local path is useless elsewhere
 
 
 def test_a_base_that_is_named_after_its_folder_is_a_warning():
@@ -113,28 +113,28 @@ def test_a_folder_in_use_is_kept(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [
         ((), "runs/phi3-lora: there is no checkpoint"),
         (("--ckpt_path=none.ckpt",), "none.ckpt: there is no such checkpoint"),
         (("--ckpt_path=none.ckpt", "--format=gguf"), "--format"),
     ],
 )
-def test_what_is_missing_is_said(cli, options, told):
+def test_missing_inputs_are_named(cli, options, message):
     refused = cli("export", *options, "--output_dir=out", code=None)
     assert refused.status != 0
-    assert told in refused.text
+    assert message in refused.text
     assert "Traceback" not in refused.text
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [(("--dtype=float16",), "--dtype: adapters are written in float32"), (("--merge", "--format=loralib"), "--merge")],
 )
-def test_options_that_contradict_each_other_are_refused(cli, tmp_path, options, told):
+def test_options_that_contradict_each_other_are_refused(cli, tmp_path, options, message):
     torch.save({"state_dict": {}, "hyper_parameters": {"base": str(TINY)}}, tmp_path / "a.ckpt")
     refused = cli("export", "--ckpt_path=a.ckpt", "--output_dir=out", *options, code=1)
-    assert told in refused.text
+    assert message in refused.text
 
 
 @pytest.mark.parametrize("content", [{"state_dict": {}}, {"state_dict": {}, "hyper_parameters": {"base": str(TINY)}}])
@@ -151,7 +151,7 @@ def test_the_help_explains_every_option(cli):
         assert option in shown
 
 
-def test_the_templates_that_were_trained_with_go_along(cli, tmp_path):
+def test_the_chat_template_of_training_is_exported(cli, tmp_path):
     own = Path(tmp_path / "own.jinja")
     own.write_text(json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"] + "{# mine #}")
     cli("fit", *QUICK, "--trainer.max_steps=1", f"--data.chat_template={own}")

@@ -28,7 +28,7 @@ def test_help_of_fit_shows_the_docstrings_of_fields(cli):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda path: path.name)
-def test_each_configuration_is_whole(cli, config: Path):
+def test_each_configuration_parses_to_the_values_it_states(cli, config: Path):
     printed = yaml.safe_load(cli("fit", f"--config={config}", "--print_config").text)
     written = yaml.safe_load(config.read_text())
 

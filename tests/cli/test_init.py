@@ -1,4 +1,4 @@
-"""``init``: configurations for an installed package, and a training script as one of them."""
+"""``init``: configurations for an installed package, and training scripts translated into one."""
 
 import dataclasses
 import inspect
@@ -88,7 +88,7 @@ trainer = trl.SFTTrainer(
 )
 """
 SPELLINGS = {"dictionaries": DICTIONARIES, "keywords": KEYWORDS, "merged": MERGED}
-"""The cookbook's sample_finetune.py, as scripts spell such things."""
+"""The cookbook's sample_finetune.py, in different spellings."""
 
 
 def translated(tmp_path, source: str) -> Translation:
@@ -117,7 +117,7 @@ def test_the_quickstart_trains_from_there(cli, tmp_path):
     assert torch.load(tmp_path / "runs/quickstart/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
 
 
-def test_a_folder_in_use_is_left_alone_unless_told(cli, tmp_path):
+def test_a_folder_that_is_not_empty_is_refused_without_overwrite(cli, tmp_path):
     (tmp_path / "conf").mkdir()
     (tmp_path / "conf/mine.yaml").write_text("mine")
     refused = cli("init", "conf", code=1)
@@ -129,7 +129,7 @@ def test_a_folder_in_use_is_left_alone_unless_told(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("args", "told"),
+    ("args", "message"),
     [
         (["a.py"], "a.py is a file; give a folder"),
         (["my conf"], "give one without blanks and signs"),
@@ -139,11 +139,11 @@ def test_a_folder_in_use_is_left_alone_unless_told(cli, tmp_path):
         (["conf", "--from=quickstart.py"], "quickstart.yaml is a configuration of the package; give"),
     ],
 )
-def test_what_cannot_be_is_one_clear_error_and_writes_nothing(cli, tmp_path, args, told):
+def test_bad_arguments_are_one_clear_error_and_write_nothing(cli, tmp_path, args, message):
     for name in ("a.py", "quickstart.py"):
         (tmp_path / name).write_text(DICTIONARIES)
     refused = cli("init", *args, code=1)
-    assert told in refused.text
+    assert message in refused.text
     assert "Traceback" not in refused.text
     assert not (tmp_path / "conf").exists()
 
@@ -214,8 +214,8 @@ ARGUMENTS = {
 
 @pytest.mark.parametrize("call", ARGUMENTS)
 @pytest.mark.parametrize("value", ["object()", "'odd'", "-7", "True"])
-def test_no_argument_passes_in_silence(tmp_path, call, value):
-    """Whatever a call is given is a setting, a note, or (switches alone) how things are here anyway."""
+def test_every_argument_becomes_a_setting_or_a_note(tmp_path, call, value):
+    """Each argument becomes a setting, a note, or (switches only) is the behaviour here anyway."""
     silent = set()
     for key in ARGUMENTS[call]:
         settings, notes = translated(tmp_path, f"x = 1\n{call}({key}={value})\n")
@@ -293,7 +293,7 @@ def test_validation_by_steps_counts_batches(tmp_path):
         ("name = 'o_proj'\nLoraConfig(target_modules=[name])", "no literal"),
         ("LoraConfig(task_type=TaskType.CAUSAL_LM)", "no literal"),
         ("SFTConfig(learning_rate=2 * 1e-4)", "no literal"),
-        # more than one value, or another by the time of the call
+        # more than one value, or a changed one by the time of the call
         ("lr = 1e-4\nif big: lr = 2e-4\nSFTConfig(learning_rate=lr)", "no literal"),
         ("def f(lr=1e-4):\n  SFTConfig(learning_rate=lr)", "no literal"),
         ("c = {'seed': 1}\nc['seed'] = 2\nSFTConfig(**c)", "not translated"),
@@ -309,7 +309,7 @@ def test_validation_by_steps_counts_batches(tmp_path):
         ),
     ],
 )
-def test_what_cannot_be_taken_is_named_and_sets_nothing(tmp_path, source, note):
+def test_untranslatable_arguments_are_named_and_set_nothing(tmp_path, source, note):
     settings, notes = translated(tmp_path, source)
     assert settings == {}
     assert notes
@@ -365,7 +365,7 @@ SLICES = ["k_proj", "q_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_
         (["q_proj", "v_proj"], {"model.lora.backend": "loralib"}),
     ],
 )
-def test_parts_of_fused_layers_bring_their_backend(tmp_path, targets, settings):
+def test_slices_of_fused_layers_select_the_loralib_backend(tmp_path, targets, settings):
     found = translated(tmp_path, f"LoraConfig(target_modules={targets!r})")
     assert found == ({"model.lora.target_modules": targets} | settings, [])
     LoRA(**{path.removeprefix("model.lora."): value for path, value in found.settings.items()})

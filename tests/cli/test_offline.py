@@ -1,4 +1,4 @@
-"""With a base in a local folder nothing needs a network: every socket but loopback is blocked."""
+"""With a base in a local folder nothing needs the network: every socket but loopback is blocked."""
 
 import socket
 
@@ -11,7 +11,7 @@ LOOPBACK = ("127.", "::1", "localhost")
 
 @pytest.fixture
 def no_network(monkeypatch, tmp_path):
-    """Forked runs inherit it; an attempt is refused, and noted in a file."""
+    """Forked runs inherit the block; an attempt is refused, and recorded in a file."""
     tried = tmp_path / "tried.txt"
     connect, resolve = socket.socket.connect, socket.getaddrinfo
 
@@ -46,7 +46,7 @@ def test_fit_resume_predict_and_export_need_no_network(cli, tmp_path, no_network
     assert not no_network.exists(), no_network.read_text()
 
 
-def test_the_block_blocks(no_network):
+def test_the_network_block_refuses_connections(no_network):
     with pytest.raises(OSError, match="blocked"):
         socket.create_connection(("huggingface.co", 443), timeout=1)
     assert "huggingface.co" in no_network.read_text()

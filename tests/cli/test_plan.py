@@ -1,4 +1,4 @@
-"""``plan``: a prediction from configurations alone, and three real steps beside it."""
+"""``plan``: a prediction from configurations alone, and three measured steps beside it."""
 
 import json
 import re
@@ -20,13 +20,13 @@ PARTS = (
 
 
 def gigabytes(text: str, row: str) -> float:
-    """What a row of the tables says."""
+    """The gigabytes in a row of the tables."""
     return float(re.search(rf"{re.escape(row)}[^│┃]*[│┃] *\(?([\d.]+)", text).group(1))
 
 
 @pytest.fixture
 def hub(tmp_path):
-    """Make a folder with nothing but the configuration that the hub has of a model."""
+    """Make a folder that holds only a model's configuration from the hub."""
 
     def hub(name: str, **changes) -> str:
         (tmp_path / name).mkdir()
@@ -36,7 +36,7 @@ def hub(tmp_path):
     return hub
 
 
-def test_real_lengths_make_a_whole_plan(cli, tmp_path):
+def test_a_plan_from_real_lengths_is_complete(cli, tmp_path):
     text = cli("plan", *QUICKSTART, "--data.max_length=256", f"--data.cache_dir={tmp_path}/cache").text
     assert "in data.train)" in text
     assert "whole run: 150 optimiser steps" in text
@@ -61,7 +61,7 @@ AUTO = (
 )  # fmt: skip
 
 
-def test_what_is_auto_is_decided_as_by_fit(cli, tmp_path):
+def test_plan_decides_auto_as_fit_does(cli, tmp_path):
     text = cli("plan", *QUICKSTART, *AUTO, f"--data.cache_dir={tmp_path}/cache").text
     assert "4 rows (the largest of 27 in data.train), 1 to an optimiser step" in text
     assert "model.gradient_checkpointing: auto is none here: the largest batch takes less than" in text
@@ -75,7 +75,7 @@ def test_fit_decides_what_is_auto(cli, tmp_path):
     assert "gradient checkpointing: none" in text
 
 
-def test_a_gpu_that_is_not_here_is_not_asked(cli):
+def test_auto_without_the_planned_gpu_is_full_or_refused(cli):
     options = (*QUICKSTART, "--data.train=null", "--trainer.accelerator=gpu", "--model.gradient_checkpointing=auto")
     text = cli("plan", *options).text
     assert "auto is full here: there is no GPU here; where more fits" in text
@@ -133,7 +133,7 @@ def test_each_kind_of_adapter_is_planned(cli, hub, name):
     assert "at the peak" in text
 
 
-def test_what_cannot_be_planned_is_named(cli):
+def test_configurations_that_cannot_be_planned_are_named(cli):
     assert "max_length" in cli("plan", *QUICKSTART, "--data.max_length=100000", code=1).text
     assert (
         "query_proj matches no layer"

@@ -24,7 +24,7 @@ def test_the_configuration_of_a_run_is_shown(cli, tmp_path):
     assert "chats_train.jsonl:3" not in shown.text
     page = (tmp_path / "page.html").read_text()
     assert '<span class="trained">' in page
-    assert "://" not in page  # one file that needs nothing else
+    assert "://" not in page  # a self-contained file
     assert not (tmp_path / "runs").exists()
 
 
@@ -39,7 +39,7 @@ def test_data_and_tokenizer_are_enough(cli):
     assert "[1020]" in shown.text  # <|end|>
 
 
-def test_what_is_read_and_left_out_is_listed(cli, tmp_path):
+def test_files_read_and_left_out_are_listed(cli, tmp_path):
     for name in ("train.jsonl", "test.jsonl", ".ipynb_checkpoints/train-checkpoint.jsonl"):
         (tmp_path / "chats" / name).parent.mkdir(parents=True, exist_ok=True)
         rows = (TINY / "chats_val.jsonl").read_text().splitlines(keepends=True)
@@ -62,7 +62,7 @@ def test_trained_text_is_marked_without_a_terminal(cli):
     assert re.search(r"<\|assistant\|>«[^»]*<\|end\|>»", shown.replace("│\n│", ""))
 
 
-def test_what_cannot_be_shown(cli):
+def test_bad_options_are_named(cli):
     assert "data.test" in cli("preview", CONFIG, *DATA, "--data.predict=null", "--split=test", code=1).text
     assert "--rows" in cli("preview", CONFIG, *DATA, "--rows=0", code=1).text
     assert "data.tokenizer" in cli("preview", f"--data.train={TINY}/chats_train.jsonl", code=1).text
@@ -94,7 +94,7 @@ TABLE = (
         ("f26.row.jsonl", ("--data.tools=native",), "data.tools: render"),
     ],
 )
-def test_what_cannot_be_read_is_one_error(cli, tmp_path, name, options, named):
+def test_unreadable_data_is_one_error(cli, tmp_path, name, options, named):
     refused = cli(
         "preview", f"--data.train={REPOSITORY}/tests/cases/{name}", f"--data.tokenizer={TINY}", "--data.max_length=512",
         *options, code=1,

@@ -1,4 +1,4 @@
-"""Faults that users of such software reported in public, each by the command line: the right result, or a refusal."""
+"""Public faults of similar software, each through the command line: the right result, or a refusal."""
 
 import json
 import re
@@ -29,21 +29,21 @@ OPEN = [{"role": "user", "content": "When do you open?"}, {"role": "assistant", 
 LINES = {"prompt": "Two lines?", "completion": "First line.\nSecond line."}
 
 
-def written(folder: Path, *rows: dict) -> Path:
-    """Write a file of plain rows, to compare with."""
+def write_rows(folder: Path, *rows: dict) -> Path:
+    """Write the plain rows to compare with."""
     path = folder / "reference.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
 def preview(cli, *options: str, code: int = 0) -> str:
-    """Look at data as the tiny model will see them."""
+    """Preview data as the tiny model reads them."""
     common = (f"--data.tokenizer={TINY}", "--data.max_length=512", "--data.val_fraction=0", "--data.cache_dir=cache")
     return cli("preview", *common, *options, code=code).text
 
 
-def counts(text: str) -> tuple[str, str]:
-    """All tokens, and the trained ones, as ``preview`` says them."""
+def token_counts(text: str) -> tuple[str, str]:
+    """The numbers of all tokens and of trained tokens that ``preview`` reports."""
     tokens = re.search(r"^tokens +([\d,]+)", text, re.MULTILINE)
     trained = re.search(r"^trained tokens +([\d,]+)", text, re.MULTILINE)
     assert tokens, text
@@ -85,8 +85,8 @@ def refusal(run: Run | str) -> str:
 )  # fmt: skip
 def test_a_row_has_the_tokens_of_its_plain_form(cli, tmp_path, options, rows):
     file, *rest = options
-    expected = counts(preview(cli, f"--data.train={written(tmp_path, *rows)}"))
-    assert counts(preview(cli, f"--data.train={CASES / file}", *rest)) == expected
+    expected = token_counts(preview(cli, f"--data.train={write_rows(tmp_path, *rows)}"))
+    assert token_counts(preview(cli, f"--data.train={CASES / file}", *rest)) == expected
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_a_row_has_the_tokens_of_its_plain_form(cli, tmp_path, options, rows):
     ],
 )
 def test_files_of_the_same_rows_have_the_same_tokens(cli, one, other):
-    first, second = (counts(preview(cli, f"--data.train={CASES / file}", *rest)) for file, *rest in (one, other))
+    first, second = (token_counts(preview(cli, f"--data.train={CASES / file}", *rest)) for file, *rest in (one, other))
     assert first == second
 
 
@@ -111,7 +111,7 @@ def test_files_of_the_same_rows_have_the_same_tokens(cli, one, other):
     ("folder", "rows"),
     [pytest.param("f03.d", 5, id="splits by name"), pytest.param("f04.e", 3, id="hidden copies")],
 )
-def test_a_folder_gives_the_rows_that_are_meant(cli, folder, rows):
+def test_a_folder_gives_the_rows_of_its_training_split_alone(cli, folder, rows):
     text = preview(cli, f"--data.train={CASES / folder}")
     assert re.search(rf"^rows read +{rows} *$", text, re.MULTILINE), text
 
@@ -124,14 +124,14 @@ def test_a_prompt_needs_no_answer_and_keeps_its_input(cli):
 
 def test_preview_shows_the_text_as_it_is(cli):
     text = preview(cli, f"--data.train={CASES}/f30.text_blank.jsonl")
-    assert "Do you sell ink?" in text.translate({ord(bracket): None for bracket in "«»"})  # around what is trained
+    assert "Do you sell ink?" in text.translate({ord(bracket): None for bracket in "«»"})  # brackets of trained text
 
 
 TOOLS = (f"--data.train={CASES}/f26.row.jsonl", f"--data.chat_template={CASES}/f26.tok.jinja")
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "parts"),
     [
         pytest.param(["f02.c_both.jsonl"], ["f02.c_both.jsonl:1", "system"], id="two system prompts"),
         pytest.param(["f18.a_blank_ids.csv", *TABLE, CUSTOMER], ["f18.a_blank_ids.csv", "id"], id="empty ids"),
@@ -145,10 +145,10 @@ TOOLS = (f"--data.train={CASES}/f26.row.jsonl", f"--data.chat_template={CASES}/f
         pytest.param(["f22.d_repr.csv"], ["f22.d_repr.csv", "Python"], id="Python's repr"),
     ],
 )
-def test_a_row_that_cannot_be_meant_is_refused(cli, tmp_path, options, told):
+def test_an_ambiguous_row_is_refused(cli, tmp_path, options, parts):
     file, *rest = options
     text = refusal(preview(cli, f"--data.train={CASES / file}", *rest, code=1))
-    assert all(part in text for part in told), text
+    assert all(part in text for part in parts), text
     assert not list(tmp_path.rglob("*.arrow"))
 
 
@@ -164,7 +164,7 @@ def test_a_template_that_strips_reasoning_names_the_remedy(cli, tmp_path):
     assert "<think>greet</think>Hey." in preview(cli, *thoughts, "--data.train_on=last")
 
 
-def test_a_template_with_a_form_of_its_own_for_tools_is_not_passed_over(cli):
+def test_a_template_that_renders_tools_itself_is_used_or_refused(cli):
     assert "data.tools: render" in refusal(preview(cli, *TOOLS, code=1))
     assert "weather" in preview(cli, *TOOLS, "--data.tools=render")
 
@@ -184,7 +184,7 @@ def held_out_loss(run: Run) -> str:
     return found[1]
 
 
-def test_a_checkpoint_that_is_asked_for_is_used_or_the_command_ends(cli, tmp_path):
+def test_a_requested_checkpoint_is_used_or_the_command_fails(cli, tmp_path):
     base = held_out_loss(cli("validate", *QUICK))
     cli("fit", *QUICK, "--trainer.max_steps=20", "--trainer.val_check_interval=10")
     config = config_of(tmp_path)
@@ -220,7 +220,7 @@ def test_a_run_folder_has_one_writer(cli, tmp_path):
     assert first.poll() is None
     first.kill(signal.SIGKILL)
     first.wait_for(lambda: first.poll() is not None)
-    cli("fit", *QUICK, "--trainer.max_steps=1")  # what a dead process held is free
+    cli("fit", *QUICK, "--trainer.max_steps=1")  # a dead process holds no lock
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_a_run_folder_has_one_writer(cli, tmp_path):
         ("validate", "--ckpt_path=s3://bucket/last.ckpt"),
     ],
 )
-def test_an_address_is_no_folder(cli, tmp_path, command, option):
+def test_a_url_is_refused_as_a_folder(cli, tmp_path, command, option):
     address = option.partition("=")[2]
     assert address in refusal(cli(command, *QUICK, option, code=1))
     assert not [path for path in tmp_path.iterdir() if not path.name.startswith("output")]
@@ -250,8 +250,8 @@ def callback(name: str, **options: object) -> str:
     return f"--trainer.callbacks={json.dumps([entry])}"
 
 
-def test_the_configuration_of_a_start_decides_over_early_stopping(cli):
-    # a model that does not move: after the first validation nothing is better
+def test_early_stopping_follows_the_options_of_this_start(cli):
+    # a model that does not change: no validation improves on the first
     still = (*QUICK, "--model.optimizer.lr=0.0000000001", "--trainer.max_epochs=9", "--trainer.limit_train_batches=2")
 
     def fit(option: str) -> tuple[int, bool]:
@@ -276,7 +276,7 @@ def test_each_start_has_its_own_time(cli, tmp_path):
     assert 0 < steps[1] < steps[2]
 
 
-def test_averaging_adapters_writes_no_frozen_weight_and_goes_on(cli, tmp_path):
+def test_averaging_saves_only_adapters_and_resumes(cli, tmp_path):
     average = callback("EMAWeightAveraging", decay=0.9)
     path = tmp_path / "runs/phi3-lora/checkpoints/last.ckpt"
     cli("fit", *QUICK, "--trainer.max_steps=4", average)
@@ -287,12 +287,12 @@ def test_averaging_adapters_writes_no_frozen_weight_and_goes_on(cli, tmp_path):
 
 
 @pytest.mark.slow
-def test_ranks_that_are_forked_train_and_leave_a_checkpoint(cli, tmp_path):
+def test_forked_ranks_train_and_write_a_checkpoint(cli, tmp_path):
     cli("fit", *QUICK, "--trainer.max_steps=2", "--trainer.devices=2", "--trainer.strategy=ddp_fork")
     assert read_checkpoint(tmp_path / "runs/phi3-lora/checkpoints/last.ckpt")["global_step"] == 2
 
 
-def test_an_adapter_whose_start_rewrote_the_base_is_refused(cli, tmp_path):
+def test_an_adapter_that_rewrote_the_base_is_refused(cli, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(TINY)
     config = LoraConfig(r=4, target_modules=["qkv_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
     get_peft_model(base, config).save_pretrained(tmp_path / "pissa")
@@ -303,7 +303,7 @@ def test_an_adapter_whose_start_rewrote_the_base_is_refused(cli, tmp_path):
     )
 
 
-def test_steps_that_were_lost_are_shown_once(cli, tmp_path):
+def test_repeated_steps_of_a_killed_run_are_shown_once(cli, tmp_path):
     options = (*QUICK, "--checkpoint.every_n_steps=5", "--data.val=null", "--data.val_fraction=0")
     first = start(tmp_path, "fit", *options, "--trainer.max_steps=100000")
     first.wait_for(lambda: len(steps_of(tmp_path)) > 12)
@@ -325,7 +325,7 @@ def steps_of(folder: Path) -> list[int]:
     return [event.step for event in events.Scalars("train/loss")] if "train/loss" in events.Tags()["scalars"] else []
 
 
-def test_the_batches_follow_lightning_s_size_finder(cli):
+def test_batches_have_the_size_that_the_tuner_tries(cli):
     finder = callback("BatchSizeFinder", mode="power", steps_per_trial=1, init_val=2, max_trials=2)
     text = cli("fit", *QUICK, "--data.packing=false", "--trainer.max_steps=1", finder).text
     size = re.search(r"continue with full run using batch size (\d+)", text)
@@ -339,7 +339,7 @@ def test_equal_answers_have_the_best_score_in_every_script(cli, tmp_path):
         [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "我们九点开门"}],
         [{"role": "user", "content": "B?"}, {"role": "assistant", "content": "Мы открываемся в девять"}],
     ]
-    file = written(tmp_path, *({"messages": row} for row in rows))
+    file = write_rows(tmp_path, *({"messages": row} for row in rows))
     data = (f"--data.train={file}", f"--data.val={file}", f"--data.test={file}", "--model.generation.max_new_tokens=64")
     cli("fit", *QUICK, *data, "--trainer.max_steps=120", "--trainer.check_val_every_n_epoch=1000")
     cli("test", *QUICK, *data)
@@ -359,7 +359,7 @@ def test_a_run_without_a_checkpoint_or_a_logger_trains(cli, tmp_path, option):
 @pytest.mark.parametrize(
     "option", ["--trainer.strategy=dpp", "--trainer.devices=0", "--trainer.accumulate_grad_batches=0"]
 )
-def test_a_trainer_that_cannot_be_made_is_one_error(cli, option):
+def test_options_that_the_trainer_refuses_are_one_error(cli, option):
     assert option.partition("=")[0].removeprefix("--") in refusal(
         cli("fit", *QUICK, "--trainer.max_steps=2", option, code=1)
     )

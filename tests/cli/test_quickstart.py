@@ -1,4 +1,4 @@
-"""The quickstart, as a newcomer runs it."""
+"""The quickstart, as a new user runs it."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Options of version 0.0 on the command line and in files: the error says the new name."""
+"""Options of version 0.0 on the command line and in files: the error names the new option."""
 
 import pytest
 
@@ -9,7 +9,7 @@ import pytest
         ("--data.roles={customer: user}", "data.roles is called data.role_map now"),
         ("--data.order=x", "data.order is called data.order_column now"),
         ("--model.lora.adapter=x", "model.lora.adapter is called model.lora.init_from now"),
-        ("--model.lora.rank=8", "did you mean model.lora.r?"),  # which was no option, and is no abbreviation
+        ("--model.lora.rank=8", "did you mean model.lora.r?"),  # neither an old option nor an abbreviation
     ],
 )
 def test_an_old_option_is_an_error_with_the_new_name(cli, option, hint):

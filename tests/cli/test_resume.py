@@ -1,4 +1,4 @@
-"""The table of docs/checkpoints.md: what a changed option does to a run that goes on."""
+"""The table of docs/checkpoints.md: the effect of a changed option on a resumed run."""
 
 import json
 import re
@@ -12,7 +12,7 @@ from cli.conftest import QUICK, REPOSITORY, TINY, start
 
 TABLE = (REPOSITORY / "docs/checkpoints.md").read_text().split("## Changed options")[1].split("## Exactness")[0]
 
-SLOW = pytest.mark.slow  # the same way through the house as another row
+SLOW = pytest.mark.slow  # the same code path as another row
 HONOURED = [
     pytest.param("model.optimizer.lr", "0.002", marks=SLOW),
     ("model.schedule", "{name: linear, warmup: 1}"),
@@ -42,8 +42,8 @@ START = (*QUICK, "--trainer.max_epochs=2", "--trainer.limit_val_batches=1")
 
 
 @pytest.fixture(scope="module")
-def begun(tmp_path_factory) -> Path:
-    """A run that was stopped after three of its many steps, and other bases, tokenizers and templates to go on with."""
+def stopped_run(tmp_path_factory) -> Path:
+    """A run stopped after three of its steps, and other bases, tokenizers and templates to resume with."""
     folder = tmp_path_factory.mktemp("begun")
     begin = start(folder, "fit", *START, "--trainer.max_steps=3", "--run=bot")
     assert begin.wait() == 0, begin.text
@@ -55,7 +55,7 @@ def begun(tmp_path_factory) -> Path:
     tokenizer["normalizer"] = {"type": "Lowercase"}
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
     weights = bytearray((other / "model.safetensors").read_bytes())
-    for low_byte in range(len(weights) - 600_000, len(weights), 2):  # of bfloat16 values: the last bits of the mantissa
+    for low_byte in range(len(weights) - 600_000, len(weights), 2):  # of bfloat16 values: the last mantissa bits
         weights[low_byte] ^= 1
     (other / "model.safetensors").write_bytes(weights)
     template = json.loads((TINY / "tokenizer_config.json").read_text())["chat_template"]
@@ -63,20 +63,20 @@ def begun(tmp_path_factory) -> Path:
     return folder
 
 
-def go_on(begun: Path, tmp_path: Path, key: str, value: str, *more: str):
+def resume(stopped_run: Path, tmp_path: Path, key: str, value: str, *more: str):
     (tmp_path / "runs/bot/checkpoints").mkdir(parents=True)
     last = tmp_path / "runs/bot/checkpoints/last.ckpt"
-    last.write_bytes((begun / "runs/bot/checkpoints/last.ckpt").read_bytes())
+    last.write_bytes((stopped_run / "runs/bot/checkpoints/last.ckpt").read_bytes())
     for name in ("other", "own.jinja"):
-        (tmp_path / name).symlink_to(begun / name)
+        (tmp_path / name).symlink_to(stopped_run / name)
     run = start(tmp_path, "fit", *START, "--trainer.max_steps=5", "--run=bot", f"--{key}={value}", *more)
     run.wait()
     return run, last
 
 
 @pytest.mark.parametrize(("key", "value"), HONOURED)
-def test_what_is_honoured(begun, tmp_path, key, value):
-    run, last = go_on(begun, tmp_path, key, value)
+def test_options_that_may_change_are_honoured(stopped_run, tmp_path, key, value):
+    run, last = resume(stopped_run, tmp_path, key, value)
     assert run.status == 0, run.text
     assert "going on after step 3" in run.text
     assert torch.load(last, weights_only=True)["global_step"] == 5
@@ -84,20 +84,20 @@ def test_what_is_honoured(begun, tmp_path, key, value):
     assert "honoured" in row
 
 
-@pytest.mark.parametrize(("key", "value", "told"), REFUSED)
-def test_what_is_refused(begun, tmp_path, key, value, told):
+@pytest.mark.parametrize(("key", "value", "message"), REFUSED)
+def test_options_that_may_not_change_are_refused(stopped_run, tmp_path, key, value, message):
     more = (f"--data.tokenizer={TINY}",) if key == "model.base" else ()
-    run, last = go_on(begun, tmp_path, key, value, *more)
+    run, last = resume(stopped_run, tmp_path, key, value, *more)
     assert run.status == 1, run.text
-    assert told in run.text
+    assert message in run.text
     assert "Traceback" not in run.text
-    assert last.read_bytes() == (begun / "runs/bot/checkpoints/last.ckpt").read_bytes()
+    assert last.read_bytes() == (stopped_run / "runs/bot/checkpoints/last.ckpt").read_bytes()
     row = next(line for line in TABLE.splitlines() if re.search(rf"\b{key.split('.')[-1]}\b", line))
     assert "refused" in row
 
 
-def test_a_difference_can_be_taken_on_purpose(begun, tmp_path):
-    run, last = go_on(begun, tmp_path, "data.chat_template", "own.jinja", "--checkpoint.on_mismatch=warn")
+def test_on_mismatch_warn_accepts_a_difference(stopped_run, tmp_path):
+    run, last = resume(stopped_run, tmp_path, "data.chat_template", "own.jinja", "--checkpoint.on_mismatch=warn")
     assert run.status == 0, run.text
     assert torch.load(last, weights_only=True)["global_step"] == 5
 
@@ -132,16 +132,16 @@ def test_each_start_has_its_own_max_time(cli, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def ended(tmp_path_factory) -> Path:
+def finished_run(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ended")
     run = start(folder, "fit", *SHORT, "--trainer.max_steps=1", "--run=bot")
     assert run.wait() == 0, run.text
     return folder
 
 
-def again(ended: Path, *options: str, code: int) -> str:
-    before = {path: path.stat().st_mtime_ns for path in ended.rglob("*") if "output" not in path.name}
-    run = start(ended, "fit", *SHORT, "--trainer.max_steps=1", "--run=bot", *options)
+def rerun(finished_run: Path, *options: str, code: int) -> str:
+    before = {path: path.stat().st_mtime_ns for path in finished_run.rglob("*") if "output" not in path.name}
+    run = start(finished_run, "fit", *SHORT, "--trainer.max_steps=1", "--run=bot", *options)
     assert run.wait() == code, run.text
     assert "Traceback" not in run.text
     assert before == {path: path.stat().st_mtime_ns for path in before}
@@ -149,7 +149,7 @@ def again(ended: Path, *options: str, code: int) -> str:
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         ("--model.lora.r=4", "model.lora.r is 4 and was 16"),
         (f"--data.train={TINY}/chats_val.jsonl", "data.train is "),
@@ -159,16 +159,16 @@ def again(ended: Path, *options: str, code: int) -> str:
         pytest.param("--data.max_length=128", "data.max_length is 128 and was 256", marks=SLOW),
     ],
 )
-def test_another_run_in_the_folder_of_one_that_is_over_is_refused(ended, option, told):
-    text = again(ended, option, code=1)
+def test_a_different_run_in_a_finished_folder_is_refused(finished_run, option, message):
+    text = rerun(finished_run, option, code=1)
     (line,) = (line for line in text.splitlines() if line.startswith("error: "))
-    assert told in line
+    assert message in line
     assert "another --run" in line
 
 
-def test_a_run_that_is_over_tells_what_nothing_came_of(ended):
-    assert "nothing left to do: trainer.max_steps 1 is reached" in again(ended, code=0)
-    text = again(ended, "--model.optimizer.lr=0.002", "--data.num_workers=1", code=0)
+def test_a_finished_run_names_changed_options_without_effect(finished_run):
+    assert "nothing left to do: trainer.max_steps 1 is reached" in rerun(finished_run, code=0)
+    text = rerun(finished_run, "--model.optimizer.lr=0.002", "--data.num_workers=1", code=0)
     assert "model.optimizer.lr is 0.002 and was 0.01" in text
     assert "num_workers" not in text
 
@@ -176,26 +176,26 @@ def test_a_run_that_is_over_tells_what_nothing_came_of(ended):
 AVERAGING = """[{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, init_args: {decay: 0.5}}]"""
 
 
-def test_averaged_adapters_are_kept_gone_on_with_and_exported(cli, tmp_path):
+def test_averaged_adapters_are_saved_resumed_and_exported(cli, tmp_path):
     averaged = (*SHORT, f"--trainer.callbacks={AVERAGING}", "--run=bot")
     cli("fit", *averaged, "--trainer.max_steps=3")
     assert "going on after step 3" in cli("fit", *averaged, "--trainer.max_steps=5").text
     saved = torch.load(tmp_path / "runs/bot/checkpoints/last.ckpt", weights_only=True)
-    mine, current = saved["state_dict"], saved["current_model_state"]
-    assert mine.keys() == current.keys()
-    assert all("lora_" in name for name in mine)
-    assert not all(torch.equal(mine[name], current[name]) for name in mine)
+    averaged_state, current = saved["state_dict"], saved["current_model_state"]
+    assert averaged_state.keys() == current.keys()
+    assert all("lora_" in name for name in averaged_state)
+    assert not all(torch.equal(averaged_state[name], current[name]) for name in averaged_state)
     last = str(tmp_path / "runs/bot/checkpoints/last.ckpt")
     found = cli("validate", *averaged, f"--ckpt_path={last}").text
     assert "val/loss" in found
     cli("export", f"--ckpt_path={last}", f"--model.base={TINY}", "--output_dir=exported")
     tensors = load_file(tmp_path / "exported/adapter_model.safetensors")
     sums = sorted(round(tensor.abs().sum().item(), 3) for tensor in tensors.values())
-    assert sums == sorted(round(tensor.abs().sum().item(), 3) for tensor in mine.values())
+    assert sums == sorted(round(tensor.abs().sum().item(), 3) for tensor in averaged_state.values())
 
 
 @pytest.mark.parametrize(
-    ("callback", "strategy", "told"),
+    ("callback", "strategy", "message"),
     [
         ("{class_path: StochasticWeightAveraging, init_args: {swa_lrs: 0.01}}", "auto", "use WeightAveraging"),
         (
@@ -205,10 +205,10 @@ def test_averaged_adapters_are_kept_gone_on_with_and_exported(cli, tmp_path):
         ),
     ],
 )
-def test_averaging_that_cannot_work_is_refused_before_anything_is_written(cli, tmp_path, callback, strategy, told):
+def test_unsupported_averaging_is_refused_before_anything_is_written(cli, tmp_path, callback, strategy, message):
     strategy = strategy if strategy == "auto" else f'{{"class_path": "{strategy}"}}'
     run = cli("fit", *SHORT, f"--trainer.callbacks=[{callback}]", f"--trainer.strategy={strategy}", code=1)
     assert "error: trainer.callbacks: " in run.text
-    assert told in run.text
+    assert message in run.text
     assert "Traceback" not in run.text
     assert not (tmp_path / "runs").exists()

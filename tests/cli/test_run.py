@@ -1,4 +1,4 @@
-"""A run from the command line: what it leaves behind, and how it goes on."""
+"""A run from the command line: the files it writes, and how it resumes."""
 
 import json
 import re
@@ -40,13 +40,13 @@ def test_a_run_leaves_one_folder_with_everything(cli, tmp_path):
         "train/loss", "train/lr", "train/grad_norm", "val/loss", "val/perplexity", "val/token_accuracy",
         "speed/tokens_per_second", "speed/supervised_tokens_per_second", "memory/peak_gb",
     } <= curves.keys()  # fmt: skip
-    assert [step for step, _ in curves["train/loss"]] == list(range(6))  # one point a step
+    assert [step for step, _ in curves["train/loss"]] == list(range(6))  # one point per step
     assert [step for step, _ in curves["val/loss"]] == [2, 5]
     for line in ("320 rows read", "6 optimiser steps", "qkv_proj", "trainable 155,648", "last.ckpt"):
         assert line in run.text
 
 
-def test_right_step_axis_under_accumulation(cli, tmp_path):
+def test_the_step_axis_counts_optimiser_steps_under_accumulation(cli, tmp_path):
     cli("fit", *QUICK, "--trainer.accumulate_grad_batches=4", "--trainer.max_steps=3", "--trainer.limit_val_batches=1")
     curves = scalars(tmp_path / "runs/phi3-lora/tensorboard")
     assert [step for step, _ in curves["train/loss"]] == [0, 1, 2]
@@ -62,10 +62,10 @@ def test_no_file_of_a_run_holds_a_base_weight(cli, tmp_path):
     assert values == 155_648
     size = sum(path.stat().st_size for path in (tmp_path / "runs").rglob("*.ckpt"))
     assert size <= 2 * (values * 12 + 150_000)  # two files of value and two moments, and the names of 32 tensors
-    assert "/" not in str(checkpoint["phi3_lightning"]["base"])  # a local path is nobody else's
+    assert "/" not in str(checkpoint["phi3_lightning"]["base"])  # a local path is useless elsewhere
 
 
-def test_the_same_command_goes_on_and_says_so(cli, tmp_path):
+def test_the_same_command_resumes_and_logs_it(cli, tmp_path):
     folder = tmp_path / "runs/phi3-lora"
     cli("fit", *QUICK, "--run=whole", "--trainer.max_steps=8", "--model.schedule.name=constant")
     cli("fit", *QUICK, "--trainer.max_steps=3", "--model.schedule.name=constant")
@@ -89,7 +89,7 @@ def test_a_changed_learning_rate_is_honoured(cli, tmp_path):
     assert checkpoint["optimizer_states"][0]["param_groups"][0]["weight_decay"] == 0.1
 
 
-def test_an_early_stop_stays_stopped(cli):
+def test_an_early_stopped_run_stays_stopped(cli):
     stop = '--trainer.callbacks=[{"class_path": "EarlyStopping", "init_args": {"monitor": "val/loss", "patience": 1}}]'
     options = (*QUICK, stop, "--model.optimizer.lr=0.5", "--trainer.val_check_interval=2", "--trainer.max_epochs=9",
                "--trainer.gradient_clip_val=1", "--trainer.limit_val_batches=2")  # fmt: skip
@@ -105,7 +105,7 @@ def test_resume_never_refuses_a_used_folder(cli, tmp_path):
     assert (tmp_path / "runs/phi3-lora/checkpoints/last.ckpt").read_bytes() == before
 
 
-def test_an_unreadable_checkpoint_is_an_error_and_never_step_0(cli, tmp_path):
+def test_an_unreadable_checkpoint_is_an_error_not_a_fresh_start(cli, tmp_path):
     cli("fit", *QUICK, "--trainer.max_steps=1", "--trainer.val_check_interval=1")
     last = tmp_path / "runs/phi3-lora/checkpoints/last.ckpt"
     last.write_bytes(last.read_bytes()[:-1000])
@@ -116,7 +116,7 @@ def test_an_unreadable_checkpoint_is_an_error_and_never_step_0(cli, tmp_path):
     assert "best.ckpt and no last.ckpt" in refused.text
 
 
-def test_a_moved_run_folder_goes_on_and_keeps_its_best(cli, tmp_path):
+def test_a_moved_run_folder_resumes_and_keeps_its_best(cli, tmp_path):
     options = (*QUICK, "--trainer.val_check_interval=2", "--model.schedule.name=constant")
     cli("fit", *options, "--trainer.max_steps=4", "--run=old")
     (tmp_path / "runs/old").rename(tmp_path / "runs/new")
@@ -143,7 +143,7 @@ def uninterrupted(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_killed_run_goes_on_to_the_same_weights(cli, tmp_path, uninterrupted, sent):
+def test_a_killed_run_resumes_to_the_same_weights(cli, tmp_path, uninterrupted, sent):
     last = tmp_path / "runs/cut/checkpoints/last.ckpt"
     for _ in range(2):
         run = start(tmp_path, "fit", *FORTY_STEPS, "--run=cut")
@@ -159,7 +159,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(cli, tmp_path, uninterrupted, 
     assert same(last, uninterrupted)
 
 
-def test_sigterm_saves_first(tmp_path):
+def test_sigterm_saves_a_checkpoint_before_stopping(tmp_path):
     options = (*QUICK, "--trainer.max_steps=10000", "--trainer.limit_val_batches=0")
     run = start(tmp_path, "fit", *options)
     events = tmp_path / "runs/phi3-lora/tensorboard"
@@ -247,18 +247,18 @@ def test_what_the_user_types_wins_over_the_checkpoint(cli, tmp_path):
 def test_options_of_the_trainer_work_as_documented(cli, tmp_path, option):
     run = cli("fit", *QUICK, "--data.max_length=1024", "--trainer.max_epochs=1", "--trainer.max_steps=4", option)
     if "fast_dev_run" in option:
-        assert not (tmp_path / "runs").exists()  # nothing is written by a trial
+        assert not (tmp_path / "runs").exists()  # fast_dev_run writes nothing
     elif "logger=false" in option:
         assert not (tmp_path / "runs/phi3-lora/tensorboard").exists()
     assert re.search(r"optimiser steps", run.text)
 
 
-def test_a_second_run_without_logger_does_not_refuse(cli):
+def test_a_second_run_without_a_logger_resumes(cli):
     for steps in (1, 2):
         cli("fit", *QUICK, f"--trainer.max_steps={steps}", "--trainer.logger=false")
 
 
-def test_a_run_that_cannot_move_anything_is_told(cli, monkeypatch):
+def test_a_run_too_weak_to_change_answers_is_warned_about(cli, monkeypatch):
     # pytest records warnings where a user's process prints them
     monkeypatch.setattr(warnings, "showwarning", lambda message, *_, **__: print(message, file=sys.stderr))
     weak = cli("fit", *QUICK, "--trainer.max_steps=2", "--model.optimizer.lr=5e-6")
@@ -266,7 +266,7 @@ def test_a_run_that_cannot_move_anything_is_told(cli, monkeypatch):
     assert "the answers will not change" not in cli("fit", *QUICK, "--run=b", "--trainer.max_steps=2").text
 
 
-def test_the_configuration_for_own_chats_ends_well_before_its_first_validation(cli, tmp_path):
+def test_a_run_shorter_than_its_validation_interval_writes_last(cli, tmp_path):
     config = f"--config={REPOSITORY}/configs/phi3_mini_4k_lora.yaml"
     cli("fit", config, *QUICK, "--data.val=null", "--trainer.max_steps=1")
     assert (tmp_path / "runs/phi3-mini-4k/checkpoints/last.ckpt").is_file()

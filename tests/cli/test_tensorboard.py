@@ -1,4 +1,4 @@
-"""What a run shows: in TensorBoard as a browser has it, in other loggers, and without any."""
+"""What a run shows in TensorBoard (in a browser too), in other loggers, and without one."""
 
 import csv
 import importlib.util
@@ -37,7 +37,7 @@ def test_each_group_has_one_point_a_step_and_pages_have_content(cli, tmp_path):
 
 
 @pytest.mark.parametrize("logger", [CSV, "--trainer.logger=false"])
-def test_another_logger_or_none(cli, tmp_path, logger):
+def test_a_run_works_with_another_logger_or_none(cli, tmp_path, logger):
     cli("fit", *QUICK, *PANEL, logger, "--trainer.max_steps=3", "--trainer.val_check_interval=3")
     assert not (tmp_path / "runs/phi3-lora/tensorboard").exists()
     if logger == CSV:
@@ -57,19 +57,19 @@ def test_drift_is_measured_on_the_users_chats(cli, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("option", "said"),
+    ("option", "message"),
     [
         ("--monitor.samples=-1", "monitor.samples: -1"),
         ("--monitor.adapter_every_n_steps=0", "monitor.adapter_every_n_steps: 0"),
         ("--monitor.general=chats.jsonl", "monitor.base_drift is false"),
     ],
 )
-def test_values_out_of_range_are_refused(cli, option, said):
-    assert said in cli("fit", *QUICK, option, code=1).text
+def test_values_out_of_range_are_refused(cli, option, message):
+    assert message in cli("fit", *QUICK, option, code=1).text
 
 
 @pytest.mark.slow
-def test_tensorboard_shows_it_in_a_browser(cli, tmp_path):
+def test_tensorboard_shows_curves_and_pages_in_a_browser(cli, tmp_path):
     sys.path.insert(0, str(REPOSITORY / "scripts"))
     if importlib.util.find_spec("playwright") is None:
         pytest.skip("no playwright: the extra dev is not installed")
@@ -85,8 +85,8 @@ def test_tensorboard_shows_it_in_a_browser(cli, tmp_path):
             page.locator(".group-name, .group-title", has_text=re.compile(rf"^\s*{group}\s*$")).first.wait_for()
         page.goto(f"{address}/#text")
         page.reload()
-        for said in ("seed_everything: 42", "Keep your lantern lit", "Bold is trained"):
-            page.get_by_text(said).first.wait_for(state="attached")
+        for text in ("seed_everything: 42", "Keep your lantern lit", "Bold is trained"):
+            page.get_by_text(text).first.wait_for(state="attached")
         page.goto(f"{address}/#hparams")
         page.reload()
         for column in ("lora/r", "optimizer/lr", "result/val_loss"):

@@ -1,4 +1,4 @@
-"""Options of the Trainer: each works as its name says, or is refused in one line."""
+"""Options of the Trainer: each does what it says, or is refused in one line."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ def names(folder) -> set[str]:
     return {path.name for path in folder.rglob("*") if path.is_file() and "output" not in path.name}
 
 
-def test_a_run_without_checkpoints_says_that_it_cannot_go_on(cli, tmp_path):
+def test_a_run_without_checkpoints_warns_that_it_cannot_resume(cli, tmp_path):
     run = cli("fit", *FIT, "--trainer.enable_checkpointing=false")
     assert "trainer.enable_checkpointing: false: no checkpoint is written" in run.text
     assert not list((tmp_path / "runs").rglob("*.ckpt"))
@@ -21,7 +21,7 @@ def test_a_run_without_checkpoints_says_that_it_cannot_go_on(cli, tmp_path):
     cli("validate", *FIT, "--trainer.enable_checkpointing=false")
 
 
-def test_a_run_without_checkpoints_reads_those_of_another_base_as_it_is_told_to(cli, tmp_path):
+def test_without_a_checkpoint_callback_on_mismatch_still_applies(cli, tmp_path):
     cli("fit", *FIT)
     last = tmp_path / "runs/phi3-lora/checkpoints/last.ckpt"
     checkpoint = torch.load(last, weights_only=True)
@@ -33,7 +33,7 @@ def test_a_run_without_checkpoints_reads_those_of_another_base_as_it_is_told_to(
 
 
 def test_barebones_runs_without_logger_checkpoint_and_progress_bar(cli, tmp_path):
-    config = REPOSITORY / "configs/quickstart.yaml"  # with options that barebones switches off
+    config = REPOSITORY / "configs/quickstart.yaml"  # it has options that barebones switches off
     assert yaml.safe_load(config.read_text())["trainer"]["num_sanity_val_steps"] == -1
     run = cli("fit", f"--config={config}", *FIT, "--trainer.barebones=true", "--data.predict=null", "--run=bot")
     assert "trainer.barebones: true: no checkpoint is written" in run.text
@@ -42,7 +42,7 @@ def test_barebones_runs_without_logger_checkpoint_and_progress_bar(cli, tmp_path
 
 
 @pytest.mark.parametrize(
-    ("option", "told"),
+    ("option", "message"),
     [
         ("--trainer.strategy=dpp", "trainer.strategy: 'dpp' cannot be used"),
         ("--trainer.strategy=fsdp", "trainer.strategy: 'fsdp' cannot be used"),
@@ -61,10 +61,10 @@ def test_barebones_runs_without_logger_checkpoint_and_progress_bar(cli, tmp_path
         ("--data.train=s3://bucket/chats.jsonl", "s3://bucket/chats.jsonl is an address"),
     ],
 )  # fmt: skip
-def test_what_cannot_work_is_one_line_that_names_the_option(cli, tmp_path, option, told):
+def test_impossible_options_are_one_line_naming_the_option(cli, tmp_path, option, message):
     refused = cli("fit", *FIT, option, code=1)
     (line,) = [line for line in refused.text.splitlines() if line.startswith("error: ")]
-    assert told in line
+    assert message in line
     assert "Traceback" not in refused.text
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not list(tmp_path.glob("*:"))  # a folder named s3:
@@ -80,7 +80,7 @@ def test_what_cannot_work_is_one_line_that_names_the_option(cli, tmp_path, optio
         ("preview", "--data.chat_template=file:///x/y.jinja", f"--data.tokenizer={TINY}"),
     ],
 )
-def test_an_address_is_no_path_for_any_command(cli, tmp_path, args):
+def test_every_command_refuses_a_url_as_a_path(cli, tmp_path, args):
     if args[0] == "export":
         torch.save({"state_dict": {}, "hyper_parameters": {"base": str(TINY)}}, tmp_path / "x.ckpt")
     refused = cli(*args, code=1)

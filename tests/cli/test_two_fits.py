@@ -1,4 +1,4 @@
-"""A run's folder has one fit at a time: the second says who writes there, and touches nothing."""
+"""One fit at a time writes to a run's folder: the second names the first, and changes nothing."""
 
 import signal
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ def files(folder: Path) -> set[str]:
 
 @pytest.fixture
 def first(tmp_path) -> Iterator[Run]:
-    """A fit that goes on for as long as the test does."""
+    """A fit that runs as long as the test."""
     run = start(tmp_path, "fit", *FIT, "--trainer.max_steps=100000")
     yield run
     run.kill(signal.SIGKILL)
 
 
 @pytest.mark.parametrize("devices", [1, 2])
-def test_the_second_is_refused_until_the_first_has_ended(cli, tmp_path, first, devices):
+def test_a_second_fit_is_refused_until_the_first_ends(cli, tmp_path, first, devices):
     first.wait_for((tmp_path / LAST).exists)
     before = files(tmp_path)
     second = cli("fit", *FIT, f"--trainer.devices={devices}", "--run=phi3-lora", code=1)
@@ -34,7 +34,7 @@ def test_the_second_is_refused_until_the_first_has_ended(cli, tmp_path, first, d
     assert f"run: runs/phi3-lora is in use: process {first.pid} on " in line
     assert "Traceback" not in second.text
     assert files(tmp_path) == before
-    if devices == 1:  # a reader is not stopped
+    if devices == 1:  # validation is allowed
         assert "last.ckpt: taken" in cli("validate", *QUICK, "--trainer.limit_val_batches=1").text
     first.kill(signal.SIGKILL)
     first.wait()

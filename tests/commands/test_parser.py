@@ -1,4 +1,4 @@
-"""Configurations one over the other, in commands that know some keys of a section alone."""
+"""Layered configurations, in commands that know only some keys of a section."""
 
 import pytest
 

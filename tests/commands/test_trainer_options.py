@@ -1,4 +1,4 @@
-"""What Lightning refuses of the Trainer's options names the option, and a fault of the program stays a traceback."""
+"""Trainer options that Lightning refuses are named, and programming errors keep their traceback."""
 
 import lightning.pytorch as pl
 import pytest
@@ -59,13 +59,13 @@ def test_an_option_that_the_trainer_refuses_is_named(options):
         ("min_steps", -1),
     ],
 )
-def test_a_number_that_lightning_takes_and_cannot_use_is_refused(name, value):
-    pl.Trainer(accelerator="cpu", logger=False, **{name: value}) if value != -0.5 else None  # it says nothing
+def test_numbers_that_lightning_accepts_but_cannot_use_are_refused(name, value):
+    pl.Trainer(accelerator="cpu", logger=False, **{name: value}) if value != -0.5 else None  # Lightning accepts it
     with pytest.raises(ConfigError, match=rf"^trainer\.{name}: {value} cannot be used: it is "):
         check_ranges({name: value})
 
 
-def test_usual_numbers_pass():
+def test_usual_numbers_are_accepted():
     check_ranges(
         {"accumulate_grad_batches": 1, "gradient_clip_val": 0, "val_check_interval": "00:01:00:00", "num_nodes": 1,
          "check_val_every_n_epoch": None, "log_every_n_steps": 0, "num_sanity_val_steps": -1}
@@ -76,7 +76,7 @@ def test_usual_numbers_pass():
     ("kind", "make"),
     [("EarlyStopping", lambda: EarlyStopping("val/loss", mode="foo")), ("Timer", lambda: Timer(duration="abc"))],
 )
-def test_a_class_of_the_section_is_named(kind, make):
+def test_a_class_that_cannot_be_built_is_named(kind, make):
     section = {"callbacks": [{"class_path": f"lightning.pytorch.callbacks.{kind}"}]}
     with pytest.raises(ConfigError, match=rf"^trainer\.callbacks: .*{kind}"), refused_by_name(section, building=True):
         make()
@@ -99,7 +99,7 @@ class Plain(pl.LightningModule):
 
 class Fails(Plain):
     def training_step(self, batch, batch_idx):
-        raise ValueError("the strategy of the devices is wrong")  # words of options, and yet no option
+        raise ValueError("the strategy of the devices is wrong")  # it mentions options, but is not about one
 
 
 def fit(module: pl.LightningModule, **options) -> None:
@@ -111,12 +111,12 @@ def fit(module: pl.LightningModule, **options) -> None:
         )
 
 
-def test_what_lightning_refuses_while_it_fits_is_named():
+def test_options_that_lightning_refuses_during_fit_are_named():
     with pytest.raises(ConfigError, match=r"^trainer\.val_check_interval: 100 cannot be used: "):
         fit(Plain(), val_check_interval=100)
 
 
-def test_a_fault_in_training_stays_what_it_is():
+def test_an_error_in_training_is_raised_unchanged():
     with pytest.raises(ValueError, match="the strategy of the devices"):
         fit(Fails())
     with pytest.raises(DataError, match=r"row 3"), refused_by_name({}, building=True):

@@ -1,4 +1,4 @@
-"""What a GPU alone can show; every test here is left out where there is none."""
+"""Tests that need a GPU; they are skipped without one."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The kernels of a GPU are as exact as those they replace."""
+"""GPU kernels are as exact as those they replace."""
 
 import pytest
 import torch
@@ -58,13 +58,13 @@ def test_flash_attention_and_compiled_layers_round_no_more_than_sdpa(base, monke
     with monkeypatch.context() as without:
         without.setattr(packed_attention, "takes_varlen", lambda model, device: False)
         plain = error(gradient(base, "bfloat16", **options), truth)
-    # bfloat16 has 8 bits: a wrong mask or a wrong scale is off by far more than a half of what rounding gives
+    # bfloat16 has 8 bits: a wrong mask or scale is off by far more than half of the rounding error
     assert plain < 0.1
     assert flash < 1.5 * plain
     assert fused < 1.5 * plain
 
 
-def test_a_document_s_neighbours_do_not_matter(base):
+def test_a_document_does_not_depend_on_its_neighbours(base):
     module = synthetic.randomised(Phi3LoRAModule(base, dtype="bfloat16", lora={"r": 8}).cuda()).cuda().eval()
     found = batch()
     with torch.no_grad(), module.autocast():

@@ -1,4 +1,4 @@
-"""Whole runs on a GPU: every precision, strategy and backend teaches the tiny model, as a CPU does."""
+"""Whole runs on a GPU: the tiny model learns under every precision, strategy and backend, as on a CPU."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ FIT = (
     f"--data.train={TINY}/chats_train.jsonl", f"--data.val={TINY}/chats_val.jsonl",
     f"--data.predict={TINY}/prompts.jsonl", f"--trainer.max_steps={STEPS}",
 )  # fmt: skip
-WAYS = {
+CASES = {
     "bf16-mixed": (),
     "bf16-true": ("--trainer.precision=bf16-true",),
     "16-mixed": ("--trainer.precision=16-mixed", "--model.dtype=float16"),
@@ -52,7 +52,7 @@ QUANTISED = {
 
 @pytest.fixture
 def cli(tmp_path):
-    """A process of its own for each command: one that is forked from this one could not use the GPU."""
+    """Run each command in a new process: one forked from this one could not use the GPU."""
 
     def run(*args: str) -> str:
         command = [sys.executable, REPOSITORY / "cli.py", *args]
@@ -76,18 +76,18 @@ def learns(text: str) -> None:
     assert last < first / 2, text
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_the_tiny_model_learns(cli, way):
-    learns(cli(*FIT, *WAYS[way]))
+@pytest.mark.parametrize("case", CASES)
+def test_the_tiny_model_learns(cli, case):
+    learns(cli(*FIT, *CASES[case]))
 
 
-@pytest.mark.parametrize("way", QUANTISED)
-def test_a_quantised_base_learns(cli, way):
+@pytest.mark.parametrize("case", QUANTISED)
+def test_a_quantised_base_learns(cli, case):
     pytest.importorskip("bitsandbytes")
-    learns(cli(*FIT, *QUANTISED[way]))
+    learns(cli(*FIT, *QUANTISED[case]))
 
 
-def test_a_run_goes_on_and_its_checkpoint_serves_on_a_cpu(cli):
+def test_a_run_resumes_and_its_checkpoint_works_on_a_cpu(cli):
     first, middle = held_out(cli(*FIT, "--trainer.max_steps=27"))  # an epoch
     _, last = held_out(cli(*FIT))
     assert last < middle < first
@@ -100,7 +100,7 @@ def test_a_run_goes_on_and_its_checkpoint_serves_on_a_cpu(cli):
     assert all(answer.strip() for answer in answers)
 
 
-def test_memory_that_runs_out_names_the_batch(tmp_path):
+def test_running_out_of_memory_names_the_batch(tmp_path):
     base = synthetic.save_tiny(tmp_path / "base", hidden_size=256, intermediate_size=1024, max_position_embeddings=2048)
     rows = [[synthetic.document(2000, 1000, seed)] for seed in range(16)]
     loader = synthetic.loader([synthetic.batch_of(rows)])

@@ -76,7 +76,7 @@ def chat(question: str = "a question", answer: str = "the answer") -> dict[str, 
 
 
 def case(name: str) -> list[dict[str, Any]]:
-    """The rows of a file that once went wrong."""
+    """The rows of a file from a fault report."""
     return [json.loads(line) for line in (CASES / name).read_text(encoding="utf-8").splitlines()]
 
 

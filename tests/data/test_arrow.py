@@ -1,4 +1,4 @@
-"""Arrow gives a row the keys of all rows; the tokens are those of JSON lines all the same."""
+"""Arrow gives each row the keys of all rows; the tokens are still those of JSON lines."""
 
 import json
 from collections.abc import Callable
@@ -64,7 +64,7 @@ def test_tables_give_the_tokens_of_json_lines(write: Callable[..., str], tmp_pat
     assert tokens(table) == expected
 
 
-def test_the_given_parquet_file_gives_the_tokens_of_json_lines() -> None:
+def test_the_reported_parquet_file_gives_the_tokens_of_json_lines() -> None:
     [lines], [table] = (find_sources(str(CASES / f"f06.a.{suffix}")) for suffix in ("jsonl", "parquet"))
     assert tokens(table) == tokens(lines)
 
@@ -90,7 +90,7 @@ def plain(rows: list[dict[str, Any]], schema: pa.Schema | None = None) -> list[d
         [chat(), {"messages": [{"role": "user", "content": "x"}]}],
     ],
 )
-def test_keys_that_a_row_does_not_have_stay_away_and_elements_stay(rows: list[dict[str, Any]]) -> None:
+def test_keys_added_by_arrow_are_removed_and_list_elements_kept(rows: list[dict[str, Any]]) -> None:
     assert plain(rows) == rows
 
 

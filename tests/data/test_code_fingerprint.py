@@ -1,4 +1,4 @@
-"""The key of a cache follows what code does, and nothing that only people read."""
+"""The cache key follows what the code does, not docstrings or comments."""
 
 import ast
 
@@ -42,7 +42,7 @@ def actions(source: str) -> str:
         ("if row in", "\n                if row in"),
     ],
 )
-def test_what_people_read_changes_nothing(old: str, new: str) -> None:
+def test_docstrings_and_comments_do_not_change_the_key(old: str, new: str) -> None:
     assert old in CODE
     assert actions(CODE.replace(old, new)) == actions(CODE)
 
@@ -59,12 +59,12 @@ def test_what_people_read_changes_nothing(old: str, new: str) -> None:
         ("return None", "return 1"),
     ],
 )
-def test_what_code_does_changes_the_key(old: str, new: str) -> None:
+def test_changes_of_behaviour_change_the_key(old: str, new: str) -> None:
     assert old in CODE
     assert actions(CODE.replace(old, new)) != actions(CODE)
 
 
-def test_all_that_decides_about_tokens_counts() -> None:
+def test_every_module_that_decides_tokens_is_in_the_key() -> None:
     names = {name.removeprefix("phi3_lightning.") for name in package_code(prepare.__name__)}
     rooms = ("formats", "fields", "messages", "template", "word_cache", "truncation", "readers", "tables", "encode")
     assert {f"data.{room}" for room in rooms} | {"config.data"} <= names

@@ -23,13 +23,13 @@ def test_rows_of_several_documents() -> None:
 
 @pytest.mark.parametrize("pad", [0, 2, 3])
 def test_the_pad_id_moves_no_label(pad: int) -> None:
-    """Also where padding has the id of the end token that is trained."""
+    """This holds even if the pad id is that of the trained end token."""
     batch = collate([[document(0, [1, 2, 3], (1, 3))], [document(1, [1, 2, 3, 2, 3], (3, 5))]], pad)
     x = IGNORE_INDEX
     assert batch["labels"].tolist() == [[x, 2, 3, x, x], [x, x, x, 2, 3]]
 
 
-def test_a_filler_trains_nothing() -> None:
+def test_a_filler_row_has_no_label() -> None:
     batch = collate([], 7)
     assert batch["input_ids"].tolist() == [[7, 7]]
     assert batch["labels"].tolist() == [[IGNORE_INDEX] * 2]
@@ -37,7 +37,7 @@ def test_a_filler_trains_nothing() -> None:
     assert batch["document_ids"] == [[]]
 
 
-def test_prompts_end_together() -> None:
+def test_prompts_are_padded_on_the_left() -> None:
     batch = collate_prompts([document(3, [1, 2]), document(1, [9, 9, 9])], 9, [7])
     assert batch["input_ids"].tolist() == [[9, 1, 2], [9, 9, 9]]
     assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]

@@ -1,4 +1,4 @@
-"""Documents of the same tokens are found and named, within training and between training and held-out data."""
+"""Documents of equal tokens are found and named, within training data and between training and held-out data."""
 
 from collections.abc import Callable
 from pathlib import Path

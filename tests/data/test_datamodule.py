@@ -1,4 +1,4 @@
-"""ChatDataModule under a Trainer: every row once an epoch, resumed where it stopped, alike on all ranks."""
+"""ChatDataModule under a Trainer: every row once per epoch, resumed where it stopped, consistent on all ranks."""
 
 from collections.abc import Callable
 from dataclasses import asdict, fields
@@ -25,7 +25,7 @@ SIZES = {"many": 30, "few": 12}
 
 
 class Recorder(LightningModule):
-    """Writes down which rows it is given."""
+    """Records which rows it gets."""
 
     def __init__(self, fail_at: int | None = None) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ pytestmark = [
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_every_row_once_an_epoch_in_another_order(
+def test_every_row_comes_once_per_epoch_in_another_order(
     data: Callable[..., ChatDataModule], tmp_path: Path, packing: bool, num_workers: int
 ) -> None:
     datamodule, module = data(packing=packing, num_workers=num_workers), Recorder()
@@ -155,7 +155,7 @@ def test_another_order_within_an_epoch_is_refused(data: Callable[..., ChatDataMo
     changed = data(packing=False, seed=7)
     trainer(tmp_path).validate(
         Recorder(), datamodule=changed, ckpt_path=checkpoint
-    )  # which does not go on with the order
+    )  # validation does not depend on the order
 
 
 def test_another_order_from_the_next_epoch_on_is_allowed(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
@@ -226,7 +226,7 @@ def test_without_test_data_the_validation_data_are_tested(
         trainer(tmp_path).test(Recorder(), datamodule=data(train=write([chat("alone")], "one.jsonl"), val_fraction=0.5))
 
 
-def test_what_is_tested_is_described(data: Callable[..., ChatDataModule], write: Write, tmp_path: Path) -> None:
+def test_test_facts_have_source_and_counts(data: Callable[..., ChatDataModule], write: Write, tmp_path: Path) -> None:
     path = write([chat("held out"), chat("and another")], "own.jsonl")
     datamodule = data(test=path)
     trainer(tmp_path).test(Recorder(), datamodule=datamodule, verbose=False)
@@ -304,7 +304,7 @@ def test_a_support_export_is_trained_on(data: Callable[..., ChatDataModule], tmp
     ]
 
 
-def test_a_template_of_ones_own_without_system_messages(
+def test_a_custom_template_without_system_messages_works(
     data: Callable[..., ChatDataModule], write: Write, tmp_path: Path
 ) -> None:
     template = tmp_path / "template.jinja"
@@ -325,7 +325,7 @@ def test_a_template_of_ones_own_without_system_messages(
         data(chat_template=str(tmp_path / "missing.jinja")).prepare_data()
 
 
-def test_no_validation_at_all(data: Callable[..., ChatDataModule], tmp_path: Path, write: Write) -> None:
+def test_validation_data_are_optional(data: Callable[..., ChatDataModule], tmp_path: Path, write: Write) -> None:
     for options in ({"val_fraction": 0.0}, {"train": write([chat()], "one.jsonl")}):
         module = Recorder()
         trainer(tmp_path).fit(module, datamodule=data(**options))
@@ -406,8 +406,8 @@ def test_ranges_are_checked_on_construction(data: Callable[..., ChatDataModule],
         data(**wrong)
 
 
-def test_a_prompt_beyond_the_window_is_named(data: Callable[..., ChatDataModule], write: Write, tmp_path: Path) -> None:
-    fits = write([chat("a question " * 20)], "fits.jsonl")  # longer than max_length, shorter than the window
+def test_a_prompt_that_is_too_long_is_named(data: Callable[..., ChatDataModule], write: Write, tmp_path: Path) -> None:
+    fits = write([chat("a question " * 20)], "fits.jsonl")  # longer than max_length, shorter than the context length
     trainer(tmp_path).predict(Recorder(), datamodule=data(predict=fits, max_length=16))
     with pytest.raises(DataError, match=r"long\.jsonl:1: prompt too long"):
         trainer(tmp_path).predict(Recorder(), datamodule=data(predict=write([chat("x" * 600)], "long.jsonl")))
@@ -425,7 +425,7 @@ def test_hyper_parameters_are_complete_and_plain(data: Callable[..., ChatDataMod
     assert set(datamodule.hparams) == {field.name for field in fields(DataConfig)}
 
 
-def test_ready_options_make_a_data_module(data: Callable[..., ChatDataModule]) -> None:
+def test_from_config_equals_keyword_options(data: Callable[..., ChatDataModule]) -> None:
     options = data(packing=False).options
     datamodule = ChatDataModule.from_config(options)
     assert datamodule.options == options
@@ -434,7 +434,7 @@ def test_ready_options_make_a_data_module(data: Callable[..., ChatDataModule]) -
 
 class WithOwnOption(ChatDataModule):
     def __init__(self, greeting: str = "hello", **kwargs: Any) -> None:
-        """Takes an option of its own.
+        """Has an option of its own.
 
         Args:
             greeting: What is said first.
@@ -463,7 +463,7 @@ def test_a_plain_lightning_cli_has_flat_options(kind: type[ChatDataModule], monk
 
 
 class Sizes(Recorder):
-    """Writes down how many rows its batches have, and has memory for a few."""
+    """Records the number of rows of its batches, and has memory for a few."""
 
     def __init__(self, most: int = 10**9) -> None:
         super().__init__()
@@ -483,11 +483,11 @@ class Sizes(Recorder):
 
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("mode", ["power", "binsearch"])
-def test_the_batches_that_lightning_s_tuner_tries_have_the_rows_that_it_says(
+def test_batches_have_the_size_that_the_tuner_tries(
     data: Callable[..., ChatDataModule], write: Write, tmp_path: Path, packing: bool, mode: Any
 ) -> None:
     path = write([chat(f"question {index}", "word " * 20) for index in range(128)])
-    options = {"packing": packing, "max_length": 150, "val_fraction": 0.0, "seed": 0}  # which decides what comes first
+    options = {"packing": packing, "max_length": 150, "val_fraction": 0.0, "seed": 0}  # a fixed first batch
     datamodule, module = data(train=path, **options), Sizes(most=20)
     tuned = trainer(tmp_path, max_steps=3)
     found = Tuner(tuned).scale_batch_size(module, datamodule=datamodule, mode=mode, steps_per_trial=1, margin=0.0)
@@ -501,15 +501,15 @@ def test_the_batches_that_lightning_s_tuner_tries_have_the_rows_that_it_says(
     assert sorted(datamodule.plans["train"].documents.tolist()) == list(range(128))
 
 
-def test_the_tuner_stops_at_the_rows_that_there_are(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+def test_the_tuner_stops_at_the_number_of_rows(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
     module = Sizes()
-    datamodule = data(packing=False, val_fraction=0.0)  # 23 rows, of which the last batch has what is left
+    datamodule = data(packing=False, val_fraction=0.0)  # 23 rows; the last batch has the remainder
     Tuner(trainer(tmp_path, max_steps=1)).scale_batch_size(module, datamodule=datamodule, steps_per_trial=3)
     assert max(module.sizes) == module.sizes[-1] == 23
     assert {2, 4, 8, 16} < set(module.sizes)
 
 
-def test_the_tuner_finds_prompts_by_their_own_option(
+def test_the_tuner_scales_the_batch_size_of_prompts_separately(
     data: Callable[..., ChatDataModule], write: Write, tmp_path: Path
 ) -> None:
     prompts = write([{"prompt": "a"}] * 9, "prompts.jsonl")
@@ -522,7 +522,7 @@ def test_the_tuner_finds_prompts_by_their_own_option(
     assert sorted(set(module.sizes)) == [1, 2, 4, 8, 9]
 
 
-def test_rows_of_a_batch_are_not_set_where_tokens_count(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+def test_setting_batch_size_under_max_tokens_is_refused(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
     for tokens in (400, "auto"):
         datamodule = data(max_tokens_per_batch=tokens)
         with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch stands in its place.*auto"):

@@ -1,4 +1,4 @@
-"""Each field of a row is used, counted by name, or makes the row a bad one; none vanishes."""
+"""Each field of a row is used, counted by name, or makes it a bad row; none vanishes."""
 
 from collections import Counter
 from typing import Any
@@ -80,7 +80,7 @@ def test_two_system_messages_are_a_bad_row(row: dict[str, Any], options: dict[st
             parser(row, RowOptions(**options))
 
 
-def test_a_system_field_that_repeats_the_message_is_the_same_one() -> None:
+def test_a_system_field_equal_to_the_system_message_is_accepted() -> None:
     assert parse({"system": "be kind", "messages": [S, U, A]}).messages == [S, U, A]
 
 
@@ -131,7 +131,7 @@ def test_a_field_that_would_be_lost_is_a_bad_row(row: dict[str, Any], options: d
         parse_row(row, RowOptions(**options))
 
 
-def test_a_weight_of_a_prompt_means_nothing() -> None:
+def test_the_weight_of_a_prompt_is_ignored() -> None:
     assert parse_prompt(CHATS["messages"] | {"weight": 0.5}, RowOptions()).messages == [U]
 
 
@@ -180,7 +180,7 @@ def test_empty_fields_count_as_absent(row: dict[str, Any]) -> None:
         ),
     ],
 )
-def test_what_nobody_will_miss_is_counted(row: dict[str, Any], options: dict[str, Any], expected: set[str]) -> None:
+def test_unused_metadata_fields_are_counted(row: dict[str, Any], options: dict[str, Any], expected: set[str]) -> None:
     assert unused(row, **options) == dict.fromkeys(expected, 1)
 
 
@@ -192,7 +192,7 @@ def test_a_row_counts_a_field_once_and_a_bad_row_counts_none() -> None:
         parse_prompt(row, RowOptions(), counts)
         with pytest.raises(BadRowError):
             parse_row(row | {"system": 5}, RowOptions(), counts)
-    assert counts == {"messages[].name": 6, "source": 6}  # the id names the row
+    assert counts == {"messages[].name": 6, "source": 6}  # the id identifies the row
 
 
 def test_unused_fields_are_named_with_their_rows() -> None:
@@ -249,12 +249,12 @@ def test_a_prompt_needs_no_answer_and_keeps_its_input(row: dict[str, Any]) -> No
         ({"prompt": [U], "answer": "ho"}, "completion"),
     ],
 )
-def test_training_without_an_answer_names_the_column_that_lacks(row: dict[str, Any], answer: str) -> None:
+def test_a_missing_answer_is_refused_and_its_column_named(row: dict[str, Any], answer: str) -> None:
     with pytest.raises(BadRowError, match=f"no '{answer}' answers it, found .*data.columns"):
         parse(row)
 
 
-def test_a_named_format_is_read_beside_other_renderings() -> None:
+def test_a_named_format_is_read_where_the_row_has_others_too() -> None:
     row = CHATS["messages"] | {"text": "hi ho"}
     assert parse_row(row, RowOptions(format="text")) == PlainText("hi ho")
     assert parse(row).messages == [U, A]

@@ -1,4 +1,4 @@
-"""Folders and patterns: the files of a split and no other, nothing hidden, and a name for all that is left out."""
+"""Folders and patterns: only the files of a split, no hidden ones, and every file left out is listed."""
 
 import shutil
 from collections.abc import Callable
@@ -45,7 +45,7 @@ def tree(tmp_path: Path) -> Tree:
     return tree
 
 
-def taken(given: Path | str, split: Split = "train") -> list[str]:
+def files_of(given: Path | str, split: Split = "train") -> list[str]:
     folder = str(given).partition("*")[0].rstrip("/")
     return [source.name().removeprefix(f"{folder}/") for source in select_sources(str(given), split).taken]
 
@@ -79,12 +79,12 @@ SPLIT_TREES: list[tuple[list[str], dict[Split, list[str]]]] = [
 ]
 
 
-@pytest.mark.parametrize(("names", "wanted"), SPLIT_TREES)
-def test_an_option_takes_the_files_of_its_split(tree: Tree, names: list[str], wanted: dict[Split, list[str]]) -> None:
+@pytest.mark.parametrize(("names", "expected"), SPLIT_TREES)
+def test_an_option_takes_the_files_of_its_split(tree: Tree, names: list[str], expected: dict[Split, list[str]]) -> None:
     folder = tree(*names)
-    for split, files in wanted.items():
-        assert taken(folder, split) == files
-        assert taken(f"{folder}/**/*", split) == files
+    for split, files in expected.items():
+        assert files_of(folder, split) == files
+        assert files_of(f"{folder}/**/*", split) == files
         assert set(select_sources(str(folder), split).left_out) == set(names) - set(files)
 
 
@@ -95,14 +95,14 @@ def test_splits_are_those_that_datasets_sees(tree: Tree, names: list[str]) -> No
     assert len(seen) > 1
     for split, files in seen.items():
         option: Any = {"train": "train", "validation": "val", "test": "test"}[str(split)]
-        assert {str(folder / name) for name in taken(folder, option)} == set(files)
+        assert {str(folder / name) for name in files_of(folder, option)} == set(files)
 
 
 @pytest.mark.parametrize("names", [["a.jsonl", "b.csv"], ["2024-train_test.jsonl", "contest.jsonl", "latest.jsonl"],
                                    ["chats-00000-of-00002.parquet", "chats-00001-of-00002.parquet"]])  # fmt: skip
 def test_all_files_are_taken_where_no_name_says_a_split(tree: Tree, names: list[str]) -> None:
     for split in ("train", "val", "test", "predict"):
-        assert taken(tree(*names), split) == names  # type: ignore[arg-type]
+        assert files_of(tree(*names), split) == names  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -116,7 +116,7 @@ def test_all_files_are_taken_where_no_name_says_a_split(tree: Tree, names: list[
         (["train_sft-00000-of-00001.parquet", "train_gen-00000-of-00001.parquet"], "train"),
     ],
 )
-def test_files_are_listed_where_no_single_split_is_the_option_s(tree: Tree, names: list[str], split: Split) -> None:
+def test_files_are_listed_where_their_split_is_ambiguous(tree: Tree, names: list[str], split: Split) -> None:
     folder = tree(*names)
     for given in (folder, f"{folder}/**/*"):
         with pytest.raises(DataError, match=f"no single split in it is for data.{split}") as caught:
@@ -125,7 +125,7 @@ def test_files_are_listed_where_no_single_split_is_the_option_s(tree: Tree, name
         assert "Name the file, folder or pattern to take" in str(caught.value)
 
 
-def test_what_is_named_is_taken_whatever_its_split(tree: Tree) -> None:
+def test_a_file_given_by_name_is_taken_whatever_its_split(tree: Tree) -> None:
     folder = tree("data/train-a.jsonl", "data/test-a.jsonl", "data/test-b.jsonl")
     assert [source.name() for source in select_sources(f"{folder}/data/test-*").taken] == [
         f"{folder}/data/test-a.jsonl", f"{folder}/data/test-b.jsonl"
@@ -133,10 +133,10 @@ def test_what_is_named_is_taken_whatever_its_split(tree: Tree) -> None:
     assert len(select_sources(str(folder / "data/test-a.jsonl")).taken) == 1
 
 
-def test_a_folder_whose_own_name_is_a_split_hides_nothing(tree: Tree) -> None:
+def test_the_given_folders_own_name_is_no_split(tree: Tree) -> None:
     folder = tree("train/train.jsonl", "train/test.jsonl") / "train"
-    assert taken(folder) == ["train.jsonl"]
-    assert taken(f"{folder}/*.jsonl") == ["train.jsonl"]
+    assert files_of(folder) == ["train.jsonl"]
+    assert files_of(f"{folder}/*.jsonl") == ["train.jsonl"]
 
 
 @pytest.mark.parametrize(
@@ -147,10 +147,10 @@ def test_a_folder_whose_own_name_is_a_split_hides_nothing(tree: Tree) -> None:
         ".a.jsonl.swp.json",
     ],
 )  # fmt: skip
-def test_what_is_hidden_is_left_out_and_said(tree: Tree, hidden: str) -> None:
+def test_hidden_files_are_left_out_and_listed(tree: Tree, hidden: str) -> None:
     folder = tree("a.jsonl", "deep/b.jsonl", hidden)
-    assert taken(folder) == ["a.jsonl", "deep/b.jsonl"]
-    assert taken(f"{folder}/**/*.json*") == ["a.jsonl", "deep/b.jsonl"]
+    assert files_of(folder) == ["a.jsonl", "deep/b.jsonl"]
+    assert files_of(f"{folder}/**/*.json*") == ["a.jsonl", "deep/b.jsonl"]
     [left_out] = select_sources(str(folder)).left_out
     assert f"{hidden}/".startswith(left_out.rstrip("/") + "/")
     assert [source.name() for source in select_sources(str(folder / hidden)).taken] == [str(folder / hidden)]
@@ -158,37 +158,37 @@ def test_what_is_hidden_is_left_out_and_said(tree: Tree, hidden: str) -> None:
 
 def test_a_hidden_folder_or_pattern_that_is_named_is_read(tree: Tree) -> None:
     folder = tree(".kept/a.jsonl", "__b/c.jsonl", "_d.jsonl")
-    assert taken(folder / ".kept") == ["a.jsonl"]
+    assert files_of(folder / ".kept") == ["a.jsonl"]
     for pattern, file in ((".kept/*", ".kept/a.jsonl"), ("__*/*", "__b/c.jsonl"), ("_*.jsonl", "_d.jsonl")):
         assert [source.name() for source in select_sources(f"{folder}/{pattern}").taken] == [f"{folder}/{file}"]
     with pytest.raises(DataError, match=r"no data files in it.*Left out: .*_d\.jsonl"):
         select_sources(str(folder))
 
 
-def test_the_given_cases(tmp_path: Path) -> None:
-    assert taken(CASES / "f03.d") == ["train.jsonl"]
+def test_the_reported_folders_give_their_training_files(tmp_path: Path) -> None:
+    assert files_of(CASES / "f03.d") == ["train.jsonl"]
     folder = tmp_path / "f04.e"
     shutil.copytree(CASES / "f04.e", folder)
     (folder / ".ipynb_checkpoints").mkdir(exist_ok=True)
     shutil.copy(folder / "a.jsonl", folder / ".ipynb_checkpoints/a-checkpoint.jsonl")
-    assert taken(folder) == ["a.jsonl"]
+    assert files_of(folder) == ["a.jsonl"]
     assert select_sources(str(folder)).left_out == [".ipynb_checkpoints/"]
 
 
-def test_what_is_no_data_is_said(tree: Tree) -> None:
+def test_files_other_than_data_are_listed_as_left_out(tree: Tree) -> None:
     folder = tree("a.jsonl", "notes.txt", "dataset_info.json", "old.jsonl.bak")
-    assert taken(folder) == ["a.jsonl"]
+    assert files_of(folder) == ["a.jsonl"]
     assert select_sources(str(folder)).left_out == ["dataset_info.json", "notes.txt", "old.jsonl.bak"]
 
 
-def test_a_file_by_two_names_is_read_once_and_links_may_go_round(tree: Tree) -> None:
+def test_symbolic_links_are_followed_once(tree: Tree) -> None:
     folder = tree("2024.jsonl", "deep/b.jsonl")
     (folder / "latest.jsonl").symlink_to(folder / "2024.jsonl")
     (folder / "deep/round").symlink_to(folder)
     (folder.parent / "elsewhere").mkdir()
     (folder.parent / "elsewhere/c.jsonl").write_text(ROW)
     (folder / "linked").symlink_to(folder.parent / "elsewhere")
-    assert taken(folder) == ["2024.jsonl", "deep/b.jsonl", "linked/c.jsonl"]
+    assert files_of(folder) == ["2024.jsonl", "deep/b.jsonl", "linked/c.jsonl"]
     assert "latest.jsonl" in select_sources(str(folder)).left_out
 
 
@@ -201,8 +201,8 @@ def test_a_saved_dataset_dict_has_its_splits_and_no_caches_of_map(tmp_path: Path
         assert [source.name() for source in select_sources(str(given)).taken] == [
             f"{folder}/train/data-00000-of-00001.arrow"
         ]
-    assert taken(folder / "train") == ["data-00000-of-00001.arrow"]
-    assert taken(folder, "test") == ["test/data-00000-of-00001.arrow"]
+    assert files_of(folder / "train") == ["data-00000-of-00001.arrow"]
+    assert files_of(folder, "test") == ["test/data-00000-of-00001.arrow"]
     with pytest.raises(DataError, match=r"no single split in it is for data\.val: train: .*; test: "):
         select_sources(str(folder), "val")
 
@@ -212,28 +212,28 @@ def test_splits_of_a_saved_dict_may_have_any_name(tmp_path: Path) -> None:
     datasets.DatasetDict(parts).save_to_disk(tmp_path / "saved")
     with pytest.raises(DataError, match=r"sft: sft/data-.*; rl: rl/data-"):
         select_sources(str(tmp_path / "saved"))
-    assert taken(tmp_path / "saved/sft") == ["data-00000-of-00001.arrow"]
+    assert files_of(tmp_path / "saved/sft") == ["data-00000-of-00001.arrow"]
 
 
 def test_a_cloned_hub_set_has_the_splits_of_its_readme(tree: Tree) -> None:
     names = ("en/fit-0.jsonl", "en/fit-1.jsonl", "en/held.jsonl", "train.jsonl", "de/fit-0.jsonl")
     folder = tree(*names, readme=README.format(first="en", more=""))
-    assert taken(folder) == ["en/fit-0.jsonl", "en/fit-1.jsonl"]
-    assert taken(folder, "test") == ["en/held.jsonl"]
+    assert files_of(folder) == ["en/fit-0.jsonl", "en/fit-1.jsonl"]
+    assert files_of(folder, "test") == ["en/held.jsonl"]
     second = "- config_name: de\n  data_files: de/*\n"
     (folder / "README.md").write_text(README.format(first="en", more=second))
     with pytest.raises(DataError, match=r"configurations en, de, and none is the default.*en/fit-0\.jsonl"):
         select_sources(str(folder))
     (folder / "README.md").write_text(README.format(first="en", more=second + "  default: true\n"))
-    assert taken(folder) == ["de/fit-0.jsonl"]
+    assert files_of(folder) == ["de/fit-0.jsonl"]
     (folder / "README.md").write_text(README.format(first="default", more=second))
-    assert taken(folder) == ["en/fit-0.jsonl", "en/fit-1.jsonl"]
+    assert files_of(folder) == ["en/fit-0.jsonl", "en/fit-1.jsonl"]
     (folder / "README.md").write_text("---\nconfigs:\n- config_name: en\n  data_dir: en\n---\n")
-    assert taken(folder) == ["en/fit-0.jsonl", "en/fit-1.jsonl", "en/held.jsonl"]
+    assert files_of(folder) == ["en/fit-0.jsonl", "en/fit-1.jsonl", "en/held.jsonl"]
 
 
 @pytest.mark.parametrize(
     "readme", ["# Notes", "---\nconfigs: [\n---\n", "---\nconfigs: 5\n---\n", "---\n[1, 2]\n---\n"]
 )
-def test_any_other_readme_describes_nothing(tree: Tree, readme: str) -> None:
-    assert taken(tree("a.jsonl", readme=readme)) == ["a.jsonl"]
+def test_a_readme_without_data_files_is_ignored(tree: Tree, readme: str) -> None:
+    assert files_of(tree("a.jsonl", readme=readme)) == ["a.jsonl"]

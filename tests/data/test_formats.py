@@ -1,4 +1,4 @@
-"""Each shape of row has a defined answer: a conversation, or an error that says what was found."""
+"""Each form of row has a defined result: a conversation, or an error that names what was found."""
 
 from typing import Any
 
@@ -34,7 +34,7 @@ def messages(*items: Any) -> dict[str, Any]:
         messages(U | {"name": "Ann"}, A),
     ],
 )
-def test_the_same_chat_in_every_format(row: dict[str, Any]) -> None:
+def test_every_format_gives_the_same_chat(row: dict[str, Any]) -> None:
     conversation = parse(row)
     assert conversation.messages == [U, A]
     assert conversation.trained == [False, True]
@@ -98,7 +98,7 @@ def test_an_empty_answer_stays_a_turn() -> None:
         ({"prompt": "hi", "completion": 5}, "content is not text", "'completion' is a number"),
     ],
 )
-def test_what_cannot_be_trained_is_named(row: object, reason: str, found: str) -> None:
+def test_rows_that_cannot_be_trained_are_named(row: object, reason: str, found: str) -> None:
     with pytest.raises(BadRowError, match=found) as caught:
         parse(row)
     assert caught.value.reason.startswith(reason)
@@ -143,7 +143,7 @@ SHAREGPT = {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", 
         (messages({"role": "user", "content": [{"type": "text", "value": "hi"}]}, A), {}),
     ],
 )
-def test_other_formats_say_the_same(row: dict[str, Any], options: dict[str, Any]) -> None:
+def test_options_map_other_formats_to_the_same_chat(row: dict[str, Any], options: dict[str, Any]) -> None:
     assert parse(row, **options).messages == [U, A]
 
 
@@ -152,7 +152,7 @@ def test_alpaca_with_all_its_fields() -> None:
     assert [message["content"] for message in parse(row).messages] == ["s", "q", "a", "do\n\nthis", "done"]
 
 
-def test_texts_and_tokens() -> None:
+def test_plain_texts_and_ready_tokens_are_read() -> None:
     assert parse_row({"text": "words"}, RowOptions()) == PlainText("words")
     tokens = parse_row({"input_ids": [4, 5, 6, 7], "labels": [-100, 5, -100, 7]}, RowOptions())
     assert tokens == TokenizedDocument([4, 5, 6, 7], [(1, 2), (3, 4)])
@@ -240,7 +240,7 @@ def test_system_messages_can_be_merged_into_the_user_or_refused() -> None:
     ("train_on", "trained"),
     [("assistant", [0, 0, 1, 0, 1]), ("last", [0, 0, 0, 0, 1]), ("all", [1, 1, 1, 1, 1])],
 )
-def test_what_is_trained(train_on: str, trained: list[int]) -> None:
+def test_train_on_chooses_the_trained_turns(train_on: str, trained: list[int]) -> None:
     row = messages({"role": "system", "content": "s"}, U, A, U, A)
     assert parse(row, train_on=train_on).trained == [bool(flag) for flag in trained]
 

@@ -1,4 +1,4 @@
-"""A message says who speaks, what, and whether it is trained, under the names of several tools."""
+"""A message has a role, content and a training flag, under the names that several tools use."""
 
 from collections import Counter
 from typing import Any
@@ -35,12 +35,12 @@ def parse(row: object, **options: Any) -> Conversation:
         {"instruction": "hi", "output": [GPT]},
         {"messages": [U, GPT]},
         {"messages": [{"role": "user", "value": "hi"}, {"from": "assistant", "content": "ho"}]},
-        {"messages": [U | {"from": None, "value": None}, GPT | {"role": None, "content": None}]},  # a table of both
+        {"messages": [U | {"from": None, "value": None}, GPT | {"role": None, "content": None}]},  # columns of both
         {"messages": [{"from": "user", "value": "hi"}, {"from": "chatgpt", "value": "ho"}]},
         {"conversations": [HUMAN, {"role": "bot", "value": "ho"}]},
     ],
 )
-def test_from_and_value_are_known_wherever_the_list_is(row: dict[str, Any]) -> None:
+def test_from_and_value_are_read_in_any_list(row: dict[str, Any]) -> None:
     counts: Counter[str] = Counter()
     parsed = parse_row(row, RowOptions(), counts)
     assert parsed == Conversation([U, A], [False, True])
@@ -52,13 +52,13 @@ def test_from_and_value_are_known_wherever_the_list_is(row: dict[str, Any]) -> N
     ("name", "options"),
     [("f16.a_from_value.jsonl", {}), ("f16.b_dialogue.jsonl", SPOKEN | {"columns": {"messages": "dialogue"}})],
 )
-def test_turns_of_other_keys_are_read(name: str, options: dict[str, Any]) -> None:
+def test_message_keys_map_other_keys(name: str, options: dict[str, Any]) -> None:
     [row] = case(name)
     expected = [{"role": "user", "content": "Left?"}, {"role": "assistant", "content": "Right."}]
     assert parse(row, **options).messages == expected
 
 
-def test_data_roles_go_before_the_names_of_speakers() -> None:
+def test_role_map_wins_over_known_speaker_names() -> None:
     row = {"messages": [{"from": "gpt", "value": "hi"}, {"from": "me", "value": "ho"}]}
     assert parse(row, role_map={"gpt": "user", "me": "assistant"}).messages == [U, A]
 
@@ -89,7 +89,7 @@ def test_message_keys_name_reasoning_calls_and_training() -> None:
     assert parsed.messages[3]["content"].startswith("<think>\nhm\n</think>\n\n<tool_call>")
 
 
-def test_own_fields_that_a_mapping_takes_the_place_of_are_counted() -> None:
+def test_fields_replaced_by_message_keys_are_counted_as_unused() -> None:
     counts: Counter[str] = Counter()
     row = {"messages": [{"speaker": "client", "text": "hi", "role": "x"}, {"speaker": "agent", "text": "ho"}]}
     parse_row(row, RowOptions(**SPOKEN), counts)
@@ -119,7 +119,7 @@ FLAGS = ["train", "training", "trainable", "loss", "loss_mask", "step_loss_mask"
 
 @pytest.mark.parametrize("flag", FLAGS)
 @pytest.mark.parametrize(("no", "yes"), [(False, True), (0, 1), (0.0, 1.0)])
-def test_a_turn_is_left_untrained_by_the_names_of_other_tools(flag: str, no: float, yes: float) -> None:
+def test_flags_of_other_tools_leave_a_turn_untrained(flag: str, no: float, yes: float) -> None:
     row = {"messages": [U, A | {flag: no}, U, A | {flag: yes}, U | {flag: None}, A]}
     assert parse(row).trained == [False, False, False, True, False, True]
     turns = [HUMAN, GPT | {flag: no}, HUMAN, GPT]
@@ -141,13 +141,13 @@ def test_rows_with_a_wrong_answer_do_not_train_it(name: str) -> None:
         ({"training_detail": [{"begin_offset": 0}], "train": True}, "a part of a message is marked"),
     ],
 )
-def test_flags_that_cannot_be_followed_are_a_bad_row(flags: dict[str, Any], reason: str) -> None:
+def test_conflicting_or_invalid_flags_are_a_bad_row(flags: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRowError, match=r"messages\[1\]") as caught:
         parse({"messages": [U, A | flags]})
     assert caught.value.reason == reason
 
 
-def test_flags_that_agree_are_one() -> None:
+def test_flags_that_agree_are_accepted() -> None:
     assert parse({"messages": [U, A | {"train": False, "weight": 0, "loss": 0.0}, U, A]}).trained == [0, 0, 0, 1]
 
 

@@ -19,8 +19,8 @@ def test_rows_hold_whole_documents_once(lengths: np.ndarray) -> None:
 
 
 @given(LENGTHS)
-def test_each_document_goes_where_least_space_is_left(lengths: np.ndarray) -> None:
-    """Against the textbook's quadratic loop."""
+def test_packing_is_best_fit_decreasing(lengths: np.ndarray) -> None:
+    """The result equals that of the textbook's quadratic loop."""
     spaces: list[int] = []
     for length in sorted(lengths.tolist(), reverse=True):
         fitting = [space for space in spaces if space >= length]
@@ -56,7 +56,7 @@ def test_rows_of_a_batch_have_similar_lengths() -> None:
     assert lengths.sum() / longest > 0.95
 
 
-def test_a_million_lengths_fill_their_rows() -> None:
+def test_packing_a_million_lengths_fills_99_percent() -> None:
     lengths = np.random.default_rng(0).lognormal(5, 1, 1_000_000).astype(np.int64).clip(1, 2048)
     rows = pack(lengths, 2048)
     assert lengths.sum() / (len(rows) * 2048) > 0.99
@@ -68,7 +68,7 @@ def test_no_documents_make_no_batches(capacity: int | None) -> None:
 
 
 @given(LENGTHS, st.integers(64, 300), st.sampled_from([None, 3]), st.sampled_from([None, 64]))
-def test_batches_hold_at_most_so_many_tokens(
+def test_batches_hold_at_most_max_tokens_per_batch(
     lengths: np.ndarray, max_tokens: int, seed: int | None, capacity: int | None
 ) -> None:
     plan = plan_batches(lengths, batch_size=1, max_tokens=max_tokens, capacity=capacity, seed=seed)

@@ -1,4 +1,4 @@
-"""Files become tokens once; odd files give the rows of clean ones, and every fault is named with its place."""
+"""Files are tokenised once; odd files give the rows of clean ones, and every fault is named with file and line."""
 
 import json
 import os
@@ -57,7 +57,7 @@ def test_odd_bytes_give_the_rows_of_the_clean_file(tokenise: Callable[..., Token
     assert odd.describe([2]) == [f"{tmp_path / 'odd.jsonl'}:4"]
 
 
-def test_json_lines_arrays_and_parquet_are_one(
+def test_json_lines_arrays_and_parquet_give_the_same_rows(
     tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
 ) -> None:
     lines = write(CHATS)
@@ -68,7 +68,7 @@ def test_json_lines_arrays_and_parquet_are_one(
     assert prepared[1].describe([1]) == [f"{array} row 2"]
 
 
-def test_several_files_keep_their_places(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
+def test_rows_of_several_files_keep_file_and_line(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
     first, second = write(CHATS[:2], "first.jsonl"), write(CHATS[2:], "second.jsonl")
     prepared = tokenise([first, second])
     assert prepared.describe([2, 0]) == [f"{second}:1", f"{first}:1"]
@@ -76,7 +76,7 @@ def test_several_files_keep_their_places(tokenise: Callable[..., TokenizedDatase
 
 
 @pytest.mark.parametrize("truncation", ["drop", "split"])
-def test_documents_carry_place_and_own_id_of_their_row(
+def test_documents_know_the_line_and_id_of_their_row(
     tokenise: Callable[..., TokenizedDataset], write: Write, truncation: str
 ) -> None:
     ids = [7, "a7", 1.5, None, True, ["x"], "", "\ud800", 2**70]
@@ -87,7 +87,7 @@ def test_documents_carry_place_and_own_id_of_their_row(
     assert list(origins.values()) == [7, "a7", 1.5, None, None, None, None, "\ud800", 2**70]
 
 
-def test_what_was_read_is_listed_with_its_rows(
+def test_files_read_are_listed_with_their_rows(
     tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
 ) -> None:
     first, second = write([*CHATS, "", '{"x": 1}'], "first.jsonl"), write(CHATS[:1], "second.jsonl")
@@ -143,7 +143,7 @@ def test_rows_too_long_are_dropped_and_counted(tokenise: Callable[..., Tokenized
     assert prepared.statistics.kept == 1
 
 
-def test_a_length_that_just_fits_changes_nothing(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
+def test_a_row_of_exactly_max_length_is_unchanged(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
     path = write([chat()])
     [ids] = tokens(tokenise(path))
     assert tokens(tokenise(path, max_length=len(ids))) == [ids]
@@ -189,7 +189,7 @@ def below_a_file(tmp_path: Path) -> str:
 
 
 def read_only(tmp_path: Path) -> str:
-    return "/proc/cache"  # where nobody can make a folder, the administrator neither
+    return "/proc/cache"  # where not even root can make a folder
 
 
 def too_long(tmp_path: Path) -> str:
@@ -220,7 +220,7 @@ def test_a_cache_that_cannot_be_written_is_named(
 def test_a_disk_that_fills_up_leaves_nothing_behind(
     tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
 ) -> None:
-    """A limit on the size of files stands in for the disk: the system says the same at the same call."""
+    """A file-size limit stands in for a full disk: the same call fails in the same way."""
     path = write([chat(f"question {index}", "the answer " * 20) for index in range(3000)])
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -254,7 +254,7 @@ def test_several_processes_give_the_same_rows_in_the_same_order(
     tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path, rows: int
 ) -> None:
     path = write([chat(f"question {index}", "the answer " * (index % 7)) for index in range(rows)])
-    alone = tokenise(path)  # which also has used the tokenizer's threads
+    alone = tokenise(path)  # this has also started the tokenizer's threads
     several = tokenise(path, num_proc=4)
     assert tokens(several) == tokens(alone)
     assert several.describe([rows - 1]) == [f"{path}:{rows}"]
@@ -292,15 +292,15 @@ def test_a_hub_set_is_read_by_datasets(
 ) -> None:
     import datasets
 
-    asked = []
+    requests = []
 
     def load_dataset(name: str, split: str, streaming: bool) -> datasets.Dataset:
-        asked.append((name, split))
+        requests.append((name, split))
         return datasets.Dataset.from_list(CHATS)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     prepared = tokenise("someone/chats:train_sft")
-    assert set(asked) == {("someone/chats", "train_sft")}
+    assert set(requests) == {("someone/chats", "train_sft")}
     assert prepared.describe([1]) == ["someone/chats:train_sft row 2"]
     assert prepared.statistics.kept == 3
 

@@ -1,4 +1,4 @@
-"""The preview shows each token once, colours what is trained, and carries nothing that a browser would run."""
+"""The preview shows each token once, colours trained text, and contains nothing that a browser would run."""
 
 import html
 import io
@@ -34,7 +34,7 @@ def datamodule(write: Callable[..., str], tokenizer_folder: str, tmp_path: Path)
     return datamodule
 
 
-def test_the_terminal_shows_places_facts_and_special_tokens(datamodule: ChatDataModule) -> None:
+def test_the_terminal_shows_lines_facts_and_special_tokens(datamodule: ChatDataModule) -> None:
     console = Console(record=True, width=100, file=io.StringIO())
     console.print(render_terminal(build_preview(datamodule, rows=2), show_ids=True))
     text = console.export_text(styles=True)
@@ -47,7 +47,7 @@ def test_the_terminal_shows_places_facts_and_special_tokens(datamodule: ChatData
 
 
 @pytest.mark.parametrize("show_ids", [False, True])
-def test_the_page_is_whole_and_safe(datamodule: ChatDataModule, show_ids: bool) -> None:
+def test_the_page_is_self_contained_and_escaped(datamodule: ChatDataModule, show_ids: bool) -> None:
     page = render_html(build_preview(datamodule, rows=5), show_ids=show_ids)
     assert page.startswith("<!doctype html>")
     assert "<script" not in page
@@ -81,13 +81,13 @@ def test_text_is_shown_as_it_was_written(
         assert text in shown
 
 
-def test_trained_text_stands_in_brackets_where_there_are_no_colours(datamodule: ChatDataModule) -> None:
+def test_trained_text_is_in_brackets_without_colours(datamodule: ChatDataModule) -> None:
     console = Console(record=True, width=200, file=io.StringIO())
     console.print(render_terminal(build_preview(datamodule, rows=1), brackets=True))
     assert "<|assistant|>«the answer<|end|>»<|endoftext|>" in console.export_text()
 
 
-def test_what_was_read_and_what_is_there_twice_is_said(
+def test_files_read_and_duplicates_are_reported(
     write: Callable[..., str], tokenizer_folder: str, tmp_path: Path
 ) -> None:
     train = write([chat("a"), chat("b"), chat("a"), chat("c"), chat("d")], "x/train.jsonl")
@@ -122,7 +122,7 @@ def test_facts_add_up(datamodule: ChatDataModule) -> None:
     assert sum(count for _, count in preview.histogram) == 31
 
 
-def test_fields_that_nothing_reads_are_a_fact(
+def test_unused_fields_are_reported(
     write: Callable[..., str], tokenizer_folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write([chat() | {"lang": "de"}, chat() | {"lang": "de", "note": "x"}, {"messages": 5, "lang": "de"}])
@@ -138,5 +138,5 @@ def test_fields_that_nothing_reads_are_a_fact(
         assert lines.count("train: fields that are not used: lang (2 rows), note (1)") == 1
 
 
-def test_rows_of_known_fields_alone_have_no_such_fact(datamodule: ChatDataModule) -> None:
+def test_without_unused_fields_none_are_reported(datamodule: ChatDataModule) -> None:
     assert "fields not used" not in build_preview(datamodule).facts

@@ -1,4 +1,4 @@
-"""Whatever people write: ids are the template's, the assistant's words are trained, and every fault is named."""
+"""For any text: ids are the template's, the assistant's words are trained, and every fault is named."""
 
 import contextlib
 import json
@@ -56,21 +56,21 @@ def check(row: dict[str, Any], template: ChatTemplate) -> None:
     tokenizer = template.tokenizer
     assert encoded.input_ids == tokenizer.apply_chat_template(talk.messages, return_dict=False)
     answers = [message["content"] for message in talk.messages if message["role"] == "assistant"]
-    answers = [answer.replace("\u2581", " ") for answer in answers]  # as decoding writes it
+    answers = [answer.replace("\u2581", " ") for answer in answers]  # as decoding gives it
     spoken = [tokenizer.decode(encoded.input_ids[start:end]) for start, end in encoded.spans]
-    # A role token swallows leading white space, and decoding loses one more blank where a text begins with it.
+    # A role token swallows leading white space, and decoding drops one more leading space of a text.
     assert [text.lstrip() for text in spoken] == [(answer.lstrip() + END).lstrip() for answer in answers]
 
 
 @SETTINGS
 @given(chats(CONTENT.filter(lambda text: not any(special in text for special in SPECIALS))))
-def test_ids_and_mask(row: dict[str, Any]) -> None:
+def test_ids_are_the_templates_and_the_mask_the_assistants(row: dict[str, Any]) -> None:
     check(row, TEMPLATE)
 
 
 @SETTINGS
 @given(chats(LOUD))
-def test_special_text_never_is_a_turn(row: dict[str, Any]) -> None:
+def test_special_text_never_becomes_a_turn(row: dict[str, Any]) -> None:
     talk, encoded = encode(row, TEMPLATE)
     tokenizer = TEMPLATE.tokenizer
     quiet = {"messages": [message | {"content": "x"} for message in talk.messages]}
@@ -99,7 +99,7 @@ def test_any_json_is_read_or_named(row: Any) -> None:
 
 
 def test_ten_thousand_mutated_rows_are_trained_or_named() -> None:
-    """Types changed, keys dropped, bytes flipped, JSON cut short; good neighbours keep their tokens."""
+    """Types are changed, keys dropped, bytes flipped, JSON truncated; good neighbours keep their tokens."""
     rng = random.Random(0)
     good = json.dumps(
         {

@@ -1,4 +1,4 @@
-"""Two real processes that start together from an empty cache: every row once, nobody hangs."""
+"""Two real processes that start together from an empty cache: every row once, and neither hangs."""
 
 import json
 from collections.abc import Callable
@@ -22,7 +22,7 @@ pytestmark = [
 
 
 class FileRecorder(Recorder):
-    """Appends what each rank is given to a file of its own."""
+    """Appends the rows of each rank to a file of its own."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class FileRecorder(Recorder):
         return batch["document_ids"]
 
 
-def test_two_processes(write: Callable[..., str], tokenizer_folder: str, tmp_path: Path) -> None:
+def test_two_processes_share_every_row_once(write: Callable[..., str], tokenizer_folder: str, tmp_path: Path) -> None:
     path = write([chat(f"question {index}", "word " * index) for index in range(23)])
     datamodule = ChatDataModule(
         train=path,
@@ -63,7 +63,7 @@ def test_two_processes(write: Callable[..., str], tokenizer_folder: str, tmp_pat
 
     def seen(stage: str) -> list[int]:
         ranks = [(tmp_path / f"{stage}-{rank}.jsonl").read_text().splitlines() for rank in (0, 1)]
-        assert len(ranks[0]) == len(ranks[1])  # as many batches on both, or one would wait for the other
+        assert len(ranks[0]) == len(ranks[1])  # with unequal numbers of batches one rank would wait for the other
         return sorted(row for lines in ranks for line in lines for row in json.loads(line))
 
     assert seen("train0") == seen("train1")

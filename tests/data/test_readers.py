@@ -1,4 +1,4 @@
-"""Files that cannot be read are named with what they are and the line that cures them; the cure works."""
+"""Unreadable files are named with their kind and the command that converts them, and the command works."""
 
 import bz2
 import csv
@@ -45,7 +45,7 @@ def refusal(path: Path) -> str:
 
 
 def cure(message: str) -> Path:
-    """Run the command that a message ends with; the file that it writes."""
+    """Run the command that a message ends with; return the file that it writes."""
     command = re.search(r"(?:gunzip|iconv|python|zstd) .*", message)
     assert command, message
     folder = Path(sys.executable).parent
@@ -69,7 +69,7 @@ def cure(message: str) -> Path:
         ("chats.json", f"[\n{CHAT}\n]", "cp1252", "CP1252"),
     ],
 )
-def test_an_encoding_is_named_with_the_command_that_changes_it(
+def test_another_encoding_is_named_with_the_command_that_converts_it(
     tmp_path: Path, name: str, text: str, encoding: str, named: str, packed: bool
 ) -> None:
     path = tmp_path / f"my chats {name}{'.gz' * packed}"
@@ -82,7 +82,7 @@ def test_an_encoding_is_named_with_the_command_that_changes_it(
 
 
 @pytest.mark.parametrize(("name", "part"), [("f22.b_utf16.csv", "UTF-16"), ("f22.c_cp1252.csv", "CP1252")])
-def test_exports_of_spreadsheets_have_a_cure(tmp_path: Path, name: str, part: str) -> None:
+def test_spreadsheet_exports_are_refused_with_a_working_remedy(tmp_path: Path, name: str, part: str) -> None:
     message = refusal(Path(shutil.copy(CASES / name, tmp_path)))
     assert part in message
     assert read(cure(message))[0].keys() == {"prompt", "completion"}
@@ -108,7 +108,7 @@ def test_a_line_of_another_encoding_is_one_bad_row(tmp_path: Path) -> None:
         (".tsv", ";", "semi"),
     ],
 )
-def test_a_separator_is_named_with_its_cure(tmp_path: Path, suffix: str, sign: str, named: str) -> None:
+def test_another_separator_is_refused_with_its_remedy(tmp_path: Path, suffix: str, sign: str, named: str) -> None:
     path = tmp_path / f"chats{suffix}"
     path.write_text(f'prompt{sign}completion\r\n"a{sign} ""b"" ";c, d\r\n'.replace(";c", f"{sign}c"), newline="")
     message = refusal(path)
@@ -120,7 +120,7 @@ def test_a_separator_is_named_with_its_cure(tmp_path: Path, suffix: str, sign: s
     assert read(mended)[0]["completion"] == expected
 
 
-def test_semicolons_of_a_spreadsheet_have_a_cure(tmp_path: Path) -> None:
+def test_a_semicolon_separated_file_is_refused_with_a_working_remedy(tmp_path: Path) -> None:
     message = refusal(Path(shutil.copy(CASES / "f22.a_semicolon.csv", tmp_path)))
     assert "semicolons" in message
     assert read(cure(message)) == [{"prompt": "Wo ist die Lampe?", "completion": "Im Keller."}]
@@ -164,7 +164,7 @@ def test_a_long_cell_is_read_and_the_limit_of_the_process_stays(tmp_path: Path) 
 @pytest.mark.parametrize(
     "text", [",prompt,completion\n0,a,b\n", "\ufeffprompt,completion\r\na,b\r\n", "prompt,completion,,\na,b,,\n"]
 )
-def test_tables_as_pandas_and_spreadsheets_write_them(tmp_path: Path, text: str) -> None:
+def test_tables_of_pandas_and_spreadsheets_are_read(tmp_path: Path, text: str) -> None:
     path = tmp_path / "chats.csv"
     path.write_text(text, encoding="utf-8", newline="")
     [row] = read(path)
@@ -190,7 +190,7 @@ NOT_DATA = {
 
 
 @pytest.mark.parametrize("name", NOT_DATA)
-def test_what_holds_no_rows_is_named_before_anything_is_loaded(tmp_path: Path, name: str) -> None:
+def test_files_without_rows_are_refused_before_loading(tmp_path: Path, name: str) -> None:
     write, named = NOT_DATA[name]
     write(tmp_path / name)  # type: ignore[operator]
     assert named in refusal(tmp_path / name)

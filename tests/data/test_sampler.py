@@ -1,4 +1,4 @@
-"""Every batch comes once an epoch, whatever the ranks; place and order follow from numbers alone."""
+"""Every batch comes once per epoch, whatever the ranks; position and order follow from numbers alone."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def order(count: int, *, epoch: int = 0, seed: int = 0, shuffle: bool = True, **
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 7])
 @pytest.mark.parametrize("shuffle", [True, False])
-def test_each_batch_once_over_all_ranks(ranks: int, shuffle: bool) -> None:
+def test_each_batch_comes_once_over_all_ranks(ranks: int, shuffle: bool) -> None:
     per_rank = [order(10, shuffle=shuffle, num_replicas=ranks, rank=rank) for rank in range(ranks)]
     assert len({len(own) for own in per_rank}) == 1
     seen = [index for own in per_rank for index in own]
@@ -32,18 +32,18 @@ def test_order_differs_by_epoch_and_seed_and_is_reproducible() -> None:
 
 @pytest.mark.parametrize("ranks", [1, 2])
 @pytest.mark.parametrize("position", [0, 1, 4, 5])
-def test_an_epoch_goes_on_where_it_stopped(ranks: int, position: int) -> None:
+def test_an_epoch_resumes_at_its_position(ranks: int, position: int) -> None:
     for rank in range(ranks):
         whole = order(9, epoch=2, num_replicas=ranks, rank=rank)
         rest = order(9, epoch=2, num_replicas=ranks, rank=rank, position=lambda: position)
         assert rest == whole[position:]
 
 
-def test_the_end_of_a_long_epoch_is_reached_at_once() -> None:
+def test_a_long_epoch_resumes_near_its_end() -> None:
     assert len(order(1_000_010, position=lambda: 1_000_000)) == 10
 
 
-def test_the_length_is_the_whole_epochs() -> None:
+def test_the_length_is_that_of_the_whole_epoch() -> None:
     assert len(BatchOrder(range(9), seed=0, shuffle=True, num_replicas=2, rank=1, position=lambda: 3)) == 5
 
 
@@ -53,7 +53,7 @@ def test_the_length_is_the_whole_epochs() -> None:
     stages=st.lists(st.tuples(st.integers(1, 7), st.integers(1, 4), st.integers(0, 6)), min_size=1, max_size=4),
 )
 def test_whatever_the_ranks_become_each_batch_comes_once(count: int, stages: list[tuple[int, int, int]]) -> None:
-    """Stages of an epoch: so many ranks, so many batches a window, so many windows until the next restart."""
+    """A stage of an epoch: its ranks, batches per accumulation window, and windows until the next restart."""
     order, seen, position = np.random.default_rng(1).permutation(count), [], 0
     shares = RankAssignment(count, stages[0][0])
     for ranks, window, windows in [*stages, (2, 1, 10_000)]:

@@ -78,7 +78,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("name", KINDS)
-def test_every_kind_of_file(tmp_path: Path, name: str, packed: bool) -> None:
+def test_every_kind_of_file_gives_the_same_rows(tmp_path: Path, name: str, packed: bool) -> None:
     path = tmp_path / name
     KINDS[name](path)
     if packed:
@@ -101,7 +101,7 @@ def test_folders_and_patterns_in_order_of_names(tmp_path: Path) -> None:
     assert [source.item for source in sources] == [0, 1, 1, 1]
 
 
-def test_a_data_set_saved_by_datasets(tmp_path: Path) -> None:
+def test_a_data_set_saved_by_datasets_is_read(tmp_path: Path) -> None:
     datasets.Dataset.from_list(ROWS).save_to_disk(tmp_path / "saved")
     assert read(str(tmp_path / "saved")) == ROWS
 
@@ -126,7 +126,7 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, messa
 
 
 @pytest.mark.parametrize("given", ["*.jsonl", "."])
-def test_nothing_found_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+def test_a_source_without_data_files_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no data files"):
         find_sources(given)
@@ -142,14 +142,14 @@ def test_a_path_that_cannot_be_looked_up_is_named(given: str) -> None:
 
 
 @pytest.mark.parametrize("split", ["train[:100]", "train[95%:]", "train[-500:]", "train_sft[10:20]", "train_sft"])
-def test_a_part_of_a_split_on_the_hub_is_no_pattern(split: str) -> None:
+def test_a_slice_of_a_hub_split_is_not_taken_for_a_pattern(split: str) -> None:
     [source] = find_sources(f"owner/name:{split}")
     assert source.name() == f"owner/name:{split}"
     assert source.split == split
 
 
 @pytest.mark.parametrize("option", ["train", "val", "test", "predict"])
-def test_a_hub_set_without_a_split_gives_that_of_the_option(option: Any) -> None:
+def test_a_hub_set_defaults_to_the_split_of_the_option(option: Any) -> None:
     wanted = {"train": "train", "val": "validation", "test": "test", "predict": "train"}
     [source] = find_sources("owner/name", option)
     assert source == HubSource("owner/name", wanted[option])
@@ -169,7 +169,7 @@ def test_a_hub_set_without_a_split_gives_that_of_the_option(option: Any) -> None
         ("owner/name/config@main:test", "load_dataset('owner/name', 'config', split='train', revision='main')"),
     ],
 )
-def test_a_configuration_or_a_revision_is_refused_with_the_way_round(given: str, call: str) -> None:
+def test_a_configuration_or_revision_is_refused_with_the_remedy(given: str, call: str) -> None:
     with pytest.raises(DataError, match="neither can be named here") as caught:
         find_sources(given)
     assert str(caught.value).startswith(f"{given}: no such file or folder.")
@@ -193,7 +193,7 @@ def test_a_configuration_or_a_revision_is_refused_with_the_way_round(given: str,
         (PermissionError(errno.EACCES, "Permission denied", "/cache"), ["cannot be stored", "/cache", "HF_HOME"]),
     ],
 )
-def test_what_the_hub_says_is_told_in_one_line(
+def test_errors_of_the_hub_are_reported_in_one_line(
     monkeypatch: pytest.MonkeyPatch, error: Exception, parts: list[str]
 ) -> None:
     def load_dataset(*args: object, **options: object) -> None:
@@ -207,7 +207,7 @@ def test_what_the_hub_says_is_told_in_one_line(
 
 
 @pytest.mark.parametrize("given", ["chats[12].jsonl", "chats:x[12]", "chats:*.jsonl", "owner/na?e"])
-def test_a_pattern_is_no_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
+def test_a_pattern_is_not_taken_for_a_hub_split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: str) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(DataError, match="no data files"):
         find_sources(given)

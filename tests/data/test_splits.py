@@ -1,4 +1,4 @@
-"""Rows of one group stay together, in a share that seed and data decide."""
+"""Rows of one group stay together, in a fraction that seed and data decide."""
 
 import json
 from collections import Counter
@@ -30,8 +30,8 @@ def data(write: Callable[..., str], tmp_path: Path, tokenizer_folder: str) -> Da
     return data
 
 
-def sides(made: ChatDataModule, rows: list[Any]) -> dict[str, set[int]]:
-    """The lines of each split."""
+def lines_by_split(made: ChatDataModule, rows: list[Any]) -> dict[str, set[int]]:
+    """The line numbers of each split."""
     found = {}
     for split in ("train", "val"):
         places = made.prepared[split].describe(made.plans[split].documents.tolist())  # type: ignore[index]
@@ -53,17 +53,17 @@ def test_a_group_is_on_one_side(data: Data, name: str, truncation: str) -> None:
         "max_length": 128 if truncation == "drop" else 40,
     }
     made = data(rows, seed=0, **options)
-    found = sides(made, rows)
+    found = lines_by_split(made, rows)
     assert not {groups[row] for row in found["train"]} & {groups[row] for row in found["val"]}
     assert 0.1 < len(found["val"]) / len(rows) <= 0.2
-    assert sides(data(rows, seed=0, **options), rows) == found
-    assert sides(data(rows, seed=5, **options), rows) != found
+    assert lines_by_split(data(rows, seed=0, **options), rows) == found
+    assert lines_by_split(data(rows, seed=5, **options), rows) != found
 
 
 def test_numbers_and_texts_of_one_value_are_one_group(data: Data) -> None:
     groups = [1, 1.0, "1", 2, 2.0, "2"] * 5
     rows = [chat(f"q {index}") | {"customer": group} for index, group in enumerate(groups)]
-    found = sides(data(rows, group_by="customer", val_fraction=0.5), rows)
+    found = lines_by_split(data(rows, group_by="customer", val_fraction=0.5), rows)
     assert Counter(str(groups[row]).removesuffix(".0") for row in found["val"]) in ({"1": 15}, {"2": 15})
 
 
@@ -98,7 +98,7 @@ def test_one_group_cannot_be_divided(data: Data) -> None:
 @pytest.mark.parametrize(
     "options", [{"val": "x.jsonl"}, {"val_fraction": 0.0}, {"val_fraction": 0.0, "streaming": True}]
 )
-def test_a_group_that_would_decide_nothing_is_refused(options: dict[str, Any]) -> None:
+def test_a_group_column_without_effect_is_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"data\.group_by: 'customer' only decides"):
         ChatDataModule(train="x.jsonl", group_by="customer", **options)
 

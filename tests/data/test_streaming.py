@@ -1,4 +1,4 @@
-"""A stream gives every row to one reader, repeats without end, and goes on where it stopped."""
+"""A stream gives every row to one reader, repeats without end, and resumes where it stopped."""
 
 import itertools
 import os
@@ -45,7 +45,7 @@ def rows(loader: Any, count: int) -> list[int]:
 
 @pytest.mark.parametrize("packing", [True, False])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_every_row_comes_once_a_pass_to_one_rank(
+def test_every_row_goes_to_one_rank_once_per_pass(
     stream: Callable[..., ChatDataModule], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, packing: bool, ranks: int
 ) -> None:
     seen = []
@@ -67,7 +67,7 @@ def test_every_row_comes_once_a_pass_to_one_rank(
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_a_stream_goes_on_where_it_stopped(
+def test_a_stream_resumes_where_it_stopped(
     stream: Callable[..., ChatDataModule], tmp_path: Path, num_workers: int
 ) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -91,7 +91,7 @@ def test_workers_leave_the_environment_as_it_is(stream: Callable[..., ChatDataMo
 
     datamodule = stream(num_workers=2)
     datamodule.setup()
-    datamodule.tokenizer.backend_tokenizer.encode_batch(["word"] * 100)  # which uses threads
+    datamodule.tokenizer.backend_tokenizer.encode_batch(["word"] * 100)  # this starts threads
     trainer(tmp_path, max_steps=2, max_epochs=-1).fit(FromWorkers(), datamodule)
     assert environments == [None, None]
     assert "TOKENIZERS_PARALLELISM" not in os.environ
@@ -154,7 +154,7 @@ def test_a_hub_set_is_streamed(stream: Callable[..., ChatDataModule], monkeypatc
     assert sorted(rows(datamodule.train_dataloader(), 1)) == [1, 2]
 
 
-def test_what_a_stream_cannot_do_is_said_first(stream: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+def test_options_unsupported_by_streams_are_refused(stream: Callable[..., ChatDataModule], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
         trainer(tmp_path).fit(Recorder(), stream())
     with pytest.raises(ConfigError, match=r"data\.val_fraction"):
@@ -166,14 +166,14 @@ def test_what_a_stream_cannot_do_is_said_first(stream: Callable[..., ChatDataMod
         trainer(tmp_path, max_steps=3).fit(Recorder(), datamodule)
 
 
-def test_validation_beside_a_stream(stream: Callable[..., ChatDataModule], tmp_path: Path) -> None:
+def test_a_stream_trains_with_validation_from_files(stream: Callable[..., ChatDataModule], tmp_path: Path) -> None:
     module = Recorder()
     run = trainer(tmp_path, max_steps=4, max_epochs=-1, val_check_interval=2, num_sanity_val_steps=0)
     run.fit(module, stream(val=stream().options.train))
     assert len(module.validated) == 2 * ROWS
 
 
-def test_too_few_rows_for_so_many_readers_is_an_error_not_a_hang(
+def test_fewer_rows_than_readers_is_an_error_not_a_hang(
     stream: Callable[..., ChatDataModule], write: Callable[..., str]
 ) -> None:
     datamodule = stream(train=write([chat()], "one.jsonl"), num_workers=2)

@@ -1,4 +1,4 @@
-"""Tables of one message a row become conversations, or errors that name column, values and remedy."""
+"""Tables of one message per row become conversations, or errors that name column, values and remedy."""
 
 import datetime as dt
 import pickle
@@ -24,15 +24,15 @@ CUSTOMERS = {"customer": "user", "agent": "assistant"}
 
 def collect(rows: list[Any], **options: Any) -> tuple[dict[int, Any], dict[int, str]]:
     """Conversations and faults by row number."""
-    return sort_out(list(group_messages(enumerate(rows, start=1), RowOptions(**(TABLE | options)), "chats.csv")))
+    return split_faults(list(group_messages(enumerate(rows, start=1), RowOptions(**(TABLE | options)), "chats.csv")))
 
 
-def sort_out(gathered: list[Any]) -> tuple[dict[int, Any], dict[int, str]]:
+def split_faults(gathered: list[Any]) -> tuple[dict[int, Any], dict[int, str]]:
     chats = {number: row for number, row in gathered if not isinstance(row, BadRowError)}
     return chats, {number: str(row) for number, row in gathered if isinstance(row, BadRowError)}
 
 
-def said(chat: Any) -> str:
+def contents_of(chat: Any) -> str:
     return "".join(message["content"] for message in chat["messages"])
 
 
@@ -56,7 +56,7 @@ def test_messages_are_gathered_by_conversation() -> None:
     "empty",
     ["", " ", None, float("nan"), "nan", "None", "NULL", "<NA>", "N/A", True, False, 7.5, [7], {}, b"", float("inf")],
 )
-def test_rows_without_a_conversation_are_strangers(empty: object) -> None:
+def test_rows_without_a_conversation_id_are_bad_rows(empty: object) -> None:
     chats, faults = collect([message(empty, 1), message(empty, 2), message(7, 3)])
     assert list(chats) == [3]
     assert faults.keys() == {1, 2}
@@ -66,21 +66,21 @@ def test_rows_without_a_conversation_are_strangers(empty: object) -> None:
 @pytest.mark.parametrize(
     "same", [(1, 1.0), (1.0, Decimal(1)), ("a", "a"), (0, 0.0), (b"a", b"a"), (uuid.UUID(int=3), uuid.UUID(int=3))]
 )
-def test_whole_floats_are_the_ids_that_they_were(same: tuple[object, object]) -> None:
+def test_whole_floats_equal_integer_ids(same: tuple[object, object]) -> None:
     chats, faults = collect([message(same[0], 1, "a"), message(same[1], 2, "b")])
-    assert [said(chat) for chat in chats.values()] == ["ab"]
+    assert [contents_of(chat) for chat in chats.values()] == ["ab"]
     assert not faults
 
 
 @pytest.mark.parametrize("rounded", [float(2**53), 1.2e18, "1.23457E+17", "1,23457E+17"])
-def test_ids_that_were_rounded_may_be_of_several_conversations(rounded: object) -> None:
+def test_rounded_ids_are_bad_rows(rounded: object) -> None:
     _, faults = collect([message(rounded)])
     assert "no conversation id" in faults[1]
 
 
 @pytest.mark.parametrize("name", ["f18.a_blank_ids.csv", "f18.d_null_ids.jsonl", "f18.c_float_ids.parquet"])
-def test_files_with_rows_of_no_conversation(name: str) -> None:
-    chats, faults = sort_out(list(group_messages(read_rows(CASES / name), RowOptions(**TABLE), name)))
+def test_reported_files_without_conversation_ids_are_refused(name: str) -> None:
+    chats, faults = split_faults(list(group_messages(read_rows(CASES / name), RowOptions(**TABLE), name)))
     bad = {"f18.a_blank_ids.csv": {1, 2, 3, 4}, "f18.d_null_ids.jsonl": {1, 2}, "f18.c_float_ids.parquet": {3}}
     assert faults.keys() == bad[name]
     assert [len(chat["messages"]) for chat in chats.values()] == [2] * (2 if "float" in name else 1)
@@ -100,16 +100,16 @@ ORDERS = [
 
 
 @pytest.mark.parametrize("orders", ORDERS)
-def test_numbers_and_iso_times_are_orders(orders: tuple[object, ...]) -> None:
+def test_numbers_and_iso_times_order_messages(orders: tuple[object, ...]) -> None:
     chats, faults = collect([message(7, order, text) for order, text in zip(orders, "cab", strict=True)])
     assert not faults
-    assert said(chats[1]) == "abc"
+    assert contents_of(chats[1]) == "abc"
 
 
 def test_messages_of_equal_or_no_order_stay_as_in_the_file() -> None:
     table = [message(7, order, text) for order, text in ((2, "c"), (1, "a"), (1, "b"))]
-    assert said(collect(table)[0][1]) == "abc"
-    assert said(collect(table, order_column=None)[0][1]) == "cab"
+    assert contents_of(collect(table)[0][1]) == "abc"
+    assert contents_of(collect(table, order_column=None)[0][1]) == "cab"
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_messages_of_equal_or_no_order_stay_as_in_the_file() -> None:
         (True, False),
     ],
 )
-def test_a_column_that_is_no_order_is_one_error(first: object, second: object) -> None:
+def test_an_unusable_order_column_is_one_error(first: object, second: object) -> None:
     with pytest.raises(DataError) as error:
         collect([message(1, first), message(2, second)])
     assert all(
@@ -130,7 +130,7 @@ def test_a_column_that_is_no_order_is_one_error(first: object, second: object) -
     )
 
 
-def test_american_dates_are_no_order() -> None:
+def test_american_dates_are_refused_as_an_order() -> None:
     with pytest.raises(DataError, match=r"data\.order_column.*'9/2/2024 9:05 AM' and '10/1/2024 8:00 AM'"):
         list(group_messages(read_rows(CASES / "f18.b_us_dates.csv"), RowOptions(**TABLE), "table"))
 
@@ -139,14 +139,14 @@ def test_american_dates_are_no_order() -> None:
     ("first", "second"),
     [(1, None), ("1", ""), (1.0, float("nan")), (1, "2024-09-02"), ("2024-09-02T09:05", "2024-09-02T09:05Z"), (1, "x")],
 )
-def test_a_conversation_has_orders_of_one_kind(first: object, second: object) -> None:
+def test_a_conversation_with_mixed_kinds_of_order_is_refused(first: object, second: object) -> None:
     chats, faults = collect([message(7, first), message(7, second), message(8)])
     assert list(chats) == [3]
     assert all(part in faults[1] for part in ("conversation 7", "data.order_column", repr(first), repr(second)))
 
 
 @pytest.mark.parametrize("option", ["conversation_column", "role_column", "content_column", "order_column"])
-def test_a_column_that_the_table_has_not_is_one_error(option: str) -> None:
+def test_a_missing_column_is_one_error(option: str) -> None:
     with pytest.raises(DataError, match=rf"chats\.csv: data\.{option} names 'nobody'.*'id', 'who', 'text', 'when'"):
         collect([message(), message(8)], **{option: "nobody"})
     with pytest.raises(DataError, match=r"data\.columns\.tools names 'nobody'"):
@@ -160,14 +160,14 @@ def test_a_message_without_a_role_is_named_by_its_row(lacking: dict) -> None:
     assert "row 2 has nothing in 'who' (data.role_column)" in faults[1]
 
 
-def test_what_is_not_said_is_not_taken_from_another_column() -> None:
+def test_a_missing_field_is_not_taken_from_another_column() -> None:
     lacking = {"id": 7, "who": "agent", "when": 2, "content": "of something else", "role": "admin"}
     chats, _ = collect([message(), lacking])
     assert chats[1]["messages"][1] == {"role": "agent"}
     assert (chats[1]["content"], chats[1]["role"]) == ("of something else", "admin")  # where nothing reads them
 
 
-def test_other_columns_are_keys_of_the_message_or_the_conversations() -> None:
+def test_other_columns_become_fields_of_message_or_conversation() -> None:
     calls = [{"name": "f", "arguments": {}}]
     table = [
         message(7, 1, "a", system="Be kind.", tools="", weight=None),
@@ -188,7 +188,7 @@ def test_other_columns_are_keys_of_the_message_or_the_conversations() -> None:
 
 
 @pytest.mark.parametrize("column", ["system", "tools"])
-def test_what_is_the_conversations_does_not_change_within_it(column: str) -> None:
+def test_fields_of_a_conversation_may_not_change_within_it(column: str) -> None:
     _, faults = collect([message(7, 1, **{column: "one"}), message(7, 2, **{column: "two"})])
     assert all(part in faults[1] for part in (column, "'one'", "'two'"))
 
@@ -212,12 +212,12 @@ def test_no_row_of_a_table_is_read_as_another_format(row: dict, tokenizer: Any) 
     assert tokenizer.decode(chunk.input_ids.tolist()) == "<|user|> q<|end|><|assistant|> a<|end|><|endoftext|>"
 
 
-def test_a_table_is_no_other_format_by_option() -> None:
+def test_table_options_with_another_format_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"data\.format: 'text'.*data\.conversation_column"):
         RowOptions(**TABLE, format="text")
     assert RowOptions(**TABLE, format="messages").format == "messages"
 
 
-def test_faults_reach_other_processes() -> None:
+def test_bad_row_errors_can_be_pickled() -> None:
     fault = pickle.loads(pickle.dumps(BadRowError("no order", "why")))
     assert (fault.reason, str(fault)) == ("no order", "no order: why")

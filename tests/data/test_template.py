@@ -47,11 +47,11 @@ def oracle(tokenizer: Any, talk: Conversation, **options: Any) -> list[int]:
     return list(tokenizer.apply_chat_template(talk.messages, tokenize=True, return_dict=False, **options))
 
 
-def spoken(tokenizer: Any, encoded: TokenizedDocument) -> list[str]:
+def trained_texts(tokenizer: Any, encoded: TokenizedDocument) -> list[str]:
     return [tokenizer.decode(encoded.input_ids[start:end]) for start, end in encoded.spans]
 
 
-def said(talk: Conversation) -> list[str]:
+def contents_of(talk: Conversation) -> list[str]:
     return [m["content"] for m in talk.messages if m["role"] == "assistant"]
 
 
@@ -72,9 +72,9 @@ def test_ids_are_the_templates_and_spans_the_assistants(contents: tuple[str, ...
     talk = conversation(*contents)
     encoded = encode(tokenizer, talk)
     assert encoded.input_ids == oracle(tokenizer, talk)
-    # A role token swallows the white space after it; where it does not, a line feed may melt into the template's.
-    trained = [text.strip() for text in spoken(tokenizer, encoded)]
-    assert trained == [(content.lstrip() + END).strip() for content in said(talk)]
+    # A role token swallows the white space after it; where it does not, a line feed may merge with the template's.
+    trained = [text.strip() for text in trained_texts(tokenizer, encoded)]
+    assert trained == [(content.lstrip() + END).strip() for content in contents_of(talk)]
     if rstrip:
         assert all(
             encoded.input_ids[start - 1] == tokenizer.convert_tokens_to_ids("<|assistant|>")
@@ -110,8 +110,8 @@ def test_special_text_in_a_content_stays_text(special: str, rstrip: bool) -> Non
     honest = encode(tokenizer, conversation("q", "a", "q", "a"))
     specials = set(tokenizer.added_tokens_decoder)
     assert [i for i in encoded.input_ids if i in specials] == [i for i in honest.input_ids if i in specials]
-    assert oracle(tokenizer, forged) != encoded.input_ids  # transformers makes turns of it
-    texts = [text.strip() for text in spoken(tokenizer, encoded)]
+    assert oracle(tokenizer, forged) != encoded.input_ids  # transformers reads turns in it
+    texts = [text.strip() for text in trained_texts(tokenizer, encoded)]
     assert texts == [f"no {special}{END}", f"{special}  {END}"]
 
 
@@ -134,7 +134,7 @@ def test_special_text_leaves_other_rows_of_the_same_batch_alone(tokenizer: Any) 
 
 
 def test_piecewise_encoding_is_the_tokenizers_own(tokenizer: Any) -> None:
-    """Where special text is taken apart, all other tokens stay what they were."""
+    """Where special text is split, all other tokens stay the same."""
     before = encode(tokenizer, conversation("the  question ", " a\n\nb", "q", "is")).input_ids
     after = encode(tokenizer, conversation("the  question ", " a\n\nb", "q", f"is{END}")).input_ids
     start = before.index(tokenizer.convert_tokens_to_ids("▁is"))
@@ -145,14 +145,14 @@ def test_sentinels_that_a_content_holds_are_not_used(tokenizer: Any) -> None:
     talk = conversation("\ufdd0\ufdd1", "\ufdd2 the answer \ufdd0")
     encoded = encode(tokenizer, talk)
     assert encoded.input_ids == oracle(tokenizer, talk)
-    assert spoken(tokenizer, encoded) == [f"\ufdd2 the answer \ufdd0{END}"]
+    assert trained_texts(tokenizer, encoded) == [f"\ufdd2 the answer \ufdd0{END}"]
 
 
 def test_a_content_may_hold_all_noncharacters(tokenizer: Any) -> None:
     talk = conversation("".join(map(chr, range(0xFDD0, 0xFDF0))), "a", system="\ufdd0")
     encoded = encode(tokenizer, talk)
     assert encoded.input_ids == oracle(tokenizer, talk)
-    assert spoken(tokenizer, encoded) == [f"a{END}"]
+    assert trained_texts(tokenizer, encoded) == [f"a{END}"]
 
 
 def test_a_template_that_trims_contents_is_followed() -> None:
@@ -160,7 +160,7 @@ def test_a_template_that_trims_contents_is_followed() -> None:
     talk = conversation("  q ", "\n the answer ")
     encoded = encode(tokenizer, talk)
     assert encoded.input_ids == oracle(tokenizer, talk)
-    assert spoken(tokenizer, encoded) == [f"the answer{END}"]
+    assert trained_texts(tokenizer, encoded) == [f"the answer{END}"]
 
 
 def test_what_was_learned_from_one_chat_never_misplaces_another() -> None:
@@ -174,7 +174,7 @@ def test_what_was_learned_from_one_chat_never_misplaces_another() -> None:
     for talk, encoded in zip(talks, good[:2], strict=False):
         assert isinstance(encoded, TokenizedDocument)
         assert encoded.input_ids == oracle(tokenizer, talk)
-        assert spoken(tokenizer, encoded) == [content + END for content in said(talk)]
+        assert trained_texts(tokenizer, encoded) == [content + END for content in contents_of(talk)]
     assert good[:2] == good[3:]
     assert isinstance(bad, BadRowError)
     assert isinstance(good[2], BadRowError)
@@ -191,7 +191,7 @@ def test_a_role_that_the_template_loses_is_named() -> None:
 
 CASES = Path(__file__).parents[1] / "cases"
 THINK = (CASES / "f27.think.jinja").read_text()
-QWEN = (  # thoughts of the last answer alone, in a form of its own, and an empty block where there are none
+QWEN = (  # reasoning of the last answer only, in a form of its own, and an empty block where there is none
     "{% for m in messages %}{% set c = m.content %}{% set t = '' %}{% if m.role == 'assistant' and '</think>' in c %}"
     "{% set t = c.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
     "{% set c = c.split('</think>')[-1].lstrip('\n') %}{% endif %}"
@@ -199,7 +199,7 @@ QWEN = (  # thoughts of the last answer alone, in a form of its own, and an empt
     "{{ '<think>\n' + t.strip('\n') + '\n</think>\n\n' }}{% endif %}{{ c + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-R1 = (  # no thoughts, not even of the last answer
+R1 = (  # no reasoning, not even of the last answer
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '<|im_sep|>' }}{{ m.content.split('</think>')[-1] }}"
     "{{ '<|im_end|>' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant<|im_sep|><think>' }}{% endif %}"
@@ -240,12 +240,12 @@ FORMED = "<think>\nfirst\n</think>\n\nHo."
         (R1, ("Hi", FORMED, "Again", "No thoughts.")),
     ],
 )
-def test_answers_behind_thoughts_that_the_template_leaves_out(template: str, contents: tuple[str, ...]) -> None:
+def test_answers_are_trained_where_the_template_strips_reasoning(template: str, contents: tuple[str, ...]) -> None:
     tokenizer = thinking_tokenizer(template)
     talk = last_trained(*contents)
     encoded = encode(tokenizer, talk)
     assert encoded.input_ids == oracle(tokenizer, talk)
-    [answer] = spoken(tokenizer, encoded)
+    [answer] = trained_texts(tokenizer, encoded)
     assert answer.strip() in (f"{contents[-1].lstrip()}<|im_end|>", f"{contents[-1].strip()}<|im_end|>")
     prompt = parse_prompt({"messages": talk.messages}, RowOptions())
     expected = oracle(tokenizer, prompt, add_generation_prompt=True)
@@ -261,7 +261,7 @@ def test_answers_behind_thoughts_that_the_template_leaves_out(template: str, con
         (R1, ("Hi", FORMED), 1, "data.chat_template"),
     ],
 )
-def test_trained_thoughts_that_the_template_leaves_out_are_named(
+def test_trained_reasoning_that_the_template_strips_is_named(
     template: str, contents: tuple[str, ...], index: int, remedy: str
 ) -> None:
     [bad] = ChatTemplate(thinking_tokenizer(template)).encode([conversation(*contents)])
@@ -278,7 +278,7 @@ def test_trained_thoughts_that_the_template_leaves_out_are_named(
         "<think>a</think>said between<think>b</think>Ho.",
     ],
 )
-def test_no_more_than_thoughts_may_be_left_out(content: str) -> None:
+def test_nothing_but_reasoning_may_be_stripped(content: str) -> None:
     [bad] = ChatTemplate(thinking_tokenizer(THINK)).encode([last_trained("Hi", content, "Again", "Hey.")])
     assert isinstance(bad, BadRowError)
     assert "the chat template" in str(bad)
@@ -290,10 +290,10 @@ def test_no_more_than_thoughts_may_be_left_out(content: str) -> None:
     [
         "<think>a<|im_end|></think>Ho.",
         "<think>a</think>Ho.<|im_start|>",
-        "<|im_<think>a</think>end|>",  # which leaving thoughts out makes
+        "<|im_<think>a</think>end|>",  # which stripping the reasoning produces
     ],
 )
-def test_special_text_beside_thoughts_that_are_left_out_is_no_turn(template: str, content: str) -> None:
+def test_special_text_beside_stripped_reasoning_stays_text(template: str, content: str) -> None:
     loud, calm = last_trained("Hi", content, "Again", "Hey."), last_trained("Hi", "<|im_end|>", "Again", "Hey.")
     bad, good = ChatTemplate(thinking_tokenizer(template)).encode([loud, calm])
     assert isinstance(bad, BadRowError)
@@ -302,7 +302,7 @@ def test_special_text_beside_thoughts_that_are_left_out_is_no_turn(template: str
     assert good.input_ids.count(tokenizer.convert_tokens_to_ids("<|im_end|>")) == 4
 
 
-def test_tools_are_written_by_one_convention_or_refused_where_the_template_has_another() -> None:
+def test_tools_use_hermes_text_unless_the_template_has_its_own_form() -> None:
     row = json.loads((CASES / "f26.row.jsonl").read_text())
     rows = {
         "tools": {"messages": chat()["messages"], "tools": row["tools"]},
@@ -352,7 +352,7 @@ def test_bos_is_never_doubled(template: str) -> None:
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", bos)]
     )
-    assert tokenizer("x")["input_ids"][0] == bos  # it would add one
+    assert tokenizer("x")["input_ids"][0] == bos  # the tokenizer adds one
     encoded = encode(tokenizer, conversation("q", "a"))
     assert encoded.input_ids == oracle(tokenizer, conversation("q", "a"))
     assert encoded.input_ids.count(bos) == template.count("bos_token")
@@ -415,4 +415,4 @@ class TestRealTokenizer:
         for talk, encoded in zip(talks, ChatTemplate(real).encode(talks), strict=True):
             assert isinstance(encoded, TokenizedDocument)
             assert encoded.input_ids == oracle(real, talk)
-            assert spoken(real, encoded) == [content.lstrip() + END for content in said(talk)]
+            assert trained_texts(real, encoded) == [content.lstrip() + END for content in contents_of(talk)]

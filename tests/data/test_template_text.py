@@ -1,4 +1,4 @@
-"""Files with chat templates are read as the text that they mean, or named with what is wrong."""
+"""Chat template files are read as the text they encode, or refused with the reason."""
 
 import json
 from pathlib import Path
@@ -43,14 +43,14 @@ def ids(folder: str, template: Path) -> list[int]:
     ],
     ids=["case", "line feed", "mark and line ends", "comment", "carriage return", "generation"],
 )
-def test_ids_are_those_of_the_clean_template(tokenizer_folder: str, tmp_path: Path, data: bytes) -> None:
+def test_a_byte_order_mark_or_encoding_does_not_change_ids(tokenizer_folder: str, tmp_path: Path, data: bytes) -> None:
     path = tmp_path / "template.jinja"
     path.write_bytes(data)
     assert ids(tokenizer_folder, path) == ids(tokenizer_folder, CASES / "f21.clean.jinja")
 
 
 @pytest.mark.parametrize("end", ["", "\n", "\r\n", "\n\n"])
-def test_a_file_is_what_transformers_makes_of_it_in_a_tokenizers_folder(tmp_path: Path, end: str) -> None:
+def test_a_template_file_equals_the_same_file_in_a_tokenizer_folder(tmp_path: Path, end: str) -> None:
     text = PHI3_TEMPLATE.replace("{% for", f"{end}{{% for", 1) + end
     build_tokenizer().save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").write_bytes(text.encode())
@@ -125,10 +125,10 @@ NO_TOOLS = [
 
 
 @pytest.mark.parametrize("template", TOOLS)
-def test_a_template_that_reads_tools_writes_them(template: str) -> None:
+def test_templates_that_render_tools_are_recognised(template: str) -> None:
     assert writes_tools(template)
 
 
 @pytest.mark.parametrize("template", NO_TOOLS)
-def test_a_template_that_reads_no_tools_writes_none(template: str) -> None:
+def test_templates_that_ignore_tools_are_recognised(template: str) -> None:
     assert not writes_tools(template)

@@ -1,4 +1,4 @@
-"""Ready-made tokens: padding is cut, masks are followed, and what cannot be is named."""
+"""Ready-made tokens: padding is removed, masks are applied, and inconsistent rows are named."""
 
 from typing import Any
 
@@ -48,7 +48,7 @@ def test_a_padded_file_gives_the_tokens_of_the_plain_one() -> None:
 
 
 @pytest.mark.parametrize("name", ["assistant_masks", "completion_mask", "loss_mask"])
-def test_a_mask_says_what_is_trained(name: str) -> None:
+def test_a_loss_mask_chooses_the_trained_tokens(name: str) -> None:
     assert parse_row({"input_ids": [4, 5, 6, 7], name: [0, 1, 0, 1]}, RowOptions()) == WHOLE
     assert parse_row(ROW | {name: [1, 1, 1, 0]}, RowOptions()) == TokenizedDocument([4, 5, 6, 7], [(1, 2)])
     both = {"input_ids": [4, 5, 6, 7], name: [0, 1, 1, 1], "labels": None} | (
@@ -77,13 +77,13 @@ def test_a_mask_says_what_is_trained(name: str) -> None:
         ({"input_ids": [4, 5, 6, True]}, "not tokens"),
     ],
 )
-def test_what_cannot_be_followed_is_a_bad_row(fields: dict[str, Any], reason: str) -> None:
+def test_inconsistent_masks_and_labels_are_a_bad_row(fields: dict[str, Any], reason: str) -> None:
     with pytest.raises(BadRowError) as caught:
         parse_row(ROW | fields, RowOptions())
     assert caught.value.reason == reason
 
 
-def test_tokens_without_labels_beside_a_text_are_the_texts() -> None:
+def test_text_is_read_where_tokens_have_no_labels() -> None:
     assert parse_row({"text": "x", "input_ids": [1], "attention_mask": [1]}, RowOptions()) is not None
     with pytest.raises(BadRowError, match="no labels"):
         parse_row({"input_ids": [1], "attention_mask": [1]}, RowOptions())

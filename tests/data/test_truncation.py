@@ -1,4 +1,4 @@
-"""Long chats are cut as asked; an end token is trained only where the chat itself ends a turn."""
+"""Long chats are truncated as configured; an end token is trained only where the chat itself ends a turn."""
 
 import json
 from collections.abc import Callable
@@ -45,7 +45,7 @@ LONG = exchange("one", "word " * 6, "two", "word " * 9)
 
 
 @pytest.mark.parametrize("short_by", [0, 1, 2, 3, 10])
-def test_a_cut_answer_has_no_end_token(
+def test_a_truncated_answer_has_no_end_token(
     tokenise: Callable[..., TokenizedDataset], tokenizer: Any, short_by: int
 ) -> None:
     [whole] = documents(tokenise([LONG]))
@@ -54,7 +54,7 @@ def test_a_cut_answer_has_no_end_token(
     [document] = documents(cut)
     assert document.input_ids.tolist() == whole.input_ids.tolist()[:limit]
     ends = trained(document).count(tokenizer.convert_tokens_to_ids("<|end|>"))
-    assert ends == (2 if short_by <= 1 else 1)  # only the end of text lies behind the last end token
+    assert ends == (2 if short_by <= 1 else 1)  # only the end of text follows the last end token
     assert cut.statistics.cut == (short_by > 0)
     assert trained(whole)[: len(trained(document))] == trained(document)
 
@@ -66,7 +66,7 @@ def test_a_row_whose_answers_are_cut_away_is_dropped(tokenise: Callable[..., Tok
     assert (prepared.statistics.kept, prepared.statistics.cut) == (1, 0)
 
 
-def test_whole_early_exchanges_go_and_the_system_message_stays(
+def test_truncate_turns_drops_early_exchanges_and_keeps_the_system_message(
     tokenise: Callable[..., TokenizedDataset], tokenizer: Any
 ) -> None:
     system = {"role": "system", "content": "be kind"}
@@ -88,7 +88,7 @@ def test_a_chat_whose_last_exchange_is_too_long_is_dropped(tokenise: Callable[..
         tokenise([exchange("one", "two", "three", "word " * 30)], max_length=30, truncation="truncate_turns")
 
 
-def test_pieces_are_the_whole(tokenise: Callable[..., TokenizedDataset]) -> None:
+def test_the_pieces_of_a_split_chat_join_to_the_whole(tokenise: Callable[..., TokenizedDataset]) -> None:
     [whole] = documents(tokenise([LONG]))
     prepared = tokenise([LONG], max_length=25, truncation="split")
     pieces = documents(prepared)
@@ -99,14 +99,14 @@ def test_pieces_are_the_whole(tokenise: Callable[..., TokenizedDataset]) -> None
 
 
 @pytest.mark.parametrize("truncation", ["drop", "truncate_end", "truncate_turns", "split"])
-def test_a_limit_that_does_not_bite_changes_nothing(tokenise: Callable[..., TokenizedDataset], truncation: str) -> None:
+def test_a_limit_above_every_length_changes_nothing(tokenise: Callable[..., TokenizedDataset], truncation: str) -> None:
     [whole] = documents(tokenise([LONG]))
     [same] = documents(tokenise([LONG], max_length=len(whole.input_ids), truncation=truncation))
     assert same.input_ids.tolist() == whole.input_ids.tolist()
     assert same.spans.tolist() == whole.spans.tolist()
 
 
-def test_texts_are_trained_whole_and_end(tokenise: Callable[..., TokenizedDataset], tokenizer: Any) -> None:
+def test_texts_are_trained_whole_with_an_end_token(tokenise: Callable[..., TokenizedDataset], tokenizer: Any) -> None:
     prepared = tokenise([{"text": "the answer is <|end|>"}])
     [document] = documents(prepared)
     ids = document.input_ids.tolist()

@@ -1,4 +1,4 @@
-"""Words against the tokenizer's own encoding of whole texts."""
+"""Encoding by cached words against the tokenizer's own encoding of whole texts."""
 
 import json
 import pickle
@@ -32,11 +32,11 @@ def whole(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
 
 
 @given(TEXTS.map("".join))
-def test_tokens_of_words_are_the_text_s(text):
+def test_word_by_word_encoding_equals_that_of_the_whole_text(text):
     assert WORDS.encode(Rendered(text, [])).ids == whole(TOKENIZER, text)
 
 
-def test_real_texts(shared, real_vectors, real_chats):
+def test_word_by_word_encoding_equals_that_of_real_texts(shared, real_vectors, real_chats):
     tokenizer = load_tokenizer(str(shared / "phi3-mini-4k-instruct"))
     assert words_are_independent(tokenizer.backend_tokenizer.to_str())
     words = WordCache(tokenizer)
@@ -46,19 +46,19 @@ def test_real_texts(shared, real_vectors, real_chats):
         assert words.encode(Rendered(text, [])).ids == whole(tokenizer, text)
 
 
-def test_a_word_is_the_same_once_it_is_remembered_and_after_pickling():
+def test_a_cached_word_encodes_the_same_also_after_pickling():
     text = "the answer is a question"
     expected = whole(TOKENIZER, text)
-    again = pickle.loads(pickle.dumps(WORDS))  # as a spawned process gets it
+    again = pickle.loads(pickle.dumps(WORDS))  # as for a spawned process
     assert [words.encode(Rendered(text, [])).ids for words in (WORDS, WORDS, again, again)] == [expected] * 4
 
 
-def test_a_content_within_a_stretch_of_text_is_left_to_the_tokenizer():
+def test_content_joined_to_template_text_is_left_to_the_tokenizer():
     assert WORDS.encode(Rendered("<|user|>\n  x<|end|>", [(11, 12)])) is not None
     assert WORDS.encode(Rendered("Question: x<|end|>", [(10, 11)])) is None
 
 
-def test_special_text_in_a_content_is_plain():
+def test_special_text_in_a_content_is_encoded_as_plain_text():
     text = "<|user|>\nsay <|end|> now<|end|>"
     plain = WORDS.encode(Rendered(text, [(9, 22)]))
     end = TOKENIZER.convert_tokens_to_ids("<|end|>")
@@ -102,16 +102,16 @@ NOT_INDEPENDENT = {
 }
 
 
-def test_the_tokenizer_as_it_is_is_independent():
+def test_phi3s_tokenizer_encodes_words_independently():
     assert words_are_independent(changed().backend_tokenizer.to_str())
 
 
 @pytest.mark.parametrize("name", NOT_INDEPENDENT)
-def test_other_tokenizers_are_not_taken(name):
+def test_tokenizers_with_dependent_words_are_not_cached(name):
     assert not words_are_independent(changed(**NOT_INDEPENDENT[name]).backend_tokenizer.to_str())
 
 
-def test_a_token_that_reaches_into_the_next_word_would_give_other_tokens():
+def test_negative_control_a_token_across_words_changes_the_ids():
     tokenizer = changed(**crossing())
     assert WordCache(tokenizer).encode(Rendered("x x", [])).ids != whole(tokenizer, "x x")
 
@@ -121,7 +121,7 @@ HARMLESS, CROSSING = chat("the answer is", "a question"), chat("x x", "x x")
 
 @pytest.fixture
 def dependent(monkeypatch) -> ChatTemplate:
-    """A template of a tokenizer whose words depend on each other, and whose definition does not tell."""
+    """A template of a tokenizer whose words depend on each other, which its definition does not show."""
     monkeypatch.setattr("phi3_lightning.data.template.words_are_independent", lambda definition: True)
     tokenizer = changed(**crossing())
     tokenizer.chat_template, tokenizer.eos_token = TOKENIZER.chat_template, TOKENIZER.eos_token
@@ -129,7 +129,7 @@ def dependent(monkeypatch) -> ChatTemplate:
 
 
 def encoded(template: ChatTemplate, rows: list[dict], num_proc: int = 1) -> list[list[int]]:
-    """The tokens of chats after a preparation."""
+    """The tokens of chats from one preparation."""
     numbered = list(enumerate(rows))
     jobs = (Job(0, numbered[start : start + 128]) for start in range(0, len(rows), 128))
     chunks = encode_all(jobs, Encoder(template, RowOptions()), num_proc)
@@ -142,7 +142,7 @@ def expected(template: ChatTemplate, rows: list[dict]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_words_that_depend_on_each_other_are_noticed_and_the_cache_goes(dependent, caplog, num_proc):
+def test_dependent_words_are_detected_and_switch_the_cache_off(dependent, caplog, num_proc):
     rows = [*[HARMLESS] * 150, *[CROSSING] * 350]
     assert encoded(dependent, rows, num_proc) == expected(dependent, rows)
     [line] = caplog.messages
@@ -158,7 +158,7 @@ def test_each_preparation_compares_its_first_chats(dependent, caplog):
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_independent_words_stay_in_the_cache_and_nothing_is_logged(caplog, monkeypatch, num_proc):
+def test_independent_words_keep_the_cache_and_log_nothing(caplog, monkeypatch, num_proc):
     template = ChatTemplate(TOKENIZER)
     rows = [
         HARMLESS,

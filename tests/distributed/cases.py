@@ -1,4 +1,4 @@
-"""What the ranks of these tests run, and what a single process runs to compare with."""
+"""Functions that the ranks of these tests run, and that a single process runs for comparison."""
 
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ def whole(tensor: torch.Tensor) -> torch.Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-class Keep(pl.Callback):
-    """What another callback sees before each step, and what the weights are after the run."""
+class RecordSteps(pl.Callback):
+    """Records the gradients that other callbacks see before each step, and the weights after the run."""
 
     def __init__(self) -> None:
         self.gradients: list[torch.Tensor] = []
@@ -42,7 +42,7 @@ class Keep(pl.Callback):
 
 
 class Sgd(Phi3LoRAModule):
-    """Steps in proportion to the gradient, so that weights show every error of it."""
+    """Steps in proportion to the gradient, so that any error shows in the weights."""
 
     def configure_optimizers(self):
         return torch.optim.SGD(self.trained_parameters(), lr=0.1)
@@ -85,8 +85,8 @@ def trainer(folder: Path, strategy: Any, world: int, **options) -> pl.Trainer:
     return synthetic.trainer(folder, plugins=[SafeCheckpointIO()], **options)
 
 
-class From(list[int]):
-    """The indices that are left after some were seen, with the length of all of them."""
+class RemainingIndices(list[int]):
+    """The indices that remain after some were seen, with the length of them all."""
 
     def __init__(self, count: int, seen: int) -> None:
         super().__init__(range(seen, count))
@@ -97,21 +97,21 @@ class From(list[int]):
 
 
 def loader(batches: list[Batch], rank: int, world: int, seen: int = 0) -> BatchLoader:
-    """Every ``world``-th batch, beginning with ``rank``; as BatchOrder deals them out."""
+    """Every ``world``-th batch from ``rank`` on, as BatchOrder assigns them."""
     own = batches[rank::world]
     own += [EMPTY] * (-(-len(batches) // world) - len(own))
-    return BatchLoader(own, batch_size=None, sampler=From(len(own), seen), generator=torch.Generator())
+    return BatchLoader(own, batch_size=None, sampler=RemainingIndices(len(own), seen), generator=torch.Generator())
 
 
 def fit(folder: Path, base: str, batches: list[Batch], strategy: Any = "auto", world: int = 1, kind=Phi3LoRAModule,
         model: dict | None = None, **options) -> dict[str, Any]:  # fmt: skip
-    """Train on the batches, dealt out over the ranks, and say what happened."""
+    """Train on the batches, divided over the ranks, and return what was recorded."""
     import os
 
     pl.seed_everything(3, verbose=False)
     rank = int(os.environ.get("LOCAL_RANK", "0")) if world > 1 else 0
     strategy = fsdp2(**strategy) if isinstance(strategy, dict) else strategy
-    keep, trained = Keep(), module(base, kind, **(model or {}))
+    keep, trained = RecordSteps(), module(base, kind, **(model or {}))
     run = trainer(folder, strategy, world, callbacks=[keep], use_distributed_sampler=False, **options)
     run.fit(trained, loader(batches, rank, world))
     return {

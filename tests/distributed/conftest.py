@@ -1,4 +1,4 @@
-"""The base model and the batches that the ranks of these tests share."""
+"""The base model and the batches that all ranks use."""
 
 from pathlib import Path
 

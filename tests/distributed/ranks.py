@@ -1,4 +1,4 @@
-"""Runs a function on several ranks: processes forked from this one, which has done the imports, joined by gloo."""
+"""Runs a function on several ranks: processes forked from this one, with its imports, connected by gloo."""
 
 import os
 import pickle
@@ -45,7 +45,7 @@ def free_port() -> int:
 
 
 def start(folder: Path, world: int, function: Callable[..., Any], *args: Any) -> list[Rank]:
-    """Start ``function(*args)`` on each rank; what it returns is kept in ``folder``."""
+    """Start ``function(*args)`` on each rank; its results are stored in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "NODE_RANK": "0"}
     environment["WORLD_SIZE"] = str(world)
@@ -56,7 +56,7 @@ def start(folder: Path, world: int, function: Callable[..., Any], *args: Any) ->
         output = folder / f"rank-{rank}.txt"
         pid = os.fork()
         if pid == 0:
-            # as Lightning's own launcher leaves it
+            # as Lightning's own launcher sets it
             os.environ |= environment | {"LOCAL_RANK": str(rank)}
             _run(folder / f"rank-{rank}.pickle", output, function, args)
         ranks.append(Rank(pid, output))

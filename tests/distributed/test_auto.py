@@ -1,4 +1,4 @@
-"""What is ``auto`` is the same on all ranks, whichever has least memory."""
+"""``auto`` is decided alike on all ranks, whichever has least memory."""
 
 import os
 from pathlib import Path
@@ -15,8 +15,8 @@ from . import cases, ranks
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 
 
-def decided(folder, world: int, sizes: list[tuple[float, float]]) -> tuple:
-    """Mode, rows of the largest micro-batch, micro-batches to a step; each rank has memory of its own."""
+def decisions(folder, world: int, sizes: list[tuple[float, float]]) -> tuple:
+    """Mode, rows of the largest micro-batch, micro-batches per step; each rank has its own amount of memory."""
     free, total = sizes[int(os.environ["LOCAL_RANK"])]
     auto.device_memory = lambda _: (free, total)  # a process of its own
     data = ChatDataModule(
@@ -31,9 +31,9 @@ def decided(folder, world: int, sizes: list[tuple[float, float]]) -> tuple:
 
 
 @pytest.mark.slow
-def test_the_rank_with_least_decides(tmp_path):
+def test_the_rank_with_least_memory_decides_auto(tmp_path):
     much, little = (20e9, 20e9), (0.05e9, 3.0e9)
-    mixed = ranks.run(tmp_path / "mixed", 2, decided, tmp_path, 2, [much, little])
+    mixed = ranks.run(tmp_path / "mixed", 2, decisions, tmp_path, 2, [much, little])
     assert mixed[0] == mixed[1]
-    (alone,) = ranks.run(tmp_path / "alone", 1, decided, tmp_path, 1, [much])
+    (alone,) = ranks.run(tmp_path / "alone", 1, decisions, tmp_path, 1, [much])
     assert alone != mixed[0]

@@ -1,4 +1,4 @@
-"""A checkpoint of any strategy, on any number of ranks, goes on under any other, and holds the adapter alone."""
+"""A checkpoint of any strategy and number of ranks resumes under any other, and holds only the adapter."""
 
 import itertools
 import os
@@ -21,8 +21,8 @@ def path_of(folder, name, steps):
     return folder / f"{name}-{steps}" / "last.ckpt"
 
 
-def part(base, folder, name, steps, resume=None, kind=cases.Sgd):
-    """Train up to ``steps``; each step's window is all of the rows, one batch of it on each rank."""
+def train_until(base, folder, name, steps, resume=None, kind=cases.Sgd):
+    """Train up to ``steps``; each step's window holds all rows, one batch of them on each rank."""
     strategy, world = STRATEGIES[name]
     windows = {1: [synthetic.batch_of([[d] for d in cases.DOCUMENTS[:6]])], 2: [*ROWS, cases.EMPTY], 3: ROWS}
 
@@ -32,7 +32,7 @@ def part(base, folder, name, steps, resume=None, kind=cases.Sgd):
         module = cases.module(base, kind)
         if resume is not None:
             module.on_fit_start = lambda: type(module).__mro__[1].on_fit_start(module)  # no new values
-        keep = cases.Keep()
+        keep = cases.RecordSteps()
         callbacks = [keep, RunCheckpoint(str(path_of(folder, name, steps).parent))]
         trainer = cases.trainer(
             folder, chosen, world, callbacks=callbacks, use_distributed_sampler=False, max_steps=steps, max_epochs=-1,
@@ -62,16 +62,16 @@ PAIRS = [  # all with SGD, whose weights are compared
 def first_half(request, base, tmp_path_factory):
     folder = tmp_path_factory.mktemp("halves")
     for name in STRATEGIES:
-        part(base, folder, name, 2, kind=request.param)
-    whole = part(base, folder, "one process", 4, kind=request.param)[0]
+        train_until(base, folder, name, 2, kind=request.param)
+    whole = train_until(base, folder, "one process", 4, kind=request.param)[0]
     return folder, whole, request.param
 
 
 @pytest.mark.parametrize(("first_half", "first", "second"), PAIRS, indirect=["first_half"])
-def test_each_goes_on_from_each(base, first_half, first, second):
+def test_every_strategy_resumes_from_every_other(base, first_half, first, second):
     folder, (weights, losses, _), kind = first_half
     resume = str(path_of(folder, first, 2))
-    for found, later, step in part(base, folder, second, 4, resume, kind):
+    for found, later, step in train_until(base, folder, second, 4, resume, kind):
         assert step == 4
         tolerance = 4 * sum(cases.SUPERVISED[:6]) * cases.EPSILON  # four steps, each a sum in another order
         assert later[-2:] == pytest.approx(losses[-2:], rel=tolerance)
@@ -93,14 +93,14 @@ def test_a_checkpoint_holds_whole_adapters_alone(base, first_half):
     assert not list(folder.rglob("*.tmp"))
 
 
-def test_a_checkpoint_in_parts_is_refused():
+def test_a_sharded_checkpoint_is_refused():
     with pytest.raises(
         ConfigError, match=r"save_distributed_checkpoint: True cannot be used: a checkpoint is one file"
     ):
         cases.fsdp2(save_distributed_checkpoint=True)
 
 
-def refused(folder, base, strategy, **model):
+def refusal(folder, base, strategy, **model):
     if isinstance(strategy, dict):
         strategy = cases.fsdp2(**strategy)
     trainer = cases.trainer(folder, strategy, 1)
@@ -112,11 +112,11 @@ def refused(folder, base, strategy, **model):
 
 
 def test_fsdp2_refuses_what_it_cannot_shard(base, tmp_path, batches):
-    assert "model.quantization" in ranks.run(tmp_path, 1, lambda: refused(tmp_path, base, {}, quantization="nf4"))[0]
+    assert "model.quantization" in ranks.run(tmp_path, 1, lambda: refusal(tmp_path, base, {}, quantization="nf4"))[0]
     loaded = cases.module(base)
     loaded.configure_model()
     model = loaded.detach_adapter()
-    assert "give its folder" in ranks.run(tmp_path, 1, lambda: refused(tmp_path, model, {}))[0]
+    assert "give its folder" in ranks.run(tmp_path, 1, lambda: refusal(tmp_path, model, {}))[0]
 
 
 @pytest.mark.parametrize(
@@ -128,10 +128,10 @@ def test_fsdp2_refuses_what_it_cannot_shard(base, tmp_path, batches):
         ("model.optimizer.name", {"optimizer": {"name": "paged_adamw_8bit"}}),
     ],
 )
-def test_fsdp2_refuses_what_begins_with_whole_weights(base, tmp_path, key, model):
-    assert key in ranks.run(tmp_path, 1, lambda: refused(tmp_path, base, {}, **model))[0]
+def test_fsdp2_refuses_options_that_need_whole_weights(base, tmp_path, key, model):
+    assert key in ranks.run(tmp_path, 1, lambda: refusal(tmp_path, base, {}, **model))[0]
 
 
-def test_the_plain_strategy_is_refused(base, tmp_path):
+def test_lightnings_model_parallel_strategy_is_refused(base, tmp_path):
     plain = cases.pl.strategies.ModelParallelStrategy(data_parallel_size=1, tensor_parallel_size=1)
-    assert "phi3_lightning.FSDP2Strategy" in ranks.run(tmp_path, 1, lambda: refused(tmp_path, base, plain))[0]
+    assert "phi3_lightning.FSDP2Strategy" in ranks.run(tmp_path, 1, lambda: refusal(tmp_path, base, plain))[0]

@@ -1,4 +1,4 @@
-"""A start from the data is the same on all ranks, though each has seen other rows."""
+"""EVA initialisation is the same on all ranks, though each has seen other rows."""
 
 import torch
 
@@ -19,8 +19,8 @@ def start(base: str, folder, rank_count: int) -> torch.Tensor:
     return torch.cat([parameter.detach().flatten() for parameter in module.trained_parameters()])
 
 
-def test_the_directions_of_rank_0_are_those_of_all(base, tmp_path):
+def test_every_rank_starts_from_the_directions_of_all_rows(base, tmp_path):
     first, second = ranks.run(tmp_path, 2, start, base, tmp_path, 2)
     assert torch.equal(first, second)
     (alone,) = ranks.run(tmp_path / "alone", 1, start, base, tmp_path, 1)
-    assert (alone - first).abs().max() > 1e-3  # found on all rows, and not on those of rank 0
+    assert (alone - first).abs().max() > 1e-3  # computed from all rows, not only those of rank 0

@@ -1,4 +1,4 @@
-"""Validation, test and predict count every row once, and send no base weight, whatever the number of ranks."""
+"""Validation, test and predict count every row once, whatever the number of ranks, and send no base weight."""
 
 import csv
 import json
@@ -83,28 +83,28 @@ def report(chats: Path, folder: Path, cache: Path, strategy, world: int, batch_s
 def test_a_report_is_the_same_for_any_number_of_ranks(chats, tmp_path, strategy, dtype):
     """Answers of unequal length, so that ranks end their batches at different steps; 7 rows, in batches of 2."""
     expected = report(chats, tmp_path / "alone", tmp_path / "cache", "auto", 1, 2, dtype)
-    told = json.loads((tmp_path / "alone/run/test.json").read_text())
-    assert len({found["tuned"]["tokens"] for found in told["answers"]}) > 1
+    alone = json.loads((tmp_path / "alone/run/test.json").read_text())
+    assert len({found["tuned"]["tokens"] for found in alone["answers"]}) > 1
     for world in (2, 3):
         folder = tmp_path / str(world)
         run = (chats, folder, tmp_path / "cache", STRATEGIES[strategy], world, 2, dtype)
         for found in ranks.run(folder, world, report, *run):
-            assert found == pytest.approx(expected, rel=1000 * cases.EPSILON)  # the same products, added up otherwise
+            assert found == pytest.approx(expected, rel=1000 * cases.EPSILON)  # the same products in another order
         content = json.loads((folder / "run/test.json").read_text())
-        assert content["answers"] == told["answers"]  # to the bit in bfloat16 too: the same batches on other ranks
+        assert content["answers"] == alone["answers"]  # bit-identical in bfloat16 too: the same batches on other ranks
         assert [found["row"] for found in content["answers"]] == list(range(ROWS))
         assert not list((folder / "run").glob("*partial*"))
 
 
-def test_a_mean_over_padded_ranks_would_be_another_number(chats, tmp_path, alone):
-    """The control: the rows have different losses, so that repeating one shows."""
+def test_negative_control_a_mean_over_padded_ranks_differs(chats, tmp_path, alone):
+    """The rows have different losses, so that repeating one changes the mean."""
     twice = chats.with_name("eight.jsonl")
     twice.write_text(chats.read_text() + chats.read_text().splitlines()[-1] + "\n")
     found = evaluate(twice, tmp_path, tmp_path / "cache", "auto", 1, 1)
     assert found["val/loss"] != pytest.approx(alone[0]["val/loss"], rel=1e-3)
 
 
-def test_nothing_but_adapters_is_sent(base, batches, tmp_path):
+def test_only_adapters_and_their_gradients_are_communicated(base, batches, tmp_path):
     """A fit begins by sending the adapter, and each step sends its gradient and a few scalars; no base weight."""
 
     def run() -> tuple[int, int, int, int]:
@@ -140,7 +140,7 @@ def test_nothing_but_adapters_is_sent(base, batches, tmp_path):
         assert evaluated == own
 
 
-def forgotten(chats: Path, folder: Path, strategy, world: int) -> dict:
+def drift(chats: Path, folder: Path, strategy, world: int) -> dict:
     strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
     general = data(chats, folder / "cache", 2)
     callbacks = [BaseDrift(general), AdapterStatistics(1), Samples(prompts=1, max_new_tokens=4)]
@@ -154,16 +154,16 @@ def forgotten(chats: Path, folder: Path, strategy, world: int) -> dict:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_what_is_shown_is_the_same_on_two_ranks(chats, tmp_path, strategy):
-    """Ranks with unequal shares of the general chats; the adapter's statistics gather what is sharded."""
+def test_drift_and_adapter_statistics_are_the_same_on_two_ranks(chats, tmp_path, strategy):
+    """Ranks have unequal numbers of general chats; adapter statistics gather sharded weights."""
 
     def statistics(folder: Path) -> dict[str, float]:
         rows = csv.DictReader((folder / "csv/metrics.csv").read_text().splitlines())
         return {n: float(v) for row in rows for n, v in row.items() if v and n.startswith("adapter")}
 
-    expected = forgotten(chats, tmp_path / "one", "auto", 1)
-    found = ranks.run(tmp_path / "two", 2, forgotten, chats, tmp_path / "two", STRATEGIES[strategy], 2)
+    expected = drift(chats, tmp_path / "one", "auto", 1)
+    found = ranks.run(tmp_path / "two", 2, drift, chats, tmp_path / "two", STRATEGIES[strategy], 2)
     assert found[0] == found[1]
-    # one row after the other or side by side: sums of float32 products in another order
+    # rows one by one or in a batch: sums of float32 products in another order
     assert found[0] == pytest.approx(expected, rel=1e-3)
     assert statistics(tmp_path / "two") == pytest.approx(statistics(tmp_path / "one"), rel=1e-3)

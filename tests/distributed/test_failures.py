@@ -1,4 +1,4 @@
-"""Whatever ends one rank ends all of them within a minute, and each says which rank it was and why."""
+"""Whatever ends one rank ends all within a minute, and each reports which rank it was and why."""
 
 import os
 import signal
@@ -72,8 +72,8 @@ def keep_the_store(port):
 
 
 @pytest.mark.parametrize("how", ["teardown", "exception"])
-def test_a_process_that_listens_ends_well(tmp_path, how):
-    """The store answers while the interpreter is going: a thread that is still there aborts the process."""
+def test_a_listening_process_exits_cleanly(tmp_path, how):
+    """The store answers while the interpreter shuts down: a thread still running then would abort the process."""
     port = ranks.free_port()
     (keeper,) = ranks.start(tmp_path, 1, keep_the_store, port)
     command = [sys.executable, "-c", LISTENER, f"tcp://127.0.0.1:{port}", how]
@@ -102,7 +102,7 @@ CAUSES = {"raise": "ValueError: the dog ate it", "bad row": "IndexError: index o
 @pytest.mark.parametrize("how", CAUSES)
 @pytest.mark.parametrize("failing", [0, 1])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_an_exception_on_one_rank(base, batches, tmp_path, monkeypatch, strategy, failing, how):
+def test_an_exception_on_one_rank_ends_all_and_is_named(base, batches, tmp_path, monkeypatch, strategy, failing, how):
     monkeypatch.setattr(Trouble, "rank", failing)
     monkeypatch.setattr(Trouble, "how", how)
     both = ranks.start(tmp_path, 2, fit, tmp_path, base, batches, STRATEGIES[strategy], 2)
@@ -139,7 +139,7 @@ def test_a_rank_that_vanishes_is_named(base, batches, tmp_path, monkeypatch, fai
             assert rank.status == 1
 
 
-def test_without_the_callback_the_cause_stays_unknown(base, batches, tmp_path, monkeypatch):
+def test_negative_control_without_the_callback_the_cause_is_unknown(base, batches, tmp_path, monkeypatch):
     monkeypatch.setattr(Trouble, "rank", 1)
     monkeypatch.setattr(RankFailure, "on_exception", lambda *args: None)
     both = ranks.start(tmp_path, 2, fit, tmp_path, base, batches, "ddp", 2)
@@ -148,7 +148,7 @@ def test_without_the_callback_the_cause_stays_unknown(base, batches, tmp_path, m
 
 
 class Stuck(Phi3LoRAModule):
-    """One rank fails while the other waits in a place that nothing wakes it from, as NCCL's kernels are."""
+    """One rank fails while the other waits where nothing can interrupt it, as in a NCCL kernel."""
 
     def training_step(self, batch, batch_idx):
         if self.global_rank == 1:
@@ -157,7 +157,7 @@ class Stuck(Phi3LoRAModule):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_rank_that_cannot_be_woken_is_ended(base, batches, tmp_path):
+def test_a_stuck_rank_is_ended(base, batches, tmp_path):
     both = ranks.start(tmp_path, 2, lambda: fit(tmp_path, base, batches, "ddp", 2, kind=Stuck))
     ranks.wait(both, 60)
     assert [rank.status for rank in both] == [1, 1]
@@ -165,8 +165,8 @@ def test_a_rank_that_cannot_be_woken_is_ended(base, batches, tmp_path):
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_a_full_disk_on_rank_0(base, batches, tmp_path, strategy):
-    """The file that is written leads to the device on which every write fails for want of space."""
+def test_a_full_disk_on_rank_0_ends_all_ranks(base, batches, tmp_path, strategy):
+    """The checkpoint's path links to a device on which every write fails for lack of space."""
     full = tmp_path / "checkpoints" / "last.ckpt.tmp"
     full.parent.mkdir(parents=True)
     full.symlink_to("/dev/full")
@@ -182,7 +182,7 @@ def test_a_full_disk_on_rank_0(base, batches, tmp_path, strategy):
 
 
 class Paced(Phi3LoRAModule):
-    """Takes its time, and shows where it is."""
+    """Trains slowly, and shows its progress."""
 
     def training_step(self, batch, batch_idx):
         print(f"batch {batch_idx}", flush=True)
@@ -193,8 +193,8 @@ class Paced(Phi3LoRAModule):
 SLOW = [pytest.param([0], marks=pytest.mark.slow), pytest.param([1], marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("asked", [*SLOW, [0, 1]])
-def test_sigterm_to_any_rank_saves_once_and_goes_on(base, batches, tmp_path, asked):
+@pytest.mark.parametrize("signalled_ranks", [*SLOW, [0, 1]])
+def test_sigterm_to_any_rank_saves_once_and_resumes(base, batches, tmp_path, signalled_ranks):
     folder = str(tmp_path / "checkpoints")
 
     def run(resume=None):
@@ -213,7 +213,7 @@ def test_sigterm_to_any_rank_saves_once_and_goes_on(base, batches, tmp_path, ask
     both = ranks.start(tmp_path, 2, run)
     while not all("batch 3" in rank.text for rank in both):
         time.sleep(0.01)
-    for rank in asked:
+    for rank in signalled_ranks:
         os.kill(both[rank].pid, signal.SIGTERM)
         time.sleep(0.03)
     ranks.wait(both, 60)
@@ -227,6 +227,6 @@ def test_sigterm_to_any_rank_saves_once_and_goes_on(base, batches, tmp_path, ask
     assert torch.equal(weights, straight)
 
 
-def test_a_batch_for_each_is_what_the_rest_relies_on(batches):
+def test_the_loader_gives_each_rank_as_many_batches(batches):
     assert len(list(cases.loader(batches[:3], 0, 2))) == len(list(cases.loader(batches[:3], 1, 2)))
     assert synthetic.VOCABULARY < 10_000

@@ -1,4 +1,4 @@
-"""The base that FSDP2 reads in shares is the one that a process reads whole, in every form that it has."""
+"""The base that FSDP2 loads in shards equals the one that a process loads whole, in every form of base."""
 
 import pytest
 import torch
@@ -13,11 +13,11 @@ from .conftest import LONG
 BATCHES = [synthetic.batch_of([[synthetic.document(n + 4, n, n)]]) for n in (5, 30)]
 WHOLE = [synthetic.batch_of([[synthetic.document(n + 4, n, n)] for n in (5, 30)])]
 TOLERANCE = 35 * cases.EPSILON
-"""A rounding for each token, as in the tests of the gradient."""
+"""One rounding per token, as in the tests of the gradient."""
 
 
 def compare(base: str, tmp_path, world: int = 2, **model) -> None:
-    """Loading, one step and one validation on ranks of FSDP2, beside one process."""
+    """Compare loading, one step and one validation on FSDP2 ranks with one process."""
     alone = cases.fit(tmp_path, base, WHOLE, model=model)
     batches = BATCHES + [cases.EMPTY] * (world - 2)
     for found in ranks.run(tmp_path, world, lambda: cases.fit(tmp_path, base, batches, {}, world, model=model)):
@@ -44,17 +44,17 @@ FORMS = {
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_forms_of_the_base(base, tmp_path, form, monkeypatch):
+def test_every_form_of_base_equals_one_process(base, tmp_path, form, monkeypatch):
     monkeypatch.setattr("phi3_lightning.model.loss.CHUNK", 8)  # several calls of the head
     compare(base, tmp_path, **FORMS[form])
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_compiled_layers(base, tmp_path, as_on_a_gpu):
+def test_compiled_layers_equal_one_process(base, tmp_path, as_on_a_gpu):
     compare(base, tmp_path, torch_compile="layers")
 
 
-def test_an_adapter_to_start_from(base, tmp_path):
+def test_init_from_equals_one_process(base, tmp_path):
     trained = cases.module(base)
     trained.configure_model()
     trained.give_values()
@@ -74,17 +74,17 @@ def test_an_adapter_to_start_from(base, tmp_path):
         assert torch.equal(found, expected)
 
 
-def test_three_ranks_and_rows_that_do_not_divide(tmp_path):
+def test_weights_that_do_not_divide_by_the_ranks_equal_one_process(tmp_path):
     odd = synthetic.save_tiny(tmp_path / "odd", vocab_size=100, **LONG)  # 34, 34 and 32 rows of the embedding
     compare(odd, tmp_path, world=3)
 
 
 @pytest.mark.parametrize("init", ["pretrained", "random"])
-def test_a_matrix_that_embedding_and_head_share(tmp_path, init):
+def test_tied_embeddings_equal_one_process(tmp_path, init):
     compare(synthetic.save_tiny(tmp_path / "tied", tie_word_embeddings=True, **LONG), tmp_path, init=init)
 
 
-def test_several_files(base, tmp_path):
+def test_a_base_in_several_files_equals_one_process(base, tmp_path):
     from transformers import Phi3ForCausalLM
 
     Phi3ForCausalLM.from_pretrained(base).save_pretrained(tmp_path / "split", max_shard_size="20KB")
@@ -156,7 +156,7 @@ def test_the_adapter_is_whole_on_each_rank_and_the_base_on_none(base, tmp_path, 
         return form.tensors, str(caught.value)
 
     expected, _ = start(1)
-    for found, said in ranks.run(tmp_path, 2, start, 2):
-        assert "on one process" in said
+    for found, error in ranks.run(tmp_path, 2, start, 2):
+        assert "on one process" in error
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -1,4 +1,4 @@
-"""Two hosts, as two network namespaces with a cable between them: real TCP, and one of them dies."""
+"""Two hosts, as two network namespaces with a cable between them, over real TCP; one of them dies."""
 
 import os
 import shutil
@@ -53,7 +53,7 @@ def hosts() -> Iterator[list[Host]]:
         for host in both:
             ip("netns", "add", host.name)
     except subprocess.CalledProcessError as error:
-        pytest.skip(f"network namespaces cannot be made here: {error.stderr.decode().strip()}")
+        pytest.skip(f"network namespaces cannot be created here: {error.stderr.decode().strip()}")
     try:
         ip("link", "add", both[0].interface, "netns", both[0].name, "type", "veth",
            "peer", "name", both[1].interface, "netns", both[1].name)  # fmt: skip
@@ -84,7 +84,7 @@ def sent(host: Host) -> int:
     return int(shown.stdout)
 
 
-def test_a_host_dies_and_the_run_goes_on_from_the_last_checkpoint(hosts, uninterrupted, tmp_path):
+def test_a_run_resumes_after_a_host_dies(hosts, uninterrupted, tmp_path):
     def on(rank: int, folder: Path, port: int):
         environment = {
             "MASTER_ADDR": hosts[0].address, "MASTER_PORT": str(port), "NODE_RANK": str(rank), "LOCAL_RANK": "0",
@@ -99,7 +99,7 @@ def test_a_host_dies_and_the_run_goes_on_from_the_last_checkpoint(hosts, uninter
     port = free_port()
     with on(0, cut, port) as (first, text), on(1, cut, port) as (second, _):
         wait_for(lambda: (cut / LAST).exists(), text)
-        ip("-n", hosts[1].name, "link", "set", hosts[1].interface, "down")  # no goodbye reaches the other host
+        ip("-n", hosts[1].name, "link", "set", hosts[1].interface, "down")  # no message reaches the other host
         os.kill(second.pid, signal.SIGKILL)
         before = time.monotonic()
         assert first.wait(60) == 1, text()

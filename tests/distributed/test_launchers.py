@@ -1,4 +1,4 @@
-"""The command line as users start it on several ranks: Lightning's launcher, torchrun, and a batch job."""
+"""The command line as users start it on several ranks: by Lightning's launcher, by torchrun, and as a batch job."""
 
 import os
 import re
@@ -34,14 +34,14 @@ def test_an_overlay_trains_and_predicts(cli, tmp_path, overlay):
 
 
 @pytest.mark.parametrize("strategy", ["ddp_fork", "ddp_notebook"])
-def test_processes_that_this_one_forks_end_well(cli, tmp_path, strategy):
+def test_forked_ranks_exit_cleanly_and_resume(cli, tmp_path, strategy):
     fit = ("fit", *TWO, f"--trainer.strategy={strategy}", "--trainer.max_steps=4", "--trainer.limit_val_batches=2")
     cli(*fit)
     assert read_checkpoint(tmp_path / LAST)["global_step"] == 4
     assert "nothing left to do" in cli(*fit).text
 
 
-def test_processes_that_are_sent_everything_are_refused_before_anything_is_written(cli, tmp_path):
+def test_spawned_ranks_are_refused_before_anything_is_written(cli, tmp_path):
     text = cli("fit", *TWO, "--trainer.strategy=ddp_spawn", code=1).text
     assert "error: trainer.strategy: ddp_spawn" in text
     assert "use ddp" in text
@@ -82,7 +82,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.parametrize(("strategy", "io"), [("ddp_notebook", "plain"), ("ddp_spawn", "safe")])
-def test_the_adapter_comes_back_into_the_module_of_a_script(tmp_path, strategy, io):
+def test_the_adapter_returns_to_the_parent_of_forked_ranks(tmp_path, strategy, io):
     (tmp_path / "notebook.py").write_text(NOTEBOOK)
     temporary = tmp_path / "temporary"
     temporary.mkdir()
@@ -91,13 +91,13 @@ def test_the_adapter_comes_back_into_the_module_of_a_script(tmp_path, strategy, 
     assert tuned < base - 1
     assert again == pytest.approx(tuned)
     assert list(temporary.rglob("*.ckpt")) == []
-    if strategy != "ddp_spawn":  # a new process imports torch anew, without the note
+    if strategy != "ddp_spawn":  # a spawned process imports torch again, without the patched torch.save
         sent = (tmp_path / "sent.txt").read_text()
         assert "lora_B" in sent
         assert "embed_tokens" not in sent
 
 
-def test_a_bad_row_is_the_last_that_is_said(cli, tmp_path):
+def test_a_bad_row_is_the_last_line_of_the_output(cli, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "cat", "content": "x"}]}\n')
     arguments = (f"--config={OVERLAYS}/ddp.yaml", *TWO, "--data.train=bad.jsonl", "--data.val=null")
     text = cli("fit", *arguments, code=1).text
@@ -105,7 +105,7 @@ def test_a_bad_row_is_the_last_that_is_said(cli, tmp_path):
 
 
 FRESH = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-"""Without it a second attempt finds the addresses of the first in the store, and connects to what is gone."""
+"""Without it a second attempt finds the first one's addresses in the store, and connects to dead processes."""
 
 
 def torchrun(port: int, restarts: int = 0) -> tuple[str, ...]:
@@ -115,7 +115,7 @@ def torchrun(port: int, restarts: int = 0) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def test_torchrun_starts_again_after_a_worker_was_killed(uninterrupted, tmp_path):
+def test_torchrun_restarts_after_a_killed_worker(uninterrupted, tmp_path):
     arguments = (
         "fit", f"--config={OVERLAYS}/torchrun.yaml", *TWO, *LENGTH, "--trainer.num_nodes=1",
         "--checkpoint.every_n_steps=5",
@@ -151,7 +151,7 @@ exit $status
 
 
 def slurm(folder: Path, **changes: str) -> dict[str, str]:
-    """The environment of a job, and programs in place of SLURM's."""
+    """The environment of a job, and stand-ins for SLURM's programs."""
     programs = folder / "bin"
     programs.mkdir(parents=True, exist_ok=True)
     for name, text in {
@@ -171,14 +171,14 @@ def slurm(folder: Path, **changes: str) -> dict[str, str]:
     } | changes  # fmt: skip
 
 
-def test_a_batch_job_saves_is_queued_again_and_goes_on(uninterrupted, tmp_path):
+def test_a_batch_job_saves_requeues_and_resumes(uninterrupted, tmp_path):
     script = ("bash", str(OVERLAYS / "slurm.sbatch"))
     arguments = (*TWO, *LENGTH)
     cut = tmp_path / "cut"
     with running(cut, *script, *arguments, **slurm(cut)) as (job, text):
         wait_for(lambda: re.search(r"batch \d+/.*step [1-9]", text()) is not None, text)
         srun = psutil.Process(job.pid).children()[0]
-        srun.send_signal(signal.SIGTERM)  # what SLURM does, as --signal=TERM@120 asks
+        srun.send_signal(signal.SIGTERM)  # as SLURM does with --signal=TERM@120
         assert job.wait(100) == 0, text()
     assert (cut / "scontrol.txt").read_text() == "requeue 4711\n"
     assert 0 < read_checkpoint(cut / LAST)["global_step"] < STEPS
@@ -188,9 +188,9 @@ def test_a_batch_job_saves_is_queued_again_and_goes_on(uninterrupted, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [({"SLURM_NTASKS": "3"}, "3 tasks are not 1 nodes x 2"), ({"SLURM_GPUS_ON_NODE": "4"}, "4 GPUs and 2 tasks")],
 )
-def test_a_batch_job_checks_its_tasks(tmp_path, changes, said):
+def test_a_batch_job_with_wrong_tasks_is_refused(tmp_path, changes, message):
     environment = slurm(tmp_path, **changes)
-    assert said in finished(tmp_path, "bash", str(OVERLAYS / "slurm.sbatch"), *TWO, code=2, **environment)
+    assert message in finished(tmp_path, "bash", str(OVERLAYS / "slurm.sbatch"), *TWO, code=2, **environment)

@@ -1,4 +1,4 @@
-"""How much of the base a rank of FSDP2 holds, counted as bytes of tensors that live at one time."""
+"""How much of the base an FSDP2 rank holds, counted as bytes of tensors alive at one time."""
 
 import weakref
 
@@ -13,7 +13,7 @@ from . import cases, ranks
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of every tensor that an operation has made and that still lives, and the highest sum."""
+    """Counts the bytes of all live tensors that operations have made, and their peak."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class LiveBytes(TorchDispatchMode):
             if storage is None:
                 del self.storages[key]
             else:
-                total += storage.nbytes()  # FSDP2 frees a gathered weight by making its storage empty
+                total += storage.nbytes()  # FSDP2 frees a gathered weight by emptying its storage
         return total
 
 
@@ -61,7 +61,7 @@ def measure(base: str, folder, strategy: dict, world: int) -> dict[str, int]:
     class AfterLoading(cases.pl.Callback):
         def on_train_start(self, trainer, pl_module):
             frozen = [p for p in pl_module.parameters() if not p.requires_grad]
-            sizes["base"] = sum(p.nbytes for p in frozen)  # of a sharded one: of the whole
+            sizes["base"] = sum(p.nbytes for p in frozen)  # the size of the whole weight, where it is sharded
             sizes["share"] = sum((p.to_local() if isinstance(p, cases.DTensor) else p).nbytes for p in frozen)
             sizes["loading"], live.peak = live.peak, 0
             sizes["layer"] = sum(p.nbytes for p in pl_module.model.model.layers[0].parameters())
@@ -81,7 +81,7 @@ def test_no_rank_holds_the_base(large, tmp_path, world):
     for found in ranks.run(tmp_path, world, measure, large, tmp_path, {}, world):
         share = found["base"] / world
         assert found["share"] == pytest.approx(share, rel=0.01)
-        # while loading: this rank's share, and the whole of one weight in the making at most
+        # while loading: this rank's shard, and at most one whole weight that is being loaded
         assert found["loading"] <= share + found["layer"] + 0.05 * found["base"]
         # while training the head is kept from the loss on; in the backward pass one layer is used while the next is
         # gathered into a buffer and copied out of it. Adapters have a gradient and two moments
@@ -91,7 +91,7 @@ def test_no_rank_holds_the_base(large, tmp_path, world):
 
 
 @pytest.mark.slow
-def test_keeping_layers_holds_the_whole(large, tmp_path):
+def test_negative_control_without_resharding_a_rank_holds_the_base(large, tmp_path):
     """The control: with reshard_after_forward off all layers are there at once, and the measure shows it."""
     for found in ranks.run(tmp_path, 2, measure, large, tmp_path, {"reshard_after_forward": False}, 2):
         assert found["training"] > found["base"]

@@ -1,4 +1,4 @@
-"""A quantised base on two ranks of ddp: the gradient of one process, and nothing but the adapter sent."""
+"""A quantised base on two ranks of ddp has the gradient of one process, and only the adapter is communicated."""
 
 import pytest
 
@@ -10,7 +10,7 @@ pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 DOCUMENTS = [synthetic.document(count + 4, count, count) for count in (5, 30)]
 
 
-def test_nf4_on_two_ranks(base, tmp_path):
+def test_nf4_on_two_ranks_has_the_gradient_of_one(base, tmp_path):
     model = {"quantization": "nf4"}
 
     def run(strategy, world):

@@ -10,7 +10,7 @@ from . import cases, ranks
 SUPERVISED = [1, 60, 7, 20]
 DOCUMENTS = [synthetic.document(count + 4, count, seed) for seed, count in enumerate(SUPERVISED)]
 LAYERS = 30
-"""Each adds its own roundings to what the next one multiplies."""
+"""Each adds its own rounding to the input of the next."""
 
 
 def check(base: str, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""The tables in the documentation are those that the formulas give."""
+"""The tables in the documentation follow from the formulas."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ def test_the_tables_of_the_guide_are_what_the_script_prints():
     assert printed.strip() in (REPOSITORY / "docs/scaling.md").read_text()
 
 
-def test_it_counts_the_parameters_of_the_real_model(shared):
+def test_the_script_counts_the_parameters_of_the_real_model(shared):
     model = skeleton(read_config(str(shared / "phi3-mini-4k-instruct")))
     values = sum(parameter.numel() for parameter in model.parameters())
     adapted = targets.resolve(model, LoRA(target_modules="all-linear"))

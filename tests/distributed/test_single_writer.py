@@ -1,4 +1,4 @@
-"""A folder that another fit is writing ends all ranks, and none waits for one that has ended."""
+"""A folder locked by another fit ends all ranks, and none waits for one that has ended."""
 
 import os
 import time

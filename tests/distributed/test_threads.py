@@ -1,4 +1,4 @@
-"""A fit in another thread than the main one, as Ray Train runs it."""
+"""A fit outside the main thread, as Ray Train runs it."""
 
 import os
 import signal
@@ -15,8 +15,8 @@ from phi3_lightning.checkpoint.io import read_checkpoint
 from . import cases, ranks
 
 
-class AskBeforeStep(AgreedStop):
-    """One rank asks for the end: another thread of it would, or Lightning's note of a signal."""
+class StopBeforeStep(AgreedStop):
+    """One rank requests a stop, as another of its threads or Lightning's signal handler would."""
 
     def __init__(self, rank: int, how: str) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class AskBeforeStep(AgreedStop):
 
 
 def in_a_thread(function):
-    """What ``function()`` raises or returns, in a thread of its own, and the handler of SIGTERM while it runs."""
+    """Return what ``function()`` raises or returns in a thread of its own, and the SIGTERM handler while it runs."""
     outcome = []
 
     def run():
@@ -52,7 +52,7 @@ def test_ranks_agree_on_a_stop_without_a_handler(base, batches, tmp_path, rank, 
         before = signal.getsignal(signal.SIGTERM)
 
         def fit():
-            callbacks = [RunCheckpoint(str(tmp_path)), AskBeforeStep(rank, how), RankFailure(patience=3, grace=2)]
+            callbacks = [RunCheckpoint(str(tmp_path)), StopBeforeStep(rank, how), RankFailure(patience=3, grace=2)]
             trainer = cases.trainer(
                 tmp_path, "ddp", 2, callbacks=callbacks, use_distributed_sampler=False, enable_checkpointing=True
             )
@@ -68,14 +68,14 @@ def test_ranks_agree_on_a_stop_without_a_handler(base, batches, tmp_path, rank, 
 
 def test_the_former_handler_is_back_after_a_fit(base, batches, tmp_path):
     def run():
-        def mine(*_):
+        def own_handler(*_):
             pass
 
-        signal.signal(signal.SIGTERM, mine)
+        signal.signal(signal.SIGTERM, own_handler)
         trainer = cases.trainer(tmp_path, "ddp", 2, callbacks=[AgreedStop()], use_distributed_sampler=False)
         own = cases.loader(batches, int(os.environ["LOCAL_RANK"]), 2)
         trainer.fit(cases.module(base, gradient_checkpointing="none"), own)
-        return signal.getsignal(signal.SIGTERM) is mine
+        return signal.getsignal(signal.SIGTERM) is own_handler
 
     assert ranks.run(tmp_path, 2, run) == [True, True]
 

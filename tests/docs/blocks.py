@@ -27,7 +27,7 @@ class Block:
     language: str
     text: str
     reason: str | None
-    """Why it is not run here, as the comment above it has it."""
+    """Why it is not run here, from the comment above it."""
 
     def __str__(self) -> str:
         return f"{self.page}:{self.line}"
@@ -48,19 +48,19 @@ def all_blocks(language: str) -> list[Block]:
 
 
 def commands(text: str) -> list[list[str]]:
-    """Take the commands of a shell block apart into words, without comments and redirections."""
+    """Split the commands of a shell block into words, without comments and redirections."""
     lines = text.replace("\\\n", " ").splitlines()
     parts = [part for line in lines for part in _CHAINS.split(_REDIRECTION.sub("", line))]
     return [words for part in parts if (words := shlex.split(part, comments=True))]
 
 
 def without_code(text: str) -> str:
-    """Leave out fenced blocks and code spans, in which nothing is a link."""
+    """Remove fenced blocks and code spans, in which nothing is a link."""
     return re.sub(r"`[^`\n]+`", "`code`", _BLOCK.sub("", text))
 
 
 def links(text: str) -> list[str]:
-    """Find what a page links to, beside addresses elsewhere."""
+    """Find the links of a page, except those to other sites."""
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", without_code(text)) if not link.startswith("http")]
 
 

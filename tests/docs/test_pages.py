@@ -1,4 +1,4 @@
-"""What the README and the guides name is there: files, headings, tests, public names, upstream internals."""
+"""Everything that the README and the guides name exists: files, headings, tests, public names."""
 
 import importlib
 import re
@@ -40,7 +40,7 @@ def test_a_link_to_a_heading_is_followed():
 
 
 def absent_tests(text: str) -> list[str]:
-    """The tests that a page links to by name, and which its file does not have."""
+    """The tests that a page links to by name and that their file does not have."""
     return [
         f"{file}::{name}"
         for name, file in TEST.findall(text)
@@ -73,8 +73,8 @@ def documented() -> set[str]:
     return set(re.findall(r"^::: (\S+)$", page("api.md"), re.MULTILINE))
 
 
-def found(path: str) -> object:
-    """Import what a page names by its whole path."""
+def import_object(path: str) -> object:
+    """Import an object by its full path."""
     parts = path.split(".")
     for depth in range(len(parts), 0, -1):
         try:
@@ -93,12 +93,12 @@ def test_every_public_name_is_in_the_reference(room):
     assert public <= documented()
 
 
-def test_the_reference_names_what_there_is():
-    assert all(found(path) is not None for path in documented())
+def test_every_name_of_the_reference_exists():
+    assert all(import_object(path) is not None for path in documented())
     for path, members in re.findall(
         r"^::: (\S+)\n    options:\n      members:\n((?:        - \w+\n)+)", page("api.md"), re.M
     ):
-        assert [name for name in re.findall(r"- (\w+)", members) if not hasattr(found(path), name)] == []
+        assert [name for name in re.findall(r"- (\w+)", members) if not hasattr(import_object(path), name)] == []
 
 
 def test_the_reference_has_every_option():

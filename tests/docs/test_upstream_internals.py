@@ -1,4 +1,4 @@
-"""The page of upstream internals names each one that the code leans on, with a test that would notice."""
+"""The page of upstream internals names each one that the code depends on, with a test that would notice a change."""
 
 import ast
 import importlib
@@ -19,7 +19,7 @@ PROMISED = {"_exit", "_fields"}
 
 
 def own_names(nodes: list[ast.AST]) -> set[str]:
-    """What a file defines: functions, classes, variables, and attributes of its own objects."""
+    """The names that a file defines: functions, classes, variables, and attributes of its own objects."""
     names = {node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.ClassDef) and not overrides(node)}
     names |= {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
     return names | {
@@ -62,7 +62,7 @@ def shared_attributes(cls: type, package: str = phi3_lightning.__name__) -> set[
 def private_attributes(cls: type) -> set[str]:
     try:
         source = inspect.getsource(cls)
-    except (OSError, TypeError):  # a class that is made at run time, or built in
+    except (OSError, TypeError):  # a class made at run time, or a built-in one
         source = ""
     names = {*re.findall(r"\bself\.(_[a-zA-Z]\w*)", source), *(name for name in vars(cls) if name in source)}
     return {name for name in names if PRIVATE.fullmatch(name) and not name.startswith(("_abc_", "_is_"))}

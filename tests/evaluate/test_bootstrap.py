@@ -1,4 +1,4 @@
-"""Intervals that hold what they promise, and pairs that are drawn together."""
+"""Bootstrap intervals have their stated coverage, and rows are resampled in pairs."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def test_values_are_those_of_all_rows():
 
 
 def test_an_interval_holds_the_truth_19_times_in_20():
-    """A mean of 200 normal values; the count of 400 intervals that hold it is binomial."""
+    """For the mean of 200 normal values, the number of 400 intervals that contain it is binomial."""
     rng = np.random.default_rng(0)
     held = 0
     for _ in range(400):
@@ -36,8 +36,8 @@ def test_an_interval_holds_the_truth_19_times_in_20():
     assert 0.95 - 0.015 - 4 * (0.95 * 0.05 / 400) ** 0.5 < held / 400 < 0.95 + 4 * (0.95 * 0.05 / 400) ** 0.5
 
 
-def test_pairs_are_drawn_together():
-    """Each row gains a little, and rows differ much: drawn apart, the gain could not be seen."""
+def test_base_and_tuned_rows_are_resampled_in_pairs():
+    """Each row gains a little, and rows differ much: resampled separately, the gain would not show."""
     base = np.random.default_rng(0).normal(0, 10, 50)
     gained = compare(rows(base), rows(base + 0.1), mean, 500)
     assert gained.significant
@@ -50,13 +50,13 @@ def test_no_change_is_not_significant():
     assert not compare(rows([1, 2, 3]), rows([1, 2, 3]), mean, 100).significant
 
 
-@pytest.mark.parametrize(("count", "told"), [(3, False), (ENOUGH - 1, False), (ENOUGH, True)])
-def test_few_rows_tell_nothing(count, told):
+@pytest.mark.parametrize(("count", "significant"), [(3, False), (ENOUGH - 1, False), (ENOUGH, True)])
+def test_too_few_rows_are_never_significant(count, significant):
     base = np.random.default_rng(0).normal(0, 1, count)
     found = compare(rows(base), rows(base + 0.1), mean, 100)
     assert found.difference.low > 0
-    assert found.significant == told
-    assert found.too_few == (not told)
+    assert found.significant == significant
+    assert found.too_few == (not significant)
 
 
 def test_the_same_rows_always_have_the_same_interval():
@@ -65,7 +65,7 @@ def test_the_same_rows_always_have_the_same_interval():
 
 
 def test_bleu_of_a_draw_is_the_corpus_score_of_the_drawn_rows():
-    """As sacrebleu's own paired bootstrap has it: its mean and half width, from draws of its own."""
+    """The mean and half width are those of sacrebleu's own paired bootstrap, from other draws."""
     rng = np.random.default_rng(0)
     words = [f"word{index}" for index in range(20)]
     references = [" ".join(rng.choice(words, 12)) for _ in range(60)]

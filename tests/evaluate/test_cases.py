@@ -1,4 +1,4 @@
-"""What is asked, and what is not."""
+"""Which rows are used as prompts, and why others are not."""
 
 import numpy as np
 import pytest
@@ -55,7 +55,7 @@ def test_a_filler_has_no_case():
         (Case(0, [5, 6], [END]), "empty reference"),
     ],
 )
-def test_what_cannot_be_asked_has_a_reason(case, reason):
+def test_unusable_cases_have_a_reason(case, reason):
     assert unusable(case, FakeTokenizer()) == reason
 
 

@@ -1,4 +1,4 @@
-"""Trained-looking adapters on tiny models, and their exports."""
+"""Adapters with random trained values on tiny models, and their exports."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +26,7 @@ BASES = {"MHA": {"num_key_value_heads": 4}, "GQA": {}, "tied": {"tie_word_embedd
 
 
 def peft_model(base: Phi3ForCausalLM, **options):
-    """A model that PEFT has adapted, with every trained value moved: the oracle, and its form."""
+    """A model adapted by PEFT with random trained values, as the oracle, and its PeftForm."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 8, "task_type": "CAUSAL_LM", "target_modules": FOUR} | options)
     model = get_peft_model(base, config).eval()
     torch.manual_seed(3)
@@ -38,7 +38,7 @@ def peft_model(base: Phi3ForCausalLM, **options):
 
 @pytest.fixture
 def base_folder(tmp_path) -> Callable[..., Path]:
-    """Writes a tiny base and returns its folder."""
+    """A function that writes a tiny base and returns its folder."""
 
     def write(dtype: torch.dtype = torch.float32, **changes) -> Path:
         return Path(synthetic.save_tiny(tmp_path / "base", dtype, **changes))

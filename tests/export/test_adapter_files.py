@@ -1,4 +1,4 @@
-"""The adapter in the formats of others: names, ranks, and what a format cannot hold."""
+"""The adapter in other libraries' formats: names, ranks, and what a format cannot hold."""
 
 import json
 
@@ -25,12 +25,12 @@ def tiny() -> Phi3ForCausalLM:
     [
         (FOUR, sorted(FOUR)),
         (["qkv_proj"], ["qkv_proj"]),
-        ([f"model.layers.{n}.mlp.down_proj" for n in (0, 1)], ["down_proj"]),  # all there are: the name says as much
+        ([f"model.layers.{n}.mlp.down_proj" for n in (0, 1)], ["down_proj"]),  # all layers of that name
         (["model.layers.1.mlp.down_proj"], ["model.layers.1.mlp.down_proj"]),
         (r"model\.layers\.0\..*o_proj", ["model.layers.0.self_attn.o_proj"]),
     ],
 )
-def test_targets_are_short_where_that_says_the_same(tmp_path, targets, expected):
+def test_target_names_are_shortened_where_unambiguous(tmp_path, targets, expected):
     adapter = attach(tiny(), LoRA(r=4, target_modules=targets))
     write_peft(adapter.to_peft(), "owner/name", None, tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == expected
@@ -46,27 +46,27 @@ def test_the_folder_names_the_base_and_holds_the_adapter_alone(tmp_path):
     found = load_file(tmp_path / "adapter_model.safetensors")
     assert all("lora_" in name for name in found)
     assert all(torch.equal(found[name], form.tensors[name]) for name in form.tensors)
-    assert form.config.base_model_name_or_path != "owner/name"  # the live adapter's own is left alone
+    assert form.config.base_model_name_or_path != "owner/name"  # the live adapter's config is unchanged
 
 
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [({"r": 1}, 8), ({"r": 8}, 8), ({"r": 9}, 16), ({"r": 65}, 128), ({"rank_pattern": {"o_proj": 30}}, 32)],
 )
-def test_vllm_is_told_the_next_rank_that_it_allows(options, allowed):
+def test_the_vllm_command_has_the_next_supported_rank(options, allowed):
     _, form = peft_model(tiny(), **options)
     expected = f"vllm serve owner/name --enable-lora --lora-modules bot=bot --max-lora-rank {allowed}"
     assert serving_hint(form, "owner/name", "bot") == expected
 
 
 @pytest.mark.parametrize(
-    ("options", "told"),
+    ("options", "message"),
     [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"r": 600}, "rank 600")],
 )
-def test_what_vllm_rejects_is_said(options, told):
+def test_adapters_that_vllm_rejects_are_named(options, message):
     _, form = peft_model(tiny(), **options)
     hint = serving_hint(form, "owner/name", "bot")
-    assert f"no adapter with {told}" in hint
+    assert f"no adapter with {message}" in hint
     assert "--format merged" in hint
 
 

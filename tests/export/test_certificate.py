@@ -15,11 +15,11 @@ def test_equal_logits_do_not_differ():
     assert difference(logits, logits.clone()) == NONE
 
 
-def test_the_figures_are_what_they_are_called():
+def test_kl_max_logit_and_same_argmax_follow_their_definitions():
     p, q = torch.tensor([[0.0, 0.0], [2.0, 0.0]]), torch.tensor([[0.0, 1.0], [2.0, 0.0]])
     found = difference(p, q)
     assert found.max_logit == 1.0
-    assert found.greedy == 0.5  # of two positions one changes its likeliest token
+    assert found.greedy == 0.5  # one of two positions changes its argmax
     expected = torch.distributions.kl_divergence(*(torch.distributions.Categorical(logits=x) for x in (p, q))).mean()
     assert found.kl == pytest.approx(expected.item())
 
@@ -34,7 +34,7 @@ def test_the_figures_are_what_they_are_called():
         (Difference(0.1, float("nan"), 1.0), False),
     ],
 )
-def test_four_roundings_are_allowed(export, holds):
+def test_an_export_may_differ_by_four_roundings(export, holds):
     certificate = Certificate("a to b", 9, export, Difference(0.1, 1e-5, 1.0), Difference(3.0, 0.5, 0.2))
     assert certificate.holds is holds
     assert certificate.content()["holds"] is holds
@@ -45,7 +45,7 @@ def test_four_roundings_are_allowed(export, holds):
             certificate.check()
 
 
-def test_a_rounding_disturbs_by_its_unit_and_leaves_no_trace():
+def test_simulated_rounding_is_of_one_unit_and_undone():
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     x = torch.randn(4, 8)
     clean = model(x)
@@ -56,7 +56,7 @@ def test_a_rounding_disturbs_by_its_unit_and_leaves_no_trace():
     assert torch.equal(model(x), clean)
 
 
-def test_a_reference_certifies():
+def test_a_reference_certifies_equal_logits_only():
     reference = Reference("a to b", torch.zeros(3, 4), NONE, NONE)
     assert reference.certify(torch.zeros(3, 4)).holds
     assert not reference.certify(torch.eye(4)[:3]).holds

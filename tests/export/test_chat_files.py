@@ -1,4 +1,4 @@
-"""The tokenizer of an exported folder gives the ids of training, and generation stops where turns end."""
+"""The tokenizer of an exported folder gives the ids of training, and generation stops at the end of a turn."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def test_a_bare_folder_gives_the_ids_of_phi3(shared, tmp_path):
     assert wrong(AutoTokenizer.from_pretrained(tmp_path), vectors) == 0
 
 
-def test_beside_a_config_the_class_is_the_bases(shared, tmp_path):
+def test_a_folder_with_a_config_keeps_the_tokenizer_class_of_the_base(shared, tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     for path in (shared / "phi3-mini-4k-instruct").glob("*.json"):
@@ -44,7 +44,7 @@ def test_beside_a_config_the_class_is_the_bases(shared, tmp_path):
     assert wrong(AutoTokenizer.from_pretrained(out), json.loads((source / "vectors.json").read_text())) == 0
 
 
-def test_the_fault_is_there_where_the_class_is_left_as_upstream_has_it(shared, tmp_path):
+def test_negative_control_the_upstream_tokenizer_class_gives_wrong_ids(shared, tmp_path):
     source = shared / "phi3-mini-4k-instruct"
     vectors = json.loads((source / "vectors.json").read_text())
     write_tokenizer(chat(source), tmp_path, bare=True)
@@ -61,7 +61,7 @@ def test_template_special_tokens_and_padding_side_are_the_bases(tmp_path):
     assert (tmp_path / "tokenizer.json").read_bytes() == (TINY / "tokenizer.json").read_bytes()
 
 
-def test_a_template_of_the_users_own_goes_along(tmp_path):
+def test_a_custom_template_is_exported(tmp_path):
     write_tokenizer(chat(TINY, template="{{ messages[0]['content'] }}!"), tmp_path, bare=True)
     rendered = AutoTokenizer.from_pretrained(tmp_path).apply_chat_template(
         [{"role": "user", "content": "hi"}], tokenize=False
@@ -102,7 +102,7 @@ def test_every_stop_token_is_named(tmp_path, given, expected):
         assert found.temperature == 0.5
 
 
-def test_a_name_that_is_nowhere_is_refused(monkeypatch):
+def test_a_base_that_cannot_be_found_is_refused(monkeypatch):
     def nothing(*args, **kwargs):
         raise OSError("offline")
 
@@ -112,12 +112,12 @@ def test_a_name_that_is_nowhere_is_refused(monkeypatch):
 
 
 def test_a_hub_id_is_looked_up_with_its_revision(monkeypatch, tmp_path):
-    asked = {}
+    request = {}
 
     def snapshot(name, revision, allow_patterns):
-        asked.update(name=name, revision=revision, patterns=allow_patterns)
+        request.update(name=name, revision=revision, patterns=allow_patterns)
         return str(tmp_path)
 
     monkeypatch.setattr("phi3_lightning.export.base_files.snapshot_download", snapshot)
     assert fetch("owner/name", "v2", ["*.json"]) == tmp_path
-    assert asked == {"name": "owner/name", "revision": "v2", "patterns": ["*.json"]}
+    assert request == {"name": "owner/name", "revision": "v2", "patterns": ["*.json"]}

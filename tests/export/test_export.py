@@ -1,4 +1,4 @@
-"""Exports of a live module: certified, and never a folder that looks finished when it is not."""
+"""Exports of a live module are certified, and an unfinished folder never looks finished."""
 
 import json
 from pathlib import Path
@@ -44,8 +44,8 @@ def answers(module: Phi3LoRAModule) -> torch.Tensor:
         return logits(module.model, [IDS[0].tolist()], torch.inference_mode())
 
 
-def reloaded(folder: Path, base: Path, kind: str, **options) -> torch.Tensor:
-    """What plain transformers and PEFT answer from the folder."""
+def reloaded_logits(folder: Path, base: Path, kind: str, **options) -> torch.Tensor:
+    """The logits of plain transformers and PEFT from the folder."""
     if kind == "merged":
         model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
     else:
@@ -57,14 +57,14 @@ def reloaded(folder: Path, base: Path, kind: str, **options) -> torch.Tensor:
 @pytest.mark.parametrize("kind", ["peft", "merged"])
 @pytest.mark.parametrize("shape", BASES)
 @pytest.mark.parametrize("lora", [{}, {"use_rslora": True, "target_modules": "all-linear"}])
-def test_exports_answer_as_the_live_model(base_folder, tmp_path, shape, kind, lora):
+def test_exports_have_the_logits_of_the_live_model(base_folder, tmp_path, shape, kind, lora):
     base = base_folder(**BASES[shape])
     module = live(base, lora={"r": 4, "lora_alpha": 8} | lora)
     expected = answers(module)
     with module.base_answers():
         untouched = answers(module)
     exported = write(module, tmp_path / "out", format=kind)
-    found = reloaded(tmp_path / "out", base, kind)
+    found = reloaded_logits(tmp_path / "out", base, kind)
     # float32 sums over at most 64 products in another order: 64 x 6e-8 of values around 1, through two layers
     torch.testing.assert_close(found, expected, rtol=0, atol=8e-6)
     assert (untouched - expected).abs().max() > 0.01
@@ -75,7 +75,7 @@ def test_exports_answer_as_the_live_model(base_folder, tmp_path, shape, kind, lo
 
 @pytest.mark.parametrize("kind", ["peft", "merged"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-def test_in_bfloat16_the_certificate_holds_too(base_folder, tmp_path, kind, dtype):
+def test_the_certificate_holds_in_bfloat16(base_folder, tmp_path, kind, dtype):
     base = base_folder(torch.bfloat16)
     exported = write(live(base, dtype="bfloat16"), tmp_path / "out", format=kind, **(
         {"dtype": dtype} if kind == "merged" else {}
@@ -86,9 +86,9 @@ def test_in_bfloat16_the_certificate_holds_too(base_folder, tmp_path, kind, dtyp
 
 @pytest.mark.parametrize("scale", [0.0, 0.9])
 @pytest.mark.parametrize("kind", ["peft", "merged"])
-def test_an_export_that_answers_otherwise_leaves_no_folder(base_folder, tmp_path, kind, scale):
+def test_an_export_with_other_logits_leaves_no_folder(base_folder, tmp_path, kind, scale):
     module = live(base_folder())
-    form = module.adapter.to_peft()  # what is exported is not what the live model holds
+    form = module.adapter.to_peft()  # the export differs from the live model
     form.tensors[next(name for name in form.tensors if "lora_B" in name)] *= scale
     module.adapter.to_peft = lambda: form
     with pytest.raises(ModelError, match=r"does not answer as the live model does.*nothing was written"):
@@ -96,7 +96,7 @@ def test_an_export_that_answers_otherwise_leaves_no_folder(base_folder, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
-def test_a_failure_keeps_what_was_there(base_folder, tmp_path, monkeypatch):
+def test_a_failed_export_keeps_the_previous_folder(base_folder, tmp_path, monkeypatch):
     target = tmp_path / "out"
     target.mkdir()
     (target / "mine.txt").write_text("mine")
@@ -110,7 +110,7 @@ def test_a_failure_keeps_what_was_there(base_folder, tmp_path, monkeypatch):
             write(live(base_folder()), target)
     assert [path.name for path in target.iterdir()] == ["mine.txt"]
     assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
-    write(live(tmp_path / "base"), target)  # replaced whole, when it is asked for
+    write(live(tmp_path / "base"), target)  # replaced as a whole with overwrite
     assert not (target / "mine.txt").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"base", "out"}
 
@@ -120,7 +120,7 @@ def test_others_may_read_the_files(base_folder, tmp_path):
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in [tmp_path / "out", *(tmp_path / "out").iterdir()])
 
 
-def test_the_folder_says_what_it_is_and_no_local_path(base_folder, tmp_path):
+def test_the_folder_describes_itself_without_local_paths(base_folder, tmp_path):
     write(live(base_folder()), tmp_path / "out")
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert names == {
@@ -172,11 +172,11 @@ def test_plain_loralib_reads_its_file(base_folder, tmp_path, lora, classes):
         torch.testing.assert_close(model.eval()(IDS).logits[0], expected, rtol=0, atol=8e-6)
 
 
-def test_unequal_slices_are_one_layer_to_loralib(base_folder, tmp_path):
+def test_unequal_slices_are_exported_as_one_loralib_layer(base_folder, tmp_path):
     module = live(base_folder(num_key_value_heads=2), lora={"backend": "loralib", "r": 4, "target_modules": ["k_proj"]})
     write(module, tmp_path / "out", format="loralib")
     layers = json.loads((tmp_path / "out" / "lora.json").read_text())
-    assert {layer["layer"] for layer in layers.values()} == {"Linear"}  # MergedLinear cuts into equal parts
+    assert {layer["layer"] for layer in layers.values()} == {"Linear"}  # MergedLinear splits into equal parts
 
 
 def test_a_random_base_has_no_files_to_merge_into(base_folder, tmp_path):
@@ -185,17 +185,17 @@ def test_a_random_base_has_no_files_to_merge_into(base_folder, tmp_path):
     module = live(base, init="random")
     with pytest.raises(ConfigError, match=r"model\.init: random has no files"):
         write(module, tmp_path / "out", format="merged")
-    assert write(module, tmp_path / "out").certificate.holds  # its adapter is one as any other
+    assert write(module, tmp_path / "out").certificate.holds  # its adapter can be exported as usual
 
 
 def test_the_base_keeps_its_rows_whatever_the_tokenizer_has(base_folder, tmp_path):
-    base = base_folder()  # 97 rows; the tokenizer that goes along has 1024 entries
+    base = base_folder()  # 97 rows; the exported tokenizer has 1024 entries
     write(live(base), tmp_path / "out", format="merged")
     before, after = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "out"))
     assert {name: tensor.shape for name, tensor in before.items()} == {n: t.shape for n, t in after.items()}
 
 
-def test_a_file_that_is_damaged_on_its_way_is_noticed(base_folder, tmp_path, monkeypatch):
+def test_a_file_damaged_while_writing_is_detected(base_folder, tmp_path, monkeypatch):
     def damage(tensors, path, **options):
         name = next(iter(tensors))
         save_file(tensors | {name: tensors[name] + 1}, path, **options)
@@ -208,7 +208,7 @@ def test_a_file_that_is_damaged_on_its_way_is_noticed(base_folder, tmp_path, mon
 
 @pytest.mark.skipif(not is_bitsandbytes_available(), reason="the extra qlora is not installed")
 @pytest.mark.parametrize("kind", ["peft", "merged"])
-def test_an_adapter_of_a_quantised_base(tmp_path, kind):
+def test_an_adapter_of_a_quantised_base_is_exported(tmp_path, kind):
     base = Path(synthetic.save_tiny(tmp_path / "base", torch.bfloat16, hidden_size=64, intermediate_size=128))
     module = live(base, dtype="bfloat16", quantization="nf4")
     expected = answers(module)
@@ -220,7 +220,7 @@ def test_an_adapter_of_a_quantised_base(tmp_path, kind):
         return
     nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                              bnb_4bit_compute_dtype=torch.bfloat16)  # fmt: skip
-    found = reloaded(tmp_path / "out", base, kind, quantization_config=nf4, device_map={"": "cpu"})
+    found = reloaded_logits(tmp_path / "out", base, kind, quantization_config=nf4, device_map={"": "cpu"})
     figures = exported.certificate
     assert (found - expected).abs().max() <= 4 * figures.rounding.max_logit
     assert figures.adapter.max_logit > 10 * figures.rounding.max_logit

@@ -1,4 +1,4 @@
-"""The merged model is base and adapter, summed in float32 and rounded once, whatever the adapter is made of."""
+"""The merged model is base plus adapter, summed in float32 and rounded once, whatever the adapter's options."""
 
 import json
 
@@ -17,7 +17,7 @@ from phi3_lightning.model.base import read_config, skeleton
 
 IDS = torch.arange(3, 30)[None]
 
-# PEFT warns that a shared weight may come out as two, which is what is tested here
+# PEFT warns that a tied weight may become two, which is tested here
 pytestmark = pytest.mark.filterwarnings("ignore:Model has `tie_word_embeddings=True`:UserWarning")
 
 
@@ -31,7 +31,7 @@ def merge(base, form, folder, dtype=None, size="2GB"):
 
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("adapter", ADAPTERS)
-def test_the_merged_model_answers_as_peft_does(base_folder, tmp_path, kind, adapter):
+def test_the_merged_model_has_the_logits_of_peft(base_folder, tmp_path, kind, adapter):
     base = base_folder(**BASES[kind])
     live, form = peft_model(Phi3ForCausalLM.from_pretrained(base), **ADAPTERS[adapter])
     merged = merge(base, form, tmp_path / "merged")
@@ -55,11 +55,11 @@ def test_the_sum_is_rounded_once(base_folder, tmp_path):
     found = load_file(tmp_path / "merged" / "model.safetensors")[f"{name}.weight"]
     assert torch.equal(found, exact.to(torch.bfloat16))
     twice = before + (2.0 * (b @ a)).to(torch.bfloat16)
-    assert not torch.equal(found, twice)  # what rounding the update first would give
+    assert not torch.equal(found, twice)  # the result if the delta were rounded first
 
 
 @pytest.mark.parametrize("asked", [torch.float32, torch.float16, torch.bfloat16])
-def test_the_type_is_as_asked_and_else_that_of_the_base(base_folder, tmp_path, asked):
+def test_the_dtype_is_as_requested_or_that_of_the_base(base_folder, tmp_path, asked):
     base = base_folder(torch.bfloat16)
     _, form = peft_model(Phi3ForCausalLM.from_pretrained(base, dtype=torch.bfloat16))
     merge(base, form, tmp_path / "as asked", asked)
@@ -68,7 +68,7 @@ def test_the_type_is_as_asked_and_else_that_of_the_base(base_folder, tmp_path, a
         assert {t.dtype for t in load_file(tmp_path / folder / "model.safetensors").values()} == {dtype}
 
 
-def test_what_carries_no_adapter_stays_to_the_bit_and_nothing_is_resized(base_folder, tmp_path):
+def test_weights_without_an_adapter_stay_bit_identical(base_folder, tmp_path):
     base = base_folder(torch.bfloat16)
     _, form = peft_model(Phi3ForCausalLM.from_pretrained(base, dtype=torch.bfloat16), target_modules=["o_proj"])
     merge(base, form, tmp_path / "merged")
@@ -96,7 +96,7 @@ def test_large_models_come_in_several_files(base_folder, tmp_path, sharded_base)
         torch.testing.assert_close(merged(IDS).logits, live(IDS).logits, rtol=0, atol=4e-6)
 
 
-def test_one_weight_for_embedding_and_head_stays_one_unless_the_adapter_parts_them(base_folder, tmp_path):
+def test_tied_embeddings_stay_tied_unless_the_adapter_separates_them(base_folder, tmp_path):
     base = base_folder(tie_word_embeddings=True)
     for name, options, tied in (("shared", {}, True), ("parted", {"target_modules": ["embed_tokens"]}, False)):
         _, form = peft_model(Phi3ForCausalLM.from_pretrained(base), **options)
@@ -113,7 +113,7 @@ def test_the_configuration_is_the_bases_own(base_folder, tmp_path):
     _, form = peft_model(Phi3ForCausalLM.from_pretrained(base))
     merge(base, form, tmp_path / "merged")
     config = json.loads((tmp_path / "merged" / "config.json").read_text())
-    assert "auto_map" not in config  # code of the repository is not carried on
+    assert "auto_map" not in config  # code of the repository is not exported
     assert (config["use_cache"], config["own"]) == (True, 1)
 
 

@@ -16,7 +16,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11], [12, 13], [14]]
 
 
 class Script(Phi3ForCausalLM):
-    """Answers every prompt with given tokens, whatever it was asked."""
+    """Answers every prompt with the given tokens."""
 
     def say(self, *tokens: int) -> "Script":
         self.tokens = list(tokens)
@@ -30,7 +30,7 @@ class Script(Phi3ForCausalLM):
 
 
 KERNELS = ["sdpa", "documents"]
-"""Prompts are read with padding by any kernel, and without by 'documents'."""
+"""Other kernels read prompts with padding, 'documents' without."""
 
 
 def load(base, kernel: str = "sdpa", kind: type = Phi3ForCausalLM, **options) -> Phi3ForCausalLM:
@@ -70,7 +70,7 @@ def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(tmp_path, slidin
     assert len({tuple(answer) for answer in together}) > 1
 
 
-def test_padding_that_is_seen_would_give_other_answers(model):
+def test_negative_control_attending_to_padding_changes_answers(model):
     batch = synthetic.prompt_batch(PROMPTS, NEVER)
     hidden = generate(model, batch, Generation(max_new_tokens=12))
     batch["attention_mask"][:] = 1
@@ -84,19 +84,19 @@ def test_both_stop_tokens_end_an_answer(script, stop):
     script.say(20, 21, stop, 22, 23)
     batch = synthetic.prompt_batch([[5, 6]], [END, END_OF_TEXT])
     assert generate(script, batch, Generation(max_new_tokens=5)) == [[20, 21, stop]]
-    assert script.tokens == [22, 23]  # which were never asked for
+    assert script.tokens == [22, 23]  # these were never requested
 
 
-def test_what_follows_a_stop_is_not_returned_where_the_batch_runs_on(model):
+def test_tokens_after_a_stop_token_are_not_returned(model):
     free = [greedy(model, prompt, 10) for prompt in PROMPTS]
     stop = free[0][3]
     expected = [greedy(model, prompt, 10, [stop]) for prompt in PROMPTS]
-    assert len({len(answer) for answer in expected}) > 1  # one goes on where another has ended
+    assert len({len(answer) for answer in expected}) > 1  # some answers end before others
     assert generate(model, synthetic.prompt_batch(PROMPTS, [stop]), Generation(max_new_tokens=10)) == expected
 
 
 class Counting(Phi3ForCausalLM):
-    """Keeps how many tokens each forward was given."""
+    """Records the number of tokens of each forward."""
 
     given: list[int]
 
@@ -110,7 +110,7 @@ class Counting(Phi3ForCausalLM):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("sliding_window", [None, 4])
-def test_neither_padding_nor_a_row_that_has_ended_costs_anything(tmp_path, sliding_window, kernel):
+def test_padding_and_finished_rows_cost_no_computation(tmp_path, sliding_window, kernel):
     model = load(synthetic.save_tiny(tmp_path / "base", sliding_window=sliding_window), kernel, Counting).count()
     free = [greedy(model, prompt, 10) for prompt in PROMPTS]
     stop = free[0][3]
@@ -126,7 +126,7 @@ def test_neither_padding_nor_a_row_that_has_ended_costs_anything(tmp_path, slidi
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("lengths", [(30, 26, 3), (40, 30, 3), (31, 31)])
 def test_longrope_reads_each_row_as_if_it_were_alone(tmp_path, lengths, kernel):
-    """Its factors follow the longest row of a batch: rows part where one passes the length of the short factors."""
+    """Longrope's factors follow the longest row of a batch: rows are separated at the limit of the short factors."""
     factors = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "original_max_position_embeddings": 32}
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
     base = synthetic.save_tiny(tmp_path / "base", rope_parameters=rope, original_max_position_embeddings=32)
@@ -136,19 +136,19 @@ def test_longrope_reads_each_row_as_if_it_were_alone(tmp_path, lengths, kernel):
     assert together == [greedy(model, prompt, 12) for prompt in prompts]
 
 
-def test_an_answer_that_is_cut_has_no_stop_token(script):
+def test_a_truncated_answer_has_no_stop_token(script):
     script.say(20, 21, 22, END)
     batch = synthetic.prompt_batch([[5]], [END, END_OF_TEXT])
     assert generate(script, batch, Generation(max_new_tokens=3)) == [[20, 21, 22]]
 
 
-def test_an_answer_ends_with_the_window_whatever_shares_the_batch(model):
+def test_an_answer_ends_at_the_context_length_whatever_shares_the_batch(model):
     window = model.config.max_position_embeddings
     batch = synthetic.prompt_batch([[5] * (window - 3), [6] * (window - 9), [7]], NEVER)
     assert [len(answer) for answer in generate(model, batch, Generation(max_new_tokens=50))] == [3, 9, 50]
 
 
-def test_a_prompt_beyond_the_window_is_named(model):
+def test_a_prompt_beyond_the_context_length_is_named(model):
     batch = synthetic.prompt_batch([[5], [5] * 257], NEVER)
     batch["document_ids"] = [4, 17]
     with pytest.raises(DataError, match="prompt 17: its 257 tokens do not fit into the 256 that the model reads"):
@@ -161,7 +161,7 @@ def test_a_filler_batch_gets_no_answer(model):
     assert generate(model, filler, Generation(max_new_tokens=50)) == []
 
 
-def test_prompts_are_put_above_each_other(model):
+def test_prompt_batch_pads_prompts_on_the_left(model):
     expected = synthetic.prompt_batch(PROMPTS, NEVER)
     batch = prompt_batch(PROMPTS, [0, 1, 2], NEVER)
     assert all(torch.equal(batch[name], expected[name]) for name in ("input_ids", "attention_mask"))
@@ -169,14 +169,14 @@ def test_prompts_are_put_above_each_other(model):
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_as_it_was(model, training):
+def test_train_or_eval_mode_is_restored(model, training):
     model.train(training)
     generate(model, synthetic.prompt_batch([[5]], NEVER), Generation(max_new_tokens=2))
     assert {module.training for module in model.modules()} == {training}
     model.eval()
 
 
-def test_the_mode_is_as_it_was_after_an_error(model, monkeypatch):
+def test_train_or_eval_mode_is_restored_after_an_error(model, monkeypatch):
     def fail(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -201,8 +201,8 @@ def test_sampling_draws_and_greedy_does_not(model):
     assert drawn(0, do_sample=True, top_p=1e-6) == drawn(0)
 
 
-def test_nothing_but_our_options_changes_sampling(tiny_base):
-    """transformers draws from the 50 likeliest tokens where nobody says otherwise."""
+def test_sampling_follows_our_options_alone(tiny_base):
+    """transformers samples from the 50 most likely tokens by default."""
     model = Phi3ForCausalLM.from_pretrained(tiny_base).eval()
     batch = synthetic.prompt_batch([[5]] * 2000, NEVER)
     torch.manual_seed(0)
@@ -224,7 +224,7 @@ def test_stop_tokens_length_and_sampling_of_the_base_are_not_used(tiny_base):
     model.generation_config.do_sample = True
     model.generation_config.repetition_penalty = 50.0
     assert generate(model, prompts, Generation(max_new_tokens=20)) == plain
-    assert model.generate(torch.tensor([[5]]), attention_mask=torch.ones(1, 1)).shape[1] <= 3  # where they are used
+    assert model.generate(torch.tensor([[5]]), attention_mask=torch.ones(1, 1)).shape[1] <= 3  # transformers uses them
 
 
 def test_a_repetition_penalty_of_the_base_is_not_used(tiny_base):
@@ -236,7 +236,7 @@ def test_a_repetition_penalty_of_the_base_is_not_used(tiny_base):
     assert generate(model, prompts, Generation(max_new_tokens=40))[0] == plain
     options = GenerationConfig(max_new_tokens=40, eos_token_id=NEVER, pad_token_id=0)
     theirs = model.generate(torch.tensor([[5]]), attention_mask=torch.ones(1, 1), generation_config=options)
-    assert theirs[0, 1:].tolist() != plain  # where the base's configuration is merged into the one that is given
+    assert theirs[0, 1:].tolist() != plain  # transformers merges the base's configuration into the given one
 
 
 ROWS = [synthetic.document(length, 1, length)[0] for length in (3, 30, 7, 16, 5, 22, 11, 4, 9)]
@@ -253,8 +253,8 @@ def test_float32_answers_are_equal_for_every_batch_size(model, size):
     assert in_batches(model, size) == in_batches(model, len(ROWS))
 
 
-def test_bfloat16_answers_part_only_where_two_tokens_are_as_likely(tiny_base):
-    """Another shape rounds its products otherwise: the likeliest token may change where two are that near."""
+def test_bfloat16_answers_differ_only_at_near_ties(tiny_base):
+    """Another shape rounds its products differently: the argmax may change at a near tie."""
     model = Phi3ForCausalLM.from_pretrained(tiny_base, dtype=torch.bfloat16).eval()
     assert in_batches(model, 4) == in_batches(model, 4)
     exact = Phi3ForCausalLM.from_pretrained(tiny_base).eval()

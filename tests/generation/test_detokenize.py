@@ -1,4 +1,4 @@
-"""The text of an answer as its tokens come never has to be taken back."""
+"""Text streamed token by token is never retracted."""
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -20,7 +20,7 @@ def test_pieces_join_to_the_text_of_the_whole(shared, text):
     found, whole = pieces(load_tokenizer(str(shared / "phi3-mini-4k-instruct")), text)
     assert "".join(found) == whole
     assert not any("\N{REPLACEMENT CHARACTER}" in piece for piece in found)
-    assert len([piece for piece in found if piece]) >= 2  # it comes in pieces
+    assert len([piece for piece in found if piece]) >= 2  # it is streamed in pieces
 
 
 def test_a_character_that_never_completes_is_shown_at_the_end(shared):

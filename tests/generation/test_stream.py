@@ -1,4 +1,4 @@
-"""Token by token, against a loop without a cache, and against a batch of one prompt."""
+"""Streaming token by token, against a loop without a cache, and against a batch of one prompt."""
 
 import pytest
 import torch
@@ -35,12 +35,12 @@ def test_greedy_tokens_are_those_of_a_loop_without_a_cache(model):
 
 
 @pytest.mark.parametrize("sliding_window", [4, None])
-def test_sliding_windows_and_long_ropes(tmp_path, sliding_window):
+def test_sliding_windows_and_longrope_match_a_loop_without_a_cache(tmp_path, sliding_window):
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
             "original_max_position_embeddings": 10, "partial_rotary_factor": 1.0}  # fmt: skip
     changes = {"sliding_window": sliding_window, "original_max_position_embeddings": 10, "rope_parameters": rope}
     model = Phi3ForCausalLM.from_pretrained(synthetic.save_tiny(tmp_path / "base", **changes)).eval()
-    # crosses the length at which the factors change: what was cached before is read again
+    # crosses the length at which the factors change: the cached prefix is computed again
     assert list(stream(model, PROMPT, NEVER, Generation(max_new_tokens=12))) == uncached(model, PROMPT, 12)
 
 
@@ -49,8 +49,8 @@ def test_sliding_windows_and_long_ropes(tmp_path, sliding_window):
     "options", [{}, {"do_sample": True, "temperature": 2.0, "top_p": 0.9}], ids=["greedy", "drawn"]
 )
 @pytest.mark.parametrize("length", [3, 9, 20])
-def test_a_stream_is_the_answer_of_a_batch_of_one(tmp_path, length, options, kernel):
-    """Before, across and beyond the length at which longrope's factors change."""
+def test_a_stream_equals_the_answer_of_a_batch_of_one(tmp_path, length, options, kernel):
+    """This holds before, across and beyond the length at which longrope's factors change."""
     rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4,
             "original_max_position_embeddings": 16, "partial_rotary_factor": 1.0}  # fmt: skip
     base = synthetic.save_tiny(tmp_path / "base", original_max_position_embeddings=16, rope_parameters=rope)
@@ -62,7 +62,7 @@ def test_a_stream_is_the_answer_of_a_batch_of_one(tmp_path, length, options, ker
     assert list(stream(model, prompt, NEVER, config)) == expected
 
 
-def test_nothing_is_computed_ahead_and_nothing_after_the_last_request(model):
+def test_tokens_are_computed_only_on_request(model):
     forwards = []
     handle = model.model.embed_tokens.register_forward_hook(lambda *_: forwards.append(1))
     answer = stream(model, PROMPT, NEVER, Generation(max_new_tokens=12))
@@ -79,7 +79,7 @@ def test_a_prompt_beyond_the_context_length_is_refused(model):
         next(stream(model, [5] * 257, NEVER, Generation()))
 
 
-def test_answers_end_at_the_window(model):
+def test_answers_end_at_the_context_length(model):
     window = model.config.max_position_embeddings
     assert len(list(stream(model, [5] * (window - 3), NEVER, Generation(max_new_tokens=12)))) == 3
 

@@ -1,4 +1,4 @@
-"""Scores of answers are those of rouge_score and sacrebleu on the same texts, however they are split up."""
+"""Scores of answers are those of rouge_score and sacrebleu on the same texts, however they are batched."""
 
 # ruff: noqa: RUF001  # texts in many scripts
 
@@ -102,15 +102,15 @@ def test_equal_answers_have_the_best_scores_in_every_script(language):
 
 
 @pytest.mark.parametrize("language", EQUAL)
-def test_a_shared_latin_word_is_no_equal_answer(language):
+def test_a_shared_latin_word_does_not_make_answers_equal(language):
     others = EQUAL["Russian" if language != "Russian" else "Greek"]
     assert 0 < scored(f"{EQUAL[language]} WLAN", f"{others} WLAN")["rouge1"] < 0.5
 
 
-def test_half_an_answer_is_half_right():
+def test_half_of_the_words_scores_one_half():
     assert scored("今天下雨", "今天晴朗")["rouge1"] == pytest.approx(0.5)  # by characters
     assert scored("хорошая книга", "хорошая погода")["rouge1"] == pytest.approx(0.5)  # by words
-    assert scored("मौसम अच्छा", "मौसम खराब")["rouge1"] == pytest.approx(0.5)  # vowel signs part no word
+    assert scored("मौसम अच्छा", "मौसम खराब")["rouge1"] == pytest.approx(0.5)  # vowel signs do not split words
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,7 @@ def test_bleu_of_chinese_is_that_of_sacrebleu_s_chinese_tokenizer(text, referenc
     assert scored(text, reference)["bleu"] == pytest.approx(expected)
 
 
-def test_each_score_of_a_library_says_how_it_takes_texts_apart():
+def test_each_score_has_a_signature_of_its_tokenisation():
     found = {name: score.signature for name, score in scores().items() if score.signature}
     assert list(found) == ["rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf"]
     assert all(f"rouge_score {version('rouge_score')}, words of any" in found[name] for name in list(found)[:4])
@@ -171,7 +171,7 @@ def test_uneven_ranks_together_give_what_one_gives():
     assert parts[0].compute() == whole.compute()
 
 
-def test_no_answer_is_not_a_good_score():
+def test_no_answers_give_nan_and_not_a_score():
     empty = AnswerMetrics()
     assert all(statistics.shape[0] == 0 for statistics in empty.update([]).values())
     assert all(math.isnan(value) for value in empty.compute().values())

@@ -1,4 +1,4 @@
-"""Metrics count tokens: neither the split into batches nor the ranks change them."""
+"""Metrics are weighted by tokens: neither batches nor ranks change them."""
 
 import math
 
@@ -37,7 +37,7 @@ def measured(rows, batch_size: int) -> TokenMetrics:
 def test_metrics_are_those_of_all_tokens_at_once(rows, batch_size):
     metrics = measured(rows, batch_size)
     logits, targets = map(torch.cat, zip(*rows, strict=True))
-    # float32 sums of at most 89 terms before they are added in float64
+    # float32 sums of at most 89 terms, which are added in float64
     tolerance = sum(TOKENS) * torch.finfo(torch.float32).eps
     loss = nn.functional.cross_entropy(logits.double(), targets).item()
     assert metrics.loss.compute().item() == pytest.approx(loss, rel=tolerance)
@@ -78,7 +78,7 @@ def test_a_batch_without_tokens_changes_nothing(rows):
 
 
 @pytest.mark.parametrize("metric", [TokenMean, Perplexity])
-def test_no_token_at_all_is_not_reported_as_a_good_loss(metric):
+def test_no_token_gives_nan_and_not_a_loss(metric):
     metric = metric()
     metric.update(torch.tensor(0.0), torch.tensor(0))
     assert metric.compute().isnan()

@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass changes neither loss nor gradient, and is what was asked for."""
+"""Recomputation in the backward pass changes neither loss nor gradient, and covers the configured layers."""
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from phi3_lightning.model import activation_checkpointing, base
 from phi3_lightning.model.compile import choose_compilation
 
 LAYERS = 4
-WAYS = ["none", 2, 3, "selective", "full", "offload"]
+MODES = ["none", 2, 3, "selective", "full", "offload"]
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,7 @@ def deep(tmp_path_factory) -> str:
 
 @pytest.fixture
 def unpinned(monkeypatch) -> None:
-    """A machine without a GPU has no pinned memory."""
+    """Do without pinned memory, which needs a GPU."""
     monkeypatch.setattr(activation_checkpointing, "save_on_cpu", lambda pin_memory: save_on_cpu())
 
 
@@ -39,14 +39,14 @@ class Operations(TorchDispatchMode):
         return func(*args, **kwargs or {})
 
 
-def module_of(folder: str, way, **options) -> Phi3LoRAModule:
-    options = {"dtype": "float32", "lora": {"lora_dropout": 0.2}, "gradient_checkpointing": way} | options
+def module_of(folder: str, mode, **options) -> Phi3LoRAModule:
+    options = {"dtype": "float32", "lora": {"lora_dropout": 0.2}, "gradient_checkpointing": mode} | options
     return synthetic.randomised(Phi3LoRAModule(folder, **options))
 
 
 def gradient(module: Phi3LoRAModule) -> torch.Tensor:
     torch.manual_seed(3)
-    lengths = ([300, 20], [9])  # attended by a kernel, and by products
+    lengths = ([300, 20], [9])  # attention by a kernel, and by plain products
     documents = iter(synthetic.document(length, length - 1, length) for row in lengths for length in row)
     batch = synthetic.batch_of([[next(documents) for _ in row] for row in lengths])
     with module.autocast():
@@ -54,19 +54,19 @@ def gradient(module: Phi3LoRAModule) -> torch.Tensor:
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss / count, list(module.trained_parameters()))])
 
 
-@pytest.mark.parametrize("way", WAYS[1:])
+@pytest.mark.parametrize("mode", MODES[1:])
 @pytest.mark.parametrize(
     "options",
     [{}, {"dtype": "bfloat16"}, {"lora": {"backend": "loralib", "lora_dropout": 0.2}},
      {"lora": {"use_dora": True, "lora_dropout": 0.2}}, {"attn_implementation": "sdpa"}],
     ids=["peft", "bfloat16", "loralib", "dora", "sdpa"],
 )  # fmt: skip
-def test_no_way_changes_the_gradient(deep, unpinned, way, options):
+def test_no_mode_changes_the_gradient(deep, unpinned, mode, options):
     expected = gradient(module_of(deep, "none", **options))
-    assert torch.equal(gradient(module_of(deep, way, **options)), expected)  # the same operations on the same numbers
+    assert torch.equal(gradient(module_of(deep, mode, **options)), expected)  # the same operations on the same numbers
 
 
-def test_a_layer_that_draws_other_dropout_would_be_noticed(deep, monkeypatch):
+def test_negative_control_other_dropout_in_recomputation_is_noticed(deep, monkeypatch):
     """The negative control."""
     expected = gradient(module_of(deep, "none"))
     careless = partial(torch.utils.checkpoint.checkpoint, preserve_rng_state=False)
@@ -75,10 +75,10 @@ def test_a_layer_that_draws_other_dropout_would_be_noticed(deep, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("way", "again"), [("none", []), (2, [0, 2]), (3, [0, 3]), ("selective", [0, 1, 2, 3]), ("full", [0, 1, 2, 3])]
+    ("mode", "again"), [("none", []), (2, [0, 2]), (3, [0, 3]), ("selective", [0, 1, 2, 3]), ("full", [0, 1, 2, 3])]
 )
-def test_the_layers_that_were_asked_for_run_again(deep, way, again):
-    module = module_of(deep, way)
+def test_the_configured_layers_are_recomputed(deep, mode, again):
+    module = module_of(deep, mode)
     calls: list[int] = []
     for index, layer in enumerate(module.model.model.layers):
         layer.input_layernorm.register_forward_hook(lambda *_, index=index: calls.append(index))
@@ -86,24 +86,24 @@ def test_the_layers_that_were_asked_for_run_again(deep, way, again):
     assert sorted(calls) == sorted([*range(LAYERS), *again])
 
 
-@pytest.mark.parametrize("asked", [["full", "none"], ["none", "full"], ["full", 2], [2, "selective"]])
-def test_the_last_call_counts(deep, asked):
+@pytest.mark.parametrize("modes", [["full", "none"], ["none", "full"], ["full", 2], [2, "selective"]])
+def test_the_last_call_sets_the_mode(deep, modes):
     model = base.load(deep)
-    for way in asked:
-        activation_checkpointing.checkpoint_activations(model, way)
-    assert activation_checkpointing.mode_of(model) == asked[-1]
+    for mode in modes:
+        activation_checkpointing.checkpoint_activations(model, mode)
+    assert activation_checkpointing.mode_of(model) == modes[-1]
 
 
-@pytest.mark.parametrize("way", [*WAYS, 4, 7])
-def test_a_model_tells_what_it_does(deep, way):
+@pytest.mark.parametrize("mode", [*MODES, 4, 7])
+def test_mode_and_recomputed_share_are_reported(deep, mode):
     model = base.load(deep)
-    activation_checkpointing.checkpoint_activations(model, way)
-    assert activation_checkpointing.mode_of(model) == (min(way, LAYERS) if isinstance(way, int) else way)
-    again = {"none": 0, 2: 2 / 4, 3: 2 / 4, 4: 1 / 4, 7: 1 / 4, "selective": 0}.get(way, 1)
-    assert activation_checkpointing.recomputed_share(way, LAYERS) == again
+    activation_checkpointing.checkpoint_activations(model, mode)
+    assert activation_checkpointing.mode_of(model) == (min(mode, LAYERS) if isinstance(mode, int) else mode)
+    again = {"none": 0, 2: 2 / 4, 3: 2 / 4, 4: 1 / 4, 7: 1 / 4, "selective": 0}.get(mode, 1)
+    assert activation_checkpointing.recomputed_share(mode, LAYERS) == again
 
 
-def test_every_so_many_layers_are_those_of_transformers(deep):
+def test_every_n_layers_chooses_the_layers_of_transformers(deep):
     model = base.load(deep)
     if not hasattr(model, "activation_checkpointing_enable"):
         pytest.skip("this release of transformers has no such option")
@@ -114,12 +114,12 @@ def test_every_so_many_layers_are_those_of_transformers(deep):
         assert [layer.gradient_checkpointing for layer in model.model.layers] == theirs
 
 
-def test_products_and_kernels_run_once_where_recomputation_is_selective(deep):
+def test_selective_mode_does_not_recompute_products_and_kernels(deep):
     counts = {}
-    for way in ("none", "selective", "full"):
+    for mode in ("none", "selective", "full"):
         with Operations() as operations:
-            gradient(module_of(deep, way))
-        counts[way] = operations.counts
+            gradient(module_of(deep, mode))
+        counts[mode] = operations.counts
     for operator in (torch.ops.aten.mm.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default):
         assert counts["selective"][operator] == counts["none"][operator] > 0
         assert counts["full"][operator] > counts["none"][operator]
@@ -127,7 +127,7 @@ def test_products_and_kernels_run_once_where_recomputation_is_selective(deep):
     assert counts["selective"][silu] == counts["full"][silu] == 2 * counts["none"][silu]
 
 
-def test_the_input_of_each_layer_and_nothing_else_is_offloaded(deep, monkeypatch):
+def test_only_the_input_of_each_layer_is_offloaded(deep, monkeypatch):
     packed: list[torch.Size] = []
 
     def recorded(pin_memory: bool):
@@ -144,20 +144,20 @@ def test_the_input_of_each_layer_and_nothing_else_is_offloaded(deep, monkeypatch
     assert sum(shape.numel() for shape in packed) < 1.1 * LAYERS * hidden.numel()
 
 
-def test_a_cpu_has_nothing_to_offload_from(tiny_base, tmp_path):
+def test_offload_on_a_cpu_is_refused(tiny_base, tmp_path):
     trainer = synthetic.trainer(tmp_path, max_steps=1)
     batch = synthetic.batch_of([[synthetic.document(9, 5, 0)]])
     with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing: 'offload' .* use full"):
         trainer.fit(Phi3LoRAModule(tiny_base, gradient_checkpointing="offload"), synthetic.loader([batch]))
 
 
-@pytest.mark.parametrize("wanted", [0, 1, -2, True, 2.0, "half", None])
-def test_what_is_no_way_is_refused(tiny_base, wanted):
+@pytest.mark.parametrize("mode", [0, 1, -2, True, 2.0, "half", None])
+def test_an_unknown_mode_is_refused(tiny_base, mode):
     with pytest.raises(ConfigError, match=r"model\.gradient_checkpointing"):
-        Phi3LoRAModule(tiny_base, gradient_checkpointing=wanted)
+        Phi3LoRAModule(tiny_base, gradient_checkpointing=mode)
 
 
-def test_compiled_layers_hide_the_operators(deep, as_on_a_gpu):
+def test_selective_mode_and_compiled_layers_exclude_each_other(deep, as_on_a_gpu):
     module = module_of(deep, "selective")
     assert "recomputation looks at operators" in choose_compilation(module.model, "auto", float("inf"))
     with pytest.raises(ConfigError, match=r"model\.torch_compile: layers hides .* selective"):

@@ -1,4 +1,4 @@
-"""Which base models are taken, and that they are made as transformers makes them."""
+"""Which base models are accepted, and that they equal those of transformers."""
 
 import json
 from pathlib import Path
@@ -33,7 +33,7 @@ def assert_same(one: dict, other: dict) -> None:
 
 
 def edited(tiny_base: str, folder: Path, **changes) -> str:
-    """A copy of the base whose config.json is changed."""
+    """Copy the base with a changed config.json."""
     folder.mkdir()
     for file in Path(tiny_base).iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
@@ -143,13 +143,13 @@ FOREIGN = [
 
 
 @pytest.mark.parametrize(("config", "reason"), FOREIGN)
-def test_what_is_no_phi3_is_refused_by_name(tmp_path, config, reason):
+def test_other_architectures_are_refused_by_name(tmp_path, config, reason):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(ModelError, match=f"{config.get('model_type')}.*{reason}.*Phi-3-mini"):
         base.load(str(tmp_path))
 
 
-def test_a_config_that_names_no_class_is_taken(tiny_base, tmp_path):
+def test_a_config_without_architectures_is_accepted(tiny_base, tmp_path):
     folder = edited(tiny_base, tmp_path / "unnamed", architectures=None)
     assert base.read_config(folder).model_type == "phi3"
 
@@ -164,7 +164,7 @@ def test_remote_code_is_never_imported(tiny_base, tmp_path):
 
 
 def su_config(folder: Path) -> str:
-    """A 128k configuration as it was published first."""
+    """Write a 128k configuration as first published."""
     config = synthetic.tiny_config().to_dict()
     config.pop("rope_parameters")
     config |= {"architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 16, "rope_theta": 10000.0}
@@ -202,7 +202,7 @@ def test_sliding_window_is_the_same_under_every_kernel(tmp_path, length):
     # two layers of float32 products of at most 64 terms, on normalised states of size about 1
     torch.testing.assert_close(sdpa, eager, rtol=0, atol=2 * 64 * torch.finfo(torch.float32).eps)
     whole = hidden(edited(folder, tmp_path / "whole", sliding_window=None), "sdpa")
-    assert torch.allclose(whole, sdpa, atol=1e-4) == (length <= 8)  # the window bites where it should
+    assert torch.allclose(whole, sdpa, atol=1e-4) == (length <= 8)  # the window matters beyond its length
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -216,7 +216,7 @@ def test_flash_attention_that_cannot_run_is_refused(monkeypatch):
         base.choose_attention("flash_attention_2", torch.device("cpu"))
 
 
-def test_the_skeleton_has_every_layer_and_no_weight(tiny_base):
+def test_an_empty_model_has_every_layer_and_no_weight(tiny_base):
     skeleton = base.skeleton(base.read_config(tiny_base))
     assert all(parameter.is_meta for parameter in skeleton.parameters())
     expected = {name: tuple(p.shape) for name, p in Phi3ForCausalLM.from_pretrained(tiny_base).named_parameters()}

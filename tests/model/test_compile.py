@@ -1,4 +1,4 @@
-"""Compiled decoder layers give the gradient of plain ones, and are used where that is worth while."""
+"""Compiled decoder layers give the gradient of plain ones, and are used where that pays off."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from phi3_lightning.errors import ConfigError
 from phi3_lightning.model import packed_attention
 from phi3_lightning.model.compile import MIN_COMPILED_MICRO_BATCHES, choose_compilation
 
-# torch looks for a gradient of whatever it traces
+# torch accesses .grad of every tensor it traces
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 
 EPSILON = torch.finfo(torch.float32).eps
@@ -36,14 +36,14 @@ def gradient(module, lengths) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("window", [None, 8])
-def test_one_kernel_for_all_documents_gives_what_one_after_the_other_does(tmp_path, monkeypatch, window):
+def test_one_kernel_call_for_all_documents_equals_one_call_each(tmp_path, monkeypatch, window):
     module = module_of(synthetic.save_tiny(tmp_path / "base", sliding_window=window))
     expected = [gradient(module, lengths) for lengths in LENGTHS]
     monkeypatch.setattr(packed_attention, "takes_varlen", lambda model, device: True)
     monkeypatch.setattr(packed_attention, "varlen_attn", synthetic.attention_by_mask)
-    for lengths, wanted in zip(LENGTHS, expected, strict=True):
+    for lengths, single in zip(LENGTHS, expected, strict=True):
         # float32 products of at most 64 terms in another order, through two layers and back
-        assert (gradient(module, lengths) - wanted).abs().max() <= 4 * 64 * EPSILON * wanted.abs().max()
+        assert (gradient(module, lengths) - single).abs().max() <= 4 * 64 * EPSILON * single.abs().max()
 
 
 @pytest.mark.parametrize(("backend", "checkpointing"), [("peft", "full"), ("loralib", "none")])
@@ -53,9 +53,9 @@ def test_all_layers_share_their_graph_and_give_the_plain_gradient(tmp_path, as_o
     expected = [gradient(module, lengths) for lengths in LENGTHS]
     choose_compilation(module.model, "layers", 1)
     torch._dynamo.utils.counters.clear()
-    for lengths, wanted in zip(LENGTHS, expected, strict=True):
+    for lengths, single in zip(LENGTHS, expected, strict=True):
         # through four layers and back
-        assert (gradient(module, lengths) - wanted).abs().max() <= 8 * 64 * EPSILON * wanted.abs().max()
+        assert (gradient(module, lengths) - single).abs().max() <= 8 * 64 * EPSILON * single.abs().max()
     # one for the first layer, whose input has no gradient, and one for all the others, whatever the lengths
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
 
@@ -70,18 +70,18 @@ def test_evaluation_is_not_compiled(tiny_base, as_on_a_gpu):
     assert not torch._dynamo.utils.counters["stats"]
 
 
-def test_auto_compiles_what_is_long_enough_to_win_it_back(tiny_base, as_on_a_gpu):
+def test_auto_compiles_runs_long_enough_to_pay_off(tiny_base, as_on_a_gpu):
     module = module_of(tiny_base)
 
     def is_compiled() -> bool:
         return all(type(layer).__name__.startswith("Compiled") for layer in module.model.model.layers)
 
     enough = MIN_COMPILED_MICRO_BATCHES
-    for wanted, micro_batches, expected in (
+    for option, micro_batches, expected in (
         ("auto", enough - 1, False), ("auto", enough, True), ("auto", float("inf"), True),
         ("none", float("inf"), False), ("layers", 1, True),
     ):  # fmt: skip
-        choose_compilation(module.model, wanted, micro_batches)
+        choose_compilation(module.model, option, micro_batches)
         assert is_compiled() == expected
     weight = module.model.model.layers[1].mlp.down_proj.base_layer
     weight.weight = torch.nn.Parameter(weight.weight.data.to(torch.uint8), requires_grad=False)  # as in 4 bits

@@ -1,4 +1,4 @@
-"""Each architecture of the family, from a config.json as it is published, beside plain transformers."""
+"""Each architecture of the family, from its published config.json, against plain transformers."""
 
 import json
 from pathlib import Path
@@ -12,11 +12,11 @@ from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.adapters import targets
 
 SWITCH = 32
-"""Positions from which longrope's long factors hold, in place of 4,096."""
+"""Positions from which longrope's long factors apply, instead of 4,096."""
 
 
 def published(heads: int, key_value_heads: int, head: int = 16, **own) -> dict:
-    """The fields of a config.json on the hub, small."""
+    """The fields of a config.json on the hub, with small sizes."""
     fields = {
         "architectures": ["Phi3ForCausalLM"],
         "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
@@ -45,7 +45,7 @@ def published(heads: int, key_value_heads: int, head: int = 16, **own) -> dict:
 
 
 def longrope(kind: str, pairs: int) -> dict:
-    """Factors that matter: the long ones stretch the slow angles most, as the real ones do."""
+    """Factors with an effect: the long ones stretch slow angles most, as the real ones do."""
     short = [1.0 + 0.1 * pair for pair in range(pairs)]
     long = [1.0 + 4.0 * pair for pair in range(pairs)]
     scaling = {"type": kind, "short_factor": short, "long_factor": long}
@@ -63,7 +63,7 @@ LONG = [name for name, fields in FAMILY.items() if fields["rope_scaling"]]
 
 
 def oracle(fields: dict) -> Phi3ForCausalLM:
-    """The same architecture written by hand with the names of today's transformers, with random weights."""
+    """The same architecture with the names of current transformers, and random weights."""
     rope = dict(fields["rope_scaling"] or {"type": "default"})
     rope |= {
         "rope_type": "longrope" if rope.pop("type") != "default" else "default",
@@ -78,11 +78,11 @@ def oracle(fields: dict) -> Phi3ForCausalLM:
 
 @pytest.fixture(params=FAMILY)
 def pair(request, tmp_path) -> tuple[Phi3LoRAModule, Phi3ForCausalLM]:
-    """Our module over the published form with an adapter that does something, and plain transformers with it merged."""
-    return made(request.param, tmp_path)
+    """Our module with the published config and a random adapter, and plain transformers with the adapter merged."""
+    return make_pair(request.param, tmp_path)
 
 
-def made(name: str, folder: Path) -> tuple[Phi3LoRAModule, Phi3ForCausalLM]:
+def make_pair(name: str, folder: Path) -> tuple[Phi3LoRAModule, Phi3ForCausalLM]:
     plain = oracle(FAMILY[name])
     plain.save_pretrained(folder)
     (folder / "config.json").write_text(json.dumps(FAMILY[name]), encoding="utf-8")
@@ -104,7 +104,7 @@ def document(length: int, seed: int) -> list[int]:
 
 
 def logits(module: Phi3LoRAModule, row: list[list[int]]) -> list[torch.Tensor]:
-    """What our module says of documents that share a row."""
+    """The logits of our module for documents that share a row."""
     batch = synthetic.batch_of([[(ids, ids) for ids in row]])
     with torch.no_grad():
         found = module.head(module(batch))[0]
@@ -114,7 +114,7 @@ def logits(module: Phi3LoRAModule, row: list[list[int]]) -> list[torch.Tensor]:
 def assert_same(found: torch.Tensor, plain: Phi3ForCausalLM, ids: list[int]) -> None:
     with torch.no_grad():
         expected = plain(torch.tensor([ids]), use_cache=False).logits[0]
-    # nine products one after the other, each a float32 sum of at most 3 x hidden terms in another order, whose rounding
+    # nine successive products, each a float32 sum of at most 3 x hidden terms in another order, whose rounding
     # adds up in squares; each of the two layers may double what comes in
     terms = 9 * 3 * plain.config.hidden_size
     tolerance = 4 * terms**0.5 * torch.finfo(torch.float32).eps * expected.abs().max().item()
@@ -129,7 +129,7 @@ def test_one_document_has_the_logits_of_plain_transformers(pair, length):
     assert_same(found, plain, ids)
     with module.base_answers():
         [base] = logits(module, [ids])
-    assert (base - found).abs().max() > 0.1  # the adapter has a say
+    assert (base - found).abs().max() > 0.1  # the adapter has an effect
 
 
 @pytest.mark.parametrize("lengths", [(20, 7, SWITCH), (40, 90, SWITCH + 1)])
@@ -141,31 +141,31 @@ def test_packed_documents_have_the_logits_of_each_alone(pair, lengths):
 
 
 @pytest.mark.parametrize("name", LONG)
-def test_a_long_document_changes_a_short_one_beside_it(tmp_path, name):
-    """Why the data never puts documents of both kinds into one forward, and that the factors are in use."""
-    module, _ = made(name, tmp_path)
+def test_negative_control_longrope_mixes_long_and_short_documents(tmp_path, name):
+    """This is why the data never puts both kinds into one forward; it also shows that the factors are in use."""
+    module, _ = make_pair(name, tmp_path)
     short, long = document(20, 1), document(40, 2)
     assert (logits(module, [short, long])[0] - logits(module, [short])[0]).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("lengths", [(9, 20, 14), (9, SWITCH - 4), (SWITCH + 1,), (70, 40, 9)])
 def test_answers_are_those_of_plain_transformers(pair, lengths):
-    """Within the short window, over the switch in the middle of an answer, and beyond it."""
+    """Prompts are within the short factors, switch in the middle of an answer, or lie beyond."""
     module, plain = pair
     prompts = [document(length, 50 + length) for length in lengths]
     answers = module.predict_step(synthetic.prompt_batch(prompts, [2]), 0)
     for prompt, answer in zip(prompts, answers, strict=True):
-        with torch.no_grad():  # with a cache, some releases forget the text at the switch (transformers 5.17)
+        with torch.no_grad():  # with a cache, some releases lose the text at the switch (transformers 5.17)
             expected = plain.generate(
                 torch.tensor([prompt]), max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=0,
                 use_cache=False,
             )  # fmt: skip
         assert answer == expected[0, len(prompt) :].tolist()
-    assert len({token for answer in answers for token in answer}) > 2  # no constant, which would agree by itself
+    assert len({token for answer in answers for token in answer}) > 2  # not a constant, which would agree anyway
 
 
-def test_phi4_mini_turns_three_quarters_of_a_head_and_shares_its_matrix(tmp_path):
-    module, plain = made("phi4_mini", tmp_path)
+def test_phi4_mini_has_partial_rotary_and_tied_embeddings(tmp_path):
+    module, plain = make_pair("phi4_mini", tmp_path)
     assert module.model.model.rotary_emb.inv_freq.numel() == 6  # pairs, of 8 in a head
     assert module.model.lm_head.weight is module.model.model.embed_tokens.weight
     assert torch.equal(module.model.lm_head.weight, plain.lm_head.weight)

@@ -1,4 +1,4 @@
-"""What a step costs by the formula is what torch counts."""
+"""The FLOPs of a step by the formula are those that torch counts."""
 
 from collections import Counter
 
@@ -13,7 +13,7 @@ from phi3_lightning.model.flops import step_flops
 
 
 class Count(TorchDispatchMode):
-    """Counts operations as torch's own FlopCounterMode does, whose hooks on modules do not bear a gradient within."""
+    """Counts as torch's FlopCounterMode does, but without its module hooks, which fail on a backward pass inside."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Count(TorchDispatchMode):
 @pytest.mark.parametrize("checkpointing", ["none", "full"])
 @pytest.mark.parametrize("backend", ["peft", "loralib"])
 def test_the_formula_is_what_torch_counts(tiny_base, checkpointing, backend):
-    """All products with weights of a forward and backward pass, by torch's own counter, attention's left out."""
+    """The count covers all products with weights of a forward and backward pass, without attention's."""
     lora = {"r": 4, "lora_dropout": 0.0, "backend": backend}
     module = Phi3LoRAModule(tiny_base, dtype="float32", lora=lora, gradient_checkpointing=checkpointing)
     synthetic.randomised(module)
@@ -46,6 +46,6 @@ def test_the_formula_is_what_torch_counts(tiny_base, checkpointing, backend):
     # nothing before the first layer is trained
     qkv, updates = blocks[0].self_attn.qkv_proj, 3 if backend == "loralib" else 1
     formula -= 2 * length * qkv.in_features * (qkv.out_features + updates * rank)
-    if checkpointing == "full":  # of what is computed again, the last product is needed by none
+    if checkpointing == "full":  # the last product need not be recomputed
         formula -= sum(2 * length * rank * block.mlp.down_proj.out_features for block in blocks)
     assert counted == formula

@@ -66,7 +66,7 @@ def test_full_logits_never_exist_at_once(head, monkeypatch):
     batch = synthetic.batch_of(ROWS)
     loss.cross_entropy(hidden_of(batch), head, batch)[0].backward()
     handle.remove()
-    # the logits of a head that is trained are made again for its own gradient
+    # a trained head computes its logits again for its own gradient
     assert len(seen) == -(-SUPERVISED // 4) * (2 if head.weight.requires_grad else 1)
     assert max(rows for rows, _ in seen) == 4
 
@@ -118,7 +118,7 @@ def test_correct_tokens_are_counted_at_supervised_positions_only(head):
         if batch["labels"][row, position] != IGNORE_INDEX
     )
     assert [number.item() for number in loss.correct_tokens(hidden, head, batch)] == [expected, SUPERVISED]
-    batch["labels"][1, 1:30] = predicted[1, :29]  # now all 29 of the second row are right
+    batch["labels"][1, 1:30] = predicted[1, :29]  # now all 29 of the second row are correct
     correct, _ = loss.correct_tokens(hidden, head, batch)
     assert correct.item() >= 29
 

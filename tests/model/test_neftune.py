@@ -13,7 +13,7 @@ from phi3_lightning.model.neftune import noisy_embeddings
 SIZE = 512
 
 
-def test_noise_is_uniform_within_the_bound_of_each_document_and_not_on_padding():
+def test_noise_is_uniform_within_each_documents_bound_and_zero_on_padding():
     torch.manual_seed(0)
     embedding = nn.Embedding(7, SIZE)
     ids = torch.zeros(2, 10, dtype=torch.int64)
@@ -45,6 +45,6 @@ def test_training_is_noisy_and_validation_is_not(tmp_path):
 
 
 @pytest.mark.parametrize("alpha", [0, -1.0])
-def test_a_strength_of_no_meaning_is_refused(alpha):
+def test_an_invalid_noise_alpha_is_refused(alpha):
     with pytest.raises(ConfigError, match=r"model\.neftune_noise_alpha"):
         Phi3LoRAModule("base", neftune_noise_alpha=alpha)

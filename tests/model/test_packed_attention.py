@@ -1,4 +1,4 @@
-"""Attention within each document: what transformers' own kernels give for the document alone."""
+"""Attention within each document equals transformers' own kernels on the document alone."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from phi3_lightning.model import base, packed_attention
 EPSILON = torch.finfo(torch.float32).eps
 LONG = {"max_position_embeddings": 1024, "original_max_position_embeddings": 1024}
 LENGTHS = [3, 255, 1, 256, 257, 30, 400]
-"""On both sides of the length from which a CPU takes its flash kernel."""
+"""Lengths on both sides of that from which a CPU uses its flash kernel."""
 
 
 @pytest.fixture(params=[{}, {"num_key_value_heads": 4}, {"sliding_window": 50}], ids=["GQA", "MHA", "window"])
@@ -39,8 +39,8 @@ def test_each_document_is_as_if_it_were_alone(folder):
     torch.testing.assert_close(hidden.flatten(0, 1)[places], torch.cat(expected), rtol=0, atol=tolerance * 10)
     (hidden.flatten(0, 1) * weights)[places].sum().backward()
     (torch.cat(expected) * weights[places]).sum().backward()
-    found, wanted = (model.model.embed_tokens.weight.grad for model in (packed, alone))
-    assert (found - wanted).abs().max() <= tolerance * 10 * wanted.abs().max()
+    found, expected = (model.model.embed_tokens.weight.grad for model in (packed, alone))
+    assert (found - expected).abs().max() <= tolerance * 10 * expected.abs().max()
 
 
 def test_a_batch_without_documents_gives_zeros_to_every_gradient(tiny_base):
@@ -54,7 +54,7 @@ def test_a_batch_without_documents_gives_zeros_to_every_gradient(tiny_base):
 
 @pytest.mark.parametrize("length", [40, 256, 300])
 @pytest.mark.parametrize("scale", [1.0, 6.0])
-def test_bfloat16_is_rounded_where_flash_attention_rounds(length, scale):
+def test_bfloat16_rounding_is_that_of_flash_attention(length, scale):
     generator = torch.Generator().manual_seed(length)
     q, k, v = (torch.randn(1, heads, length, 16, generator=generator) for heads in (4, 2, 2))
     q, k, v = (tensor.bfloat16() for tensor in (q * scale, k * scale, v))  # scores of up to about 150
@@ -62,9 +62,9 @@ def test_bfloat16_is_rounded_where_flash_attention_rounds(length, scale):
     exact = F.scaled_dot_product_attention(
         q.double(), k.double(), v.double(), is_causal=True, scale=0.25, enable_gqa=True
     ).transpose(1, 2)
-    # weights of a sum of 1, and the answer, are rounded to 8 bits of mantissa: 2^-9 each of the largest value
+    # weights of a sum of 1, and the output, are rounded to 8 bits of mantissa: 2^-9 each of the largest value
     assert (found.double() - exact).abs().max() <= 2**-8 * v.abs().max()
-    # negative control: scores in bfloat16, as eager attention has them, are off by far more where they are large
+    # negative control: bfloat16 scores, as in eager attention, are off by far more where they are large
     scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.25).float()
     scores += torch.full((length, length), float("-inf")).triu(1)
     eager = scores.softmax(-1).bfloat16() @ v.repeat_interleave(2, 1)
@@ -94,7 +94,7 @@ def test_generation_with_padded_prompts_is_that_of_sdpa(tiny_base):
     assert torch.equal(*answers)
 
 
-def test_a_long_packed_row_builds_nothing_of_its_length_squared(tiny_base):
+def test_memory_of_a_packed_row_is_linear_in_its_length(tiny_base):
     from torch.utils._python_dispatch import TorchDispatchMode
 
     class Largest(TorchDispatchMode):
@@ -114,4 +114,4 @@ def test_a_long_packed_row_builds_nothing_of_its_length_squared(tiny_base):
         entries[kernel] = largest.entries
     tokens = 64 * 32
     assert entries["sdpa"] >= tokens**2  # the mask alone
-    assert entries["documents"] <= tokens * 4 * 128  # the widest layer's answer is 256 a token, and its update
+    assert entries["documents"] <= tokens * 4 * 128  # the widest output has 256 values per token, and so its delta

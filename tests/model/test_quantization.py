@@ -1,4 +1,4 @@
-"""A base in 4 or 8 bits: the adapter trains over it, and it never changes."""
+"""A 4-bit or 8-bit base: the adapter trains over it, and it never changes."""
 
 import hashlib
 import importlib.util
@@ -44,7 +44,7 @@ def base(tmp_path_factory) -> str:
 
 @needs_bitsandbytes
 @pytest.mark.parametrize(("kind", "bytes_a_weight"), [("nf4", 0.5), ("int8", 1)])
-def test_the_linear_layers_are_small_and_the_answers_near(base, kind, bytes_a_weight):
+def test_linear_layers_are_quantised_and_logits_close(base, kind, bytes_a_weight):
     module, whole = quantized(base, kind), quantized(base, None)
     small = module.model.get_submodule("model.layers.0.mlp.down_proj.base_layer").weight
     assert small.numel() * small.element_size() == 64 * 128 * bytes_a_weight
@@ -76,10 +76,10 @@ def test_the_adapter_learns_and_the_base_stays(base, kind, tmp_path):
     assert torch.equal(again.eval()(BATCH), module.eval()(BATCH))
 
 
-def test_what_cannot_work_is_refused(base, monkeypatch):
+def test_unsupported_quantisation_is_refused(base, monkeypatch):
     with pytest.raises(ConfigError, match=r"model\.quantization: 'fp4'"):
         Phi3LoRAModule(base, quantization="fp4")
-    with pytest.raises(ModelError, match="needs trained weights"):  # said first: no package would help
+    with pytest.raises(ModelError, match="needs trained weights"):  # reported first: no package would help
         Phi3LoRAModule(base, init="random", quantization="nf4").configure_model()
     monkeypatch.setattr("phi3_lightning.model.base.is_bitsandbytes_available", lambda: False)
     with pytest.raises(ModelError, match=r"pip install 'phi3-lightning\[qlora\]'"):

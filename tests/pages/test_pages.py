@@ -1,4 +1,4 @@
-"""Templates escape what they are given, need every value, and are parts of the package."""
+"""Templates escape their values, need every value, and are part of the package."""
 
 import pytest
 from jinja2 import UndefinedError
@@ -28,7 +28,7 @@ def test_points_are_dots_where_they_are_few():
 
 
 @pytest.mark.parametrize("curve", [[(0, 2.0)], [(0, 2.0), (4, 2.0)]])
-def test_a_single_point_and_a_flat_curve_have_a_place(curve):
+def test_single_points_and_flat_curves_are_drawn(curve):
     picture = draw({"val/loss": curve})
     assert "nan" not in picture
     assert picture.count("<circle") == len(curve)

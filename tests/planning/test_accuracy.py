@@ -1,4 +1,4 @@
-"""Prediction and three real steps, in a process of their own: within a tenth of what a CPU's step allocates."""
+"""The prediction is within a tenth of what a CPU step allocates, measured over three steps in a process of its own."""
 
 import json
 import os
@@ -23,11 +23,11 @@ SHALLOW = PUBLISHED["phi3_mini_4k_lora"] | {"num_hidden_layers": 3}
 WITHIN = 0.1
 
 PAGES_OF_ITS_OWN = {"MALLOC_MMAP_THRESHOLD_": str(2**17)}
-"""What glibc takes from the system for each larger tensor, and gives back: its heap, which keeps holes, is not used."""
+"""Tensors larger than this are mapped by glibc and returned to the system; its heap, which fragments, is not used."""
 
 
-def off(folder: Path, config: dict, *options: str) -> float:
-    """How far what the step allocates is off, of what was measured."""
+def relative_error(folder: Path, config: dict, *options: str) -> float:
+    """The relative error of the predicted allocation of a step."""
     (folder / "config.json").write_text(json.dumps(config))
     command = [
         sys.executable, "cli.py", "plan", "--measure", f"--model.base={folder}", "--model.init=random",
@@ -48,12 +48,12 @@ def off(folder: Path, config: dict, *options: str) -> float:
 )
 def test_memory_is_predicted_within_a_tenth(tmp_path, config, checkpointing):
     size = ("--data.max_length=1024", f"--model.gradient_checkpointing={checkpointing}")
-    assert abs(off(tmp_path, config, *size)) <= WITHIN
+    assert abs(relative_error(tmp_path, config, *size)) <= WITHIN
 
 
 @pytest.mark.slow
 def test_memory_of_short_packed_documents_is_predicted_within_a_tenth(tmp_path, shared):
-    found = off(
+    found = relative_error(
         tmp_path, SMOLLM2 | {"vocab_size": 32064}, f"--data.train={shared}/data/messages_multiturn.jsonl",
         f"--data.tokenizer={shared}/phi3-mini-4k-instruct", "--data.max_length=2048", "--data.on_bad_row=skip",
         f"--data.cache_dir={tmp_path}/cache", "--model.gradient_checkpointing=none",

@@ -1,4 +1,4 @@
-"""What is ``auto`` fits into the memory that there is, by the plan."""
+"""``auto`` options are chosen so that the predicted memory fits."""
 
 import math
 from dataclasses import replace
@@ -24,8 +24,8 @@ def wide(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def remembered(monkeypatch) -> None:
-    """Each prediction is made once."""
+def cached_predictions(monkeypatch) -> None:
+    """Cache predictions."""
     predict, predictions = MemoryPredictor.memory, {}
 
     def memory(self, shape, mode=None):
@@ -42,7 +42,7 @@ def spec(base: str, ranks: int = 1, process: float | None = CPU_PROCESS_BYTES, *
 
 
 def needed(run: MemoryPredictor, mode, shape: BatchShape = SHAPE) -> float:
-    """What a micro-batch takes beside its base and its process."""
+    """The memory of a micro-batch without its base and its process."""
     memory = run.memory(shape, mode)
     return memory.total - memory.base - memory.process
 
@@ -64,11 +64,11 @@ def test_the_bound_is_above_every_plan(tmp_path, options):
             assert upper_bound(run.spec, shape) > needed(run, "none", shape)
 
 
-def test_masks_over_rows_have_no_bound(wide):
+def test_attention_with_a_mask_has_no_upper_bound(wide):
     assert upper_bound(spec(wide, attn_implementation="eager"), SHAPE) == math.inf
 
 
-def test_the_fastest_mode_that_fits_is_taken(wide, remembered):
+def test_the_fastest_mode_that_fits_is_taken(wide, cached_predictions):
     run = MemoryPredictor(spec(wide))
     assert fastest_mode(run, SHAPE, upper_bound(run.spec, SHAPE))[0] == "none"
     for mode, leaner in (("none", 4), (4, "selective"), ("selective", "full")):
@@ -79,7 +79,7 @@ def test_the_fastest_mode_that_fits_is_taken(wide, remembered):
     assert "may not fit" in why
 
 
-def test_a_gpu_recomputes_by_layers(wide, remembered):
+def test_on_a_gpu_every_n_layers_are_recomputed(wide, cached_predictions):
     run = MemoryPredictor(spec(wide, process=None))
     for mode, leaner in (("none", 4), (4, 2), (2, "full")):
         assert fastest_mode(run, SHAPE, needed(run, mode) - 1)[0] == leaner
@@ -87,15 +87,15 @@ def test_a_gpu_recomputes_by_layers(wide, remembered):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", ["none", "full"])
-def test_one_more_row_would_not_fit(wide, remembered, mode):
+def test_rows_that_fit_is_the_largest_number_that_fits(wide, cached_predictions, mode):
     run, row = spec(wide, gradient_checkpointing=mode), BatchShape([[200, 60]], 256)
     for target in (1, 2, 9):
         rows = BatchShape(row.lengths * target, row.supervised * target)
         room = CPU_PROCESS_BYTES + (MemoryPredictor(run).memory(rows).total - CPU_PROCESS_BYTES) * 1.001
-        assert rows_that_fit(run, row, room) == (target, mode)  # what is extrapolated is what a plan of them says
+        assert rows_that_fit(run, row, room) == (target, mode)  # the extrapolation equals a plan of these rows
 
 
-def test_the_mode_of_auto_is_the_fastest_with_one_row(wide, remembered):
+def test_auto_chooses_the_fastest_mode_for_one_row(wide, cached_predictions):
     run = spec(wide)
     none, full = (MemoryPredictor(run).memory(SHAPE, mode).total for mode in ("none", "full"))
     assert rows_that_fit(run, SHAPE, none)[1] == "none"
@@ -105,7 +105,7 @@ def test_the_mode_of_auto_is_the_fastest_with_one_row(wide, remembered):
         rows_that_fit(run, SHAPE, full - 1)
 
 
-def test_a_process_that_holds_more_by_now_finds_the_same_rows(wide, remembered):
+def test_memory_held_by_the_process_does_not_change_the_rows(wide, cached_predictions):
     room = MemoryPredictor(spec(wide)).memory(SHAPE, "none").total
     assert len({rows_that_fit(spec(wide, process=process), SHAPE, room) for process in (0.0, 3e9)}) == 1
 
@@ -113,5 +113,5 @@ def test_a_process_that_holds_more_by_now_finds_the_same_rows(wide, remembered):
 @pytest.mark.parametrize(
     ("rows", "fitting", "shares"), [(6, 100, (1, 6)), (6, 4, (2, 3)), (7, 3, (3, 3)), (5, 1, (5, 1))]
 )
-def test_a_step_is_shared_by_few_micro_batches_of_one_size(rows, fitting, shares):
+def test_a_step_is_split_into_few_micro_batches_of_equal_size(rows, fitting, shares):
     assert share_step(rows, fitting) == shares

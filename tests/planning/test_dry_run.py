@@ -1,4 +1,4 @@
-"""A step without numbers needs what a real one does, counted in storages that are alive."""
+"""A step on fake tensors needs the memory of a real one, counted in live storages."""
 
 import weakref
 from dataclasses import astuple, replace
@@ -19,8 +19,8 @@ ROWS = [[synthetic.document(70, 40, 0), synthetic.document(30, 20, 1)], [synthet
 SHAPE = BatchShape([[70, 30], [60]], 40 + 20 + 50)
 
 
-class Alive(TorchDispatchMode):
-    """The most bytes of real storages that operations have made and that were alive at one time."""
+class PeakLiveBytes(TorchDispatchMode):
+    """Records the peak bytes of live storages that operations have made."""
 
     def __init__(self, before: list[torch.Tensor]) -> None:
         super().__init__()
@@ -41,15 +41,15 @@ class Alive(TorchDispatchMode):
         return result
 
 
-def really(module: Phi3LoRAModule) -> tuple[int, int]:
-    """Bytes that are kept for the backward pass, and the most of all, by a real step on real tensors."""
+def real_step(module: Phi3LoRAModule) -> tuple[int, int]:
+    """Bytes kept for the backward pass, and peak bytes, of a real step on real tensors."""
     module.configure_model()
     module.model.train()
     batch = synthetic.batch_of(ROWS)
     for parameter in module.trained_parameters():
         parameter.grad = torch.zeros_like(parameter)
     gradients = [parameter.grad for parameter in module.trained_parameters()]
-    with Alive([*module.parameters(), *module.buffers(), *gradients]) as alive:
+    with PeakLiveBytes([*module.parameters(), *module.buffers(), *gradients]) as alive:
         with module.autocast():
             loss, _ = module.compute_loss(module(batch), module.head, batch)
         kept = alive.now()
@@ -73,26 +73,26 @@ def base(tmp_path_factory) -> str:
      {"lora": {"modules_to_save": ["embed_tokens"]}}],
     ids=["peft", "loralib", "dora", "float32", "whole"],
 )  # fmt: skip
-def test_it_needs_what_a_real_step_does(base, options, checkpointing):
+def test_a_dry_run_has_the_memory_of_a_real_step(base, options, checkpointing):
     found = fake(base, mixed=False, **options).activations(SHAPE, checkpointing)
-    kept, peak = really(Phi3LoRAModule(base, gradient_checkpointing=checkpointing, **options))
-    # the mask of supervised places and their indices: some bytes a place, and nothing else differs
+    kept, peak = real_step(Phi3LoRAModule(base, gradient_checkpointing=checkpointing, **options))
+    # only the mask of supervised positions and their indices differ, by some bytes per position
     places = 200 * 32
     assert found.kept == pytest.approx(kept, abs=places)
     assert found.kept + max(found.head, found.layer) == pytest.approx(peak, abs=places)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
-def test_deep_models_follow_from_shallow_ones(base, checkpointing, monkeypatch):
+def test_memory_of_deep_models_is_extrapolated_from_shallow_ones(base, checkpointing, monkeypatch):
     module = fake(base)
     extrapolated = module.activations(SHAPE, checkpointing)
     assert len(module.model.model.layers) == module.model.config.num_hidden_layers == WIDE["num_hidden_layers"]
-    monkeypatch.setattr(dry_run, "EXTRAPOLATED_DEPTHS", (8, 9))  # more than there are: all of them run
+    monkeypatch.setattr(dry_run, "EXTRAPOLATED_DEPTHS", (8, 9))  # more layers than there are: all of them run
     whole = fake(base).activations(SHAPE, checkpointing)
     assert astuple(extrapolated) == pytest.approx(astuple(whole), rel=1e-6, abs=64)
 
 
-def test_layers_that_differ_all_run(base):
+def test_models_with_unequal_layers_are_not_extrapolated(base):
     some, every = fake(base, lora={"layers_to_transform": [5]}), fake(base)
     assert every.alike
     assert not some.alike
@@ -101,8 +101,8 @@ def test_layers_that_differ_all_run(base):
     assert kept[0] < 0.3 * kept[1]
 
 
-def test_no_value_is_made(base):
-    """The negative control: shapes alone decide, and nothing of the model's size is allocated."""
+def test_a_dry_run_allocates_no_values(base):
+    """Shapes alone decide, and nothing of the model's size is allocated."""
     module = fake(base)
     assert {type(parameter.data).__name__ for parameter in module.model.parameters()} == {"FakeTensor"}
     doubled = module.activations(BatchShape([[140, 60], [120]], 220), "full")
@@ -111,18 +111,18 @@ def test_no_value_is_made(base):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-def test_kernels_with_a_mask_are_planned_too(base, attention):
+def test_attention_with_a_mask_is_planned_too(base, attention):
     assert fake(base, attn_implementation=attention).activations(SHAPE, "none").kept > 0
 
 
 @pytest.mark.parametrize("every", [2, 3])
-def test_every_so_many_layers_need_a_mixture(base, every):
+def test_memory_of_every_n_layers_is_that_of_a_real_step(base, every):
     module = fake(base, mixed=False)
     found = module.activations(SHAPE, every)
-    kept, peak = really(Phi3LoRAModule(base, gradient_checkpointing=every))
+    kept, peak = real_step(Phi3LoRAModule(base, gradient_checkpointing=every))
     layer = module.activations(SHAPE, "none").kept / WIDE["num_hidden_layers"]
     assert found.kept == pytest.approx(kept, abs=200 * 32 + 0.1 * layer)  # the first layer keeps less than others
-    # at the peak the last recomputed layer is made again while some of what the others kept is gone already
+    # at the peak the last layer is recomputed while some of what the others kept is freed already
     assert peak - 200 * 32 - 0.1 * layer <= found.kept + max(found.head, found.layer) <= peak + every * layer
 
 

@@ -26,19 +26,19 @@ TOKENS = sum(sum(map(sum, batch["document_lengths"])) for batch in BATCHES)
 def test_steps_are_those_of_the_trainer(tmp_path, tiny_base, options):
     trainer = synthetic.trainer(tmp_path, **options)
     trainer.fit(Phi3LoRAModule(tiny_base, dtype="float32"), synthetic.loader(BATCHES))
-    told = run_length(
+    length = run_length(
         len(BATCHES), TOKENS, 1, accumulate=options.get("accumulate_grad_batches", 1),
         max_epochs=options["max_epochs"], max_steps=options["max_steps"], limit=options.get("limit_train_batches"),
     )  # fmt: skip
-    assert told.steps == trainer.global_step
+    assert length.steps == trainer.global_step
 
 
 def test_ranks_share_the_batches_of_an_epoch():
-    told = run_length(10, 1000, 4, accumulate=1, max_epochs=3, max_steps=-1)
-    assert (told.steps, told.tokens) == (9, 3000)
+    length = run_length(10, 1000, 4, accumulate=1, max_epochs=3, max_steps=-1)
+    assert (length.steps, length.tokens) == (9, 3000)
 
 
-def test_a_run_without_end_is_infinite_and_one_without_epochs_has_the_trainer_s_thousand():
+def test_unlimited_runs_are_infinite_and_max_epochs_defaults_to_1000():
     assert run_length(7, 70, 1, accumulate=1, max_epochs=-1, max_steps=-1).steps == math.inf
     assert run_length(7, 70, 1, accumulate=1, max_epochs=None, max_steps=-1).steps == 7000
     assert run_length(7, 70, 1, accumulate=1, max_epochs=None, max_steps=5).tokens == pytest.approx(50)

@@ -1,4 +1,4 @@
-"""The parts of the peak, and what would make it smaller."""
+"""The components of peak memory, and suggestions that reduce it."""
 
 from dataclasses import replace
 
@@ -65,19 +65,19 @@ def test_a_quantised_base_has_the_bytes_of_bitsandbytes(tmp_path, kind):
 def test_suggestions_are_sorted_and_each_helps(tiny_base):
     run = predictor(tiny_base)
     memory = run.memory(SHAPE)
-    told = []
-    helpful = suggestions(run, SHAPE, memory, told.append)
+    changed_options = []
+    helpful = suggestions(run, SHAPE, memory, changed_options.append)
     totals = [suggestion.memory.total for suggestion in helpful]
     assert totals == sorted(totals)
     assert all(total < memory.total for total in totals)
-    assert {suggestion.change for suggestion in helpful} <= set(told)
-    assert "model.gradient_checkpointing: full" in told
-    assert "data.batch_size: 1" in told
-    assert "data.max_length: 50" in told
-    assert "model.lora.r: 8" in told
+    assert {suggestion.change for suggestion in helpful} <= set(changed_options)
+    assert "model.gradient_checkpointing: full" in changed_options
+    assert "data.batch_size: 1" in changed_options
+    assert "data.max_length: 50" in changed_options
+    assert "model.lora.r: 8" in changed_options
 
 
-def test_a_suggestion_s_figure_is_the_plan_of_the_run_with_it(tiny_base):
+def test_the_memory_of_a_suggestion_is_the_plan_of_a_run_with_it(tiny_base):
     run = predictor(tiny_base)
     found = changes(run)
     assert found["model.gradient_checkpointing: full"] == predictor(tiny_base, gradient_checkpointing="full").memory(
@@ -91,7 +91,7 @@ def test_a_suggestion_s_figure_is_the_plan_of_the_run_with_it(tiny_base):
     assert found["data.batch_size: 1"] == run.memory(BatchShape([[70, 30]], 68))
 
 
-def test_a_rank_of_fsdp2_holds_its_share_and_gathers_the_rest_for_a_time(tiny_base):
+def test_an_fsdp2_rank_holds_its_shard_and_gathered_layers(tiny_base):
     one, four = predictor(tiny_base).memory(SHAPE), predictor(tiny_base, ranks=4, sharded=True).memory(SHAPE)
     assert (four.base, four.adapter, four.optimizer) == (one.base / 4, one.adapter / 4, one.optimizer / 4)
     model = Phi3LoRAModule(tiny_base)
@@ -103,12 +103,12 @@ def test_a_rank_of_fsdp2_holds_its_share_and_gathers_the_rest_for_a_time(tiny_ba
 
 
 def changes(run: MemoryPredictor) -> dict:
-    """What is suggested, with its memory."""
+    """The suggestions, with their memory."""
     return {suggestion.change: suggestion.memory for suggestion in suggestions(run, SHAPE, run.memory(SHAPE))}
 
 
-def test_what_would_be_refused_is_not_suggested(tiny_base):
-    # FSDP2 takes no DoRA, and an orthogonal start no odd rank
+def test_unsupported_options_are_not_suggested(tiny_base):
+    # FSDP2 has no DoRA, and orthogonal initialisation no odd rank
     run = predictor(tiny_base, lora={"r": 6, "init_lora_weights": "orthogonal", "use_dora": True})
     suggested = " ".join(changes(run))
     assert "data.batch_size: 1" in suggested
@@ -116,13 +116,13 @@ def test_what_would_be_refused_is_not_suggested(tiny_base):
     assert "model.lora.r" not in suggested
 
 
-def test_several_devices_without_shards_have_buckets(tiny_base):
+def test_ddp_adds_gradient_buckets(tiny_base):
     one, two = predictor(tiny_base).memory(SHAPE), predictor(tiny_base, ranks=2).memory(SHAPE)
     assert two.adapter == 1.5 * one.adapter
     assert replace(two, adapter=one.adapter) == one
 
 
-def test_the_time_of_a_step_follows_from_shallow_ones(tmp_path, monkeypatch):
+def test_the_time_of_a_step_is_extrapolated_from_shallow_models(tmp_path, monkeypatch):
     """By a clock that the test moves: a second for the head, and half a second for each layer."""
     now = [0.0]
 
@@ -140,11 +140,11 @@ def test_the_time_of_a_step_follows_from_shallow_ones(tmp_path, monkeypatch):
     assert timed("none") == pytest.approx(7)
     assert timed("full") == timed("offload") == pytest.approx(10)
     assert timed(3) == pytest.approx(7 + (10 - 7) / 3)  # every third layer
-    # a slow device is timed on the fewest tokens, and the others take as long each
+    # a slow device is timed on the fewest tokens, and the time per token is the same for more
     assert timed("none", peak=1.0) == pytest.approx(7 * SHAPE.tokens / speed.MIN_TIMED_TOKENS)
 
 
-def test_a_gpu_s_head_takes_larger_chunks_and_its_allocator_keeps_no_holes(tiny_base):
+def test_a_gpu_has_larger_head_chunks_and_no_fragmentation(tiny_base):
     cpu, gpu = predictor(tiny_base), predictor(tiny_base, process=None)
     for supervised, times in ((100, 1), (512, 2), (5000, 4)):
         size = BatchShape([[250] * 20], supervised)
@@ -153,7 +153,7 @@ def test_a_gpu_s_head_takes_larger_chunks_and_its_allocator_keeps_no_holes(tiny_
         assert (on_gpu.kept, on_gpu.layer, on_gpu.fragmentation) == (on_cpu.kept, on_cpu.layer, 0)
 
 
-def test_holes_grow_with_what_is_alive_and_with_what_is_recomputed(tiny_base):
+def test_fragmentation_grows_with_live_memory_and_recomputation(tiny_base):
     run = predictor(tiny_base)
     none, full = (run.memory(SHAPE, mode) for mode in ("none", "full"))
     alive = none.kept + none.working
@@ -163,14 +163,14 @@ def test_holes_grow_with_what_is_alive_and_with_what_is_recomputed(tiny_base):
     assert full.fragmentation == pytest.approx(FIRST_STEP_LIBRARY_BYTES + of_peak * peak + of_all * alive)
 
 
-def test_a_suggestion_s_mode_is_that_of_a_run_with_it(tiny_base):
+def test_the_mode_of_a_suggestion_is_that_of_a_run_with_it(tiny_base):
     run = predictor(tiny_base)
     found = changes(run)
     for mode in (2, "selective", "full"):
         of_run = predictor(tiny_base, gradient_checkpointing=mode).memory(SHAPE)
         assert found[f"model.gradient_checkpointing: {mode}"] == of_run
     for mode in ("full", "offload"):
-        told = []
+        changed_options = []
         leaner = predictor(tiny_base, gradient_checkpointing=mode)
-        suggestions(leaner, SHAPE, leaner.memory(SHAPE), told.append)
-        assert not any("gradient_checkpointing" in change for change in told)
+        suggestions(leaner, SHAPE, leaner.memory(SHAPE), changed_options.append)
+        assert not any("gradient_checkpointing" in change for change in changed_options)

@@ -1,4 +1,4 @@
-"""The shapes that a plan knows by heart are those of the files that the family's configurations name."""
+"""The shapes built into ``plan`` are those of the files that the family's configurations name."""
 
 import json
 
@@ -24,12 +24,12 @@ def test_the_whole_family_is_there():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shapes_are_those_of_the_configuration(tmp_path, name):
     write_config(CONFIGS[name]["model"]["base"], tmp_path)
-    mine, theirs = Phi3Config.from_pretrained(tmp_path), published.PUBLISHED[name]
-    assert [getattr(mine, key) for key in SHAPES] == [theirs[key] for key in SHAPES]
+    ours, theirs = Phi3Config.from_pretrained(tmp_path), published.PUBLISHED[name]
+    assert [getattr(ours, key) for key in SHAPES] == [theirs[key] for key in SHAPES]
 
 
 def test_shapes_are_those_of_the_real_file(shared, tmp_path):
     write_config("microsoft/Phi-3-mini-4k-instruct", tmp_path)
-    mine = Phi3Config.from_pretrained(tmp_path)
+    ours = Phi3Config.from_pretrained(tmp_path)
     theirs = json.loads((shared / "phi3-mini-4k-instruct/config.json").read_text())
-    assert [getattr(mine, key) for key in SHAPES] == [theirs[key] for key in SHAPES]
+    assert [getattr(ours, key) for key in SHAPES] == [theirs[key] for key in SHAPES]

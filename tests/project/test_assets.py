@@ -1,4 +1,4 @@
-"""The embedded default: a small folder that behaves like Phi-3, and chats that its model has not learned."""
+"""The embedded tiny model behaves like Phi-3, and has not learnt the chats beside it."""
 
 import json
 import sys
@@ -76,7 +76,7 @@ def test_the_weights_are_stored_in_bfloat16() -> None:
     assert {weight.dtype for weight in stored.parameters()} == {torch.bfloat16}
 
 
-def test_no_row_of_the_vocabulary_was_left_behind(model) -> None:
+def test_no_embedding_row_is_untrained(model) -> None:
     for rows in (model.model.embed_tokens.weight, model.lm_head.weight):
         norms = rows.norm(dim=1)
         assert norms.min() > norms.median() / 2

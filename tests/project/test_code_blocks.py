@@ -29,18 +29,18 @@ sys.path.insert(0, str(REPOSITORY / "scripts"))
 from command_line import parse
 
 HUB = "microsoft/Phi-3-mini-4k-instruct"
-"""The base that the guides name; the embedded tiny one takes its place."""
+"""The base that the guides name; the embedded tiny one replaces it."""
 
 EXTRAS = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 TARGETS = re.findall(r"^([\w-]+):", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
 
 
-# ---------------------------------------------------------------------- what the pages name
+# ---------------------------------------------------------------------- names on the pages
 
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a window of 4,096 tokens, as Phi-3-mini-4k has it."""
+    """The tiny model with a context length of 4,096 tokens, as Phi-3-mini-4k has."""
     folder = tmp_path_factory.mktemp("base") / "tiny"
     shutil.copytree(TINY, folder)
     config = json.loads((folder / "config.json").read_text())
@@ -51,7 +51,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``my-bot``, an adapter for PEFT and for loralib, of a run of one step."""
+    """A folder with ``my-bot``, the adapter of a one-step run for PEFT and for loralib."""
     folder = tmp_path_factory.mktemp("exported")
     fit = (
         "fit", f"--model.base={base}", f"--data.train={TINY}/chats_val.jsonl", "--trainer.max_steps=1", "--run=bot",
@@ -69,7 +69,7 @@ def exported(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder as a checkout has it, with the chats and the run that the pages speak of."""
+    """A folder like a checkout, with the chats and the run that the pages mention."""
     for name in ("src", "configs", "scripts", "examples", "benchmarks"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     rows = (TINY / "chats_val.jsonl").read_text(encoding="utf-8").splitlines()[:20]
@@ -87,7 +87,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def _loralib_state(base: Path) -> dict[str, Any]:
-    """What the page on adapters calls ``state``, ``targets`` and ``names``."""
+    """The values that the page on adapters calls ``state``, ``targets`` and ``names``."""
     names = ["qkv_proj", "o_proj"]
     model = base_model.load(str(base))
     adapter = adapters.attach(model, LoRA(backend="loralib", target_modules=names))
@@ -97,7 +97,7 @@ def _loralib_state(base: Path) -> dict[str, Any]:
 
 
 def known(page: str, base: Path) -> dict[str, Any]:
-    """The names that a page has introduced in its text before its blocks use them."""
+    """The names that a page introduces in its text before its blocks use them."""
     if page == "docs/adapters.md":
         return _loralib_state(base)
     return {"pl": pl, "Phi3LoRAModule": Phi3LoRAModule, "ChatDataModule": ChatDataModule, "base": str(base)}
@@ -132,12 +132,12 @@ def test_a_wrong_block_fails(base, here):
 
 
 def parts(text: str) -> list[dict[str, Any]]:
-    """The parts of a configuration that a block shows, each by itself: some blocks have one section in several ways."""
+    """The configurations in a block, one by one: some blocks show a section in several forms."""
     return [yaml.safe_load(part) for part in re.split(r"^(?=\w)", text, flags=re.MULTILINE) if part.strip()]
 
 
 def check_yaml(part: dict[str, Any], folder: Path) -> None:
-    """Give a part of a configuration to the command line's parser, and the adapter's section to its checks."""
+    """Parse a configuration as the command line does, and check the adapter's section."""
     whole = {"model": {"lora": part["lora"]}} if "lora" in part else part
     (folder / "part.yaml").write_text(yaml.safe_dump(whole), encoding="utf-8")
     options = parse(["fit", "--config=configs/quickstart.yaml", "--config=part.yaml"])
@@ -179,7 +179,7 @@ def _check_script(words: list[str]) -> None:
 
 def _check_cli(arguments: list[str]) -> None:
     if arguments[0] in ("chat", "export"):
-        arguments = [*arguments, "--model.base=unknown"]  # which the checkpoint says
+        arguments = [*arguments, "--model.base=unknown"]  # the checkpoint names the real one
     try:
         parse(arguments)
     except SystemExit:
@@ -187,7 +187,7 @@ def _check_cli(arguments: list[str]) -> None:
 
 
 def check_command(words: list[str]) -> None:
-    """See that a command of a page exists, with its options."""
+    """Check that a command of a page and its options exist."""
     program, *rest = words
     program = program.removeprefix(".venv/bin/")
     if program == "phi3-lightning":

@@ -1,4 +1,4 @@
-"""What makes a comparison fair: equal work, counts, turns and the arithmetic of the table. No peer is needed."""
+"""What makes the benchmark fair: equal work, counts, order, and the arithmetic of the table. No peer is needed."""
 
 import dataclasses
 from pathlib import Path
@@ -34,7 +34,7 @@ def task(tmp_path) -> Task:
 
 
 class Model(nn.Module):
-    """Takes what a transformers model takes."""
+    """Has the signature of a transformers model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -62,18 +62,16 @@ def train(task: Task, monkeypatch, micro_batches: int) -> Clock:
     return measured
 
 
-def test_a_step_counts_all_its_micro_batches_without_padding_and_lasts_from_the_end_of_the_one_before(
-    task, monkeypatch
-):
+def test_a_step_counts_real_tokens_and_lasts_from_the_previous_one(task, monkeypatch):
     measured = train(task, monkeypatch, micro_batches=2)
     assert measured.steps == [Step(seconds, 16, 12, 6) for seconds in (None, 2.0, 3.0)]
     assert measured.timed() == measured.steps[1:]
     assert measured.peak_bytes > 1e8  # torch alone is more
 
 
-def test_an_id_that_rows_hold_would_be_counted_as_padding(task, monkeypatch):
+def test_negative_control_a_pad_id_in_rows_is_counted_as_padding(task, monkeypatch):
     measured = train(dataclasses.replace(task, pad=5), monkeypatch, micro_batches=1)
-    assert measured.steps[0].real == 6  # and not 8 without the twos that hold a 5: why rows must not hold the pad id
+    assert measured.steps[0].real == 6  # not 8, as two real tokens equal the pad id: rows must not contain it
 
 
 def test_steps_after_the_last_are_not_counted(task, monkeypatch):
@@ -193,7 +191,7 @@ def test_the_loss_of_an_adapter_is_that_which_transformers_computes(tiny_base, t
             expected = [judge(input_ids=torch.tensor([i]), labels=torch.tensor([t])).loss.item() for i, t in rows]
         assert found[name] == pytest.approx(sum(expected) / 3, rel=1e-6)
     assert abs(found["adapter"] - found[""]) > 1e-3
-    assert found["fresh"] == found[""]  # it changes nothing yet, and the one before it has left nothing behind
+    assert found["fresh"] == found[""]  # a fresh adapter changes nothing, and the previous one has left nothing behind
 
 
 # ---------------------------------------------------------------------- a run

@@ -1,4 +1,4 @@
-"""The scripts of examples/, each run as it is, on the tiny model that the package brings along."""
+"""The scripts of examples/, each run unchanged on the package's tiny model."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from cli.conftest import cli as cli
 
 FEW = f"--chats={TINY}/chats_val.jsonl"
 MANNER = re.compile("in from the dark|lantern lit")
-"""How the bookshop of the quickstart speaks; a few steps teach it some of that."""
+"""Words of the quickstart's bookshop; a few steps teach some of them."""
 NAMES = sorted(path.stem for path in (REPOSITORY / "examples").glob("*.py"))
 
 
@@ -70,7 +70,7 @@ def test_module_in_a_foreign_cli(run, tmp_path):
 
 def test_data_under_a_foreign_module(run):
     one, four = (run("data_under_a_foreign_module", f"--epochs={epochs}", FEW) for epochs in (1, 4))
-    rows = re.search(r"38 chats in (\d+) rows; loss ([\d.]+)", one)  # a twentieth of 40 validates
+    rows = re.search(r"38 chats in (\d+) rows; loss ([\d.]+)", one)  # a twentieth of 40 is held out
     assert int(rows[1]) < 38
     assert float(re.search(r"loss ([\d.]+)", four)[1]) < float(rows[2]) - 0.1
 

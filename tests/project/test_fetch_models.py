@@ -1,4 +1,4 @@
-"""What scripts/fetch_models.py asks of the hub, and the folder that it makes of the answer; the hub is a stand-in."""
+"""What scripts/fetch_models.py requests from a stand-in of the hub, and the folder that it writes."""
 
 import sys
 from fnmatch import fnmatch
@@ -47,8 +47,8 @@ def fetch_models(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
-def asked(fetch_models, monkeypatch, tmp_path) -> list[tuple]:
-    """What the stand-in of the hub was asked for; it gives the files of a repository that the patterns admit."""
+def requests(fetch_models, monkeypatch, tmp_path) -> list[tuple]:
+    """The requests to a stand-in of the hub, which serves the files of a repository that match the patterns."""
     phi3 = tmp_path / "hub/phi3"
     phi3.mkdir(parents=True)
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
@@ -72,18 +72,18 @@ def asked(fetch_models, monkeypatch, tmp_path) -> list[tuple]:
     return calls
 
 
-def test_the_folder_is_what_the_suite_reads(fetch_models, asked, tmp_path, monkeypatch):
+def test_the_folder_is_what_the_suite_reads(fetch_models, requests, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["fetch_models.py", str(tmp_path / "models"), "--revision", "abc"])
     fetch_models.main()
-    assert asked == [("microsoft/Phi-3-mini-4k-instruct", "abc"), ("HuggingFaceTB/SmolLM2-135M-Instruct", None)]
+    assert requests == [("microsoft/Phi-3-mini-4k-instruct", "abc"), ("HuggingFaceTB/SmolLM2-135M-Instruct", None)]
     found = {path.name for path in (tmp_path / "models/phi3-mini-4k-instruct").iterdir()}
     assert found == {"config.json", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"}
     assert {path.name for path in (tmp_path / "models").iterdir()} == {"phi3-mini-4k-instruct", "smollm2-phi3"}
     fetch_models.main()
-    assert len(asked) == 2  # what is there is not fetched again
+    assert len(requests) == 2  # existing files are not fetched again
 
 
-def test_the_converted_model_computes_what_the_llama_does(fetch_models, asked, tmp_path):
+def test_the_converted_model_computes_what_the_llama_does(fetch_models, requests, tmp_path):
     fetch_models.fetch(tmp_path / "models")
     ours = AutoModelForCausalLM.from_pretrained(tmp_path / "models/smollm2-phi3")
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "hub/llama", dtype=torch.bfloat16)
@@ -97,7 +97,7 @@ def test_the_converted_model_computes_what_the_llama_does(fetch_models, asked, t
     assert torch.equal(rows[6], rows[2])  # <|end|> starts as <|im_end|>
 
 
-def test_its_tokenizer_speaks_phi3(fetch_models, asked, tmp_path):
+def test_the_converted_tokenizer_has_the_format_of_phi3(fetch_models, requests, tmp_path):
     fetch_models.fetch(tmp_path / "models")
     ours, phi3 = AutoTokenizer.from_pretrained(tmp_path / "models/smollm2-phi3"), AutoTokenizer.from_pretrained(ASSETS)
     text = phi3.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)

@@ -1,4 +1,4 @@
-"""What a release promises: one version, a changelog that agrees, bounds that can be tested, jobs that exist."""
+"""A release has one version, a changelog that agrees, testable bounds, and jobs that exist."""
 
 import re
 import tomllib
@@ -22,7 +22,7 @@ PYTHONS = {f"3.{minor}" for minor in range(30) if SpecifierSet(PROJECT["requires
 
 
 def disagreement(changelog: str, version: str) -> str | None:
-    """What is wrong between a changelog's headings and the version in the code; None: nothing."""
+    """How a changelog's headings and the version in the code disagree; None if they agree."""
     headings = re.findall(r"^## (.*)$", changelog, re.MULTILINE)
     unreleased = headings[:1] == ["Unreleased"]
     released = []

@@ -1,4 +1,4 @@
-"""A folder as a checkout has it, in which the commands of the documentation run as they are written there."""
+"""A folder like a checkout, in which the commands of the documentation run as written."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from cli.conftest import cli as cli
 
 @pytest.fixture(autouse=True)
 def checkout(tmp_path: Path) -> Path:
-    """What a command line names, linked into the working directory."""
+    """Link the folders that commands name into the working directory."""
     for name in ("src", "configs", "scripts"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     return tmp_path

@@ -1,4 +1,4 @@
-"""The config.json of each model of the family, with the shapes that the hub has; rotary factors are made up."""
+"""The config.json of each model of the family, with the shapes on the hub and synthetic rotary factors."""
 
 
 def _config(**own) -> dict:

@@ -1,4 +1,4 @@
-"""The recipes of the Phi-3 cookbook, each on a small file as the original's data set has them."""
+"""The recipes of the Phi-3 cookbook, each on a small file in the format of the original's data set."""
 
 import importlib.util
 import json
@@ -59,7 +59,7 @@ def settings(name: str) -> dict:
     return yaml.safe_load((REPOSITORY / f"configs/{name}.yaml").read_text(encoding="utf-8"))
 
 
-def given(name: str, data: str) -> tuple[str, ...]:
+def options_of(name: str, data: str) -> tuple[str, ...]:
     """The recipe on the tiny model and on a file."""
     return (f"--config=configs/{name}.yaml", TINY_OVERLAY, f"--data.train={data}")
 
@@ -72,7 +72,7 @@ def needs_its_extra(name: str) -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_each_recipe_trains_on_the_originals_format(cli, tmp_path, write, name):
     needs_its_extra(name)
-    ran = cli("fit", *given(name, write("rows.jsonl", ROWS[name])), "--data.val=null", "--data.val_fraction=0.1")
+    ran = cli("fit", *options_of(name, write("rows.jsonl", ROWS[name])), "--data.val=null", "--data.val_fraction=0.1")
     run = tmp_path / "runs" / settings(name)["run"]
     state = torch.load(run / "checkpoints/last.ckpt", weights_only=True)
     assert state["global_step"] == 3
@@ -80,17 +80,17 @@ def test_each_recipe_trains_on_the_originals_format(cli, tmp_path, write, name):
     # the cookbook's lists of targets reach two of these four
     assert set(re.findall(r"│ (\w+_proj) *│ *4 of 4 │ +16 │", ran.text)) == set(PHI3_LINEAR_LAYERS)
     kept = state["hyper_parameters"] | {"batch_size": state["datamodule_hyper_parameters"]["batch_size"]}
-    wanted = settings(name)
-    assert kept["optimizer"]["lr"] == wanted["model"]["optimizer"]["lr"]
-    assert kept["lora"]["lora_alpha"] == wanted["model"]["lora"]["lora_alpha"]
-    assert kept["schedule"] == wanted["model"]["schedule"]
-    assert kept["batch_size"] == wanted["data"]["batch_size"]
+    recipe = settings(name)
+    assert kept["optimizer"]["lr"] == recipe["model"]["optimizer"]["lr"]
+    assert kept["lora"]["lora_alpha"] == recipe["model"]["lora"]["lora_alpha"]
+    assert kept["schedule"] == recipe["model"]["schedule"]
+    assert kept["batch_size"] == recipe["data"]["batch_size"]
 
 
-def test_sharegpt_before_and_after(cli, tmp_path, write):
+def test_the_sharegpt_recipe_predicts_before_and_after_training(cli, tmp_path, write):
     name = "cookbook_inference_finetuning"
     prompts = write("prompts.jsonl", [{"prompt": "Write a C# code that reads files."}, {"prompt": "How are you?"}])
-    recipe = (*given(name, write("rows.jsonl", SHAREGPT)), "--data.val=null", f"--data.predict={prompts}")
+    recipe = (*options_of(name, write("rows.jsonl", SHAREGPT)), "--data.val=null", f"--data.predict={prompts}")
     answers = tmp_path / "runs/cookbook-inference-finetuning/predictions.jsonl"
 
     before = cli("predict", *recipe)
@@ -109,7 +109,7 @@ def test_sharegpt_before_and_after(cli, tmp_path, write):
 @pytest.mark.parametrize("name", ["cookbook_finetune_lora_python", "cookbook_finetune_qlora_python"])
 def test_alpaca_is_trained_tested_and_merged(cli, tmp_path, write, name):
     needs_its_extra(name)
-    recipe = given(name, write("train.jsonl", ALPACA[:-20]))
+    recipe = options_of(name, write("train.jsonl", ALPACA[:-20]))
     test = write("test.jsonl", ALPACA[-20:])
     recipe = (*recipe, "--data.val=null", f"--data.test={test}", "--model.base_id=tiny/phi3")
     cli("fit", *recipe)
@@ -120,7 +120,7 @@ def test_alpaca_is_trained_tested_and_merged(cli, tmp_path, write, name):
     cli("export", f"--run={settings(name)['run']}", "--output_dir=python-coder", "--merge")
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "python-coder")
     assert not any("lora" in name for name, _ in merged.named_parameters())
-    base = AutoModelForCausalLM.from_pretrained(TINY)  # in full, also where the training saw it in 4 bits
+    base = AutoModelForCausalLM.from_pretrained(TINY)  # unquantised, also where training used 4 bits
     assert merged.config.to_dict().get("quantization_config") is None
     changed = [name for name, tensor in merged.state_dict().items() if not torch.equal(tensor, base.state_dict()[name])]
     assert {name.split(".")[-2] for name in changed} == set(PHI3_LINEAR_LAYERS)

@@ -1,4 +1,4 @@
-"""The family: each configuration trains a base that was shrunk as the guide says; its memory is calculated."""
+"""Each configuration of the family trains a base shrunk as the guide says; its memory is calculated."""
 
 import json
 import runpy
@@ -18,7 +18,7 @@ from recipes.published import PUBLISHED
 
 @pytest.fixture
 def hub(tmp_path):
-    """A folder with what the hub has of a model, but weights: its configuration, and the tiny model's tokenizer."""
+    """A folder as from the hub but without weights: a model's configuration, and the tiny model's tokenizer."""
 
     def hub(name: str) -> str:
         (tmp_path / "hub").mkdir()
@@ -30,7 +30,7 @@ def hub(tmp_path):
     return hub
 
 
-QUICK = ("phi3_mini_128k_lora", "phi4_mini_lora")  # what is special in the others is in one of these
+QUICK = ("phi3_mini_128k_lora", "phi4_mini_lora")  # every special feature is in one of these
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PUBLISHED]
 
 
@@ -61,7 +61,7 @@ def test_each_trains_a_shrunk_base(cli, tmp_path, monkeypatch, hub, name):
     assert small.rope_parameters["partial_rotary_factor"] == real.get("partial_rotary_factor", 1.0)
 
 
-def test_they_differ_in_what_they_say_they_do():
+def test_configurations_differ_only_in_what_they_document():
     usual = yaml.safe_load((REPOSITORY / "configs/phi3_mini_4k_lora.yaml").read_text())
     longer = {("data", "max_length"): 8192, ("data", "batch_size"): 1}
     for name in PUBLISHED:
@@ -75,7 +75,7 @@ def test_they_differ_in_what_they_say_they_do():
 
 
 def script(monkeypatch, name: str) -> dict:
-    """What a script that calculates defines."""
+    """The names that a script defines."""
     monkeypatch.syspath_prepend(str(REPOSITORY / "benchmarks"))
     return runpy.run_path(str(REPOSITORY / f"benchmarks/{name}.py"))
 

@@ -1,4 +1,4 @@
-"""What the configurations and the guide name is there, and the commands of the guide run."""
+"""Everything that the configurations and the guide name exists, and the commands of the guide run."""
 
 import re
 import shlex

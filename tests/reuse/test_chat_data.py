@@ -1,4 +1,4 @@
-"""ChatDataModule under a foreign module, and beside ours in a script, on the chats that the package brings along."""
+"""ChatDataModule under a foreign module, and under ours in a script, on the package's own chats."""
 
 from pathlib import Path
 
@@ -34,7 +34,7 @@ def data(tmp_path):
 
 
 class TheirModel(pl.LightningModule):
-    """Predicts the next token from this one alone, and knows nothing of Phi-3."""
+    """Predicts the next token from the current one alone, without Phi-3."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The checkpoint hooks on a LightningModule of somebody else's."""
+"""The checkpoint hooks on a foreign LightningModule."""
 
 import lightning.pytorch as pl
 import pytest
@@ -46,7 +46,7 @@ def test_a_checkpoint_holds_the_trained_part_and_reads_back(tmp_path):
     assert torch.equal(again.head.weight, module.head.weight)
 
 
-def test_a_run_goes_on_from_it(tmp_path):
+def test_a_run_resumes_from_a_checkpoint(tmp_path):
     fit(FrozenBackbone(), tmp_path, 4).save_checkpoint(tmp_path / "a.ckpt", weights_only=False)
     resumed = FrozenBackbone()
     assert fit(resumed, tmp_path, 6, tmp_path / "a.ckpt").global_step == 6

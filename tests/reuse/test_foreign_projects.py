@@ -1,4 +1,4 @@
-"""Our classes in other people's projects, and theirs in ours: all without the command line."""
+"""Our classes in foreign projects, and foreign classes with ours, all without the command line."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def small(base, kind: type = Phi3LoRAModule, **options) -> Any:
     return kind(base, **defaults | options)
 
 
-# ---------------------------------------------------------------- our module, their data
+# ---------------------------------------------------------------- our module, foreign data
 
 
 class TheirDataset(Dataset):
@@ -44,7 +44,7 @@ class TheirDataset(Dataset):
 
 
 def their_collate(rows: list[dict]) -> Batch:
-    """Padded as everybody pads, with the keys that our module reads."""
+    """Pad on the right, with the keys that our module reads."""
     pad = nn.utils.rnn.pad_sequence
     ids = [torch.tensor(row["ids"]) for row in rows]
     return {
@@ -64,12 +64,12 @@ class TheirDataModule(pl.LightningDataModule):
         return DataLoader(TheirDataset(), batch_size=3, collate_fn=their_collate)
 
 
-@pytest.mark.parametrize("way", ["datamodule", "dataloaders"])
-def test_our_module_learns_from_foreign_data(tmp_path, tiny_base, way):
+@pytest.mark.parametrize("argument", ["datamodule", "dataloaders"])
+def test_our_module_learns_from_foreign_data(tmp_path, tiny_base, argument):
     theirs = TheirDataModule()
     given = (
         {"datamodule": theirs}
-        if way == "datamodule"
+        if argument == "datamodule"
         else {"train_dataloaders": theirs.train_dataloader(), "val_dataloaders": theirs.val_dataloader()}
     )
     module = small(tiny_base)
@@ -80,7 +80,7 @@ def test_our_module_learns_from_foreign_data(tmp_path, tiny_base, way):
     assert trainer.callback_metrics["val/loss"].item() < before["val/loss"] - 0.1
 
 
-# ---------------------------------------------------------------- our trainable parts, their loss
+# ---------------------------------------------------------------- our base class, a foreign loss
 
 
 class TheirLoss(TokenWeightedModule):
@@ -118,7 +118,7 @@ def test_a_foreign_loss_gets_the_same_step_for_any_split(tmp_path):
     assert not torch.allclose(ends[0], torch.cat([p.detach().flatten() for p in TheirLoss().parameters()]), atol=1e-3)
 
 
-# ---------------------------------------------------------------- our module, their loss
+# ---------------------------------------------------------------- our module, a foreign loss
 
 
 class Distilled(Phi3LoRAModule):
@@ -252,7 +252,7 @@ def test_one_loaded_base_serves_two_adapters_one_after_the_other(tmp_path, tiny_
     assert all(map(torch.equal, two.trained_parameters(), alone.trained_parameters()))
 
 
-def test_a_given_base_is_named_and_its_checkpoint_fits_the_folder(tmp_path, tiny_base):
+def test_a_loaded_base_keeps_its_name_and_its_checkpoint_fits_the_folder(tmp_path, tiny_base):
     module = small(Phi3ForCausalLM.from_pretrained(tiny_base))
     trainer = synthetic.trainer(tmp_path)
     trainer.fit(module, synthetic.loader([synthetic.batch_of([[DOCUMENTS[0]]])]))
@@ -312,7 +312,7 @@ def test_a_foreign_script_loads_a_checkpoint_and_gets_the_same_logits(tmp_path, 
 
 
 class OwnOptimizer(Valued):
-    """Brings an optimiser of its own: no schedule, and a rate of its own for the head."""
+    """Has its own optimiser: no schedule, and a separate learning rate for the head."""
 
     def configure_optimizers(self):
         adapter = [parameter for name, parameter in self.named_parameters() if ".lora_" in name]

@@ -1,4 +1,4 @@
-"""loralib's own layers, a convolution among them, in a LightningModule of somebody else's."""
+"""loralib's own layers, a convolution among them, in a foreign LightningModule."""
 
 import loralib
 import torch
