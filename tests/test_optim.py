@@ -154,7 +154,7 @@ def test_paged_adamw_needs_a_gpu():
 def test_the_state_of_another_optimiser_is_refused():
     optimizer = make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer(), fused=False)
     scheduler = make_schedule(optimizer, Schedule(warmup=0), 10)
-    with pytest.raises(ConfigError, match=r"model\.optimizer\.name: .* begun with adamw"):
+    with pytest.raises(ConfigError, match=r"model\.optimizer\.name: .* started with adamw"):
         apply_config_to_restored_optimizer(optimizer, scheduler, Optimizer("paged_adamw_8bit"))
 
 

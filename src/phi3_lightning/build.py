@@ -30,27 +30,21 @@ from phi3_lightning.planning.spec import RunSpec
 
 @dataclass(frozen=True)
 class Base:
-    """The frozen base of a module, as its options name it."""
+    """The frozen base of a module, by its options; :class:`~phi3_lightning.Phi3LoRAModule` describes them."""
 
     name: str
-    """Folder or hub id; of a loaded model the name that it has itself."""
+    """The option ``base``; of a loaded model the name that it has itself."""
     base_id: str | None
-    """The name that adapters record."""
     revision: str | None
-    """Branch, tag or commit on the hub."""
     init: base_model.Initialisation
-    """Whether the weights are read, or random."""
     dtype: base_model.DType
-    """Type of the weights."""
     attn_implementation: base_model.Attention
-    """The attention kernel; a loaded model keeps its own."""
     quantization: base_model.Quantization | None
-    """How the weights are quantised."""
     loaded: Phi3ForCausalLM | None = None
     """The model itself, where a script has loaded it."""
 
     def __post_init__(self) -> None:
-        """Refuse what is no choice."""
+        """Refuse values that are not among the choices."""
         require_choice("model.init", self.init, base_model.Initialisation)
         require_choice("model.dtype", self.dtype, base_model.DType)
         require_choice("model.attn_implementation", self.attn_implementation, base_model.Attention)

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
+import lightning.pytorch as pl
+
 from phi3_lightning.batch import Batch
 
 __all__ = ["DescribedData", "HasTokenizer", "Origin", "PlannedData"]
@@ -65,6 +67,11 @@ class HasTokenizer(Protocol):
     """A data module whose tokenizer turns its token ids into text."""
 
     tokenizer: Any
+
+
+def data_module(trainer: pl.Trainer) -> Any:
+    """Return the data module that a Trainer runs with, or None; Lightning's types do not know it."""
+    return trainer.datamodule  # type: ignore[attr-defined]
 
 
 def origins(data: object, stage: Literal["validate", "test", "predict"], document_ids: list[int]) -> list[Origin]:

@@ -1,4 +1,4 @@
-"""The exceptions that the package raises for what a user can mend.
+"""The exceptions that the package raises for what a user can fix.
 
 Each message says what was given, where (file and line, or key path), and what to do.
 """
@@ -27,13 +27,9 @@ class CheckpointError(Phi3LightningError, RuntimeError):
 
 
 class DivergenceError(Phi3LightningError, RuntimeError):
-    """Training produced a loss or a gradient that is not finite; no weight was changed by it.
-
-    Args:
-        message: What happened, at which optimiser step.
-        document_ids: The rows of the accumulation window in which it happened, as the batches name them.
-    """
+    """Training produced a loss or a gradient that is not finite; no weight was changed by it."""
 
     def __init__(self, message: str, document_ids: list[int]) -> None:
         super().__init__(message)
         self.document_ids = document_ids
+        """The documents of the accumulation window in which it happened, as the batches name them."""

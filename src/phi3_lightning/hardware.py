@@ -14,9 +14,12 @@ from phi3_lightning.errors import ConfigError
 _PROBE = 1024
 """Side of the square matrices that a CPU is measured on: 2.1 GFLOP, some milliseconds."""
 
+_CGROUP = Path("/sys/fs/cgroup")
+"""Where a container on Linux finds its limits (cgroup v2)."""
+
 
 def check_platform() -> None:
-    """Refuse Windows, where nothing was tried, by a ConfigError."""
+    """Refuse Windows, which is untested."""
     if sys.platform == "win32":
         raise ConfigError("Windows is not supported: run phi3_lightning under WSL 2, which is Linux")
 
@@ -27,11 +30,7 @@ def program() -> str:
 
 
 def check_accelerator(accelerator: str) -> None:
-    """Refuse Apple's MPS, where nothing was tried, by a ConfigError.
-
-    Args:
-        accelerator: The Trainer's accelerator as the user wrote it, or the type of a device.
-    """
+    """Refuse Apple's MPS, which is untested, as the Trainer's ``accelerator`` or the type of a device."""
     if accelerator == "mps" or (accelerator in ("auto", "gpu") and torch.backends.mps.is_available()):
         raise ConfigError(
             f"trainer.accelerator: {accelerator} means Apple's MPS here, which is not supported; set it to cpu"
@@ -44,15 +43,11 @@ def device_memory(device: torch.device) -> tuple[int, int]:
         free, total = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device), total
     host = psutil.virtual_memory()
-    limit = _CGROUP / "memory.max"
-    if not limit.exists() or (allowed := limit.read_text().strip()) == "max":
+    file = _CGROUP / "memory.max"
+    if not file.exists() or (limit := file.read_text().strip()) == "max":
         return host.available, host.total
     used = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())["anon"]
-    return min(host.available, int(allowed) - int(used)), min(host.total, int(allowed))
-
-
-_CGROUP = Path("/sys/fs/cgroup")
-"""Where a container on Linux finds its limits (cgroup v2)."""
+    return min(host.available, int(limit) - int(used)), min(host.total, int(limit))
 
 
 def resident_memory() -> float:

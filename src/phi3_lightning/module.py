@@ -150,7 +150,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
         """Return the base model, without the adapter and bit-identical to what was loaded; the module loses both.
 
         Raises:
-            ModelError: If the base is sharded over ranks, of which none holds all of it.
+            ModelError: If the base is sharded, so that no rank holds all of it.
         """
         model = detach(*self._configured())
         self.model = self.adapter = None
@@ -286,7 +286,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
 
     @property
     def _ddp_params_and_buffers_to_ignore(self) -> set[str]:
-        """Beside the frozen parameters, buffers: rotary angles follow from the configuration and the batch."""
+        """Besides the frozen parameters, buffers: rotary angles follow from the configuration and the batch."""
         return super()._ddp_params_and_buffers_to_ignore | {name for name, _ in self.named_buffers()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

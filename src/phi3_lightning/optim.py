@@ -30,11 +30,7 @@ def may_fuse(trainer: pl.Trainer) -> bool:
 def make_optimizer(
     parameters: Iterable[tuple[Role | None, nn.Parameter]], config: OptimizerConfig, fused: bool
 ) -> Optimizer:
-    """Return AdamW over the trained parameters, with weight decay on matrices only.
-
-    Args:
-        parameters: Each with its role in the adapter, as :meth:`~.adapters.adapter.Adapter.role` tells it.
-        fused: Whether AdamW updates in one kernel, which a gradient scaler does not allow together with clipping.
+    """Return AdamW over the trained parameters, each with its role in the adapter; weight decay is on matrices only.
 
     Raises:
         ConfigError: If the optimiser does not work on the parameters' device, or its package is missing.
@@ -75,11 +71,7 @@ def _paged(groups: list[dict[str, Any]]) -> Optimizer:
 
 
 def warmup_steps(schedule: Schedule, total_steps: float) -> int:
-    """Return the number of optimiser steps of warm-up.
-
-    Args:
-        total_steps: Optimiser steps of the run, possibly infinite.
-    """
+    """Return the number of optimiser steps of warm-up in a run of ``total_steps``, which may be infinite."""
     if isinstance(schedule.warmup, int):
         steps = schedule.warmup
     elif math.isinf(total_steps):
@@ -130,9 +122,7 @@ def apply_config_to_restored_optimizer(optimizer: Optimizer, scheduler: Any, con
     if not isinstance(scheduler, LambdaLR):
         return
     former = optimizer.param_groups[0]["kind"]
-    require(
-        former == config.name, "model.optimizer.name", config.name, f"the run was begun with {former}; go on with it"
-    )
+    require(former == config.name, "model.optimizer.name", config.name, f"the run was started with {former}; keep it")
     scheduler.base_lrs = []
     for group, share in zip(optimizer.param_groups, scheduler.lr_lambdas, strict=True):
         group |= _settings(config, group["role"])

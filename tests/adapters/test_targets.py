@@ -135,7 +135,7 @@ def test_patterns_give_ranks_and_scales_as_in_peft(tiny_base, backend):
 
 @pytest.mark.parametrize("key", ["rank_pattern", "alpha_pattern"])
 def test_a_pattern_that_matches_no_target_is_refused(model, key):
-    with pytest.raises(ModelError, match=rf"model\.lora\.{key}: down_prj decides for no target"):
+    with pytest.raises(ModelError, match=rf"model\.lora\.{key}: down_prj matches no target"):
         resolve(model, **{key: {"down_prj": 4}})
 
 

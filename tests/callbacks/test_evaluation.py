@@ -280,6 +280,11 @@ def test_statistics_of_the_training_data_are_found_for_any_class_of_data(tmp_pat
     trainer.test(tested, datamodule=data, ckpt_path=tmp_path / "a.ckpt", weights_only=True, verbose=False)
     content = json.loads((tmp_path / "run/test.json").read_text(encoding="utf-8"))
     assert set(content["data"]["statistics"]) == {"train", "test"}
+    assert content["step"] == 1
+    trainer.test(tested, datamodule=data, verbose=False)  # the weights in memory, of no checkpoint
+    content = json.loads((tmp_path / "run/test.json").read_text(encoding="utf-8"))
+    assert set(content["data"]["statistics"]) == {"test"}
+    assert content["step"] is None
 
 
 def test_fast_dev_run_writes_nothing(tmp_path, data):

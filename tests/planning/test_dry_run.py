@@ -78,8 +78,8 @@ def test_a_dry_run_has_the_memory_of_a_real_step(base, options, checkpointing):
     kept, peak = real_step(Phi3LoRAModule(base, gradient_checkpointing=checkpointing, **options))
     # only the mask of supervised positions and their indices differ, by some bytes per position
     places = 200 * 32
-    assert found.kept == pytest.approx(kept, abs=places)
-    assert found.kept + max(found.head, found.layer) == pytest.approx(peak, abs=places)
+    assert found.stored == pytest.approx(kept, abs=places)
+    assert found.stored + max(found.head, found.layer) == pytest.approx(peak, abs=places)
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
@@ -97,7 +97,7 @@ def test_models_with_unequal_layers_are_not_extrapolated(base):
     assert every.alike
     assert not some.alike
     # no gradient passes the five layers below, which keep nothing
-    kept = [module.activations(SHAPE, "none").kept for module in (some, every)]
+    kept = [module.activations(SHAPE, "none").stored for module in (some, every)]
     assert kept[0] < 0.3 * kept[1]
 
 
@@ -107,12 +107,12 @@ def test_a_dry_run_allocates_no_values(base):
     assert {type(parameter.data).__name__ for parameter in module.model.parameters()} == {"FakeTensor"}
     doubled = module.activations(BatchShape([[140, 60], [120]], 220), "full")
     single = module.activations(SHAPE, "full")
-    assert 1.8 < doubled.kept / single.kept < 2.3  # attention within short documents grows faster
+    assert 1.8 < doubled.stored / single.stored < 2.3  # attention within short documents grows faster
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 def test_attention_with_a_mask_is_planned_too(base, attention):
-    assert fake(base, attn_implementation=attention).activations(SHAPE, "none").kept > 0
+    assert fake(base, attn_implementation=attention).activations(SHAPE, "none").stored > 0
 
 
 @pytest.mark.parametrize("every", [2, 3])
@@ -120,15 +120,15 @@ def test_memory_of_every_n_layers_is_that_of_a_real_step(base, every):
     module = fake(base, mixed=False)
     found = module.activations(SHAPE, every)
     kept, peak = real_step(Phi3LoRAModule(base, gradient_checkpointing=every))
-    layer = module.activations(SHAPE, "none").kept / WIDE["num_hidden_layers"]
-    assert found.kept == pytest.approx(kept, abs=200 * 32 + 0.1 * layer)  # the first layer keeps less than others
+    layer = module.activations(SHAPE, "none").stored / WIDE["num_hidden_layers"]
+    assert found.stored == pytest.approx(kept, abs=200 * 32 + 0.1 * layer)  # the first layer keeps less than others
     # at the peak the last layer is recomputed while some of what the others kept is freed already
-    assert peak - 200 * 32 - 0.1 * layer <= found.kept + max(found.head, found.layer) <= peak + every * layer
+    assert peak - 200 * 32 - 0.1 * layer <= found.stored + max(found.head, found.layer) <= peak + every * layer
 
 
 def test_hidden_states_that_are_offloaded_are_not_on_the_device(base):
     module = fake(base)
     full, offload = (module.activations(SHAPE, mode) for mode in ("full", "offload"))
-    assert full.kept - offload.kept == WIDE["num_hidden_layers"] * SHAPE.tokens * WIDE["hidden_size"] * 2
+    assert full.stored - offload.stored == WIDE["num_hidden_layers"] * SHAPE.tokens * WIDE["hidden_size"] * 2
     assert (offload.head, offload.layer) == (full.head, full.layer)
-    assert 0 < offload.kept < 0.5 * full.kept
+    assert 0 < offload.stored < 0.5 * full.stored

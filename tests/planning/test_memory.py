@@ -150,16 +150,16 @@ def test_a_gpu_has_larger_head_chunks_and_no_fragmentation(tiny_base):
         size = BatchShape([[250] * 20], supervised)
         on_cpu, on_gpu = cpu.memory(size), gpu.memory(size)
         assert on_gpu.head == pytest.approx(times * on_cpu.head)
-        assert (on_gpu.kept, on_gpu.layer, on_gpu.fragmentation) == (on_cpu.kept, on_cpu.layer, 0)
+        assert (on_gpu.stored, on_gpu.layer, on_gpu.fragmentation) == (on_cpu.stored, on_cpu.layer, 0)
 
 
 def test_fragmentation_grows_with_live_memory_and_recomputation(tiny_base):
     run = predictor(tiny_base)
     none, full = (run.memory(SHAPE, mode) for mode in ("none", "full"))
-    alive = none.kept + none.working
+    alive = none.stored + none.working
     of_peak, of_all = FRAGMENTATION_PER_PEAK_BYTE, FRAGMENTATION_PER_ACTIVATION_BYTE
     assert none.fragmentation == pytest.approx(FIRST_STEP_LIBRARY_BYTES + (of_peak + of_all) * alive)
-    peak = full.kept + full.working
+    peak = full.stored + full.working
     assert full.fragmentation == pytest.approx(FIRST_STEP_LIBRARY_BYTES + of_peak * peak + of_all * alive)
 
 

@@ -16,11 +16,9 @@ __all__ = ["attach", "check"]
 
 
 def attach(model: Phi3ForCausalLM, config: LoRA, *, base: str | None = None) -> Adapter:
-    """Attach an adapter to a frozen model.
+    """Attach an adapter to a frozen model, whose target layers are changed in place.
 
-    Args:
-        model: The base model; its target layers are changed in place.
-        base: Name of the base model, on which an existing adapter must have been trained.
+    ``base`` is the model's name, on which the adapter of ``config.init_from`` must have been trained.
 
     Raises:
         ModelError: If a target does not exist, cannot carry an adapter, or the library is missing.

@@ -95,7 +95,7 @@ def read(source: str, option: str) -> AdapterConfig:
     lora = {"r": LoraConfig.r, "lora_alpha": LoraConfig.lora_alpha} | lora
     for key in ("base_model_name_or_path", "revision"):
         if not isinstance(content.get(key), str | None):
-            raise CheckpointError(f"{where}: {key}: {content[key]!r} is no text")
+            raise CheckpointError(f"{where}: {key}: {content[key]!r} is not text")
     config = AdapterConfig(lora, content.get("base_model_name_or_path") or None, content.get("revision"))
     try:
         section(LoRA, lora)

@@ -21,14 +21,10 @@ from phi3_lightning.errors import CheckpointError
 
 
 def block_diagonal(up: Tensor, slices: Sequence[int], enabled: Sequence[bool]) -> Tensor:
-    """Place the slices' ``B`` so that stacked ``A`` and this are the delta of the full layer.
+    """Return the ``B`` of the full layer, whose ``A`` is that of the slices, stacked.
 
-    Args:
-        up: lora_B, shape (rows of the enabled slices, rank).
-        slices: Rows of each slice.
-
-    Returns:
-        Shape (rows of all slices, enabled slices x rank); exactly zero on the rows of disabled slices.
+    ``up`` is that of the slices, shape (rows of the enabled ones, rank); the result has the shape (rows of all slices,
+    enabled slices x rank) and is zero on the rows of disabled slices.
     """
     sizes = list(zip(slices, enabled, strict=True))
     blocks = iter(up.split([rows for rows, on in sizes if on]))
@@ -65,9 +61,6 @@ def to_peft(
         state: ``lora_A`` and ``lora_B`` of each target, under the layer's path.
         names: The ``target_modules`` of the configuration.
         patterns: Keep each layer's own rank and scale, in ``rank_pattern`` and ``alpha_pattern``.
-
-    Returns:
-        The files' content; float32 tensors of their own, on the CPU.
     """
     rank, scaling = max(_rank(target) for target in targets), _common_scaling(targets)
     tensors: dict[str, Tensor] = {}
@@ -81,7 +74,7 @@ def to_peft(
         else:
             down = F.pad(down, (0, 0, 0, rank - len(down)))
             up = F.pad(up * (target.scaling / scaling), (0, rank - up.shape[1]))
-        tensors |= dict(zip(peft_keys(target), (down.clone(), up.clone()), strict=True))
+        tensors |= dict(zip(peft_keys(target), (down, up), strict=True))
     config = LoraConfig(
         r=rank,
         lora_alpha=_int_if_whole(scaling * rank),  # type: ignore[arg-type]  # PEFT computes with floats as well
@@ -99,16 +92,18 @@ def from_peft(form: PeftForm, targets: Collection[Target], source: str) -> dict[
 
     A LoRA delta that was made of slices is split again; one of a full fused layer, of at most the slices' rank,
     becomes its ``A`` for each slice with the slice's rows of its ``B``. Both are exact, and anything else is refused.
-
-    Returns:
-        ``lora_A`` and ``lora_B`` of each target, under the layer's path.
     """
     keys = {key for target in targets for key in peft_keys(target)}
     check_names(form.tensors, keys, source)
+    common = _common_scaling(targets)
+    one_scale = not (form.config.rank_pattern or form.config.alpha_pattern)
     state: dict[str, Tensor] = {}
     for target in targets:
         down, up = (form.tensors[key].float() for key in peft_keys(target))
-        up = up * _unfold(form.config, target, targets, source)
+        if one_scale and math.isclose(rank_and_scaling(form.config, target.path)[1], common):
+            up = up * (common / target.scaling)  # to_peft has folded the layer's own scale into B
+        else:
+            check_scaling(form.config, target, source)
         try:
             pair = _split(down, up, target) if len(target.slices) > 1 else _cut(down, up, target.r)
         except ValueError as error:
@@ -123,7 +118,7 @@ def check_scaling(config: LoraConfig, target: Target, source: str) -> None:
     if not math.isclose(scaling, target.scaling):
         raise CheckpointError(
             f"{source}: the LoRA delta of {target.path} is scaled by {scaling:g} and model.lora scales it by "
-            f"{target.scaling:g}; its r is {config.r} and its lora_alpha {config.lora_alpha:g}, write the same"
+            f"{target.scaling:g}; its r is {config.r} and its lora_alpha {config.lora_alpha:g}; configure the same"
         )
 
 
@@ -181,16 +176,6 @@ def _cut(down: Tensor, up: Tensor, r: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"has rank {len(down)} and model.lora gives it {r}")
     missing = max(r - len(down), 0)
     return F.pad(down[:r], (0, 0, 0, missing)), F.pad(up[:, :r], (0, missing))
-
-
-def _unfold(config: LoraConfig, target: Target, targets: Collection[Target], source: str) -> float:
-    """The factor that makes a file's ``B`` that of ``target``."""
-    common = _common_scaling(targets)
-    patterns = config.rank_pattern or config.alpha_pattern
-    if not patterns and math.isclose(rank_and_scaling(config, target.path)[1], common):
-        return common / target.scaling
-    check_scaling(config, target, source)
-    return 1.0
 
 
 def _rank(target: Target) -> int:

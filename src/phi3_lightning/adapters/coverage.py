@@ -7,7 +7,6 @@ from typing import Any
 from torch import nn
 
 from phi3_lightning.adapters.adapter import Adapter
-from phi3_lightning.adapters.targets import Target
 
 
 @dataclass(frozen=True)
@@ -31,8 +30,10 @@ def coverage(model: nn.Module, adapter: Adapter) -> list[Coverage]:
     existing = Counter(name.rpartition(".")[2] for name, _ in model.named_modules())
     kinds: dict[tuple[str, str], list[tuple[int, int]]] = {}
     for target in adapter.targets:
-        for part, parameters in _by_slice(model, target).items():
-            label = part if part == target.name else f"{part} of {target.name}"
+        layer: Any = model.get_submodule(target.path)
+        for name, rows in target.adapted.items():
+            label = name if name == target.name else f"{name} of {target.name}"
+            parameters = _trainable(layer) if len(target.slices) == 1 else target.r * (layer.in_features + rows)
             kinds.setdefault((label, target.name), []).append((target.r, parameters))
     for path in adapter.modules_to_save:
         name = path.rpartition(".")[2]
@@ -41,14 +42,6 @@ def coverage(model: nn.Module, adapter: Adapter) -> list[Coverage]:
         Coverage(label, len(each), existing[name], tuple(sorted({r for r, _ in each if r})), sum(n for _, n in each))
         for (label, name), each in kinds.items()
     ]
-
-
-def _by_slice(model: nn.Module, target: Target) -> dict[str, int]:
-    """Trainable values of each adapted slice."""
-    layer: Any = model.get_submodule(target.path)
-    if len(target.slices) == 1:
-        return {target.name: _trainable(layer)}
-    return {name: target.r * (layer.in_features + rows) for name, rows in target.adapted.items()}
 
 
 def _trainable(module: nn.Module) -> int:

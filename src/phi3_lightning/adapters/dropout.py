@@ -14,10 +14,10 @@ class _Drop(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, p: float) -> Tensor:
         # four numbers of 16 bits from each of 64: torch draws one of 24 bits for each value, in one thread
-        drawn = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
+        numbers = torch.empty(-(-x.numel() // 4), dtype=torch.int64).random_(-(2**63), None).view(torch.int16)
         # not bool, whose kernels are several times slower than those of other types on a CPU
         keep = torch.empty(x.shape, dtype=torch.uint8)
-        torch.ge(drawn[: x.numel()].view(x.shape), round(p * STEPS) - STEPS // 2, out=keep)
+        torch.ge(numbers[: x.numel()].view(x.shape), round(p * STEPS) - STEPS // 2, out=keep)
         ctx.save_for_backward(keep)
         ctx.scale = 1 / (1 - p)
         return keep.to(x.dtype).mul_(x).mul_(ctx.scale)

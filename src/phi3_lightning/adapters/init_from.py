@@ -90,7 +90,7 @@ def _read_checkpoint(source: str) -> tuple[Mapping[str, Any], Mapping[str, Any]]
 def _of_checkpoint(source: str, lora: LoRA, adapter: Adapter) -> dict[str, Tensor]:
     content, former = _read_checkpoint(source)
     if changes := changed_adapter(former, targets.describe_adapter(lora, adapter.targets)):
-        raise CheckpointError(f"{KEY}: {source} holds another adapter: {changes}; write the same")
+        raise CheckpointError(f"{KEY}: {source} holds another adapter: {changes}; configure the same")
     prefix = "model."
     return {n.removeprefix(prefix): tensor for n, tensor in content["state_dict"].items() if n.startswith(prefix)}
 
@@ -112,25 +112,25 @@ def _of_loralib(source: str, lora: LoRA, adapter: Adapter) -> dict[str, Tensor]:
     return dict(content)
 
 
-def _check_layers(described: Path, adapted: list[Target], where: str) -> None:
+def _check_layers(description: Path, adapted: list[Target], where: str) -> None:
     """Refuse layers with another scale than in training, which a file of loralib's alone does not record."""
-    if not described.is_file():
+    if not description.is_file():
         scales = ", ".join(f"{scaling:g}" for scaling in sorted({target.scaling for target in adapted}))
         rank_zero_info(f"{where}: {NO_SCALE}, {scales}")
         return
     try:
-        layers = json.loads(described.read_text(encoding="utf-8"))
-        recorded = {
-            path: (layer["lora_alpha"] / layer["r"], layer.get("enable_lora", [True])) for path, layer in layers.items()
+        layers = {
+            path: (layer["lora_alpha"] / layer["r"], layer.get("enable_lora", [True]))
+            for path, layer in json.loads(description.read_text(encoding="utf-8")).items()
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where}: {described} does not describe its layers ({error!r})") from error
+        raise CheckpointError(f"{where}: {description} does not describe its layers ({error!r})") from error
     for target in adapted:
-        scaling, enabled = recorded.get(target.path, (target.scaling, list(target.enabled)))
+        scaling, enabled = layers.get(target.path, (target.scaling, list(target.enabled)))
         if not math.isclose(scaling, target.scaling) or enabled != list(target.enabled):
             raise CheckpointError(
-                f"{where}: {described.name} has {target.path} scaled by {scaling:g} with slices {enabled}, and by "
-                f"model.lora it is {target.scaling:g} with {list(target.enabled)}; write the same"
+                f"{where}: {description.name} has {target.path} scaled by {scaling:g} with slices {enabled}, and by "
+                f"model.lora it is {target.scaling:g} with {list(target.enabled)}; configure the same"
             )
 
 
@@ -152,7 +152,7 @@ def _peft_tensors(source: str) -> dict[str, Tensor]:
     folder = Path(source)
     if (folder / PICKLED).is_file() and not (folder / WEIGHTS).is_file():
         raise CheckpointError(
-            f"{KEY}: {source} has {PICKLED}, which can run code when it is read. Where you trust it, write it anew: "
+            f"{KEY}: {source} has {PICKLED}, which can run code when it is read. Where you trust it, write it again: "
             f"PeftModel.from_pretrained(BASE, {source!r}).save_pretrained({source!r}) of PEFT makes {WEIGHTS}"
         )
     try:

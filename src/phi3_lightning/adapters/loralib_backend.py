@@ -64,15 +64,13 @@ class LoralibAdapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Switch the adapter off, so that the model computes what its base does, while the context lasts."""
-        self._set_merged(merged=True)  # loralib's flag for a layer that adds nothing; none ever merges
+        for layer in self._layers():
+            layer.merged = True  # loralib's flag for a layer that adds nothing; none ever merges
         try:
             yield
         finally:
-            self._set_merged(merged=False)
-
-    def _set_merged(self, merged: bool) -> None:
-        for layer in self._layers():
-            layer.merged = merged
+            for layer in self._layers():
+                layer.merged = False
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the adapter in the form of loralib's files."""

@@ -1,9 +1,9 @@
 """loralib's layers, on frozen layers of any kind.
 
-A frozen layer becomes a loralib layer by a change of its class, as in :func:`torch.distributed.fsdp.fully_shard`. The
-layer, its weight and its name stay as they are, for an ``nn.Linear`` as for bitsandbytes' layers in 4 or 8 bits, and
-its own class computes the base's output. ``merge_weights`` is always false: loralib's merging in place would round the
-frozen weights at every validation.
+A frozen layer becomes a loralib layer by a change of its class, as in :func:`torch.distributed.fsdp.fully_shard`:
+loralib's constructors would allocate a second, dense weight, and know none in 4 or 8 bits. The layer, its weight and
+its name stay as they are, and its own class computes the base's output. ``merge_weights`` is always false: loralib's
+merging in place would round the frozen weights at every validation.
 """
 
 import math
@@ -63,19 +63,18 @@ def _over(ours: type[nn.Module], base: type[nn.Module]) -> type[nn.Module]:
 
 
 def adapt(layer: Any, target: Target, dropout: float) -> None:
-    """Make a frozen layer a loralib layer, in place, with float32 adapter weights that change no output yet.
-
-    Args:
-        dropout: Probability with which an input value of the adapter is dropped; embeddings have none in loralib.
-    """
+    """Make a frozen layer a loralib layer, in place, with float32 adapter weights that change no output yet."""
     kind = type(layer)
     embedding = isinstance(layer, nn.Embedding)
     ours = loralib.Embedding if embedding else FusedLinear if len(target.slices) > 1 else Linear
     layer.__class__ = _over(ours, kind)  # type: ignore[arg-type]  # mypy: a class is not hashable
     loralib.LoRALayer.__init__(
-        layer, r=target.r, lora_alpha=target.scaling * target.r, lora_dropout=0.0 if embedding else dropout,
+        layer,
+        r=target.r,
+        lora_alpha=target.scaling * target.r,
+        lora_dropout=0.0 if embedding else dropout,  # loralib's embeddings have none
         merge_weights=False,
-    )  # fmt: skip
+    )
     inputs = layer.num_embeddings if embedding else layer.in_features
     adapted = target.adapted.values()
     options: dict[str, Any] = {"dtype": torch.float32, "device": layer.weight.device}

@@ -24,11 +24,11 @@ def find_modules(model: Phi3ForCausalLM, lora: LoRA, targets: Collection[Target]
     leaves = {path: module for path, module in model.named_modules() if module._parameters}
     paths: list[str] = []
     for name in lora.modules_to_save or []:
-        matched = [path for path in leaves if ends_with(path, name)]
-        if not matched:
+        matches = [path for path in leaves if ends_with(path, name)]
+        if not matches:
             existing = ", ".join(sorted({path.rpartition(".")[2] for path in leaves}))
             raise ModelError(f"{KEY}: {name} matches no layer; there are {existing}")
-        paths += matched
+        paths += matches
     adapted = {target.path for target in targets}
     for path in paths:
         _check(model, path, leaves[path], adapted)
@@ -40,8 +40,8 @@ def _check(model: Phi3ForCausalLM, path: str, module: nn.Module, adapted: Collec
         raise ModelError(f"{KEY}: {path} carries an adapter; take it from target_modules, or from modules_to_save")
     if model.config.tie_word_embeddings and path in ("lm_head", "model.embed_tokens"):
         raise ModelError(
-            f"{KEY}: lm_head and embed_tokens share one weight in this model, and a trained copy of {path} would part "
-            "them; leave it out"
+            f"{KEY}: lm_head and embed_tokens share one weight in this model, and a trained copy of {path} would "
+            "separate them; leave it out"
         )
     if not all(parameter.is_floating_point() for parameter in module.parameters()):
         raise ModelError(
@@ -51,7 +51,7 @@ def _check(model: Phi3ForCausalLM, path: str, module: nn.Module, adapted: Collec
 
 
 def in_float32(copy: nn.Module) -> None:
-    """Keep a trained copy in float32 whatever the type of its input, with an output in the type of the base."""
+    """Keep a trained copy, which PEFT has made, in float32: hooks cast its input, and its output to the base's type."""
     dtype = next(copy.parameters()).dtype
     copy.float()
     copy.register_forward_pre_hook(_cast_inputs)

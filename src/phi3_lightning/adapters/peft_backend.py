@@ -1,8 +1,9 @@
 """LoRA by PEFT, injected in place: the model keeps its class and its module paths."""
 
-import copy
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from peft import LoraConfig, get_peft_model_state_dict, set_peft_model_state_dic
 from peft.tuners.lora import LoraLayer, LoraModel
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
+from transformers.modeling_utils import local_torch_dtype
 
 from phi3_lightning.adapters import convert, modules_to_save, peft_patches, targets
 from phi3_lightning.adapters.adapter import PeftForm, Role
@@ -64,7 +66,10 @@ class PeftAdapter:
             modules_to_save=self.modules_to_save or None,
             task_type=config.task_type,
         )
-        with peft_patches.float32_default(), peft_patches.tied_input_is_meant():
+        lora._register_custom_module({nn.Linear: peft_patches.make_linear})  # type: ignore[dict-item]
+        with local_torch_dtype(torch.float32), warnings.catch_warnings():
+            # of a tied weight only the input side is adapted, which is what is meant
+            warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
             self._tuner = LoraModel(model, {ADAPTER: lora}, ADAPTER)
         for layer in self._layers():
             peft_patches.patch_layer(layer, ADAPTER)
@@ -119,8 +124,7 @@ class PeftAdapter:
 
     def to_peft(self) -> PeftForm:
         """Return the adapter in the form of PEFT's files, with one rank and one scale for all layers."""
-        config = copy.copy(cast("LoraConfig", self._tuner.peft_config[ADAPTER]))
-        config.target_modules = self._names
+        config = replace(cast("LoraConfig", self._tuner.peft_config[ADAPTER]), target_modules=self._names)
         tensors = {name: convert.to_cpu_float32(tensor) for name, tensor in self._tensors().items()}
         if not (config.rank_pattern or config.alpha_pattern):
             return PeftForm(config, tensors)

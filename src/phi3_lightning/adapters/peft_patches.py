@@ -1,8 +1,6 @@
 """Corrections of PEFT's layers for a float32 adapter on a base in bfloat16 or 4 bits."""
 
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -27,23 +25,30 @@ class Linear(lora.Linear):
     """PEFT's layer with product, factor and sum in one kernel, which allocates nothing else of the output's size."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the frozen layer's output with the LoRA delta added."""
-        if self.disable_adapters or self.merged or len(self.active_adapters) != 1 or args or kwargs:
+        """Return the frozen layer's output with the LoRA delta added; DoRA's stays PEFT's own."""
+        if self.disable_adapters or self.lora_variant:
             return super().forward(x, *args, **kwargs)
-        (adapter,) = self.active_adapters
+        [adapter] = self.active_adapters
         down, up = (cast("Tensor", part[adapter].weight) for part in (self.lora_A, self.lora_B))
-        return add_lora_delta(self.base_layer(x), self.lora_dropout[adapter](x), down, up, self.scaling[adapter])
+        result = self.base_layer(x, *args, **kwargs)
+        return add_lora_delta(result, self.lora_dropout[adapter](x), down, up, self.scaling[adapter])
+
+
+def make_linear(layer: nn.Module, *args: Any, **kwargs: Any) -> Linear | None:
+    """Return :class:`Linear` over a plain linear layer; None leaves bitsandbytes' kinds to PEFT."""
+    return Linear(layer, *args, **kwargs) if type(layer) is nn.Linear else None
 
 
 def patch_layer(layer: Any, adapter: str) -> None:
-    """Make the weights of a ``LoraLayer`` float32, and its computation correct over any base, and cheap."""
+    """Make the weights of a ``LoraLayer`` float32, and its computation correct over any base, and cheap.
+
+    These are attributes of a layer that PEFT has made: its constructors round to the type of the base.
+    """
     for parameter in layer.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     if isinstance(layer.lora_dropout[adapter], nn.Dropout):
         layer.lora_dropout[adapter] = Dropout(layer.lora_dropout[adapter].p)
-    if type(layer) is lora.Linear and adapter not in layer.lora_variant:
-        layer.__class__ = Linear
     layer.cast_input_dtype_enabled = cast("bool", _WithoutAutocast())
     if adapter in layer.lora_variant:
         layer.lora_variant[adapter].init(layer, adapter_name=adapter)  # again, from float32: PEFT rounds the magnitude
@@ -74,22 +79,3 @@ def start_orthogonal(layer: Any, adapter: str) -> None:
     directions, _ = torch.linalg.qr(torch.randn(rank, rank))
     down.copy_(torch.randn(down.shape[1], rank // 2).mm(directions[0::2]).T / 10.0)
     up.copy_(torch.randn(rank // 2, len(up)).T.mm(directions[1::2]) / 10.0)
-
-
-@contextmanager
-def float32_default() -> Iterator[None]:
-    """Make new weights float32 while the context lasts."""
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(default)
-
-
-@contextmanager
-def tied_input_is_meant() -> Iterator[None]:
-    """Adapt embed_tokens where lm_head shares its weight, without PEFT's warning: only the input side is meant."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`")
-        yield

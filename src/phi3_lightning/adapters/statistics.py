@@ -82,22 +82,22 @@ class Statistics:
     def _weight_norms(self, target: Target) -> Tensor | None:
         """Norms of the adapted matrices of a layer, float64, on the CPU."""
         if target.path not in self._norms:
-            layer: Any = self._model.get_submodule(target.path)
-            layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-            self._norms[target.path] = self._measure(target, layer)
+            self._norms[target.path] = self._measure(target)
         return self._norms[target.path]
 
-    def _measure(self, target: Target, layer: Any) -> Tensor | None:
+    def _measure(self, target: Target) -> Tensor | None:
+        layer: Any = self._model.get_submodule(target.path)
+        layer = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         if layer.weight.dtype == torch.int8:  # its scales move from the weight to the layer when it is first used
             return None
         weight = _full_tensor(dequantize_module_weight(layer) if layer.weight.dtype == torch.uint8 else layer.weight)
         if target.embedding:
-            parts, adapted = {target.name: weight}, target.slices
+            weights, adapted = {target.name: weight}, target.slices
         else:
             matrices = targets.fused(self._model, target)
-            parts = dict(zip(matrices, weight.split(list(matrices.values())), strict=True))
+            weights = dict(zip(matrices, weight.split(list(matrices.values())), strict=True))
             adapted = target.adapted if len(target.slices) > 1 else matrices
-        norms: list[Tensor] = [torch.linalg.vector_norm(parts[name].float()) for name in adapted]
+        norms: list[Tensor] = [torch.linalg.vector_norm(weights[name].float()) for name in adapted]
         return torch.stack(norms).double().cpu()
 
 

@@ -175,7 +175,7 @@ def fused(model: Phi3ForCausalLM, target: Target) -> dict[str, int]:
 
 
 def _slices(layer: nn.Module, name: str, config: Phi3Config) -> dict[str, int]:
-    """Name and rows of each slice, by the real numbers of heads: there may be fewer keys than queries."""
+    """Name and rows of each slice; there may be fewer key-value heads than query heads."""
     head = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)
     keys, inner = cast("int", config.num_key_value_heads) * head, config.intermediate_size
     rows = {"qkv_proj": (config.num_attention_heads * head, keys, keys), "gate_up_proj": (inner, inner)}
@@ -186,10 +186,10 @@ def _slices(layer: nn.Module, name: str, config: Phi3Config) -> dict[str, int]:
 
 def _check_patterns(targets: list[Target], lora: LoRA) -> None:
     for key, pattern in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
-        used = {get_pattern_key(list(pattern), target.path) for target in targets}
-        if unused := [name for name in pattern if name not in used]:
+        keys = {get_pattern_key(list(pattern), target.path) for target in targets}
+        if unused := [name for name in pattern if name not in keys]:
             layers = ", ".join(sorted({target.name for target in targets}))
-            raise ModelError(f"model.lora.{key}: {', '.join(unused)} decides for no target; adapted are {layers}")
+            raise ModelError(f"model.lora.{key}: {', '.join(unused)} matches no target; adapted are {layers}")
 
 
 def _check_enable_lora(chosen: dict[str, set[str]], lora: LoRA) -> None:

@@ -29,7 +29,7 @@ class AdapterStatistics(pl.Callback):
     """
 
     def __init__(self, every_n_steps: int = 25) -> None:
-        require(every_n_steps >= 1, "monitor.adapter_every_n_steps", every_n_steps, "it is at least 1")
+        require(every_n_steps >= 1, "monitor.adapter_every_n_steps", every_n_steps, "it is at least 1, or null")
         self.every_n_steps = every_n_steps
         self._statistics: Statistics | None = None
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from phi3_lightning.contracts import PlannedData
+from phi3_lightning.contracts import PlannedData, data_module
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.hardware import device_memory
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode, checkpoint_activations
@@ -28,7 +28,7 @@ class AutoCheckpointing(pl.Callback):
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not isinstance(pl_module, Phi3LoRAModule) or pl_module.gradient_checkpointing != "auto":
             return
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        data = data_module(trainer)
         largest = data.largest_train_batch() if isinstance(data, PlannedData) else None
         mode: CheckpointingMode | int = "full"
         why = "the largest batch is not known before training"
@@ -53,7 +53,7 @@ class AutoBatchSize(pl.Callback):
 
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        data = data_module(trainer)
         if stage != "fit" or not isinstance(data, PlannedData) or not data.awaits_batch_size:
             return
         if not isinstance(pl_module, Phi3LoRAModule):

@@ -10,7 +10,7 @@ from typing_extensions import override
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.batch.documents import single_documents
-from phi3_lightning.contracts import origins
+from phi3_lightning.contracts import data_module, origins
 from phi3_lightning.errors import DivergenceError
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -65,7 +65,7 @@ class BadRows(pl.Callback):
             return
         self._warned = True
         rows = find_bad_documents(trainer, pl_module, batch)
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        data = data_module(trainer)
         places = [origin.place for origin in origins(data, "validate", rows)]
         rank_zero_warn(
             f"the validation loss is not finite. Rows: {', '.join(places) or 'not one of this batch by itself'}. "

@@ -72,9 +72,8 @@ class BaseDrift(pl.Callback):
 def compare(module: Phi3LoRAModule, batch: Batch) -> Tensor:
     """Compare tuned and base model on a batch; the module is in evaluation mode.
 
-    Returns:
-        KL(tuned || base), the tuned and the base model's loss, each summed over the supervised tokens, and the number
-        of these tokens, shape (4,), float64.
+    The result is KL(tuned || base), the tuned and the base model's loss, each summed over the supervised tokens, and
+    the number of these tokens: shape (4,), float64.
     """
     tuned, labels = supervised_positions(module(batch), batch)
     with module.base_answers():

@@ -139,20 +139,16 @@ class RunCheckpoint(ModelCheckpoint):
         if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         score = trainer.callback_metrics.get(self.monitor)
-        if score is None:
-            self._warn_not_logged(sorted(trainer.callback_metrics))
-        elif score.item() < self.best_score:  # false for NaN
+        if score is not None and score.item() < self.best_score:  # false for NaN
             self.best_score, self.best_model_score = score.item(), score.detach().clone()
             self._save(trainer, self.best_path)
             self.best_model_path = str(self.best_path)
-
-    def _warn_not_logged(self, logged: list[str]) -> None:
-        if not self._warned:
+        elif score is None and not self._warned:
+            self._warned = True
             rank_zero_warn(
-                f"checkpoint.monitor: {self.monitor} is not logged (there are {', '.join(logged)}), and no best.ckpt "
-                "is kept"
+                f"checkpoint.monitor: {self.monitor} is not logged (there are "
+                f"{', '.join(sorted(trainer.callback_metrics))}), and no best.ckpt is kept"
             )
-        self._warned = True
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

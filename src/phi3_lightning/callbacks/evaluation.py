@@ -15,7 +15,7 @@ from typing_extensions import override
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.config.checks import require
-from phi3_lightning.contracts import DescribedData, HasTokenizer, origins
+from phi3_lightning.contracts import DescribedData, HasTokenizer, data_module, origins
 from phi3_lightning.distributed.collectives import all_gather_dict, all_gather_object
 from phi3_lightning.errors import ConfigError, DataError, ModelError
 from phi3_lightning.evaluate import cases, page
@@ -65,7 +65,7 @@ class EvaluationReport(pl.Callback):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        data = _datamodule(trainer)
+        data = data_module(trainer)
         # Lightning saves the state of a data module under the name of its class
         state = checkpoint.get(type(data).__qualname__, {}) if isinstance(data, DescribedData) else {}
         self._checkpoint = {"step": checkpoint["global_step"], "statistics": state.get("statistics", {})}
@@ -74,6 +74,7 @@ class EvaluationReport(pl.Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage != "test":
             return
+        self._checkpoint = {}  # of a run before
         if not isinstance(pl_module, Phi3LoRAModule):
             kind = type(pl_module).__name__
             raise ModelError(f"EvaluationReport: {kind} has no adapter to switch off; it compares a Phi3LoRAModule")
@@ -82,7 +83,7 @@ class EvaluationReport(pl.Callback):
         if self.rows == 0:
             return
         AnswerMetrics()  # raises an error where the extra eval is not installed
-        if not isinstance(_datamodule(trainer), HasTokenizer):
+        if not isinstance(data_module(trainer), HasTokenizer):
             raise ConfigError(
                 "evaluation.rows: answers need a datamodule whose attribute tokenizer turns ids into text; give it "
                 "one, or set evaluation.rows: 0 to measure token losses alone"
@@ -110,7 +111,7 @@ class EvaluationReport(pl.Callback):
         document_ids = [document_id for row in batch["document_ids"] for document_id in row]
         self._tokens |= dict(zip(document_ids, torch.cat([base, tuned], dim=-1).cpu().numpy(), strict=True))
         for case in cases.cases(batch) if self.rows != 0 else []:
-            reason = cases.unusable(case, _datamodule(trainer).tokenizer)
+            reason = cases.unusable(case, data_module(trainer).tokenizer)
             if reason is None:
                 self._cases[case.document_id] = case
             else:
@@ -133,7 +134,7 @@ class EvaluationReport(pl.Callback):
         self._partial.remove()
 
     def _answer(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> list[AnswerPair]:
-        tokenizer = _datamodule(trainer).tokenizer
+        tokenizer = data_module(trainer).tokenizer
         ids = cases.choose((row for share in all_gather_object(trainer, list(self._cases)) for row in share), self.rows)
         chosen = all_gather_dict(trainer, {row: self._cases[row] for row in ids if row in self._cases})
         answering = Answering(trainer, module, tokenizer, cases.stop_ids(chosen.values(), tokenizer))
@@ -155,7 +156,7 @@ class EvaluationReport(pl.Callback):
     ) -> None:
         folder = cast("Path", self.folder)
         data, answered_rows = _test_facts(trainer), [pair.row for pair in answers]
-        sources = origins(_datamodule(trainer), "test", answered_rows)
+        sources = origins(data_module(trainer), "test", answered_rows)
         config = folder / "config.yaml"
         report = Report(
             run=folder.resolve().name,
@@ -195,12 +196,8 @@ def _log(module: Phi3LoRAModule, stage: str, values: Mapping[str, float]) -> Non
         module.log(f"{stage}/{name}", value, sync_dist=True)
 
 
-def _datamodule(trainer: pl.Trainer) -> Any:
-    return trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
-
-
 def _test_facts(trainer: pl.Trainer) -> dict[str, Any]:
-    data = _datamodule(trainer)
+    data = data_module(trainer)
     if isinstance(data, DescribedData):
         return data.test_facts()
     return {"source": f"{type(data).__name__}.test_dataloader" if data else "a dataloader", "statistics": {}}

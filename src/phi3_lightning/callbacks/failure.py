@@ -6,6 +6,7 @@ import socket
 import sys
 import threading
 import time
+from contextlib import suppress
 
 import lightning.pytorch as pl
 import torch.distributed as dist
@@ -67,7 +68,7 @@ class RankFailure(pl.Callback):
 
 
 def is_communication(exception: BaseException) -> bool:
-    """Return whether an exception only says that another rank could not be reached."""
+    """Return whether an exception means no more than that another rank could not be reached."""
     return isinstance(exception, dist.DistError) or (isinstance(exception, RuntimeError) and "gloo" in str(exception))
 
 
@@ -105,13 +106,11 @@ class _Watch(threading.Thread):
 
     def report(self, cause: str, patience: float) -> None:
         """Send the others the cause of this rank's failure; rank 0, which keeps the store, waits until they have it."""
-        try:
+        with suppress(dist.DistError):  # the other ranks have ended
             self._store.compare_set("first", "", f"{self._who(self._rank)} failed: {cause}")
             end = time.monotonic() + patience
             while self._rank == 0 and self._store.add("heard", 0) < len(self._hosts) and time.monotonic() < end:
                 time.sleep(HEARTBEAT_SECONDS / 5)
-        except dist.DistError:
-            pass  # the other ranks have ended
 
     def cause(self, patience: float) -> str:
         """Return why this rank could not reach another."""
@@ -123,15 +122,12 @@ class _Watch(threading.Thread):
                 alive = [now > then for now, then in zip(self._beats(), before, strict=True)]
                 silent = [self._who(rank) for rank, beats in enumerate(alive) if not beats]
                 self._first = f"no sign of life from {', '.join(silent) or 'the network'}"
-                self._agree_on(self._first, patience)
+                self._first = self._store.compare_set("first", "", self._first).decode()
+                if self._rank == 0:
+                    time.sleep(min(patience, 4 * HEARTBEAT_SECONDS))  # the store goes with this rank
         except dist.DistError:
             self._first = self._first or f"no sign of life from {self._who(0)}"
         return self._message()
-
-    def _agree_on(self, finding: str, patience: float) -> None:
-        self._first = self._store.compare_set("first", "", finding).decode()
-        if self._rank == 0:
-            time.sleep(min(patience, 4 * HEARTBEAT_SECONDS))  # the store goes with this rank
 
     def _beats(self) -> list[int]:
         return [self._store.add(f"beat/{rank}", 0) for rank in range(len(self._hosts))]

@@ -37,25 +37,13 @@ class Monitor:
     """Number of rows of the first training batch that TensorBoard shows with the trained tokens marked; 0: none."""
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.adapter_every_n_steps is not None:
-            valid = self.adapter_every_n_steps >= 1
-            require(valid, "monitor.adapter_every_n_steps", self.adapter_every_n_steps, "it is at least 1, or null")
-        require(self.samples >= 0, "monitor.samples", self.samples, "it is 0 or more")
-        require(self.sample_tokens >= 1, "monitor.sample_tokens", self.sample_tokens, "it is at least 1")
-        require(self.rows >= 0, "monitor.rows", self.rows, "it is 0 or more")
+        """Refuse chats that nothing reads; the callbacks check the other options."""
         require(self.base_drift or self.general is None, "monitor.general", self.general, "monitor.base_drift is false")
 
     def callbacks(
         self, general: pl.LightningDataModule, row_length: int | None, *, from_predict: bool
     ) -> list[pl.Callback]:
-        """Return the callbacks.
-
-        Args:
-            general: The chats on which drift from the base is measured.
-            row_length: The most tokens of a packed row; None: rows are not packed.
-            from_predict: Whether ``data.predict`` has prompts.
-        """
+        """Return the callbacks; ``row_length`` is the most tokens of a packed row, None where rows are not packed."""
         callbacks: list[pl.Callback] = [Throughput(row_length), BadRows()]
         if self.adapter_every_n_steps is not None:
             callbacks.append(AdapterStatistics(self.adapter_every_n_steps))

@@ -8,7 +8,7 @@ import torch
 from typing_extensions import override
 
 from phi3_lightning.batch import Batch, PromptBatch
-from phi3_lightning.contracts import PlannedData
+from phi3_lightning.contracts import PlannedData, data_module
 from phi3_lightning.model.activation_checkpointing import mode_of
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.memory import MemoryPredictor
@@ -35,7 +35,7 @@ class OutOfMemory(pl.Callback):
 
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        data = data_module(trainer)
         largest = data.largest_train_batch() if isinstance(data, PlannedData) else None
         if isinstance(pl_module, Phi3LoRAModule) and largest is not None:
             self._batch, self._place = largest, "a trial of the largest training batch"

@@ -4,18 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from phi3_lightning.batch import PromptBatch
 from phi3_lightning.batch.padding import unpadded
-from phi3_lightning.contracts import origins
+from phi3_lightning.contracts import data_module, origins
 from phi3_lightning.distributed.collectives import all_gather_dict
 from phi3_lightning.jsonl import PartialJsonl, write_jsonl
 
 
-class PredictionWriter(Callback):
+class PredictionWriter(pl.Callback):
     """Writes a line for each prompt: its place, its row's own id, the prompt, the answer, and whether that is finished.
 
     Each rank writes its answers so far to ``predictions.partial.RANK.jsonl`` beside the file, which stays when a run is
@@ -46,7 +45,7 @@ class PredictionWriter(Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        data = data_module(trainer)
         document_ids = batch["document_ids"]
         rows = zip(document_ids, origins(data, "predict", document_ids), unpadded(batch), outputs, strict=False)
         for document_id, origin, prompt, ids in rows:  # filler rows have no document id

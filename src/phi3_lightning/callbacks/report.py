@@ -75,20 +75,17 @@ class RunReport(pl.Callback):
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
         if self._last:
-            self._print_validation_metrics()
+            table = Table(title="held-out rows")
+            for column in ("", "first", "last"):
+                table.add_column(column, justify="right" if column else "left")
+            for name in self._last:
+                table.add_row(name, f"{self._first[name]:.4f}", f"{self._last[name]:.4f}")
+            self._print(table)
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file():
             self._print(f"checkpoint: {last} ({last.stat().st_size / 1e6:.1f} MB)")
         if (self.folder / "tensorboard").is_dir():
             self._print(f"curves:     tensorboard --logdir {self.folder / 'tensorboard'}")
-
-    def _print_validation_metrics(self) -> None:
-        table = Table(title="held-out rows")
-        for column in ("", "first", "last"):
-            table.add_column(column, justify="right" if column else "left")
-        for name in self._last:
-            table.add_row(name, f"{self._first[name]:.4f}", f"{self._last[name]:.4f}")
-        self._print(table)
 
     @rank_zero_only
     def _print(self, content: str | Table) -> None:

@@ -17,7 +17,7 @@ from phi3_lightning.batch.padding import prompt_batch, unpadded
 from phi3_lightning.callbacks.tensorboard import boards, literal, step_of
 from phi3_lightning.checkpoint.averaging import averaged_weights
 from phi3_lightning.config.checks import require
-from phi3_lightning.contracts import HasTokenizer
+from phi3_lightning.contracts import HasTokenizer, data_module
 from phi3_lightning.evaluate import cases
 from phi3_lightning.generation.decode import generate
 from phi3_lightning.module import Phi3LoRAModule
@@ -84,7 +84,7 @@ class Samples(pl.Callback):
 
     @torch.no_grad()
     def _answer(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> list[Sample]:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        data = data_module(trainer)
         if self.prompts == 0 or not isinstance(data, HasTokenizer):
             return []
         if self._prompts is None:
@@ -118,7 +118,6 @@ class Samples(pl.Callback):
         prompts = prompts[: self.prompts]
         return prompt_batch(prompts, list(range(len(prompts))), stop_ids) if prompts else None
 
-    @rank_zero_only
     def _print_lines(self, step: int) -> None:
         lines = [f"  {each.prompt}\n    base:  {each.base}\n    tuned: {each.tuned}" for each in self._samples]
         if lines:

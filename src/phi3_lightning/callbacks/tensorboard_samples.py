@@ -9,7 +9,8 @@ from typing_extensions import override
 from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.batch.segments import Segment, segments
 from phi3_lightning.callbacks.tensorboard import boards, literal, step_of
-from phi3_lightning.contracts import HasTokenizer
+from phi3_lightning.config.checks import require
+from phi3_lightning.contracts import HasTokenizer, data_module
 
 MAX_SHOWN_TOKENS = 400
 """Tokens of a row that are shown; a packed one may have thousands."""
@@ -25,13 +26,14 @@ class TensorBoardSamples(pl.Callback):
     """
 
     def __init__(self, rows: int = 3) -> None:
+        require(rows >= 0, "monitor.rows", rows, "it is 0 or more")
         self.rows = rows
 
     @override
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
-        data = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+        data = data_module(trainer)
         if trainer.global_step or batch_idx or not isinstance(data, HasTokenizer):
             return
         for writer in boards(trainer):
@@ -69,7 +71,6 @@ def as_markdown(rows: list[list[Segment]]) -> str:
     """Return rows as Markdown with the trained segments in bold."""
     texts = ["Bold is trained, everything else is context."]
     for row in rows:
-        words = [(segment.trained, literal(segment.text)) for segment in row]
-        text = "".join(f"<strong>{word}</strong>" if trained else word for trained, word in words)
-        texts.append(f"<pre>{text}</pre>")
+        words = (f"<strong>{literal(each.text)}</strong>" if each.trained else literal(each.text) for each in row)
+        texts.append(f"<pre>{''.join(words)}</pre>")
     return "\n\n".join(texts)

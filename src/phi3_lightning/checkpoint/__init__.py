@@ -1,1 +1,1 @@
-"""What a checkpoint holds, how it is written and read, and how a run goes on from it."""
+"""What a checkpoint holds, how it is written and read, and how a run resumes from it."""

@@ -46,9 +46,14 @@ def check_averaging(trainer: pl.Trainer) -> None:
 
 def average_trained_alone(trainer: pl.Trainer, module: pl.LightningModule) -> None:
     """Restrict the averaging callbacks of a Trainer to trained weights; their copies share the frozen ones."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, WeightAveraging) and callback._average_model is not None:
-            _restrict(callback._average_model, module)
+    for callback in _averaging(trainer):
+        _restrict(callback._average_model, module)
+
+
+def _averaging(trainer: pl.Trainer) -> list[Any]:
+    """The averaging callbacks that have copied the module."""
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [each for each in callbacks if isinstance(each, WeightAveraging) and each._average_model is not None]
 
 
 def _restrict(average: AveragedModel, module: pl.LightningModule) -> None:
@@ -68,7 +73,7 @@ def _restrict(average: AveragedModel, module: pl.LightningModule) -> None:
 
 
 def _skipping_shared(model: AveragedModel) -> Callable[[Any, Any, Tensor | int], None]:
-    """Averages lists of tensors, except those that both lists share."""
+    """Return what averages lists of tensors, except those that both lists share."""
     single, several = model.avg_fn or get_swa_avg_fn(), model.multi_avg_fn
 
     def update(averaged: list[Tensor], current: list[Tensor], count: Tensor | int) -> None:
@@ -84,14 +89,8 @@ def _skipping_shared(model: AveragedModel) -> Callable[[Any, Any, Tensor | int],
 
 @contextmanager
 def averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """Put the averaged weights into a module for a while, outside of validations; without averaging, do nothing.
-
-    Args:
-        trainer: The Trainer, whose callbacks may average.
-        module: The module that they average.
-    """
-    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    averaging = [each for each in callbacks if isinstance(each, WeightAveraging) and each._average_model is not None]
+    """Put the averaged weights into a module for a while, outside of validations; without averaging, do nothing."""
+    averaging = _averaging(trainer)
     for callback in averaging:
         callback._swap_models(module)
     try:

@@ -21,14 +21,11 @@ SECTIONS = ("model", "data", "model.lora", "model.optimizer", "model.schedule")
 
 
 class Changed(NamedTuple):
-    """An option that has another value now."""
+    """An option, by its key path, that has another value now than the checkpoint was trained with."""
 
     option: str
-    """Its key path."""
     now: Any
-    """Its present value."""
     former: Any
-    """The value that the checkpoint was trained with."""
 
     def __str__(self) -> str:
         return f"{self.option} is {self.now} and was {self.former}"

@@ -20,7 +20,7 @@ from phi3_lightning.checkpoint.identity import (
     plain_name,
     without_frozen,
 )
-from phi3_lightning.contracts import PlannedData
+from phi3_lightning.contracts import PlannedData, data_module
 from phi3_lightning.errors import CheckpointError, ModelError
 from phi3_lightning.model.base import fingerprint
 from phi3_lightning.renamed import translate
@@ -55,7 +55,7 @@ class TrainableStateMixin(pl.LightningModule):
 
     def _identity(self) -> dict[str, Any]:
         """The identity block, with what the datamodule adds."""
-        data = None if self._trainer is None else self._trainer.datamodule  # type: ignore[attr-defined]
+        data = None if self._trainer is None else data_module(self._trainer)
         return self.checkpoint_identity() | (data.checkpoint_identity() if isinstance(data, PlannedData) else {})
 
     def _frozen_names(self) -> set[str]:
@@ -108,17 +108,17 @@ class TrainableStateMixin(pl.LightningModule):
         check_identity(checkpoint, self._identity(), self.on_mismatch)
         if averaging.CURRENT in checkpoint:
             checkpoint[averaging.CURRENT] = self._trained(checkpoint[averaging.CURRENT])
-        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
-        if fitting and "optimizer_states" not in checkpoint:
+        if self._trainer is None or self.trainer.state.fn != "fit":
+            return
+        if "optimizer_states" not in checkpoint:
             raise CheckpointError(
-                "the checkpoint was saved with save_weights_only and has no optimiser state to go on from; validate, "
+                "the checkpoint was saved with save_weights_only and has no optimiser state to resume from; validate, "
                 "test and predict take it, and fit needs a full checkpoint"
             )
-        if fitting:
-            check_moments(checkpoint["optimizer_states"])
-            resume.reshard_progress(self.trainer, checkpoint)
-            averaging.choose_weights(self.trainer, checkpoint)
-            keep_options(self.trainer, checkpoint)
+        check_moments(checkpoint["optimizer_states"])
+        resume.reshard_progress(self.trainer, checkpoint)
+        averaging.choose_weights(self.trainer, checkpoint)
+        keep_options(self.trainer, checkpoint)
 
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False

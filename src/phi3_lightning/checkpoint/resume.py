@@ -13,12 +13,12 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 
-from phi3_lightning.contracts import PlannedData
+from phi3_lightning.contracts import PlannedData, data_module
 
 
 def reshard_progress(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None:
     """Convert the position of a checkpoint that is being loaded to the ranks and windows of this run."""
-    data: Any = trainer.datamodule  # type: ignore[attr-defined]  # Lightning types it as None
+    data = data_module(trainer)
     state = checkpoint.get(type(data).__qualname__)
     if not state or not isinstance(data, PlannedData):
         return
@@ -26,10 +26,10 @@ def reshard_progress(trainer: pl.Trainer, checkpoint: Mapping[str, Any]) -> None
     progress = loops["epoch_loop.batch_progress"]
     position = progress["current"]["ready"]
     epoch = loops["epoch_progress"]["current"]["processed"]
-    moved = data.reshard_progress(state, epoch, position, trainer.accumulate_grad_batches) - position
+    shift = data.reshard_progress(state, epoch, position, trainer.accumulate_grad_batches) - position
     for scope in ("current", "total"):
         for name in progress[scope]:
-            progress[scope][name] += moved
+            progress[scope][name] += shift
 
 
 def align_loops(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
@@ -48,7 +48,7 @@ def align_loops(trainer: pl.Trainer, loops: dict[str, Any]) -> None:
 
 
 def align_steps(trainer: pl.Trainer) -> None:
-    """Set the step of loggers to the one that was reached; Lightning's count is one ahead beside a validation."""
+    """Set the step of loggers to the one that was reached; Lightning's count is one ahead at a validation."""
     loop = trainer.fit_loop.epoch_loop
     if trainer.lightning_module.automatic_optimization:  # a batch that steps is a step
         # Lightning takes such a batch for one that steps once more, after the validation or without repeating it

@@ -107,22 +107,14 @@ def in_roundings(
 
 
 def packed_against_single(module: Phi3LoRAModule, packed: Batch, single: Batch, context: Context) -> dict[str, float]:
-    """Compare documents that share a row with the same documents in rows of their own, without dropout.
-
-    Returns:
-        Distances of logits, losses and gradient, in roundings.
-    """
+    """Return how far documents that share a row are, in roundings, from the same documents in rows of their own."""
     module.eval()
     alone = compute(module, single, context)
     return in_roundings(module, alone, compute(module, packed, context), single, context)
 
 
 def checkpointed_against_stored(module: Phi3LoRAModule, batch: Batch, context: Context) -> dict[str, float]:
-    """Compare activations that are recomputed in the backward pass with stored ones, with dropout.
-
-    Returns:
-        Distances of logits, losses and gradient, in roundings.
-    """
+    """Return how far recomputed activations are, in roundings, from stored ones, with dropout."""
     module.train()
     model = module.loaded_model
     mode = mode_of(model)
@@ -136,10 +128,9 @@ def checkpointed_against_stored(module: Phi3LoRAModule, batch: Batch, context: C
 
 
 def without_gradient(module: Phi3LoRAModule, batch: Batch, context: Context) -> tuple[int, list[str]]:
-    """Find the adapted layers, or slices, that a step would not change; neither half of an adapter is zero.
+    """Return the number of adapted layers and slices, and the paths and names of those that a step would not change.
 
-    Returns:
-        The number of adapted layers and slices, and of those without a gradient the paths and names.
+    Neither half of the adapter is zero.
     """
     module.train()
     module.zero_grad()

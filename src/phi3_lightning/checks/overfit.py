@@ -8,7 +8,6 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
@@ -50,7 +49,7 @@ class OverfitCase:
 
 
 @dataclass(eq=False)
-class OverfitResult(Callback):
+class OverfitResult(pl.Callback):
     """Losses and answers of a case, measured while the Trainer holds the model on its device."""
 
     case: OverfitCase

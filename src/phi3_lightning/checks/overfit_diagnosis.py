@@ -36,7 +36,7 @@ REMEDIES = {
     GOOD_ROWS_MY_SETTINGS: "it is your settings: model.optimizer.lr (LoRA learns at 1e-4 to 5e-4, a tiny model at "
     "1e-2), model.lora.target_modules, r and lora_alpha, trainer.gradient_clip_val",
     MY_ROWS_MY_SETTINGS: "each is sound alone: your rows need another model.optimizer.lr or more room (model.lora.r)",
-    ROUND_TRIP: "checkpoints of this module do not bring it back: do not train before this is mended",
+    ROUND_TRIP: "checkpoints of this module do not bring it back: do not train before this is fixed",
 }
 
 
@@ -51,9 +51,8 @@ class OverfitDiagnosis:
     folder: Path
     """For the checkpoint."""
     on_begin: Callable[[str], None]
-    """Called with the name of each check."""
     on_step: Callable[[], None]
-    """Called after each optimiser step."""
+    """As of :class:`~phi3_lightning.checks.suite.Suite`."""
 
     def case(self, rows: list[Row], plan: list[list[list[int]]]) -> OverfitCase:
         """Lay rows out in the micro-batches of one optimiser step: a plan has their indices, by batch and row."""
@@ -71,7 +70,7 @@ class OverfitDiagnosis:
         if own is not None:
             self.on_begin(MY_ROWS_GOOD_SETTINGS)
             result = self._overfit(own, 1.0, settings)
-            sizes = f"{self.shared_base.parameters / 1e6:,.3g} million parameters; these answers have "
+            sizes = f"{self.shared_base.base.num_parameters() / 1e6:,.3g} million parameters; these answers have "
             sizes += f"{own.answer_tokens} tokens, those of the good rows {good.answer_tokens}"
             data = self._result(MY_ROWS_GOOD_SETTINGS, result.overfits, result, sizes)
         yield data
@@ -88,7 +87,7 @@ class OverfitDiagnosis:
     def _good_settings(self, good: OverfitCase) -> Any:
         """Yield the result; return the settings that overfit, or None."""
         figures = []
-        for rate in overfit.known_rates(self.shared_base.hidden_size):
+        for rate in overfit.known_rates(self.shared_base.base.config.hidden_size):
             self.on_begin(f"{GOOD_ROWS_GOOD_SETTINGS}, lr {rate:g}")
             settings = {
                 "lora": LoRA(r=16, lora_alpha=32, lora_dropout=0.0),

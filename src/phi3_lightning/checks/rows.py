@@ -12,7 +12,7 @@ from itertools import islice, pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lightning.config.data import DataConfig, RowOptions
+from phi3_lightning.config.data import DataConfig
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.context_length import ContextLength
 from phi3_lightning.data.conversation import BadRowError, Conversation
@@ -67,7 +67,6 @@ class Sample:
     rows: list[Row] = field(default_factory=list)
     """Those that are checked."""
     read: int = 0
-    """Rows read."""
     documents: int = 0
     """Documents that training would use."""
     dropped: Counter[str] = field(default_factory=Counter)
@@ -79,9 +78,8 @@ class Sample:
     empty: int = 0
     """Documents in which nothing but ends of turns is supervised."""
     tokens: int = 0
-    """Tokens of the documents."""
     supervised: int = 0
-    """Supervised tokens."""
+    """Supervised ones among the tokens of the documents."""
 
     def add(self, chunk: Chunk, source: Source, stop_ids: list[int]) -> list[tuple[int, Document]]:
         """Count a chunk of tokenised rows, and return number and document of each that training would use."""
@@ -120,20 +118,16 @@ def read_sample(options: DataConfig, template: ChatTemplate, context_length: Con
     sample = Sample()
     rows: list[Row] = []
     for index, source in enumerate(sources):
-        raw = list(islice(source_rows(source, options), max(SAMPLED_ROWS // len(sources), 1)))
-        contents = dict(raw)
-        for number, document in sample.add(encoder.encode(Job(index, raw)), source, template.stop_ids):
-            conversation = _conversation(contents[number], encoder.options)
-            rows.append(Row(source.place(number), document, conversation))
+        numbered = list(islice(source_rows(source, options), max(SAMPLED_ROWS // len(sources), 1)))
+        contents = dict(numbered)
+        for number, document in sample.add(encoder.encode(Job(index, numbered)), source, template.stop_ids):
+            raw = contents[number]
+            parsed = parse_row(decode_line(raw) if isinstance(raw, bytes) else raw, encoder.options)
+            rows.append(Row(source.place(number), document, parsed if isinstance(parsed, Conversation) else None))
         if sample.read >= SAMPLED_ROWS:
             break
     sample.rows = _shortest(rows)
     return sample
-
-
-def _conversation(raw: object, options: RowOptions) -> Conversation | None:
-    parsed = parse_row(decode_line(raw) if isinstance(raw, bytes) else raw, options)
-    return parsed if isinstance(parsed, Conversation) else None
 
 
 def _shortest(rows: list[Row]) -> list[Row]:

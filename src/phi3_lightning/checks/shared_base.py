@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import lightning.pytorch as pl
@@ -28,21 +28,13 @@ class SharedBase:
     def __init__(self, module: Phi3LoRAModule, make_trainer: Callable[..., pl.Trainer]) -> None:
         self.make_trainer = make_trainer
         self._user_module = module
-        self._trainer = make_trainer()
+        self.strategy = make_trainer().strategy
         module.configure_model()
         self._base: Phi3ForCausalLM | None = module.detach_adapter()
 
     @property
-    def hidden_size(self) -> int:
-        """Width of the base."""
-        return int(self._available().config.hidden_size)
-
-    @property
-    def parameters(self) -> int:
-        """How many values the base has; of one in 4 bits, as many as it has in full."""
-        return int(self._available().num_parameters())
-
-    def _available(self) -> Phi3ForCausalLM:
+    def base(self) -> Phi3ForCausalLM:
+        """The base, while no module has it."""
         if self._base is None:
             raise ModelError("the base is lent to another module")
         return self._base
@@ -56,7 +48,7 @@ class SharedBase:
         """
         own = self._user_module
         options = {**own.hparams, "base_id": own.base_id, "lora": own.lora, "schedule": Schedule("constant", 0)}
-        module = Phi3LoRAModule(**{**options, **changes, "base": self._available()})
+        module = Phi3LoRAModule(**{**options, **changes, "base": self.base})
         torch.manual_seed(int(os.environ.get("PL_GLOBAL_SEED", "0")))  # adapters start alike
         module.configure_model()
         self._base = None
@@ -65,20 +57,8 @@ class SharedBase:
         finally:
             self._base = module.detach_adapter()
 
-    def on_device(self, module: Phi3LoRAModule) -> None:
-        """Move a module to where the Trainer would run it."""
-        module.to(self._trainer.strategy.root_device)
-
-    def to_device(self, batch: Any) -> Any:
-        """Return a batch on the Trainer's device."""
-        return self._trainer.strategy.batch_to_device(batch)
-
-    def context(self, module: Phi3LoRAModule) -> Callable[[], AbstractContextManager[None]]:
-        """Return a function that makes the context in which the Trainer would run a module."""
-
-        @contextmanager
-        def context() -> Iterator[None]:
-            with self._trainer.precision_plugin.forward_context(), module.autocast():
-                yield
-
-        return context
+    @contextmanager
+    def context(self, module: Phi3LoRAModule) -> Iterator[None]:
+        """Run a module in the context in which the Trainer would run it."""
+        with self.strategy.precision_plugin.forward_context(), module.autocast():
+            yield

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -91,8 +92,6 @@ class Suite:
         plan = plan_split("train", lengths, self.options, self.context_length, seed=0)
         return [plan[batch] for batch in range(len(plan))]
 
-    # ------------------------------------------------------------------ rows
-
     def _my_rows(self, sample: Sample) -> Result:
         trained = f", {sample.supervised / sample.tokens:.0%} of their tokens trained" if sample.tokens else ""
         figure = f"of the first {sample.read} rows {sample.documents} are kept{trained}"
@@ -101,7 +100,7 @@ class Suite:
         remedy = f"{look}; messages with weight 0 or train false are not trained, nor rows longer than data.max_length"
         refused = bool(sample.bad) and self.options.on_bad_row == "raise"
         if refused:
-            remedy = f"mend {sample.bad[0]}; or set data.on_bad_row: skip"
+            remedy = f"fix {sample.bad[0]}, or set data.on_bad_row: skip"
         elif sample.endless:
             figure += f"; {sample.endless} without an end of turn that is trained"
             remedy = "answers that are cut teach no end: raise data.max_length, or set data.truncation: drop"
@@ -124,7 +123,7 @@ class Suite:
             if known_fault:
                 yield Result.skipped(REPEATED_ROWS, f"the fault of {MY_ROWS!r} comes first")
             else:  # in rows behind those of the sample
-                yield Result.of(REPEATED_ROWS, False, str(error), "mend or leave out what is named there")
+                yield Result.of(REPEATED_ROWS, False, str(error), "fix or leave out what is named there")
             yield Result.skipped(HELD_OUT, "not all rows can be read")
             return
         train = parts.pop("train")
@@ -159,7 +158,7 @@ class Suite:
         figure = faults[0] if faults else f"{len(chats)} rows: tokens, trained parts and prompts agree"
         remedy = (
             "the template writes another text for training than for generation: take the base's own "
-            "(data.chat_template: null), or mend the part behind add_generation_prompt"
+            "(data.chat_template: null), or fix the part behind add_generation_prompt"
         )
         return Result.of(TEMPLATE, not faults, figure, remedy)
 
@@ -168,16 +167,14 @@ class Suite:
         [encoded] = self.template.encode([chat])
         return isinstance(encoded, TokenizedDocument) and len(encoded.input_ids) <= self.options.max_length
 
-    # ------------------------------------------------------------------ one model, two ways
-
     def _numerics(self, rows: list[Row]) -> Iterator[Result]:
         documents = [row.document for row in rows]
-        single = self.shared_base.to_device(collate([[document] for document in documents], self.pad))
-        packed = self.shared_base.to_device(collate([documents], self.pad))
+        single = self.shared_base.strategy.batch_to_device(collate([[document] for document in documents], self.pad))
+        packed = self.shared_base.strategy.batch_to_device(collate([documents], self.pad))
         with self.shared_base.module() as module:
             numerics.leave_no_half_zero(module)
-            self.shared_base.on_device(module)
-            context = self.shared_base.context(module)
+            module.to(self.shared_base.strategy.root_device)
+            context = partial(self.shared_base.context, module)
             self.on_begin(PACKED)
             yield _near(
                 PACKED,

@@ -11,11 +11,7 @@ from phi3_lightning.data.template import ChatTemplate
 
 
 def find_faults(rows: list[Row], template: ChatTemplate) -> list[str]:
-    """Compare rows with the template; rows without turns are left out.
-
-    Returns:
-        Place and fault of each row whose supervision differs from the template.
-    """
+    """Return place and fault of each row, of those with turns, whose supervision differs from the template."""
     faults = [(row.place, _fault(row.conversation, row, template)) for row in rows if row.conversation is not None]
     return [f"{place}: {fault}" for place, fault in faults if fault is not None]
 
@@ -24,7 +20,8 @@ def _fault(chat: Conversation, row: Row, template: ChatTemplate) -> str | None:
     ids = row.document.input_ids.tolist()
     spans = _labelled(row)
     contents = [message["content"] for message, on in zip(chat.messages, chat.trained, strict=True) if on]
-    if not _special_text(chat, template) and ids != _rendered(chat, template):
+    render: Any = template.tokenizer.apply_chat_template  # its annotations know no TypedDict
+    if not _special_text(chat, template) and ids != render(chat.messages, tokenize=True, return_dict=False):
         return "its tokens are not those of tokenizer.apply_chat_template"
     if len(spans) != len(contents):
         return f"{len(spans)} spans are trained, and {len(contents)} messages should be"
@@ -32,7 +29,8 @@ def _fault(chat: Conversation, row: Row, template: ChatTemplate) -> str | None:
         if ids[end - 1] not in template.stop_ids:
             return f"the answer {_short(content)} is trained without a token that ends it"
         text = _decoded(ids[start : end - 1], template)
-        if text not in (content.strip(), _decoded(_plain(content.strip(), template), template)):
+        encoded = template.tokenizer.backend_tokenizer.encode(content.strip(), add_special_tokens=False)
+        if text not in (content.strip(), _decoded(encoded.ids, template)):
             return f"{_short(text)} is trained, and the message is {_short(content)}"
     return _prompt_fault(chat, ids, spans, template)
 
@@ -62,20 +60,10 @@ def _labelled(row: Row) -> list[tuple[int, int]]:
     return [match.span() for match in re.finditer("x+", marks)]
 
 
-def _rendered(chat: Conversation, template: ChatTemplate) -> list[int]:
-    render: Any = template.tokenizer.apply_chat_template  # its annotations know no TypedDict
-    ids: list[int] = render(chat.messages, tokenize=True, return_dict=False)
-    return ids
-
-
 def _special_text(chat: Conversation, template: ChatTemplate) -> bool:
     """Whether a content holds the text of a special token, which transformers would read as a turn."""
     special = [token.content for token in template.tokenizer.added_tokens_decoder.values() if token.special]
     return any(token in message["content"] for token in special for message in chat.messages)
-
-
-def _plain(text: str, template: ChatTemplate) -> list[int]:
-    return template.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
 def _decoded(ids: list[int], template: ChatTemplate) -> str:

@@ -17,8 +17,9 @@ from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.export.card import Origin
 from phi3_lightning.export.chat_files import Chat
-from phi3_lightning.export.export import DType, Export, Exported, Format, export
+from phi3_lightning.export.export import Export, Exported, Format, export
 from phi3_lightning.files import local_path, writing
+from phi3_lightning.model.base import DType
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import RunFolder
 

@@ -20,7 +20,7 @@ def memory_table(memory: Memory, where: str) -> Table:
         "base weights": memory.base,
         "adapter, its gradients": memory.adapter,
         "optimiser state": memory.optimizer,
-        "activations kept for the backward pass": memory.kept,
+        "activations kept for the backward pass": memory.stored,
         "head: logits and their gradients": memory.head,
         "a layer's pass": memory.layer,
         "process and libraries": memory.process,

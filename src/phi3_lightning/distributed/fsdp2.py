@@ -72,7 +72,7 @@ class FSDP2Strategy(ModelParallelStrategy):
             pass. false: keep them until then, which sends a third less and holds the full base meanwhile.
         cpu_offload: Keep weights, gradients and optimiser state in the host's memory, and bring a layer to the GPU
             when it runs.
-        process_group_backend: Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs.
+        process_group_backend: Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs and for what is offloaded.
         timeout: How long a rank waits for another before it gives up.
         save_distributed_checkpoint: Refused: a checkpoint is one file.
     """
@@ -110,6 +110,12 @@ class FSDP2Strategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+
+    @override
+    def _get_process_group_backend(self) -> str:
+        backend = super()._get_process_group_backend()
+        # NCCL exchanges nothing that is in the host's memory
+        return "cpu:gloo,cuda:nccl" if self.cpu_offload and backend == "nccl" else backend
 
     @override
     def model_to_device(self) -> None:

@@ -1,4 +1,4 @@
-"""A frozen base sharded over the ranks of FSDP2, of which none ever holds all of it.
+"""A frozen base sharded over the ranks of FSDP2, none of which ever holds all of it.
 
 Each decoder layer, the embedding and the head are a unit of their own, whose weights are gathered when the unit runs.
 The base is built without weights, its adapters are attached, the units are sharded, and then each rank reads its own
@@ -36,11 +36,6 @@ class Sharding:
     """Whether a layer's weights are freed after its forward pass and gathered again for its backward pass."""
     cpu_offload: bool
     """Whether this rank's share, its gradients and optimiser state stay in the memory of the host."""
-
-    @property
-    def storage(self) -> torch.device:
-        """Where this rank keeps its share."""
-        return torch.device("cpu") if self.cpu_offload else self.device
 
 
 def build_placeholder_model(
@@ -141,8 +136,7 @@ def _read_pretrained(
                     f"model.base: {base} has {key} with shape {shape} and its config.json asks for "
                     f"{tuple(parameter.shape)}; the files do not belong together"
                 )
-            rows = _own_rows(parameter)
-            state[name] = _placed(pieces[key][rows.start : rows.stop], parameter, sharding)
+            state[name] = _placed(pieces[key][_own_rows(parameter)], parameter, sharding)
     return state
 
 
@@ -163,8 +157,7 @@ def _draw_random(model: Phi3ForCausalLM, sharding: Sharding, base_name: Callable
             donor._init_weights(module)
             for key, full in module.named_parameters(prefix, recurse=False):
                 name, parameter = missing[key]
-                rows = _own_rows(parameter)
-                state[name] = _placed(full.detach()[rows.start : rows.stop], parameter, sharding)
+                state[name] = _placed(full.detach()[_own_rows(parameter)], parameter, sharding)
             module.to(device="meta")
     if model.config.tie_word_embeddings:  # the last draw counts, as on one device
         state["model.embed_tokens.weight"] = state["lm_head.weight"]
@@ -201,7 +194,7 @@ def _placed(rows: Tensor, parameter: Tensor, sharding: Sharding) -> nn.Parameter
     """These rows as what a sharded parameter keeps on this rank; a copy, also of a slice."""
     if not isinstance(parameter, DTensor):
         return nn.Parameter(rows.to(sharding.device, parameter.dtype, copy=True), requires_grad=False)
-    local = rows.to(sharding.storage, parameter.dtype, copy=True)
+    local = rows.to("cpu" if sharding.cpu_offload else sharding.device, parameter.dtype, copy=True)
     sharded = DTensor.from_local(
         local, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
     )

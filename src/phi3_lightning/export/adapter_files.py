@@ -39,8 +39,8 @@ def write_peft(form: PeftForm, base: str, revision: str | None, folder: Path) ->
     _check_written(load_file(folder / "adapter_model.safetensors"), tensors)
 
 
-def _check_written(read: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
-    if read.keys() != expected.keys() or not all(torch.equal(read[name], expected[name]) for name in expected):
+def _check_written(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    if actual.keys() != expected.keys() or not all(torch.equal(actual[name], expected[name]) for name in expected):
         raise ModelError("the adapter's file does not hold what was written: the disk, or its driver, is broken")
 
 
@@ -60,13 +60,13 @@ def write_loralib(form: PeftForm, targets: Collection[Target], folder: Path) -> 
             "--format loralib: loralib's layers have the matrices A and B alone, and this adapter has more "
             f"({', '.join(foreign[:2])}); export it as peft or merged"
         )
-    expressed = [target if len(set(target.slices.values())) == 1 else _unsliced(target) for target in targets]
-    tensors = convert.from_peft(form, expressed, "--format loralib")
-    with (folder / LORALIB_FILE).open("wb") as file:  # to which a full disk is an OSError, and not to torch's own
+    layers = [target if len(set(target.slices.values())) == 1 else _unsliced(target) for target in targets]
+    tensors = convert.from_peft(form, layers, "--format loralib")
+    with (folder / LORALIB_FILE).open("wb") as file:  # a full disk is an OSError here, and not from torch's own writer
         torch.save(tensors, file)
     _check_written(torch.load(folder / LORALIB_FILE, weights_only=True), tensors)
-    layers = {target.path: _loralib_layer(target) for target in expressed}
-    (folder / LORALIB_LAYERS).write_text(json.dumps(layers, indent=2), encoding="utf-8")
+    description = {target.path: _loralib_layer(target) for target in layers}
+    (folder / LORALIB_LAYERS).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
 def _unsliced(target: Target) -> Target:
@@ -78,10 +78,8 @@ def _unsliced(target: Target) -> Target:
 def _loralib_layer(target: Target) -> dict[str, Any]:
     """Name of the class in loralib, and its arguments besides the layer's sizes."""
     scale = {"r": target.r, "lora_alpha": target.scaling * target.r}
-    if target.embedding:
-        return {"layer": "Embedding", **scale}
     if len(target.slices) == 1:
-        return {"layer": "Linear", **scale}
+        return {"layer": "Embedding" if target.embedding else "Linear", **scale}
     return {"layer": "MergedLinear", **scale, "enable_lora": list(target.enabled)}
 
 

@@ -28,10 +28,6 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
 class BaseWeights:
     """The weights of a base model (folder or hub id) on the disk; one tensor at a time is read into memory.
 
-    Attributes:
-        folder: Where the files are.
-        config: What config.json says.
-
     Raises:
         ModelError: If there are no safetensors, or they hold quantised weights.
     """
@@ -49,8 +45,8 @@ class BaseWeights:
     def _find_files(self, base: str) -> dict[str, Path]:
         index = self.folder / INDEX
         if index.is_file():
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            return {name: self.folder / file for name, file in places.items()}
+            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            return {name: self.folder / file for name, file in files.items()}
         single = self.folder / SINGLE
         if not single.is_file():
             raise ModelError(f"model.base: {base} has no {SINGLE}, and a merged model is made from the base's files")
@@ -59,13 +55,13 @@ class BaseWeights:
 
     def shapes(self) -> dict[str, Tensor]:
         """Return all tensors on the meta device: names, shapes and types without content."""
-        result = {}
+        shapes = {}
         for path in dict.fromkeys(self._files.values()):
             with safe_open(path, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118  # no mapping
                     part = file.get_slice(name)
-                    result[name] = torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
-        return {name: result[name] for name in self._files}
+                    shapes[name] = torch.empty(part.get_shape(), dtype=part[:0].dtype, device="meta")
+        return {name: shapes[name] for name in self._files}
 
     def read(self, name: str) -> Tensor:
         """Return one tensor, on the CPU in its own type."""

@@ -33,15 +33,9 @@ class Origin:
 def write_card(
     origin: Origin, kind: str, certificate: Certificate, serving: str | None, folder: Path, name: str
 ) -> None:
-    """Write README.md, and a picture of the losses where the run has logged them.
+    """Write README.md, and a picture of the losses where the run has logged them, to a folder that will have ``name``.
 
-    Args:
-        origin: Where the model comes from.
-        kind: ``peft``, ``merged`` or ``loralib``.
-        certificate: The measured difference between export and trained model.
-        serving: What a server needs to know; None: it takes the export as any model.
-        folder: The folder to write to.
-        name: The final name of the folder.
+    ``kind`` is ``peft``, ``merged`` or ``loralib``; ``serving`` is what a server needs to know.
     """
     scalars = {} if origin.run is None else read_scalars(origin.run / "tensorboard")
     step = origin.checkpoint["global_step"]

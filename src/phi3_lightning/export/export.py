@@ -28,13 +28,6 @@ from phi3_lightning.model import base as base_model
 from phi3_lightning.module import Phi3LoRAModule
 
 Format = Literal["peft", "merged", "loralib"]
-DType = Literal["bfloat16", "float16", "float32"]
-
-COMPARED = {
-    "peft": "adapter in PEFT to live model",
-    "merged": "merged to live model",
-    "loralib": "loralib to live model",
-}
 
 
 @dataclass(frozen=True)
@@ -44,7 +37,7 @@ class Export:
     format: Format = "peft"
     """``peft``: the adapter, for PEFT and servers; ``merged``: a whole model; ``loralib``: a state dict of loralib's
     layers."""
-    dtype: DType | None = None
+    dtype: base_model.DType | None = None
     """Type of a merged model's weights; None: that of the base's files."""
     max_shard_size: str = "1GB"
     """Largest file of a merged model."""
@@ -63,11 +56,8 @@ class Exported:
 def export(module: Phi3LoRAModule, chat: Chat, origin: Origin, what: Export, target: Path) -> Exported:
     """Write a folder, read it again with the libraries that others use, and compare it with the live model.
 
-    The folder gets its name when the comparison is within the tolerance; ``target`` is untouched before.
-
-    Args:
-        module: The model with its adapter, on the CPU or a GPU; it holds no model afterwards.
-        target: The folder to make; what it holds is replaced.
+    It takes the place of ``target`` when the comparison is within the tolerance. The module, on the CPU or a GPU, holds
+    no model afterwards.
 
     Raises:
         ModelError: If base and adapter cannot be merged, or the export does not answer as the live model does.
@@ -98,7 +88,7 @@ def _write_adapter(
     module: Phi3LoRAModule, form: PeftForm, chat: Chat, base_id: str, kind: Format, folder: Path
 ) -> Certificate:
     targets = _adapter(module).targets
-    reference = _measure(module, chat, COMPARED[kind], module.loaded_model.dtype)
+    reference = _measure(module, chat, "adapter in PEFT" if kind == "peft" else kind, module.loaded_model.dtype)
     base = module.detach_adapter()  # plain transformers, every weight as it was loaded
     if kind == "peft":
         adapter_files.write_peft(form, base_id, module.revision, folder)
@@ -116,7 +106,7 @@ def _write_merged(
     written = dtype if what.dtype is None else getattr(torch, what.dtype)
     coarsest = max(dtype, written, key=lambda kind: torch.finfo(kind).eps)
     if module.quantization is None:
-        reference = _measure(module, chat, COMPARED["merged"], coarsest)
+        reference = _measure(module, chat, "merged", coarsest)
         module.detach_adapter()
     else:
         paths = [target.path for target in _adapter(module).targets]
@@ -132,9 +122,8 @@ def _write_merged(
     return reference.certify(logits(exported, chat.prompts, nullcontext()))
 
 
-def _measure(module: Phi3LoRAModule, chat: Chat, compared: str, dtype: torch.dtype) -> Reference:
-    """Measure the live model."""
-    adapter = _adapter(module)
+def _measure(module: Phi3LoRAModule, chat: Chat, exported: str, dtype: torch.dtype) -> Reference:
+    adapter, compared = _adapter(module), f"{exported} to live model"
     paths = [target.path for target in adapter.targets]
     return measure_reference(
         compared, module.loaded_model, chat.prompts, paths, dtype, module.autocast, adapter.disabled

@@ -46,11 +46,7 @@ def attach_by_peft(base: Phi3ForCausalLM, form: PeftForm) -> PeftModel:
 
 
 class Merger:
-    """Adds an adapter's LoRA deltas to base weights, by PEFT's own arithmetic, one weight at a time.
-
-    Attributes:
-        unties: Whether embedding and head, which share one weight in the base, become two.
-    """
+    """Adds an adapter's LoRA deltas to base weights, by PEFT's own arithmetic, one weight at a time."""
 
     def __init__(self, skeleton: Phi3ForCausalLM, form: PeftForm) -> None:
         tied = bool(skeleton.config.tie_word_embeddings)
@@ -62,6 +58,7 @@ class Merger:
         }
         ends = {EMBEDDING.removesuffix(".weight"), HEAD.removesuffix(".weight")}
         self.unties = tied and bool(ends & self._layers.keys())
+        """Whether embedding and head, which share one weight in the base, become two."""
 
     @torch.no_grad()
     def merged(self, name: str, weight: Tensor) -> Tensor:
@@ -94,13 +91,10 @@ class Merger:
 def write_merged(
     weights: BaseWeights, merger: Merger, folder: Path, dtype: torch.dtype | None, max_shard_size: str
 ) -> torch.dtype:
-    """Write the merged model's safetensors and config.json.
+    """Write the merged model's safetensors and config.json, and return the type of the written weights.
 
-    In memory are the adapter and the tensors of one file, so ``max_shard_size`` bounds it.
-
-    Args:
-        dtype: Type of the written weights; None: that of the base's files.
-        max_shard_size: Largest file, such as ``2GB``.
+    ``dtype`` None is that of the base's files. ``max_shard_size``, such as ``2GB``, bounds the memory that is needed
+    besides the adapter: the tensors of one file.
     """
     shapes = weights.shapes()
     if merger.unties:
@@ -113,10 +107,10 @@ def write_merged(
         for file, names in plan.filename_to_tensors.items():
             shard = {}
             for name in names:
-                shard[name] = _tensor(name, weights, merger, target[name].dtype)
+                weight = weights.read(EMBEDDING if name == HEAD and merger.unties else name)
+                shard[name] = merger.merged(name, weight).to(target[name].dtype).contiguous()
                 advance(1)
             save_file(shard, folder / file, metadata={"format": "pt"})
-            del shard
     if plan.is_sharded:
         index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2), encoding="utf-8")
@@ -124,11 +118,6 @@ def write_merged(
     config = _config(weights.config, written, unties=merger.unties)
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
     return written
-
-
-def _tensor(name: str, weights: BaseWeights, merger: Merger, dtype: torch.dtype) -> Tensor:
-    present = weights.read(EMBEDDING if name == HEAD and merger.unties else name)
-    return merger.merged(name, present).to(dtype).contiguous()
 
 
 def _config(base: dict[str, Any], dtype: torch.dtype, *, unties: bool) -> dict[str, Any]:

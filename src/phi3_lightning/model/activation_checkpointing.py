@@ -15,8 +15,8 @@ from transformers import Phi3ForCausalLM
 from phi3_lightning.config.checks import require, require_choice
 
 CheckpointingMode = Literal["none", "selective", "full", "offload"]
-Named = Literal["auto", "none", "selective", "full", "offload"]
-Checkpointing = Named | int
+ModeName = Literal["auto", "none", "selective", "full", "offload"]
+Checkpointing = ModeName | int
 
 SAVED_OPERATORS: Final = [
     torch.ops.aten.mm.default,
@@ -36,7 +36,7 @@ def check(mode: object) -> None:
         remedy = "a number says that every so many layers one is recomputed; give 2 or more, or full for each of them"
         require(mode >= 2, "model.gradient_checkpointing", mode, remedy)
     else:
-        require_choice("model.gradient_checkpointing", mode, Named)
+        require_choice("model.gradient_checkpointing", mode, ModeName)
 
 
 def check_device(mode: Checkpointing, device_type: str) -> None:

@@ -27,7 +27,7 @@ RELATIVES = {
     "phi4mm": "Phi-4-multimodal takes images and sound",
     "phi": "Phi-1 and Phi-2 have another architecture",
 }
-"""Models that are easily mistaken for a ``Phi3ForCausalLM``, and why they are none."""
+"""Models that are easily mistaken for a ``Phi3ForCausalLM``, and why they are not one."""
 
 
 def read_config(base: str, revision: str | None = None) -> Phi3Config:
@@ -175,11 +175,8 @@ def choose_attention(kernel: Attention, device: torch.device) -> str:
 def fingerprint(model: nn.Module, base_name: Callable[[str], str] = lambda name: name, samples: int = 64) -> str:
     """Return a hash of 64 hexadecimal digits that tells base models apart in well under a second for 7.6 GB.
 
-    It covers the name, shape and dtype of each frozen parameter and ``samples`` evenly spaced values of it. Trainable
-    parameters do not count.
-
-    Args:
-        base_name: Gives a frozen parameter the name that it has without an adapter.
+    It covers the shape and dtype of each frozen parameter, ``samples`` evenly spaced values of it, and the name that it
+    has without an adapter, by ``base_name``. Trainable parameters do not count.
     """
     digest = hashlib.sha256()
     for name, parameter in model.named_parameters():

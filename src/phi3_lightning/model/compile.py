@@ -26,7 +26,7 @@ MIN_COMPILED_MICRO_BATCHES = 500
 def choose_compilation(
     model: Phi3ForCausalLM, compilation: Compilation, micro_batches: float, *, dora: bool = False
 ) -> str:
-    """Compile the layers of a model or not, in the present autocast context; say in words what was done, and why.
+    """Compile the layers of a model or not, in the present autocast context; return in words what was done, and why.
 
     Raises:
         ConfigError: If ``layers`` cannot be compiled.
@@ -37,6 +37,7 @@ def choose_compilation(
     kernel = model.config._attn_implementation
     able = kernel == packed_attention.PACKED and packed_attention.takes_varlen(model, model.device)
     by_operator = mode_of(model) == "selective"
+    reasons: list[str] = []
     if compilation == "layers":
         if not able:
             raise ConfigError(
@@ -48,18 +49,17 @@ def choose_compilation(
                 "model.torch_compile: layers hides the operators that model.gradient_checkpointing: selective looks at "
                 "and keeps less by itself; set gradient_checkpointing to none, a number or full"
             )
-        reasons = []
     else:
         in_full = all(parameter.is_floating_point() for parameter in model.parameters())
         reasons = [
             reason
             for reason, holds in (
-                ("each length would be compiled anew", not able),
+                ("each length would be compiled again", not able),
                 ("recomputation looks at operators", by_operator),
                 ("DoRA's layers break into many graphs", dora),
                 ("what it gains over a quantised base is not known", not in_full),
                 (
-                    f"fewer than {MIN_COMPILED_MICRO_BATCHES} micro-batches do not win it back",
+                    f"fewer than {MIN_COMPILED_MICRO_BATCHES} micro-batches do not repay it",
                     micro_batches < MIN_COMPILED_MICRO_BATCHES,
                 ),
             )
@@ -75,7 +75,7 @@ def compile_layers(model: Phi3ForCausalLM) -> None:
     """Let the decoder layers run compiled code in training; the first forward pass compiles them.
 
     A layer changes its class, as in :func:`torch.distributed.fsdp.fully_shard`: what recomputes or gathers it stays
-    around the compiled code.
+    around the compiled code. ``nn.Module.compile`` would compile hooks too, and evaluation.
     """
     for layer in model.model.layers:
         layer.__class__ = _over(type(layer))  # type: ignore[arg-type]  # mypy: a class is not hashable

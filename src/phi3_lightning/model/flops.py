@@ -20,12 +20,11 @@ class StepFlops:
 
 
 def step_flops(model: Phi3ForCausalLM) -> StepFlops:
-    """Return the cost of a token.
+    """Return the cost of a token: 6N (Kaplan et al. 2020, https://arxiv.org/abs/2001.08361) less what is frozen.
 
     A frozen weight takes 2 operations in the forward pass and 2 for the gradient of its input, and none for its own; a
     trained one 2 more; gradient checkpointing computes the forward pass again, 2 more, and so does a head that is
     trained or sharded.
-    This is the formula 6N of Kaplan et al. 2020 (https://arxiv.org/abs/2001.08361) without gradients of frozen weights.
     """
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear) and not layer.weight.requires_grad]
     frozen = sum(layer.in_features * layer.out_features for layer in layers)  # bitsandbytes packs what numel counts

@@ -11,12 +11,8 @@ from torch import Tensor, nn
 def noisy_embeddings(embedding: nn.Module, lengths: list[list[int]], alpha: float | None) -> Iterator[None]:
     """Add uniform noise to the output of an embedding, while the context lasts.
 
-    The noise of a document of L tokens is within alpha / sqrt(L x hidden size), however it is packed or padded.
-
-    Args:
-        embedding: Maps ids to hidden states of shape (rows, length, hidden size).
-        lengths: Documents' lengths in tokens, row by row, as the batch has them; the embedding may get them in one row.
-        alpha: Strength of the noise; the paper has 5, 10 and 15. None: no noise.
+    The noise of a document of L tokens is within alpha / sqrt(L x hidden size), however it is packed or padded; alpha
+    None adds none. ``lengths`` are those of the batch, row by row; the embedding may get its documents in one row.
     """
     if alpha is None:
         yield

@@ -40,7 +40,7 @@ def attend(
     max_length_q: int = 0,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each document; an attention function of transformers.
+    """Attend within each document: an attention function of transformers, which returns (1, tokens, heads, head size).
 
     Args:
         query: Shape (1, heads, tokens, head size).
@@ -49,9 +49,6 @@ def attend(
         sliding_window: How many tokens back a token sees, itself included; None: all.
         documents: Tokens of each document, which make up the row; attended one after the other.
         cu_seq_lens_q: Where documents begin and end, int32, shape (documents + 1,); attended by one kernel.
-
-    Returns:
-        Shape (1, tokens, heads, head size), and no weights.
     """
     if cu_seq_lens_q is not None:
         return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
@@ -59,11 +56,11 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    attended = [
+    outputs = [
         _attend_one(q, k, v, scaling, dropout, sliding_window)
         for q, k, v in zip(*(states.split(documents, dim=2) for states in (query, key, value)), strict=True)
     ]
-    return torch.cat(attended, dim=2).transpose(1, 2).contiguous(), None
+    return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _varlen(
@@ -144,16 +141,12 @@ def one_row(batch: Batch) -> tuple[Tensor, list[int]]:
 def in_one_row(batch: Batch) -> Batch:
     """Return the same documents one after the other in one row, as most kernels read them."""
     places, documents = one_row(batch)
-    input_ids, labels, position_ids = (
-        batch[name].flatten()[places][None] for name in ("input_ids", "labels", "position_ids")
-    )
-    document_ids = [[document_id for row in batch["document_ids"] for document_id in row]]
     return Batch(
-        input_ids=input_ids,
-        labels=labels,
-        position_ids=position_ids,
+        input_ids=batch["input_ids"].flatten()[places][None],
+        labels=batch["labels"].flatten()[places][None],
+        position_ids=batch["position_ids"].flatten()[places][None],
         document_lengths=[documents],
-        document_ids=document_ids,
+        document_ids=[[document_id for row in batch["document_ids"] for document_id in row]],
     )
 
 
@@ -187,13 +180,10 @@ def check_lengths(lengths: list[list[int]], config: Phi3Config, base: str) -> No
 
 
 def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:
-    """Run a model up to its head on a batch whose documents do not see each other.
+    """Return the hidden states before the head, shape (rows, length, hidden size), meaningless on padding.
 
-    Kernels that take documents get them one after the other in one row, without padding. The others get the rows, in
-    which transformers finds documents by positions that restart, and builds a mask.
-
-    Returns:
-        Last hidden states, shape (rows, length, hidden size); meaningless on padding.
+    Documents do not see each other. Kernels that take documents get them one after the other in one row, without
+    padding. The others get the rows, in which transformers finds documents by positions that restart, and a mask.
     """
     kernel = model.config._attn_implementation
     if kernel not in (PACKED, "flash_attention_2"):

@@ -22,13 +22,13 @@ MODES_ON_GPU: list[CheckpointingMode | int] = ["none", 4, 2, "full"]
 
 MAX_ROWS = 4096
 """Rows of a micro-batch at the most."""
-PARTS_THAT_GROW_WITH_ROWS = ("kept", "head", "layer", "fragmentation")
+PARTS_THAT_GROW_WITH_ROWS = ("stored", "head", "layer", "fragmentation")
 
 
 def fastest_mode(predictor: MemoryPredictor, shape: BatchShape, room: float) -> tuple[CheckpointingMode | int, str]:
     """Return the fastest checkpointing mode that fits, or the leanest where none does, and the reason in words.
 
-    ``room`` is the bytes for the largest micro-batch, beside base and process.
+    ``room`` is the bytes for the largest micro-batch, besides base and process.
     """
     where = f"of {room / 1e9:.1f} GB of memory"
     if (bound := upper_bound(predictor.spec, shape)) <= room:
@@ -66,7 +66,7 @@ def rows_that_fit(spec: RunSpec, shape: BatchShape, room: float) -> tuple[int, C
     """Return how many rows of a size make a micro-batch that fits, and the checkpointing mode for which that holds.
 
     Where the mode is ``auto``, it is the fastest with which one row fits. A CPU's process counts as a round figure, so
-    that a run that goes on finds the same rows. ``room`` is the bytes of the whole run.
+    that a resumed run gets the same rows. ``room`` is the bytes of the whole run.
 
     Raises:
         ConfigError: If not even one row fits.
@@ -98,10 +98,6 @@ def _with_rows(two: Memory, three: Memory, rows: int) -> Memory:
 
 
 def share_step(rows: int, max_rows: int) -> tuple[int, int]:
-    """Divide the rows of an optimiser step into as few micro-batches as possible, of one size.
-
-    Returns:
-        Micro-batches, and rows of each; together at least ``rows``.
-    """
+    """Return the fewest micro-batches of one size that hold the rows of an optimiser step, and the rows of each."""
     micro_batches = -(-rows // max_rows)
     return micro_batches, -(-rows // micro_batches)

@@ -27,19 +27,19 @@ EXTRAPOLATED_DEPTHS = (2, 3)
 
 @dataclass(frozen=True)
 class Activations:
-    """Bytes that a micro-batch needs beside weights, gradients and optimiser state."""
+    """Bytes that a micro-batch needs besides weights, gradients and optimiser state."""
 
-    kept: float
-    """Stored from the forward pass to the backward pass."""
+    stored: float
+    """From the forward pass to the backward pass."""
     head: float
-    """Logits and their gradients at the peak, beside ``kept``."""
+    """Logits and their gradients at the peak, besides ``stored``."""
     layer: float
-    """A layer's pass, forward or backward, at the peak, beside ``kept``."""
+    """A layer's pass, forward or backward, at the peak, besides ``stored``."""
 
     @property
     def peak(self) -> float:
         """All at the peak."""
-        return self.kept + max(self.head, self.layer)
+        return self.stored + max(self.head, self.layer)
 
 
 class FakeModule:
@@ -85,12 +85,12 @@ class FakeModule:
         if isinstance(mode, int):  # some layers store all, and the others one hidden state
             share = recomputed_share(mode, depth)
             none, full = (self.activations(shape, each) for each in ("none", "full"))
-            mixture = (1 - share) * none.kept + share * full.kept
+            mixture = (1 - share) * none.stored + share * full.stored
             return Activations(mixture, max(none.head, full.head), max(none.layer, full.layer))
         if mode == "offload":
             states = shape.tokens * self.model.config.hidden_size * self.model.dtype.itemsize
             full = self.activations(shape, "full")
-            return replace(full, kept=max(full.kept - depth * states, 0))
+            return replace(full, stored=max(full.stored - depth * states, 0))
         checkpoint_activations(self.model, mode)
         return self._at_full_depth(shape)
 
@@ -114,8 +114,8 @@ class FakeModule:
         gradients = [parameter.grad for parameter in self.trained]
         with self._fake_tensors, _Storages([*self.model.parameters(), *self.model.buffers(), *gradients]) as storages:
             take_step(self.model, self.spec, shape, on_phase=lambda: phases.append((storages.restart(), storages.live)))
-        (forward, _), (head, kept), (backward, _) = phases
-        return Activations(kept, max(head - kept, 0), max(forward - kept, backward - kept, 0))
+        (forward, _), (head, stored), (backward, _) = phases
+        return Activations(stored, max(head - stored, 0), max(forward - stored, backward - stored, 0))
 
 
 class _Storages(TorchDispatchMode):
@@ -157,14 +157,14 @@ class _Storages(TorchDispatchMode):
 
 
 def _extrapolated(shallow: Activations, deeper: Activations, depth: int) -> Activations:
-    """Whole peaks grow by the same with each layer; what head and layer add to ``kept`` does not."""
+    """The activations at a depth: whole peaks grow by the same with each layer; the rest over ``stored`` does not."""
     start, end = EXTRAPOLATED_DEPTHS
 
     def at(first: float, second: float) -> float:
         return first + (second - first) / (end - start) * (depth - start)
 
-    kept = at(shallow.kept, deeper.kept)
+    stored = at(shallow.stored, deeper.stored)
     head, layer = (
-        at(shallow.kept + getattr(shallow, name), deeper.kept + getattr(deeper, name)) for name in ("head", "layer")
+        at(shallow.stored + getattr(shallow, name), deeper.stored + getattr(deeper, name)) for name in ("head", "layer")
     )
-    return Activations(kept, max(head - kept, 0), max(layer - kept, 0))
+    return Activations(stored, max(head - stored, 0), max(layer - stored, 0))

@@ -24,24 +24,20 @@ def run_length(
     max_steps: int,
     limit: float | None = None,
 ) -> Length:
-    """Return the length of a run.
+    """Return the length of a run; the options are the Trainer's, ``limit`` its ``limit_train_batches``.
 
     Args:
         batches: Micro-batches of an epoch, of all devices together.
         tokens: Tokens of an epoch.
-        ranks: Devices.
         accumulate: Micro-batches of a device to an optimiser step.
-        max_epochs: As the Trainer takes it; None: 1000 where ``max_steps`` sets no end.
-        max_steps: As the Trainer takes it; -1: no end.
-        limit: The Trainer's ``limit_train_batches``: a number of micro-batches of a device, or a share of them.
     """
-    taken = available = math.ceil(batches / ranks)  # by each device in an epoch
+    share = available = math.ceil(batches / ranks)  # of each device in an epoch
     if limit is not None:
-        taken = min(limit, available) if isinstance(limit, int) else int(limit * available)
-    steps_per_epoch = math.ceil(taken / accumulate)
+        share = min(limit, available) if isinstance(limit, int) else int(limit * available)
+    steps_per_epoch = math.ceil(share / accumulate)
     if max_epochs is None:
         max_epochs = 1000 if max_steps == -1 else -1
     steps = math.inf if max_epochs == -1 else steps_per_epoch * max(max_epochs, 1)
     if max_steps != -1:
         steps = min(steps, max_steps)
-    return Length(steps, steps * tokens * taken / available / steps_per_epoch if steps_per_epoch else 0)
+    return Length(steps, steps * tokens * share / available / steps_per_epoch if steps_per_epoch else 0)

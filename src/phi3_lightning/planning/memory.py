@@ -41,12 +41,12 @@ class Memory:
     """The trained weights, their gradients, and what the strategy needs to sum these."""
     optimizer: float
     """Its moments."""
-    kept: float
+    stored: float
     """What the forward pass keeps for the backward pass."""
     head: float
     """Logits and their gradients."""
     layer: float
-    """A layer's pass, forward or backward. It is over when the head begins, and begins again when that is done."""
+    """A layer's pass: forward before the head runs, or backward after it."""
     process: float
     """Python and its libraries on a CPU; the driver on a GPU."""
     fragmentation: float
@@ -60,11 +60,12 @@ class Memory:
     @property
     def total(self) -> float:
         """All at the peak."""
-        return self.base + self.adapter + self.optimizer + self.kept + self.working + self.process + self.fragmentation
+        weights = self.base + self.adapter + self.optimizer
+        return weights + self.stored + self.working + self.process + self.fragmentation
 
 
 class MemoryPredictor:
-    """Predicts the peak of a run; its model without values is made once, when it is first needed."""
+    """Predicts the peak of a run; the model without values is built once, when it is first needed."""
 
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
@@ -92,7 +93,7 @@ class MemoryPredictor:
             base=sum(map(_bytes, frozen)),
             adapter=(8 + buckets) * trained,
             optimizer=moments * trained,
-            kept=activations.kept,
+            stored=activations.stored,
             head=activations.head * (_chunks_of_a_gpu(shape.supervised) if spec.on_gpu else 1),
             layer=activations.layer,
             process=CUDA_CONTEXT_BYTES if spec.process is None else spec.process,

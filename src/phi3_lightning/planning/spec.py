@@ -1,4 +1,4 @@
-"""The properties of a run that decide how much memory and time it takes, beside its rows."""
+"""What a prediction needs to know of a run."""
 
 from dataclasses import dataclass, replace
 from typing import Self
@@ -15,22 +15,18 @@ from phi3_lightning.model.base import Attention, DType, Quantization
 
 @dataclass(frozen=True)
 class RunSpec:
-    """The properties of a run that decide how much memory and time it takes, beside its rows."""
+    """The properties of a run that decide how much memory and time it takes, besides its rows."""
 
     base: str
     """Name of the base, for errors."""
     config: Phi3Config
     """Its configuration; nothing of it is changed."""
     dtype: DType
-    """Type of the base weights."""
     attn_implementation: Attention
     """The attention kernel as configured; of a loaded model, the one that it has."""
     quantization: Quantization | None
-    """How the base is quantised."""
     lora: LoRA
-    """The LoRA section."""
     optimizer: Optimizer
-    """The optimiser section."""
     gradient_checkpointing: Checkpointing
     """What the backward pass recomputes; ``auto`` until that is decided."""
     mixed: bool = False

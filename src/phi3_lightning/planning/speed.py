@@ -1,7 +1,8 @@
 """Seconds of a micro-batch: by arithmetic, and by a few layers of the model's shapes that are really run."""
 
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from statistics import median
 
@@ -34,11 +35,8 @@ def least_seconds(model: Phi3ForCausalLM, shape: BatchShape, peak: float) -> flo
 def timed_seconds(spec: RunSpec, shape: BatchShape, *, device: str, peak: float | None) -> float:
     """Return the time of a micro-batch on one device, from that of shallow models without weights of the base.
 
-    Args:
-        spec: The run, whose layers carry the same adapter each; the copies of ``offload`` take no time here.
-        shape: The size of the micro-batch.
-        device: Type of the device.
-        peak: Operations a second of the device; None: unknown.
+    Each layer of the run carries the same adapter; the copies of ``offload`` take no time here. ``peak`` is the
+    device's operations a second, if they are known.
     """
     model = build_meta_model(spec, layers=max(TIMED_LAYERS))
     model.to_empty(device=device)
@@ -48,13 +46,15 @@ def timed_seconds(spec: RunSpec, shape: BatchShape, *, device: str, peak: float 
             tensor.fill_(0.01)  # not zero, nor what memory held: some values are slow
     tokens = MAX_TIMED_TOKENS if peak is None else int(TIMED_STEP_SECONDS * peak / step_flops(model).per_token)
     part = _first_tokens(shape, min(max(tokens, MIN_TIMED_TOKENS), MAX_TIMED_TOKENS))
-    timer = _Timer(model, spec, part, device)
+    depth = spec.config.num_hidden_layers
+    step = partial(take_step, model, spec, part, device=device)
+    seconds = partial(_step_seconds, model, step, depth)
     if isinstance(spec.mode, int):
-        share = recomputed_share(spec.mode, spec.config.num_hidden_layers)
-        seconds = (1 - share) * timer.seconds("none") + share * timer.seconds("full")
+        share = recomputed_share(spec.mode, depth)
+        total = (1 - share) * seconds("none") + share * seconds("full")
     else:
-        seconds = timer.seconds(spec.mode)
-    return seconds * shape.tokens / part.tokens
+        total = seconds(spec.mode)
+    return total * shape.tokens / part.tokens
 
 
 def _first_tokens(shape: BatchShape, tokens: int) -> BatchShape:
@@ -67,34 +67,22 @@ def _first_tokens(shape: BatchShape, tokens: int) -> BatchShape:
     return BatchShape([row], max(shape.supervised * sum(row) // shape.tokens, 1))
 
 
-@dataclass(frozen=True)
-class _Timer:
-    """Times steps of a shallow model, and extrapolates them to the depth of the run's."""
+def _step_seconds(model: Phi3ForCausalLM, step: Callable[[], None], depth: int, mode: CheckpointingMode) -> float:
+    """The time of a step of all layers, extrapolated from shallow ones."""
+    few, more = TIMED_LAYERS
+    checkpoint_activations(model, "full" if mode == "offload" else mode)
+    step()  # warms up
+    of_more, of_few = _median_seconds(model, step, more), _median_seconds(model, step, few)
+    return of_few + (depth - few) * max(of_more - of_few, 0) / (more - few)
 
-    model: Phi3ForCausalLM
-    spec: RunSpec
-    shape: BatchShape
-    device: str
 
-    def seconds(self, mode: CheckpointingMode) -> float:
-        """Of a step of all layers."""
-        few, more = TIMED_LAYERS
-        depth = self.spec.config.num_hidden_layers
-        checkpoint_activations(self.model, "full" if mode == "offload" else mode)
-        self._step()  # warms up
-        of_more, of_few = self._median_seconds(more), self._median_seconds(few)
-        return of_few + (depth - few) * max(of_more - of_few, 0) / (more - few)
-
-    def _median_seconds(self, layers: int) -> float:
-        self.model.config.num_hidden_layers = layers
-        seconds: list[float] = []
-        while sum(seconds) < TIMING_SECONDS:
-            start = time.perf_counter()
-            self._step()
-            if self.device == "cuda":
-                torch.cuda.synchronize()
-            seconds.append(time.perf_counter() - start)
-        return median(seconds)
-
-    def _step(self) -> None:
-        take_step(self.model, self.spec, self.shape, device=self.device)
+def _median_seconds(model: Phi3ForCausalLM, step: Callable[[], None], layers: int) -> float:
+    model.config.num_hidden_layers = layers
+    seconds: list[float] = []
+    while sum(seconds) < TIMING_SECONDS:
+        start = time.perf_counter()
+        step()
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    return median(seconds)

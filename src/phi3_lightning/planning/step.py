@@ -37,12 +37,7 @@ class BatchShape:
 
 
 def build_meta_model(spec: RunSpec, layers: int | None = None) -> Phi3ForCausalLM:
-    """Return a run's model with its adapter on the meta device, in training mode; it recomputes nothing.
-
-    Args:
-        spec: The run.
-        layers: Decoder layers; None: as many as the base has.
-    """
+    """Return a run's model, or one with fewer layers, with its adapter on the meta device; it recomputes nothing."""
     config = deepcopy(spec.config)
     config.num_hidden_layers = layers or config.num_hidden_layers
     kernel = spec.attn_implementation

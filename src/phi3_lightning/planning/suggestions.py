@@ -42,19 +42,21 @@ def _changes(
     spec = predictor.spec
     for mode in _leaner_modes(spec):
         yield f"model.gradient_checkpointing: {mode}", partial(predictor.memory, shape, mode)
+    longest = max(shape.lengths, key=sum)
+    length = sum(longest)
     if len(shape.lengths) > 1:
-        yield "data.batch_size: 1", lambda: predictor.memory(_longest_row(shape))
-    longest = max(map(sum, shape.lengths))
-    if longest > 1:
-        yield f"data.max_length: {longest // 2}", lambda: predictor.memory(_halved(shape))
+        row = BatchShape([longest], shape.supervised * length // shape.tokens)
+        yield "data.batch_size: 1", partial(predictor.memory, row)
+    if length > 1:
+        yield f"data.max_length: {length // 2}", partial(predictor.memory, _halved(shape))
     if spec.quantization is None and not spec.sharded:
-        yield "model.quantization: nf4", lambda: quantized(memory, predictor.fake.model, "nf4")
+        yield "model.quantization: nf4", partial(quantized, memory, predictor.fake.model, "nf4")
     half = _half_rank(spec.lora)
     if half is not None:
         yield f"model.lora.r: {half.r}", lambda: MemoryPredictor(replace(spec, lora=half)).memory(shape)
     if not spec.sharded and _shardable(spec):
         ranks = spec.ranks if spec.ranks > 1 else FSDP2_DEVICES
-        yield f"FSDP2 over {ranks} devices", lambda: sharded(memory, predictor.fake.model, ranks)
+        yield f"FSDP2 over {ranks} devices", partial(sharded, memory, predictor.fake.model, ranks)
 
 
 def _leaner_modes(spec: RunSpec) -> list[CheckpointingMode | int]:
@@ -73,11 +75,6 @@ def _half_rank(lora: LoRA) -> LoRA | None:
         return replace(lora, r=lora.r // 2)
     except ConfigError:
         return None
-
-
-def _longest_row(shape: BatchShape) -> BatchShape:
-    longest = max(shape.lengths, key=sum)
-    return BatchShape([longest], shape.supervised * sum(longest) // shape.tokens)
 
 
 def _halved(shape: BatchShape) -> BatchShape:
