@@ -6,26 +6,27 @@ from typing import Any
 
 import lightning.pytorch as pl
 from jsonargparse import Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from phi3_lightning.callbacks import EvaluationReport, Monitor, RunCheckpoint, SingleWriter
+from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.checkpoint.averaging import check_averaging
 from phi3_lightning.checkpoint.changed_options import changed_options
 from phi3_lightning.checkpoint.io import read_checkpoint
 from phi3_lightning.commands import chat, check, export, init, plan, preview
 from phi3_lightning.commands.parser import Parser
 from phi3_lightning.commands.quiet import quieten_libraries
-from phi3_lightning.commands.refusal import refusal
 from phi3_lightning.commands.run_trainer import general_chats, run_callbacks, run_logger, run_plugins
 from phi3_lightning.commands.save_config import SaveRunConfig
 from phi3_lightning.commands.trainer_options import check_ranges, refused_by_name, without_extras
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.distributed.fsdp2 import check_launcher
-from phi3_lightning.errors import DataError
-from phi3_lightning.files import writing
+from phi3_lightning.errors import DataError, Phi3LightningError
+from phi3_lightning.files import file_error, writing
 from phi3_lightning.hardware import check_accelerator, check_platform, program
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
@@ -33,15 +34,11 @@ from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
 
 COMMANDS = {"init": init, "preview": preview, "check": check, "plan": plan, "chat": chat, "export": export}
-"""Commands that are not the Trainer's; each module has a ``main`` and a ``DESCRIPTION``."""
+"""Commands besides the Trainer's; each module has a ``main`` and a ``DESCRIPTION``."""
 
 
 class Phi3CLI(LightningCLI):
-    """``fit``, ``validate``, ``test`` and ``predict`` over a run folder.
-
-    Args:
-        args: The command line; None: ``sys.argv``.
-    """
+    """``fit``, ``validate``, ``test`` and ``predict`` over a run folder."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         first = (sys.argv[1:] if args is None else args)[:1]
@@ -52,7 +49,7 @@ class Phi3CLI(LightningCLI):
             ChatDataModule,
             save_config_callback=SaveRunConfig,
             save_config_kwargs={"save_to_log_dir": True},
-            trainer_defaults={"enable_model_summary": False},  # the table of adapted layers says more
+            trainer_defaults={"enable_model_summary": False},  # the table of adapted layers has more
             seed_everything_default=42,
             parser_class=Parser,
             parser_kwargs={
@@ -74,18 +71,18 @@ class Phi3CLI(LightningCLI):
 
     @override
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if subcommand not in self._parsed:  # nobody needs its options, which take a second to collect
+        if subcommand not in self._parsed:  # its options are not needed, and take a second to collect
             self._subcommand_method_arguments[subcommand] = []
             return self.init_parser(**kwargs)
         parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         if subcommand == "test":
-            parser.set_defaults({"verbose": False})  # the report's table says more
+            parser.set_defaults({"verbose": False})  # the report's table has more
         if subcommand == "fit":
             parser.add_argument(
                 "--resume",
                 type=Resume,
                 default="auto",
-                help="Go on from the run's last checkpoint if there is one, or never, which needs an empty folder.",
+                help="Resume from the run's last checkpoint if there is one, or never, which needs an empty folder.",
             )
         return parser
 
@@ -114,16 +111,16 @@ class Phi3CLI(LightningCLI):
             return
         start = self.run_folder.newest(config.resume) if word in (None, "last") else self._named(config)
         if start is None:
-            config.ckpt_path = None  # where there is no last one yet, as in a script
+            config.ckpt_path = None  # in place of `last`, of which there is none yet
             rank_zero_info(f"{self.run_folder.path}: no checkpoint yet, starting at step 0")
             return
         path, checkpoint = start
         self.newest = checkpoint if word in (None, "last") else None
         config.ckpt_path = str(path)
-        rank_zero_info(f"{path}: going on after step {checkpoint.get('global_step')}")
+        rank_zero_info(f"{path}: resuming after step {checkpoint.get('global_step')}")
 
     def _named(self, config: Namespace) -> tuple[Path, dict[str, Any]] | None:
-        """The checkpoint that ``--ckpt_path`` names, and its content."""
+        """Path and content of the checkpoint that ``--ckpt_path`` names."""
         if config.resume == "never":
             self.run_folder.newest("never")  # which refuses a used folder
         path = self.run_folder.checkpoint(config.ckpt_path)
@@ -145,10 +142,10 @@ class Phi3CLI(LightningCLI):
         check_averaging(self.trainer)
         if self.newest is not None:
             trainer: Any = self.trainer  # whose callbacks type checkers do not see
-            left = nothing_left(self.newest, trainer.max_epochs, trainer.max_steps, trainer.callbacks)
-            if left is not None:
-                changed = changed_options(self.newest, self.model.hparams, self.datamodule.hparams)
-                self.finished = self.run_folder.finished(left, changed)
+            reason = nothing_left(self.newest, trainer.max_epochs, trainer.max_steps, trainer.callbacks)
+            if reason is not None:
+                changes = changed_options(self.newest, self.model.hparams, self.datamodule.hparams)
+                self.finished = self.run_folder.finished(reason, changes)
             self.newest = None  # the Trainer reads it again, onto the device
         if self.finished is None:
             self.datamodule.validate_sources()
@@ -168,16 +165,16 @@ class Phi3CLI(LightningCLI):
         self.general = general_chats(monitor, options)
         self.writer = SingleWriter(self.run_folder.path)
         row_length = options.max_length if options.packing else None
-        shown = monitor.callbacks(self.general, row_length, from_predict=options.predict is not None)
+        monitoring = monitor.callbacks(self.general, row_length, from_predict=options.predict is not None)
         return super().instantiate_trainer(
             logger=run_logger(section, self.run_folder, fit=self.subcommand == "fit"),
-            callbacks=run_callbacks(section, self.run_folder, self.writer, *self._checkpoint(section), *shown),
+            callbacks=run_callbacks(section, self.run_folder, self.writer, *self._checkpoint(section), *monitoring),
             plugins=run_plugins(section),
             **kwargs | (without_extras(section) if section.barebones else {}),
         )
 
     def _checkpoint(self, section: Namespace) -> list[pl.Callback]:
-        """What writes the run's checkpoints, unless the Trainer is to write none."""
+        """The callback that writes the run's checkpoints, unless the Trainer is to write none."""
         checkpoint: RunCheckpoint = self._get(self.config_init, "checkpoint")
         if section.enable_checkpointing is not False and not section.barebones:
             checkpoint.dirpath = self.run_folder.checkpoints
@@ -205,11 +202,7 @@ class Phi3CLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        args: The arguments; None: ``sys.argv``.
-    """
+    """Run the command line with these arguments; None: ``sys.argv``."""
     words = sys.argv[1:] if args is None else args
     try:
         check_platform()
@@ -221,8 +214,19 @@ def main(args: list[str] | None = None) -> None:
     except SIGTERMException:
         sys.exit(143)  # 128 + SIGTERM, as the shell has it
     except Exception as error:
-        line = refusal(error)
+        line = _refusal(error)
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _refusal(error: Exception) -> str | None:
+    """What is wrong, where, and what to do; None for a fault of the program, which keeps its traceback."""
+    if isinstance(error, Phi3LightningError):
+        return "\n".join([str(error), *getattr(error, "__notes__", [])])
+    if is_communication(error) and hasattr(error, "__notes__"):
+        return "\n".join(error.__notes__)  # which the callback RankFailure adds
+    if isinstance(error, MisconfigurationException):
+        return " ".join(str(error).split())
+    return file_error(error) if isinstance(error, OSError) else None

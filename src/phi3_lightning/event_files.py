@@ -1,8 +1,8 @@
 """TensorBoard's event files of a run that was interrupted and resumed: which values led to its model.
 
 A run that is killed has logged steps after its last checkpoint, and trains them again. TensorBoard drops the first
-values of such steps where an event says ``SessionLog.START``; in files without one, the first event of training is the
-start.
+values of such steps where it reads an event ``SessionLog.START``; in files without one, the first event of training is
+the start.
 """
 
 from collections.abc import Iterator
@@ -39,10 +39,7 @@ def read_scalars(folder: Path) -> dict[str, Series]:
     """Return the curves of a run, by tag: steps and values that led to its model.
 
     Each step has one value, the last. Values that a restart has trained again are left out, and so are those that
-    ``validate`` and ``test`` have logged.
-
-    Args:
-        folder: The run's ``tensorboard`` folder, which need not exist.
+    ``validate`` and ``test`` have logged. The run's ``tensorboard`` folder need not exist.
     """
     curves: dict[str, dict[int, float]] = {}
     for path in event_files(folder):

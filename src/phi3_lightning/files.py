@@ -1,4 +1,4 @@
-"""Paths of the user's, and errors of the file system."""
+"""The user's paths, and errors of the file system."""
 
 import errno
 import os
@@ -27,8 +27,8 @@ _REMEDIES = {
     errno.ESTALE: "the network drive was mounted anew: start again, or name a place on another disk",
 }  # fmt: skip
 
-_OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
-"""Errors of a file system alone; others are errors of a file system if they name a file."""
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
+"""Errors that only a file system raises; others are its errors if they name a file."""
 
 
 def local_path(option: str, value: str | os.PathLike[str]) -> Path:
@@ -49,15 +49,13 @@ def remedy(error: BaseException | None) -> str | None:
     """Return what to do about an error of the file system; None for any other."""
     if not isinstance(error, OSError) or error.errno not in _REMEDIES:
         return None
-    return _REMEDIES[error.errno] if error.filename is not None or error.errno in _OF_DISKS else None
+    return _REMEDIES[error.errno] if error.filename is not None or error.errno in _DISK_ERRORS else None
 
 
 def file_error(error: OSError, place: Path | None = None) -> str | None:
-    """Say in one line which file the system refuses, why, and what to do; None for an error of another kind.
+    """Return in one line which file the system refuses, why, and what to do; None for an error of another kind.
 
-    Args:
-        error: The exception.
-        place: The folder that was being written, for an error that names no file.
+    ``place`` is the folder that was being written, for an error that names no file.
     """
     what_to_do = remedy(error)
     if what_to_do is None:
@@ -90,5 +88,5 @@ def _system_error(error: Exception) -> OSError | None:
     number = re.search(r"\(os error (\d+)\)", str(error))
     if number is not None:
         return OSError(int(number[1]), os.strerror(int(number[1])))
-    # torch's writer of zip files does not say why it failed
+    # torch's writer of zip files gives no reason itself
     return error.__context__ if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError) else None

@@ -9,12 +9,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 
 class PartialJsonl:
-    """The lines of one rank so far, in a file of its own beside the final one.
-
-    Args:
-        path: The final file, which will hold the lines of all ranks.
-        rank: This rank.
-    """
+    """The lines of one rank so far, in a file of its own beside ``path``, the final file for all ranks."""
 
     def __init__(self, path: Path, rank: int) -> None:
         self.path = path.with_suffix(f".partial.{rank}.jsonl")
@@ -40,7 +35,7 @@ class PartialJsonl:
 
 
 def write_jsonl(path: Path, lines: Iterable[dict[str, Any]]) -> None:
-    """Write a file of JSON lines, of which a reader never sees a half."""
+    """Write a file of JSON lines, which a reader sees whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f"{path.name}.tmp")
     temporary.write_text("".join(map(_dumps, lines)), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Progress of long work: a bar on a terminal, and a plain line now and then where there is none."""
+"""Progress of long work: a bar on a terminal, and elsewhere a plain line now and then."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from rich.progress import (
 )
 
 LINE_INTERVAL_SECONDS = 10.0
-"""Least time between two lines."""
+"""Minimum time between two lines."""
 
 
 class LineCounter:

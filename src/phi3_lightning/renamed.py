@@ -1,4 +1,4 @@
-"""Names of version 0.0 that are others now; this file goes with version 0.2, and with it what calls it."""
+"""Options, metrics and callbacks that were renamed after version 0.0; version 0.2 drops this file and its calls."""
 
 import io
 from collections.abc import Iterable, Mapping
@@ -28,10 +28,10 @@ METRICS = {
     "speed/padding_share": "speed/padding_fraction",
     "speed/row_fill": "speed/packing_efficiency",
 }
-"""What the names of metrics begin with."""
+"""The new prefix of metric names for each old one."""
 
 CALLBACKS = {"Forgetting": "BaseDrift"}
-"""What the keys of callbacks' states begin with."""
+"""The new prefix of the keys of callbacks' states for each old one."""
 
 
 def check_keys(section: str, names: Iterable[str]) -> None:
@@ -42,7 +42,7 @@ def check_keys(section: str, names: Iterable[str]) -> None:
     """
     for name in names:
         if new := OPTIONS.get(f"{section}.{name}"):
-            raise ConfigError(f"{section}.{name}: it is called {new} now; write that.")
+            raise ConfigError(f"{section}.{name}: it is called {new} now; use that name")
 
 
 def check_metric(option: str, name: str | None) -> None:
@@ -52,11 +52,11 @@ def check_metric(option: str, name: str | None) -> None:
         ConfigError: If the metric has another name now.
     """
     if name is not None and (new := _renamed(name, METRICS)) != name:
-        raise ConfigError(f"{option}: {name!r} is called {new} now; write that.")
+        raise ConfigError(f"{option}: {name!r} is called {new} now; use that name")
 
 
 def translate(checkpoint: dict[str, Any]) -> bool:
-    """Give the keys of a checkpoint their new names, in place; return whether there was an old one."""
+    """Rename the old keys of a checkpoint in place; return whether it had any."""
     changed = False
     for key, section in (("hyper_parameters", "model"), ("datamodule_hyper_parameters", "data")):
         if isinstance(options := checkpoint.get(key), Mapping) and (new := _section(options, section)) != options:
@@ -74,7 +74,7 @@ def translate(checkpoint: dict[str, Any]) -> bool:
 
 
 def translated(path: Any) -> Any:
-    """Return what ``load_from_checkpoint`` is to read: ``path``, or a buffer with new names where it has old ones."""
+    """Return ``path`` for ``load_from_checkpoint``, or a buffer with new names where its checkpoint has old ones."""
     checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     if not translate(checkpoint):
         return path

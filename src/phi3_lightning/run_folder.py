@@ -1,4 +1,4 @@
-"""One folder a run, from which the same command goes on.
+"""One folder for each run, in which the same command resumes.
 
 ``runs/NAME/`` holds ``config.yaml``, ``checkpoints/``, ``tensorboard/`` and ``predictions.jsonl``.
 """
@@ -30,24 +30,22 @@ IMMEDIATE_REASONS = (
 """The reasons for which early stopping ends a run without waiting for its patience."""
 
 THRESHOLDS = ("stopping_threshold", "divergence_threshold", "check_finite")
-"""The options that decide about them."""
+"""The options that determine these reasons."""
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder of a run, and where it writes what."""
+    """The folder of a run, and the places of its files."""
 
     path: Path
-    """The folder."""
     checkpoints: Path
-    """Folder of last.ckpt and best.ckpt."""
+    """The folder of last.ckpt and best.ckpt."""
 
     @classmethod
     def named(cls, name: str, root: str | Path | None, dirpath: str | Path | None = None) -> "RunFolder":
         """Return the folder of a run.
 
         Args:
-            name: A plain folder name.
             root: The folder that holds ``runs``; None: the working directory.
             dirpath: The folder of the checkpoints; None: ``checkpoints`` in the run's folder.
 
@@ -70,7 +68,7 @@ class RunFolder:
         return self.path / "predictions.jsonl"
 
     def newest(self, resume: Resume) -> tuple[Path, dict[str, Any]] | None:
-        """Return path and content of the checkpoint from which training goes on; None: training starts at step 0.
+        """Return path and content of the checkpoint from which training resumes; None: training starts at step 0.
 
         Raises:
             CheckpointError: If there is a checkpoint that cannot be read, or ``never`` meets a used folder.
@@ -86,7 +84,7 @@ class RunFolder:
         if others:
             raise CheckpointError(
                 f"{self.checkpoints}: a former run left {', '.join(others)} and no last.ckpt; "
-                f"go on from one with --ckpt_path {self.checkpoints / others[0]}, or start anew with another --run"
+                f"resume from one with --ckpt_path {self.checkpoints / others[0]}, or start with another --run"
             )
         return None
 
@@ -108,16 +106,16 @@ class RunFolder:
         by_word = {"last": last, "best": best, "hpc": self._newest_of_lightning()}
         path = by_word.get(str(ckpt_path)) or local_path("--ckpt_path", ckpt_path)
         if not path.exists():
-            named = f"--ckpt_path {ckpt_path}: {path}" if str(ckpt_path) in by_word else str(path)
+            place = f"--ckpt_path {ckpt_path}: {path}" if str(ckpt_path) in by_word else str(path)
             rest = f"the run has {', '.join(self._names()) or 'no checkpoint'} in {self.checkpoints}"
-            raise CheckpointError(f"{named}: there is no such checkpoint; {rest}; give last, best or a path")
+            raise CheckpointError(f"{place}: there is no such checkpoint; {rest}; give last, best or a path")
         return path
 
     def _names(self) -> list[str]:
         return sorted(file.name for file in self.checkpoints.glob("*.ckpt"))
 
     def _newest_of_lightning(self) -> Path:
-        """The file that Lightning itself writes when SLURM puts a job back into the queue."""
+        """The file that Lightning itself writes when SLURM requeues a job."""
         root = self.path.parent.parent
         numbers = [int(file.stem[9:]) for file in root.glob("hpc_ckpt_*.ckpt") if file.stem[9:].isdecimal()]
         return root / f"hpc_ckpt_{max(numbers, default=1)}.ckpt"
@@ -128,13 +126,13 @@ class RunFolder:
         Raises:
             CheckpointError: If the options that changed make it another run than the one that is over.
         """
-        listed = "; ".join(map(str, changed))
+        listing = "; ".join(map(str, changed))
         if any(each.makes_another_run for each in changed):
             raise CheckpointError(
-                f"{self.path}: nothing was trained: the run there is over ({why}), and it is another one: {listed}. "
+                f"{self.path}: nothing was trained: the run there is over ({why}), and it is another one: {listing}. "
                 "Start this one with another --run"
             )
-        return f"{why}. Changed options had no effect: {listed}" if changed else why
+        return f"{why}. Changed options had no effect: {listing}" if changed else why
 
     def keep_config(self, text: str) -> None:
         """Write ``config.yaml``; a different earlier one is renamed to ``config.1.yaml`` and so on."""
@@ -153,10 +151,9 @@ class RunFolder:
 def nothing_left(
     checkpoint: Mapping[str, Any], max_epochs: int | None, max_steps: int, callbacks: Iterable[Callback] = ()
 ) -> str | None:
-    """Return why a run is over, or None where it can go on.
+    """Return why the run with this newest checkpoint is over, or None where it can continue.
 
     Args:
-        checkpoint: The newest checkpoint.
         max_epochs: As the Trainer gets it.
         max_steps: As the Trainer gets it; -1 is no limit.
         callbacks: Those of this start, whose options decide; those of the checkpoint alone end nothing.
@@ -171,9 +168,9 @@ def nothing_left(
         state = states.get(callback.state_key)
         if not isinstance(callback, EarlyStopping) or not isinstance(state, Mapping):
             continue
-        waited = state.get("wait_count", 0)  # a subclass may have a state of its own
-        if waited >= callback.patience:
-            return f"early stopping ended it: no better {callback.monitor} for {waited} validations"
+        wait_count = state.get("wait_count", 0)  # a subclass may have a state of its own
+        if wait_count >= callback.patience:
+            return f"early stopping ended it: no better {callback.monitor} for {wait_count} validations"
         former = checkpoint.get(OPTIONS, {}).get(callback.state_key, {})
         unchanged = all(name in former and former[name] == getattr(callback, name) for name in THRESHOLDS)
         if unchanged and state.get("stopping_reason") in IMMEDIATE_REASONS:

@@ -13,7 +13,7 @@ from pathlib import Path
 from phi3_lightning.errors import ConfigError
 
 LOCK = ".lock"
-"""Name of the file in the folder; it says who writes there."""
+"""The file in the folder that names its writer."""
 
 BEAT_SECONDS = 20.0
 PATIENCE_SECONDS = 120.0
@@ -45,7 +45,7 @@ class RunLock:
         """Take the right.
 
         Raises:
-            ConfigError: If another process has it; the message says which, on which host, since when.
+            ConfigError: If another process has it; the message names process, host and time.
             OSError: If nothing can be written in the folder.
         """
         self._new_folders = [folder for folder in (self.folder, *self.folder.parents) if not folder.exists()]
@@ -59,7 +59,7 @@ class RunLock:
             raise
 
     def release(self) -> None:
-        """Give the right back, and remove the folders that ``acquire`` made, if they are empty."""
+        """Release the right, and remove the folders that ``acquire`` made, if they are empty."""
         if self._owner != os.getpid():
             return
         self._owner = None
@@ -91,7 +91,7 @@ class RunLock:
             return False
         self._descriptor, self._owner = descriptor, os.getpid()
         os.truncate(descriptor, 0)
-        os.write(descriptor, _signature())  # not by its name: to close another descriptor would give the lock back
+        os.write(descriptor, _signature())  # not by its name: closing another descriptor would release the lock
         return True
 
     def _lock_by_heartbeat(self) -> None:
@@ -114,8 +114,8 @@ class RunLock:
     def _refusal(self) -> ConfigError:
         try:
             holder = json.loads(self._path.read_text(encoding="utf-8"))
-            who = f"process {holder['process']} on {holder['host']} is writing there since {holder['since']}"
-        except (OSError, ValueError):  # it has only just begun, or has ended
+            who = f"process {holder['process']} on {holder['host']} has been writing there since {holder['since']}"
+        except (OSError, ValueError):  # it has only just started, or has ended
             who = "another process is writing there"
         return ConfigError(f"run: {self.folder} is in use: {who}; wait for its end, stop it, or give another --run")
 

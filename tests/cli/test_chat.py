@@ -1,6 +1,7 @@
 """``chat``: one answer, a script on stdin, and a person at a terminal."""
 
 import contextlib
+import io
 import json
 import os
 import pty
@@ -20,6 +21,7 @@ import synthetic
 from cli.conftest import QUICK, TINY, start
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.cli import main
+from phi3_lightning.commands.chat import _piped
 from phi3_lightning.commands.dialogue import Dialogue
 from phi3_lightning.config import Generation
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
@@ -183,6 +185,18 @@ def test_bad_input_is_reported_and_the_chat_continues(trained):
     assert "prompt" in chat(trained, *CONFIG, "--prompt= ", code=2).err
     assert "none.ckpt: there is no such checkpoint" in chat(trained, "--ckpt_path=none.ckpt", "--prompt=x", code=1).err
     assert "model.lora.r" in chat(trained, *CONFIG, "--model.lora.r=8", "--prompt=x", code=1).err
+
+
+def test_a_system_message_that_the_run_refuses_ends_no_chat(trained):
+    answer = chat(trained, *CONFIG, TOKENS, "--data.system=refuse", typed="/system Be brief.\nHello\n")
+    assert "error: system: the model was trained without system messages" in answer.err
+    assert answer.out == chat(trained, *CONFIG, TOKENS, "--prompt=Hello").out
+
+
+def test_a_script_is_utf_8_whatever_the_platform_s_encoding(monkeypatch):
+    script = io.TextIOWrapper(io.BytesIO("Grüße\r\n\n /x 😀\n".encode()), encoding="latin-1")
+    monkeypatch.setattr(sys, "stdin", script)
+    assert list(_piped()) == ["Grüße", " /x 😀"]
 
 
 def test_truncated_answers_and_dropped_turns_are_reported(trained):

@@ -95,14 +95,14 @@ def test_the_base_never_replaces_a_missing_last_checkpoint(tmp_path, command):
 def test_fit_with_ckpt_path_last_starts_without_a_checkpoint(tmp_path):
     first = call(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_steps=1")
     assert "no checkpoint yet, starting at step 0" in first.text
-    assert "going on after step 1" in call(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_steps=2").text
+    assert "resuming after step 1" in call(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_steps=2").text
     assert "nothing left to do" in call(tmp_path, "fit", "--ckpt_path=last", "--trainer.max_steps=2").text
 
 
 def test_checkpoints_of_another_folder_are_found_by_every_command(tmp_path):
     place = "--checkpoint.dirpath=elsewhere"
     call(tmp_path, "fit", place, "--trainer.max_steps=1")
-    assert "elsewhere/last.ckpt: going on after step 1" in call(tmp_path, "fit", place, "--trainer.max_steps=2").text
+    assert "elsewhere/last.ckpt: resuming after step 1" in call(tmp_path, "fit", place, "--trainer.max_steps=2").text
     saved = "--config=runs/phi3-lora/config.yaml"
     for command in ("validate", "chat"):
         run = start(tmp_path, command, saved, *(("--prompt=Hi",) if command == "chat" else ()))

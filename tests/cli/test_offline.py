@@ -39,7 +39,7 @@ def no_network(monkeypatch, tmp_path):
 
 def test_fit_resume_predict_and_export_need_no_network(cli, tmp_path, no_network):
     cli("fit", *QUICK, "--trainer.max_steps=2")
-    assert "going on after step 2" in cli("fit", *QUICK, "--trainer.max_steps=4").text
+    assert "resuming after step 2" in cli("fit", *QUICK, "--trainer.max_steps=4").text
     cli("predict", *QUICK, f"--data.predict={TINY}/prompts.jsonl")
     for kind in ("peft", "merged"):
         cli("export", "--ckpt_path=runs/phi3-lora/checkpoints/last.ckpt", f"--output_dir={kind}", f"--format={kind}")

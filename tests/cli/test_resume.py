@@ -78,7 +78,7 @@ def resume(stopped_run: Path, tmp_path: Path, key: str, value: str, *more: str):
 def test_options_that_may_change_are_honoured(stopped_run, tmp_path, key, value):
     run, last = resume(stopped_run, tmp_path, key, value)
     assert run.status == 0, run.text
-    assert "going on after step 3" in run.text
+    assert "resuming after step 3" in run.text
     assert torch.load(last, weights_only=True)["global_step"] == 5
     row = next(line for line in TABLE.splitlines() if key.split(".")[-1] in line)
     assert "honoured" in row
@@ -179,7 +179,7 @@ AVERAGING = """[{class_path: lightning.pytorch.callbacks.EMAWeightAveraging, ini
 def test_averaged_adapters_are_saved_resumed_and_exported(cli, tmp_path):
     averaged = (*SHORT, f"--trainer.callbacks={AVERAGING}", "--run=bot")
     cli("fit", *averaged, "--trainer.max_steps=3")
-    assert "going on after step 3" in cli("fit", *averaged, "--trainer.max_steps=5").text
+    assert "resuming after step 3" in cli("fit", *averaged, "--trainer.max_steps=5").text
     saved = torch.load(tmp_path / "runs/bot/checkpoints/last.ckpt", weights_only=True)
     averaged_state, current = saved["state_dict"], saved["current_model_state"]
     assert averaged_state.keys() == current.keys()

@@ -70,7 +70,7 @@ def test_the_same_command_resumes_and_logs_it(cli, tmp_path):
     cli("fit", *QUICK, "--run=whole", "--trainer.max_steps=8", "--model.schedule.name=constant")
     cli("fit", *QUICK, "--trainer.max_steps=3", "--model.schedule.name=constant")
     more = cli("fit", *QUICK, "--trainer.max_steps=8", "--model.schedule.name=constant")
-    assert "going on after step 3" in more.text
+    assert "resuming after step 3" in more.text
     assert same(folder / "checkpoints/last.ckpt", tmp_path / "runs/whole/checkpoints/last.ckpt")
     for _ in range(2):
         done = cli("fit", *QUICK, "--trainer.max_steps=8", "--model.schedule.name=constant")

@@ -40,7 +40,7 @@ def test_a_second_fit_is_refused_until_the_first_ends(cli, tmp_path, first, devi
     first.wait()
     reached = read_checkpoint(tmp_path / LAST)["global_step"]
     after = cli("fit", *FIT, f"--trainer.max_steps={reached + 1}")
-    assert f"going on after step {reached}" in after.text
+    assert f"resuming after step {reached}" in after.text
     assert not (tmp_path / "runs/phi3-lora/.lock").exists()
 
 

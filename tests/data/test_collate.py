@@ -38,7 +38,7 @@ def test_a_filler_row_has_no_label() -> None:
 
 
 def test_prompts_are_padded_on_the_left() -> None:
-    batch = collate_prompts([document(3, [1, 2]), document(1, [9, 9, 9])], 9, [7])
+    batch = collate_prompts([[document(3, [1, 2])], [document(1, [9, 9, 9])]], 9, [7])
     assert batch["input_ids"].tolist() == [[9, 1, 2], [9, 9, 9]]
     assert batch["attention_mask"].tolist() == [[0, 1, 1], [1, 1, 1]]
     assert (batch["document_ids"], batch["stop_ids"]) == ([3, 1], [7])

@@ -525,7 +525,7 @@ def test_the_tuner_scales_the_batch_size_of_prompts_separately(
 def test_setting_batch_size_under_max_tokens_is_refused(data: Callable[..., ChatDataModule], tmp_path: Path) -> None:
     for tokens in (400, "auto"):
         datamodule = data(max_tokens_per_batch=tokens)
-        with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch stands in its place.*auto"):
+        with pytest.raises(ConfigError, match=r"data\.max_tokens_per_batch replaces it.*auto"):
             datamodule.batch_size = 8
     with pytest.raises(ConfigError, match=r"data\.batch_size: 0 cannot be used: give 1 or more"):
         data().batch_size = 0

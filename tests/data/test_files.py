@@ -47,7 +47,7 @@ def tree(tmp_path: Path) -> Tree:
 
 def files_of(given: Path | str, split: Split = "train") -> list[str]:
     folder = str(given).partition("*")[0].rstrip("/")
-    return [source.name().removeprefix(f"{folder}/") for source in select_sources(str(given), split).taken]
+    return [source.name().removeprefix(f"{folder}/") for source in select_sources(str(given), split).sources]
 
 
 SPLIT_TREES: list[tuple[list[str], dict[Split, list[str]]]] = [
@@ -127,10 +127,10 @@ def test_files_are_listed_where_their_split_is_ambiguous(tree: Tree, names: list
 
 def test_a_file_given_by_name_is_taken_whatever_its_split(tree: Tree) -> None:
     folder = tree("data/train-a.jsonl", "data/test-a.jsonl", "data/test-b.jsonl")
-    assert [source.name() for source in select_sources(f"{folder}/data/test-*").taken] == [
+    assert [source.name() for source in select_sources(f"{folder}/data/test-*").sources] == [
         f"{folder}/data/test-a.jsonl", f"{folder}/data/test-b.jsonl"
     ]  # fmt: skip
-    assert len(select_sources(str(folder / "data/test-a.jsonl")).taken) == 1
+    assert len(select_sources(str(folder / "data/test-a.jsonl")).sources) == 1
 
 
 def test_the_given_folders_own_name_is_no_split(tree: Tree) -> None:
@@ -153,14 +153,14 @@ def test_hidden_files_are_left_out_and_listed(tree: Tree, hidden: str) -> None:
     assert files_of(f"{folder}/**/*.json*") == ["a.jsonl", "deep/b.jsonl"]
     [left_out] = select_sources(str(folder)).left_out
     assert f"{hidden}/".startswith(left_out.rstrip("/") + "/")
-    assert [source.name() for source in select_sources(str(folder / hidden)).taken] == [str(folder / hidden)]
+    assert [source.name() for source in select_sources(str(folder / hidden)).sources] == [str(folder / hidden)]
 
 
 def test_a_hidden_folder_or_pattern_that_is_named_is_read(tree: Tree) -> None:
     folder = tree(".kept/a.jsonl", "__b/c.jsonl", "_d.jsonl")
     assert files_of(folder / ".kept") == ["a.jsonl"]
     for pattern, file in ((".kept/*", ".kept/a.jsonl"), ("__*/*", "__b/c.jsonl"), ("_*.jsonl", "_d.jsonl")):
-        assert [source.name() for source in select_sources(f"{folder}/{pattern}").taken] == [f"{folder}/{file}"]
+        assert [source.name() for source in select_sources(f"{folder}/{pattern}").sources] == [f"{folder}/{file}"]
     with pytest.raises(DataError, match=r"no data files in it.*Left out: .*_d\.jsonl"):
         select_sources(str(folder))
 
@@ -198,7 +198,7 @@ def test_a_saved_dataset_dict_has_its_splits_and_no_caches_of_map(tmp_path: Path
     datasets.load_from_disk(str(folder / "train")).map(lambda row: {"prompt": "other"})
     assert list((folder / "train").glob("cache-*.arrow"))
     for given in (folder, f"{folder}/*/*.arrow"):
-        assert [source.name() for source in select_sources(str(given)).taken] == [
+        assert [source.name() for source in select_sources(str(given)).sources] == [
             f"{folder}/train/data-00000-of-00001.arrow"
         ]
     assert files_of(folder / "train") == ["data-00000-of-00001.arrow"]

@@ -169,6 +169,19 @@ def test_the_cache_is_built_once_and_follows_content_and_options(
     assert built() == 3
 
 
+def test_others_can_read_a_shared_cache(
+    tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
+) -> None:
+    umask = os.umask(0o022)
+    try:
+        tokenise(write(CHATS))
+    finally:
+        os.umask(umask)
+    [folder] = (tmp_path / "cache1/phi3_lightning").iterdir()
+    assert folder.stat().st_mode & 0o777 == 0o755
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o644}
+
+
 def test_processes_that_start_together_share_one_cache(
     tokenise: Callable[..., TokenizedDataset], write: Write, tmp_path: Path
 ) -> None:

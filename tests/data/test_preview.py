@@ -11,8 +11,7 @@ import pytest
 from rich.console import Console
 
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.preview import build_preview, render_terminal
-from phi3_lightning.data.preview_html import render_html
+from phi3_lightning.data.preview import build_preview, render_html, render_terminal
 
 from .conftest import chat
 

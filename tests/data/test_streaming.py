@@ -142,6 +142,17 @@ def test_fields_that_are_not_used_are_named_once(
     assert caplog.text.count("train: fields that are not used: lang, source") == 1
 
 
+def test_why_rows_are_dropped_is_logged_once(
+    stream: Callable[..., ChatDataModule], write: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write([chat("q", "word " * (300 * (index % 2))) for index in range(100)], "long.jsonl")
+    datamodule = stream(train=path)
+    datamodule.prepare_data()
+    datamodule.setup()
+    rows(datamodule.train_dataloader(), 60)
+    assert caplog.text.count("train: rows are dropped: longer than max_length 400") == 1
+
+
 def test_a_hub_set_is_streamed(stream: Callable[..., ChatDataModule], monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(name: str, split: str, streaming: bool) -> datasets.IterableDataset:
         assert streaming
@@ -157,6 +168,8 @@ def test_a_hub_set_is_streamed(stream: Callable[..., ChatDataModule], monkeypatc
 def test_options_unsupported_by_streams_are_refused(stream: Callable[..., ChatDataModule], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"trainer\.max_steps"):
         trainer(tmp_path).fit(Recorder(), stream())
+    with pytest.raises(ConfigError, match=r"trainer\.limit_train_batches: 1 makes epochs"):
+        trainer(tmp_path, max_steps=3, max_epochs=-1, limit_train_batches=1).fit(Recorder(), stream())
     with pytest.raises(ConfigError, match=r"data\.val_fraction"):
         stream(val_fraction=0.1)
     with pytest.raises(ConfigError, match=r"data\.mixture"):

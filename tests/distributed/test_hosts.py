@@ -113,7 +113,7 @@ def test_a_run_resumes_after_a_host_dies(hosts, uninterrupted, tmp_path):
     with on(0, cut, port) as (first, text), on(1, cut, port) as (second, other):
         assert first.wait(100) == 0, text()
         assert second.wait(30) == 0, other()
-        assert f"going on after step {done}" in text()
+        assert f"resuming after step {done}" in text()
     state = read_checkpoint(cut / LAST)["state_dict"]
     adapter = sum(tensor.nbytes for tensor in state.values())
     wire = (sent(hosts[1]) - before) / adapter / (STEPS - done)

@@ -126,7 +126,7 @@ def test_torchrun_restarts_after_a_killed_worker(uninterrupted, tmp_path):
         workers = [p for p in psutil.Process(agent.pid).children(recursive=True) if "cli.py" in " ".join(p.cmdline())]
         workers[-1].send_signal(signal.SIGKILL)
         assert agent.wait(200) == 0, text()
-        assert "going on after step" in text()
+        assert "resuming after step" in text()
     assert same(uninterrupted, cut)
 
 

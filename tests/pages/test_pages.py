@@ -20,6 +20,13 @@ def test_a_value_that_is_missing_is_an_error():
         render("curves.svg")
 
 
+def test_a_bar_within_a_cell_of_a_card_is_escaped():
+    texts = dict.fromkeys(("front_matter", "name", "kind", "base", "serving", "picture"), "")
+    rows = {"statistics": [], "metrics": [], "certificate": [], "settings": [("`target_modules`", "`.*(q|k)_proj`")]}
+    card = render("card.md", step=1, statistics_columns=(), certificate_positions=1, **texts, **rows)
+    assert r"| `target_modules` | `.*(q\|k)_proj` |" in card
+
+
 def test_points_are_dots_where_they_are_few():
     few, many = ([(step, float(step)) for step in range(count)] for count in (MAX_DOTS, MAX_DOTS + 1))
     assert draw({"val/loss": few}).count("<circle") == MAX_DOTS

@@ -1,4 +1,4 @@
-"""Splitting a batch into its documents."""
+"""Splits a batch into its documents."""
 
 from collections.abc import Iterator
 from typing import NamedTuple

@@ -11,13 +11,7 @@ from phi3_lightning.batch.types import PromptBatch
 def left_pad(
     prompts: Sequence[Sequence[int]], pad_token_id: int = 0, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Return ``input_ids`` and ``attention_mask`` as in :class:`~phi3_lightning.batch.PromptBatch`.
-
-    Args:
-        prompts: Token ids of at least one prompt.
-        pad_token_id: Fills shorter prompts up; only the mask says where.
-        device: The device of the tensors; None: the CPU.
-    """
+    """Return ``input_ids`` and ``attention_mask`` of at least one prompt, as a ``PromptBatch`` has them."""
     width = max(map(len, prompts))
     ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.int64)
     mask = torch.zeros_like(ids)
@@ -34,13 +28,7 @@ def prompt_batch(
     pad_token_id: int = 0,
     device: torch.device | None = None,
 ) -> PromptBatch:
-    """Collate prompts into a batch.
-
-    Args:
-        prompts: Token ids; no prompt at all gives a filler batch of one prompt without an id.
-        pad_token_id: Fills shorter prompts up.
-        device: The device of the batch; None: the CPU.
-    """
+    """Collate prompts into a batch; no prompt gives a filler, a prompt without an id."""
     # the filler is not masked: a row without any token has no attention to compute
     input_ids, attention_mask = left_pad(prompts or [[pad_token_id] * 2], pad_token_id, device)
     return PromptBatch(input_ids=input_ids, attention_mask=attention_mask, document_ids=document_ids, stop_ids=stop_ids)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
+from os.path import commonprefix
 from typing import Any, NamedTuple
 
 
@@ -25,39 +26,20 @@ def segments(ids: Sequence[int], trained: Sequence[bool], tokenizer: Any) -> lis
     """
     added = tokenizer.added_tokens_decoder
     result: list[Segment] = []
-    pairs = list(zip(ids, trained, strict=True))
     for at, run in groupby(range(len(ids)), key=lambda at: at if ids[at] in added else -1):
-        tokens = [pairs[position] for position in run]
-        texts = _Texts([token for token, _ in tokens], tokenizer)
-        for is_trained, group in groupby(tokens, key=lambda token: bool(token[1])):
-            segment_ids = [token for token, _ in group]
-            special = at >= 0 and bool(added[ids[at]].special)
-            result.append(Segment(texts.next(len(segment_ids)), segment_ids, is_trained, special))
+        special = at >= 0 and bool(added[ids[at]].special)
+        positions = list(run)
+        run_ids = [ids[position] for position in positions]
+        whole = _decode(run_ids, tokenizer)
+        token = char = 0  # where the next segment begins
+        for is_trained, group in groupby(positions, key=lambda position: bool(trained[position])):
+            segment_ids = [ids[position] for position in group]
+            token += len(segment_ids)
+            end = len(commonprefix([whole, _decode(run_ids[:token], tokenizer)]))  # noqa: RUF071, by character
+            result.append(Segment(whole[char:end], segment_ids, is_trained, special))
+            char = end
     return result
 
 
-class _Texts:
-    """Decodes tokens segment by segment."""
-
-    def __init__(self, ids: list[int], tokenizer: Any) -> None:
-        self._ids = ids
-        self._tokenizer = tokenizer
-        self._whole = self._decode(len(ids))
-        self._token = self._char = 0  # where the next segment begins
-
-    def next(self, count: int) -> str:
-        """Return the text of the next ``count`` tokens."""
-        self._token += count
-        prefix = self._whole if self._token == len(self._ids) else self._decode(self._token)
-        text = self._whole[self._char : _common_length(self._whole, prefix)]
-        self._char += len(text)
-        return text
-
-    def _decode(self, count: int) -> str:
-        return str(self._tokenizer.decode(self._ids[:count], clean_up_tokenization_spaces=False))
-
-
-def _common_length(one: str, other: str) -> int:
-    """The number of characters with which both texts begin."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (left, right) in pairs if left != right), min(len(one), len(other)))
+def _decode(ids: list[int], tokenizer: Any) -> str:
+    return str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))

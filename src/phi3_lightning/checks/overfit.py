@@ -72,7 +72,7 @@ class OverfitResult(pl.Callback):
         self.last_loss = _mean_loss(trainer, pl_module, self.case.batches)
         spans, rows = np.array([], dtype=np.int32), self.case.rows
         prompts = [Document(n, np.array(row.question, dtype=np.int32), spans) for n, row in enumerate(rows)]
-        batch = trainer.strategy.batch_to_device(collate_prompts(prompts, self.case.pad_token_id, self.case.stop_ids))
+        batch = trainer.strategy.batch_to_device(collate_prompts([prompts], self.case.pad_token_id, self.case.stop_ids))
         generation = Generation(max_new_tokens=max(len(row.answer) for row in rows) + 1)
         with trainer.precision_plugin.forward_context(), pl_module.autocast():
             self.answers = generate(pl_module.loaded_model, batch, generation)

@@ -1,7 +1,6 @@
 """``chat``: a conversation in the terminal with a checkpoint, an adapter or a base."""
 
 import contextlib
-import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -11,7 +10,8 @@ from jsonargparse.typing import NotEmptyStr
 from phi3_lightning.commands.dialogue import Dialogue
 from phi3_lightning.commands.loading import DATA_KEYS, LoadedRun, open_module
 from phi3_lightning.commands.parser import Parser, add_run, command_parser
-from phi3_lightning.errors import DataError
+from phi3_lightning.commands.quiet import quieten_trainers
+from phi3_lightning.errors import ConfigError, DataError
 from phi3_lightning.generation.decode import stream
 from phi3_lightning.generation.detokenize import IncrementalDetokenizer
 from phi3_lightning.module import Phi3LoRAModule
@@ -51,7 +51,7 @@ def parser() -> Parser:
 
 def main(args: list[str]) -> None:
     """Run the command with the arguments after ``chat``."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    quieten_trainers()
     run = open_module(parser(), args)
     chat = Chat(run)
     try:
@@ -111,7 +111,7 @@ class Chat:
             notice(f"\ncut after model.generation.max_new_tokens {generation.max_new_tokens}, or at the context's end")
 
     def command(self, line: str) -> bool:
-        """Run a line that begins with /, and return whether the chat goes on."""
+        """Run a line that begins with /, and return whether the chat continues."""
         name, _, rest = line.partition(" ")
         if name == "/exit":
             return False
@@ -146,7 +146,7 @@ def _converse(chat: Chat) -> None:
             if not interactive:
                 raise
             notice("stopped")
-        except DataError as error:
+        except (ConfigError, DataError) as error:  # the first where the run refuses system messages
             notice(f"error: {error}")
 
 
@@ -168,8 +168,9 @@ def _typed() -> Iterator[str]:
 
 
 def _piped() -> Iterator[str]:
+    """Lines of a script in UTF-8, whatever the encoding of the platform."""
     try:
-        yield from (line.rstrip("\n") for line in sys.stdin if line.strip())
+        yield from (line.rstrip("\r\n") for line in map(bytes.decode, sys.stdin.buffer) if line.strip())
     except UnicodeDecodeError as error:
         raise DataError(f"stdin: not UTF-8 ({error}); convert it") from error
 
@@ -180,5 +181,5 @@ def write(text: str) -> None:
 
 
 def notice(text: str) -> None:
-    """Write a line on stderr that is no answer."""
+    """Write a line that is no answer on stderr."""
     print(text, file=sys.stderr, flush=True)

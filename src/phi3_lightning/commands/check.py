@@ -81,7 +81,7 @@ def _report(results: list[Result]) -> None:
 
 
 def _verdict(outcomes: dict[str, Outcome]) -> str:
-    """One sentence for somebody whose loss does not fall."""
+    """A sentence for a user whose loss does not fall."""
     failed = [name for name, outcome in outcomes.items() if outcome == "FAIL"]
     if not failed:
         return "All is sound: a loss that does not fall in the run itself needs more steps, or a longer warm-up."
@@ -92,4 +92,4 @@ def _verdict(outcomes: dict[str, Outcome]) -> str:
         MY_ROWS_MY_SETTINGS: "your data and your settings together: each is learnt with alone",
     }
     causes = [where[name] for name in failed if name in where]
-    return f"The fault lies with {'; and with '.join(causes)}." if causes else f"Mend first: {', '.join(failed)}."
+    return f"The fault lies with {'; and with '.join(causes)}." if causes else f"Fix first: {', '.join(failed)}."

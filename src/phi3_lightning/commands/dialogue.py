@@ -9,7 +9,7 @@ from phi3_lightning.errors import ConfigError, DataError
 
 
 class Prompt(NamedTuple):
-    """The tokens that the model continues, and how many old exchanges were dropped to make room."""
+    """The tokens that the model continues, and the number of old exchanges that were dropped to make room."""
 
     ids: list[int]
     dropped: int
@@ -19,11 +19,9 @@ class Dialogue:
     """The history of a chat, within the model's context.
 
     Args:
-        template: Renders it. The text of a special token in a message is never a turn.
         context_length: Tokens of the model's context.
         answer_length: Tokens that an answer may have.
         place: What becomes of the system message, as in ``data.system``.
-        system: The system message.
 
     Raises:
         ConfigError: If there is a system message and ``place`` refuses it.
@@ -46,7 +44,7 @@ class Dialogue:
 
     @property
     def system(self) -> str | None:
-        """The system message; a new one holds for the history, too."""
+        """The system message; a new one applies to the history too."""
         return self._system
 
     @system.setter

@@ -14,7 +14,7 @@ from phi3_lightning.errors import ConfigError
 from phi3_lightning.files import local_path, writing
 from phi3_lightning.hardware import program
 
-DESCRIPTION = "Write the configurations that the package brings along, and translate a training script into one."
+DESCRIPTION = "Write the configurations that come with the package, and translate a training script into one."
 
 PACKAGE = Path(__file__).parent.parent
 RECIPE = "phi3_mini_4k_lora.yaml"

@@ -23,7 +23,7 @@ from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import RunFolder
 
 DATA_KEYS = {"tokenizer": None, "revision": None, "chat_template": None, "special_text": "plain", "system": "keep"}
-"""The options of the data section that decide about prompts, and their defaults."""
+"""The options of the data section that determine prompts, and their defaults."""
 
 
 @dataclass(frozen=True)
@@ -34,14 +34,14 @@ class LoadedRun:
     module: Phi3LoRAModule
     """On its device, in evaluation mode."""
     trainer: pl.Trainer
-    """Has its precision."""
+    """With the precision of the run."""
     template: ChatTemplate
     system: Literal["keep", "merge_into_user", "refuse"]
     """As in ``data.system``."""
 
 
 def open_module(options: LightningArgumentParser, args: list[str]) -> LoadedRun:
-    """Load a module with the checkpoint or the adapter that the arguments name; its own options are the defaults."""
+    """Load a module with the checkpoint or the adapter that the arguments name, whose own options are the defaults."""
     search = options.parse_args([*args, "--model.base=unknown"])
     source = RunFolder.of(search).checkpoint(search.ckpt_path)
     checkpoint: dict[str, Any] | None = None
@@ -88,10 +88,10 @@ def _adapter_defaults(path: Path) -> dict[str, Any]:
 
 
 def prompt_options(config: Namespace, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of prompts: as typed now, or else as in training, or else the base's."""
-    trained = checkpoint.get("datamodule_hyper_parameters", {})
+    """Return the options of prompts: those of this call, or else those of training, or else the base's."""
+    training = checkpoint.get("datamodule_hyper_parameters", {})
     data: dict[str, Any] = {
-        key: config.data.get(key) or trained.get(key) or default for key, default in DATA_KEYS.items()
+        key: config.data.get(key) or training.get(key) or default for key, default in DATA_KEYS.items()
     }
     if data["tokenizer"] is None:
         data |= {"tokenizer": config.model.base, "revision": config.model.revision}

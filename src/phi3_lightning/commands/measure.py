@@ -30,7 +30,7 @@ class Measurement:
 
 
 def measure(module: Phi3LoRAModule, batch: Batch, make_trainer: Callable[..., pl.Trainer]) -> Measurement:
-    """Train a module, which is not loaded yet, on one micro-batch again and again; nothing is written.
+    """Train a module, which is not loaded yet, on one micro-batch repeatedly; nothing is written.
 
     The schedule must have no warm-up, which may be longer than the steps.
     """

@@ -20,7 +20,7 @@ ELSEWHERE = {
     "--optimizer": "the optimiser is --model.optimizer.name, .lr, .weight_decay",
     "--lr_scheduler": "the schedule is --model.schedule.name, .warmup",
 }
-"""LightningCLI's own options that have another place here."""
+"""LightningCLI's own options that have another name here."""
 
 RUN_OPTIONS = (
     "run", "seed_everything", "trainer", "model", "data", "checkpoint", "evaluation", "monitor", "ckpt_path", "resume",
@@ -54,11 +54,12 @@ class Parser(LightningArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
         if re.search(r"\b(model|data)\.(class_path|init_args)", message):
-            hints.append("options stand directly under model: and data:, without class_path and init_args")
+            hints.append("options are directly under model: and data:, without class_path and init_args")
         for key in _keys_in(message):
-            new = OPTIONS.get(key)
-            renamed = [f"{key} is called {new} now"]
-            hints += renamed if new else [f"did you mean {name}?" for name in self._nearest(key)]
+            if new := OPTIONS.get(key):
+                hints.append(f"{key} is called {new} now")
+            else:
+                hints += [f"did you mean {name}?" for name in self._nearest(key)]
         super().error("\n".join([_one_line(message), *dict.fromkeys(hints)]), ex)
 
     def accept_rest_of_run(self) -> None:
@@ -79,14 +80,11 @@ class Parser(LightningArgumentParser):
 def command_parser(
     name: str, description: str, classes: Mapping[str, type], sections: Mapping[str, str], **kwargs: Any
 ) -> Parser:
-    """Return a parser for a command of ours, which takes configurations of runs.
+    """Return a parser for a command that is not the Trainer's, and takes configurations of runs.
 
     Args:
-        name: The command.
-        description: Its help.
         classes: Sections whose options are the arguments of a class.
         sections: Sections of which only some keys count, with these keys.
-        **kwargs: Further arguments of the parser.
     """
     parser = Parser(prog=f"{program()} {name}", description=description, **kwargs)
     parser.add_argument("-c", "--config", action=RunConfig, help="Configuration of a run, or a part of one.")
@@ -105,14 +103,14 @@ def add_run(parser: Parser, ckpt_path_help: str) -> None:
 
 
 def prepare(config: Namespace) -> None:
-    """Take the base's tokenizer where none is named, and set the seed."""
+    """Use the base's tokenizer where no other is named, and set the seed."""
     if config.data.tokenizer is None:
         config.data.tokenizer, config.data.revision = config.model.get("base"), config.model.get("revision")
     seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
 
 
 def model_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Name the arguments of a module, whose sections are mappings, by their key paths, as a parser's defaults."""
+    """Return the arguments of a module, whose sections are mappings, by key path, as a parser's defaults."""
     sections = {name: value for name, value in arguments.items() if isinstance(value, Mapping)}
     result = {f"model.{name}": value for name, value in arguments.items() if name not in sections}
     for name, section in sections.items():
@@ -121,7 +119,7 @@ def model_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _one_line(message: str) -> str:
-    """Say what jsonargparse says of a value in one line: key, value and reasons."""
+    """Return jsonargparse's message about a value in one line: key, value and reasons."""
     match = re.match(r'Parser key "([\w.]+)":\n(.*)Given value type: .*?Given value: (.*)', message, re.DOTALL)
     if match is None:
         return message

@@ -1,4 +1,4 @@
-"""``plan``: memory, time and what would help, from a configuration alone."""
+"""``plan``: predicts memory and time of a run, and suggests changes, from its configuration alone."""
 
 import tempfile
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from phi3_lightning.commands.parser import Parser, command_parser, prepare
 from phi3_lightning.commands.plan_tables import measured_table, memory_table, run_line, suggestion_table
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
 from phi3_lightning.commands.quiet import quieten_trainers
-from phi3_lightning.commands.single_device import single_device_trainer
+from phi3_lightning.commands.single_device import device_list, single_device_trainer
 from phi3_lightning.config import Schedule
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.errors import ConfigError, ModelError
@@ -89,7 +89,7 @@ class Plan:
         self.spec = self.predictor.spec
 
     def _readable_base(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of the module, with the shapes of a published base that cannot be reached."""
+        """The options of the module, with the published shapes of a base that cannot be reached."""
         module = Phi3LoRAModule(**options)
         try:
             module.check_base()
@@ -136,13 +136,13 @@ class Plan:
         return predictor.with_mode(mode), f"model.gradient_checkpointing: auto is {mode} here: {why}"
 
     def _seconds(self, shape: BatchShape) -> float | None:
-        """Seconds of a micro-batch on this machine's device; None where a few layers do not tell."""
+        """Seconds of a micro-batch on this machine's device; None where a few layers do not predict them."""
         if self._device is None or not self.predictor.fake.alike:
             return None
         self.on_begin("timing some layers")
         return timed_seconds(self.spec, shape, device=self._device.type, peak=self.peak)
 
-    def _measured(self) -> Measurement | None:
+    def _measure(self) -> Measurement | None:
         if not self.config.measure:
             return None
         self.on_begin("three real steps")
@@ -157,7 +157,7 @@ class Plan:
     def print(self, console: Console) -> None:
         """Print the plan."""
         shape = self.rows.shape
-        measured = self._measured()  # first: what follows takes memory too
+        measurement = self._measure()  # first: what follows takes memory too
         self.on_begin("a step without values")
         memory = self.predictor.memory(shape)
         helpful = suggestions(self.predictor, shape, memory, lambda change: self.on_begin(f"with {change}"))
@@ -176,9 +176,9 @@ class Plan:
             console.print("a calculation: few GPUs, no FSDP2 and no quantised base were measured (docs/plan.md)")
         console.print(suggestion_table(helpful, memory))
         self._print_speed(console, seconds)
-        if measured is not None:
-            console.print(measured_table(memory, measured, shape, seconds, on_gpu=self.on_gpu))
-            seconds = measured.seconds
+        if measurement is not None:
+            console.print(measured_table(memory, measurement, shape, seconds, on_gpu=self.on_gpu))
+            seconds = measurement.seconds
         self._print_length(console, None if seconds is None else self.spec.ranks * shape.tokens / seconds)
 
     def _print_speed(self, console: Console, seconds: float | None) -> None:
@@ -216,11 +216,11 @@ def _on_gpu(accelerator: str) -> bool:
 
 
 def _ranks(trainer: Namespace, on_gpu: bool) -> int:
-    devices = trainer.devices
-    if isinstance(devices, list):
+    devices = device_list(trainer.devices)
+    if devices is not None:
         here = len(devices)
-    elif str(devices) in ("auto", "-1"):
+    elif str(trainer.devices) in ("auto", "-1"):
         here = max(torch.cuda.device_count(), 1) if on_gpu else 1
     else:
-        here = int(devices)
+        here = int(trainer.devices)
     return here * int(trainer.num_nodes)

@@ -12,7 +12,7 @@ from phi3_lightning.planning.suggestions import Suggestion
 
 
 def memory_table(memory: Memory, where: str) -> Table:
-    """Return the predicted peak by part; ``where`` is the device in words."""
+    """Return the predicted peak by part; ``where`` names the device."""
     table = Table(title=f"peak memory of {where}, predicted", show_footer=True)
     table.add_column("part", footer="at the peak")
     table.add_column("GB", justify="right", footer=f"{memory.total / 1e9:.2f}")
@@ -26,16 +26,16 @@ def memory_table(memory: Memory, where: str) -> Table:
         "process and libraries": memory.process,
         "what the allocator cannot use": memory.fragmentation,
     }
-    not_then = "a layer's pass" if memory.head > memory.layer else "head: logits and their gradients"
+    not_at_peak = "a layer's pass" if memory.head > memory.layer else "head: logits and their gradients"
     for name, size in rows.items():
-        shown = f"{size / 1e9:.2f}"
-        table.add_row(name, f"({shown})" if name == not_then else shown)
+        number = f"{size / 1e9:.2f}"
+        table.add_row(name, f"({number})" if name == not_at_peak else number)
     table.caption = "in parentheses: needed at another moment, and less of it"
     return table
 
 
 def suggestion_table(suggestions: list[Suggestion], memory: Memory) -> Table:
-    """Return the changes, each with the peak that it leads to and how much less that is."""
+    """Return the changes, each with its peak and how much less that is."""
     table = Table(title="what would help, each by itself")
     table.add_column("change")
     table.add_column("GB", justify="right")
@@ -47,14 +47,11 @@ def suggestion_table(suggestions: list[Suggestion], memory: Memory) -> Table:
 
 
 def measured_table(
-    memory: Memory, measured: Measurement, shape: BatchShape, seconds: float | None, *, on_gpu: bool
+    memory: Memory, measurement: Measurement, shape: BatchShape, seconds: float | None, *, on_gpu: bool
 ) -> Table:
     """Return the prediction beside three real steps.
 
     Args:
-        memory: The prediction.
-        measured: Time and memory of the steps.
-        shape: The size of their micro-batch.
         seconds: The predicted time of the micro-batch; None: unknown.
         on_gpu: Whether torch counted the memory, which leaves out the driver's.
     """
@@ -62,11 +59,11 @@ def measured_table(
     for column in ("", "predicted", "measured", "off by"):
         table.add_column(column, justify="right" if column else "left")
     predicted = memory.total - (memory.process if on_gpu else 0)
-    off = f"{predicted / measured.peak - 1:+.1%}"
-    table.add_row("peak memory, GB", f"{predicted / 1e9:.2f}", f"{measured.peak / 1e9:.2f}", off)
+    off = f"{predicted / measurement.peak - 1:+.1%}"
+    table.add_row("peak memory, GB", f"{predicted / 1e9:.2f}", f"{measurement.peak / 1e9:.2f}", off)
     if seconds is not None:
-        off = f"{measured.seconds / seconds - 1:+.1%}"
-        table.add_row("tokens/s", *(f"{shape.tokens / took:,.0f}" for took in (seconds, measured.seconds)), off)
+        off = f"{measurement.seconds / seconds - 1:+.1%}"
+        table.add_row("tokens/s", *(f"{shape.tokens / time:,.0f}" for time in (seconds, measurement.seconds)), off)
     return table
 
 

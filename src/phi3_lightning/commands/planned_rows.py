@@ -1,4 +1,4 @@
-"""The rows of a plan: the user's, or made-up ones of the largest size that the options allow."""
+"""The rows of a plan: the user's, or placeholders of the largest size that the options allow."""
 
 from dataclasses import dataclass
 from typing import cast
@@ -31,7 +31,7 @@ class PlannedRows:
 
 
 def planned_rows(data: ChatDataModule) -> PlannedRows:
-    """Return the rows of the training data, or made-up ones where these cannot be read."""
+    """Return the rows of the training data, or placeholders where these cannot be read."""
     if data.options.train is None:
         return _full_rows(data.options, "data.train is not given")
     if data.options.streaming:

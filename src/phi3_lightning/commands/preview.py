@@ -1,14 +1,12 @@
 """``preview``: rows as the model will see them, without loading the model."""
 
-import logging
-
 from rich.console import Console
 
 from phi3_lightning.commands.parser import Parser, command_parser, prepare
+from phi3_lightning.commands.quiet import quieten_trainers
 from phi3_lightning.config.data import Split
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.preview import build_preview, render_terminal
-from phi3_lightning.data.preview_html import render_html
+from phi3_lightning.data.preview import build_preview, render_html, render_terminal
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.files import local_path, writing
 
@@ -34,7 +32,7 @@ def main(args: list[str]) -> None:
         raise ConfigError(f"--rows: {config.rows} cannot be shown: give 1 or more")
     page = None if config.html is None else local_path("--html", config.html)
     prepare(config)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)  # the statistics are shown below
+    quieten_trainers()
     data: ChatDataModule = options.instantiate_classes(config).data
     data.prepare_data()
     data.setup({"train": "fit", "val": "fit", "test": "test", "predict": "predict"}[config.split])

@@ -1,4 +1,4 @@
-"""What upstream libraries say that no user of the command line needs."""
+"""Silences output of upstream libraries that no user of the command line needs."""
 
 import logging
 import sys
@@ -11,7 +11,7 @@ from phi3_lightning.files import remedy
 
 
 def quieten_libraries() -> None:
-    """Leave out what libraries say to their own developers, or for their own products."""
+    """Silence what libraries tell their own developers, or advertise."""
     warnings.filterwarnings("ignore", message="`isinstance\\(treespec, LeafSpec\\)` is deprecated")
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated")  # PEFT reads it
     warnings.filterwarnings("ignore", message="You're using the WeightAveraging callback with a model")  # it shares it
@@ -23,7 +23,7 @@ def quieten_libraries() -> None:
 
 
 def quieten_trainers() -> None:
-    """Leave out what Lightning says about data and Trainers, for commands whose own tables have what counts."""
+    """Silence Lightning's lines about data and Trainers, for commands whose own tables have what counts."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", ".*does not have many workers", UserWarning)
@@ -32,6 +32,6 @@ def quieten_trainers() -> None:
 
 
 def _thread_failed(failure: threading.ExceptHookArgs) -> None:
-    """Leave out the error of TensorBoard's thread on a full disk, since its writer raises it again."""
+    """Silence the error of TensorBoard's thread on a full disk, since its writer raises it again."""
     if remedy(failure.exc_value) is None:
         threading.__excepthook__(failure)

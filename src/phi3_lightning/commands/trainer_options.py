@@ -23,11 +23,11 @@ _LEAST = {
     "min_epochs": (0, "null is no minimum"),
     "min_steps": (0, "null is no minimum"),
 }
-"""Least useful values; Lightning accepts lower ones, and fails on them later or not at all."""
+"""Minimum useful values; Lightning accepts lower ones, and fails on them later or not at all."""
 
 
 def check_ranges(section: Mapping[str, Any]) -> None:
-    """Raise a ConfigError for a number of the section ``trainer`` with which Lightning begins and cannot go on."""
+    """Raise a ConfigError for a number of the section ``trainer`` that Lightning accepts and cannot train with."""
     for name, (least, remedy) in _LEAST.items():
         value = section.get(name)
         if value is not None:
@@ -38,7 +38,7 @@ def check_ranges(section: Mapping[str, Any]) -> None:
 
 
 def without_extras(section: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the options of the section ``trainer`` that ``barebones`` has to switch off."""
+    """Return the options of the section ``trainer`` that ``barebones`` must switch off."""
     return {name: None for name in ("log_every_n_steps", "num_sanity_val_steps") if section.get(name) is not None}
 
 
@@ -47,9 +47,9 @@ def refused_by_name(section: Mapping[str, Any], *, building: bool) -> Iterator[N
     """Turn Lightning's errors about its options into a ConfigError that names the option.
 
     Args:
-        section: The section ``trainer`` of a configuration, as it was typed.
+        section: The section ``trainer`` of a configuration, as the user wrote it.
         building: Whether only the Trainer and its parts are being made, so that every error of Lightning's is about an
-            option; else the message has to name one. Exceptions of other origin stay what they are.
+            option; else the message must name one. Exceptions of other origin stay what they are.
     """
     try:
         yield
@@ -89,7 +89,7 @@ def _module(error: BaseException) -> str:
 
 
 def _of_lightning(error: BaseException) -> bool:
-    """Whether Lightning itself raised the error, and no line of anybody else's."""
+    """Whether Lightning itself raised the error, and no other code."""
     by_lightning = _module(error).startswith(("lightning.", "lightning_utilities."))
     return isinstance(error, MisconfigurationException) or (by_lightning and not isinstance(error, AssertionError))
 

@@ -1,4 +1,4 @@
-"""Checks of values by their types and ranges, and sections given as mappings."""
+"""Checks values by type and range, and makes sections of the configuration from mappings."""
 
 import difflib
 from collections.abc import Iterable, Mapping
@@ -43,7 +43,7 @@ def _require_type(key: str, value: object, kind: Any) -> None:
 
 
 def _is_of(value: object, kind: Any) -> bool:
-    """Whether a value is of a type, with a whole number for a number, and any sequence or set for a list."""
+    """Whether a value is of a type; a whole number is a number too, and a tuple or a set a list."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_is_of(value, one) for one in arguments)
@@ -57,7 +57,7 @@ def _is_of(value: object, kind: Any) -> bool:
 
 
 def _words(kind: Any) -> str:
-    """A type in the user's words."""
+    """A type, in plain words."""
     origin, arguments = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return " or ".join(map(_words, arguments))
@@ -65,8 +65,8 @@ def _words(kind: Any) -> str:
         return " or ".join(map(str, arguments))
     if origin in (list, tuple):
         return f"a list, each of it {_words(arguments[0])}"
-    words = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
-    return words.get(kind, "a mapping")
+    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null"}
+    return names.get(kind, "a mapping")
 
 
 Section = TypeVar("Section")
@@ -77,7 +77,7 @@ if TYPE_CHECKING:
 else:
 
     class Given:
-        """The section alone: what the command line makes options of."""
+        """The section alone, from which the command line makes options."""
 
         def __class_getitem__(cls, kind):
             return kind

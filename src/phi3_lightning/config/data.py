@@ -46,7 +46,7 @@ _LEAST = {"max_length": 2, "batch_size": 1, "predict_batch_size": 1, "num_worker
 
 @dataclass(frozen=True, kw_only=True)
 class RowOptions:
-    """What decides, besides the tokenizer, how a row is read and tokenised."""
+    """What determines, besides the tokenizer, how a row is read and tokenised."""
 
     format: Format = "auto"
     """The format of the rows. auto: recognised from their fields."""
@@ -56,7 +56,7 @@ class RowOptions:
     """Other names for the keys of each message, such as {role: speaker, content: text}; also for reasoning_content,
     tool_calls, and train, the key that says whether a message is trained."""
     conversation_column: str | None = None
-    """For tables of one message a row: the column that tells the conversations of a file apart."""
+    """For tables of one message a row: the column that identifies the conversation."""
     role_column: str | None = None
     """For such tables: the column of the speaker."""
     content_column: str | None = None
@@ -210,26 +210,26 @@ class DataConfig(RowOptions):
             )
 
     def row_options(self, **changes: Any) -> RowOptions:
-        """Return the options that decide about tokens, some of them changed."""
+        """Return the options that determine tokens, with changes."""
         return RowOptions(**({field.name: getattr(self, field.name) for field in fields(RowOptions)} | changes))
 
     def files(self, split: Split) -> Files | None:
-        """Return the files of a split, as they were given."""
+        """Return the files of a split, as the user wrote them."""
         return {"train": self.train, "val": self.val, "test": self.test, "predict": self.predict}[split]
 
     @property
     def tested(self) -> Split:
-        """The split that ``test`` takes: the validation data where there are no test data."""
+        """The split that ``test`` uses: the validation data where there are no test data."""
         return "val" if self.test is None else "test"
 
     def needed(self, stage: str | None) -> list[Split]:
         """Return the splits whose files a stage reads. Validation data may be a share of the training data.
 
         Args:
-            stage: ``fit``, ``validate``, ``test`` or ``predict``; None: whatever files are given.
+            stage: ``fit``, ``validate``, ``test`` or ``predict``; None: all splits with files.
 
         Raises:
-            ConfigError: If one of them was not given.
+            ConfigError: If one of them has no files.
         """
         available: list[Split] = [split for split in SPLITS if self.files(split) is not None]
         if stage is None:

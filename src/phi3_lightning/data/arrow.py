@@ -5,6 +5,7 @@ A struct column has the keys of all rows in every row, null where a row has no s
 
 import json
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -13,7 +14,7 @@ Convert = Callable[[Any], Any]
 
 
 def plain_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
-    """Yield each row, without keys that it does not have; elements of lists stay as they are, null or not."""
+    """Yield each row without the keys that it does not have; elements of lists stay as they are, null or not."""
     for batch in batches:
         columns = zip(batch.schema.names, batch.columns, strict=True)
         converts = {name: convert for name, column in columns if (convert := _convert(column))}
@@ -22,17 +23,17 @@ def plain_rows(batches: Iterable[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
 
 
 def _convert(array: pa.Array) -> Convert | None:
-    """Return what makes a column's values plain; None where they are plain already, as most are."""
+    """Return the function that makes a column's values plain; None where they are plain already, as most are."""
     kind = array.type
     if isinstance(array, pa.ExtensionArray):
         return _from_json if kind.extension_name == "arrow.json" else None
     if pa.types.is_struct(kind):
         fields = [array.field(index) for index in range(kind.num_fields)]
         inner = {kind.field(index).name: convert for index, field in enumerate(fields) if (convert := _convert(field))}
-        return _struct(inner) if inner or any(field.null_count for field in fields) else None
+        return partial(_plain_struct, inner) if inner or any(field.null_count for field in fields) else None
     if pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind):
         convert = _convert(array.values)
-        return _elements(convert) if convert else None
+        return partial(_plain_list, convert) if convert else None
     return None
 
 
@@ -40,17 +41,11 @@ def _from_json(value: str | None) -> Any:
     return None if value is None else json.loads(value)
 
 
-def _struct(inner: dict[str, Convert]) -> Convert:
-    def convert(value: dict[str, Any] | None) -> dict[str, Any] | None:
-        if value is None:
-            return None
-        return {key: inner[key](item) if key in inner else item for key, item in value.items() if item is not None}
-
-    return convert
+def _plain_struct(inner: dict[str, Convert], value: dict[str, Any] | None) -> dict[str, Any] | None:
+    if value is None:
+        return None
+    return {key: inner[key](item) if key in inner else item for key, item in value.items() if item is not None}
 
 
-def _elements(inner: Convert) -> Convert:
-    def convert(values: list[Any] | None) -> list[Any] | None:
-        return None if values is None else [inner(value) for value in values]
-
-    return convert
+def _plain_list(inner: Convert, values: list[Any] | None) -> list[Any] | None:
+    return None if values is None else [inner(value) for value in values]

@@ -1,4 +1,4 @@
-"""Names what the package's code does, for the keys of caches. Comments, docstrings and formatting do not count."""
+"""Hashes what the package's code does, for the keys of caches. Comments, docstrings and formatting do not count."""
 
 import ast
 import hashlib
@@ -10,7 +10,7 @@ from pathlib import Path
 
 @cache
 def code_fingerprint(module: str) -> str:
-    """Return a name for what a module does, together with the modules of its package that it imports."""
+    """Return a hash of the code of a module and of the modules of its package that it imports."""
     digest = hashlib.blake2b(digest_size=16)
     for tree in package_code(module).values():
         digest.update(ast.dump(tree).encode())
@@ -18,7 +18,7 @@ def code_fingerprint(module: str) -> str:
 
 
 def package_code(module: str) -> dict[str, ast.Module]:
-    """Return the code, without docstrings, of a module and of those of its package that it imports, by name."""
+    """Return the code without docstrings, by name, of a module and of the modules of its package that it imports."""
     package, code, names = module.partition(".")[0], dict[str, ast.Module](), [module]
     while names:
         name = names.pop()
@@ -31,7 +31,7 @@ def package_code(module: str) -> dict[str, ast.Module]:
 
 
 def without_docstrings(source: str) -> ast.Module:
-    """Parse code, and leave out the texts that stand alone in it."""
+    """Parse code, without the statements that are only a text."""
     tree = ast.parse(source)
     for node in ast.walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):

@@ -23,22 +23,17 @@ class Document(NamedTuple):
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the id that fills up short rows: any will do, since padding is known by length and never by id."""
+    """Return the id that fills up short rows; any will do, since padding is known by length and never by id."""
     return tokenizer.pad_token_id or 0
 
 
 def full_row(length: int) -> list[Document]:
-    """Return a row of one made-up document of ``length`` tokens, all of it supervised but for the first."""
+    """Return a row of one placeholder document of ``length`` tokens, all but the first of them supervised."""
     return [Document(0, np.ones(length, np.int32), np.array([0, length], np.int32))]
 
 
 def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
-    """Make a batch, as long as its longest row, of the documents of each row.
-
-    Args:
-        rows: No row at all gives a filler batch that trains nothing.
-        pad_token_id: Fills up short rows. Which tokens are padding follows from lengths, never from this id.
-    """
+    """Make a batch, as long as its longest row, of the documents of each row; no row gives a filler without labels."""
     width = max((sum(len(document.input_ids) for document in row) for row in rows), default=2)
     shape = (max(len(rows), 1), width)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -63,10 +58,8 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
     )
 
 
-def collate_prompts(prompts: list[Document], pad_token_id: int, stop_ids: list[int]) -> PromptBatch:
-    """Make a batch, as long as its longest prompt, of prompts that end together.
-
-    No prompt at all gives a filler batch of one prompt without an id. ``stop_ids`` are the tokens that end an answer.
-    """
+def collate_prompts(rows: list[list[Document]], pad_token_id: int, stop_ids: list[int]) -> PromptBatch:
+    """Make a left-padded batch of the prompts of all rows; no row gives a filler, a prompt without an id."""
+    prompts = [prompt for row in rows for prompt in row]
     ids = [prompt.input_ids.tolist() for prompt in prompts]
     return prompt_batch(ids, [prompt.document_id for prompt in prompts], stop_ids, pad_token_id)

@@ -23,7 +23,7 @@ def read_context_length(name: str, revision: str | None = None) -> ContextLength
     if "max_position_embeddings" not in config:
         return None
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    # `su` is what the first 128k models call longrope
+    # the first 128k models call longrope `su`
     long = rope.get("rope_type", rope.get("type")) in {"longrope", "su"}
     short = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings"))
     return ContextLength(config["max_position_embeddings"], short if long else None)

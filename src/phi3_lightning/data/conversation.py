@@ -54,7 +54,7 @@ class BadRowError(DataError):
         self.detail = detail
 
     def __reduce__(self) -> tuple[type["BadRowError"], tuple[str, str]]:
-        return BadRowError, (self.reason, self.detail)  # exceptions are pickled by the arguments of their base
+        return BadRowError, (self.reason, self.detail)  # by default, with the one argument of super().__init__
 
 
 def kind_of(value: object) -> str:

@@ -1,4 +1,4 @@
-"""Finds documents with the same tokens, within the training data and between training and held-out data."""
+"""Finds documents with equal tokens, within the training data and between training and held-out data."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -8,7 +8,7 @@ import numpy as np
 from phi3_lightning.data.packing import Ints
 from phi3_lightning.data.tokenized import TokenizedDataset
 
-_SHOWN = 3  # copies that are named with their places
+_LISTED = 3  # copies that are named by their places
 
 
 class Part(NamedTuple):
@@ -56,6 +56,6 @@ def _hashes(part: Part) -> Ints:
 
 
 def _copies(part: Part, copies: Ints, other: Part, originals: Ints) -> Copies:
-    places = part.prepared.describe(part.documents[copies[:_SHOWN]].tolist())
-    equals = other.prepared.describe(other.documents[originals[:_SHOWN]].tolist())
+    places = part.prepared.describe(part.documents[copies[:_LISTED]].tolist())
+    equals = other.prepared.describe(other.documents[originals[:_LISTED]].tolist())
     return Copies(len(copies), [f"{place} is {equal}" for place, equal in zip(places, equals, strict=True)])

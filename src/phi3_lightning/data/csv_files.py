@@ -19,22 +19,14 @@ _LOCK = Lock()
 
 
 def read_csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
-    """Read a table whose first line names its columns.
-
-    Args:
-        file: Its bytes.
-        path: Its name, for errors.
-        delimiter: What separates its columns.
-
-    Yields:
-        The number of each row and its cells by column.
+    """Yield the number of each row of a table and its cells by column; the first line names the columns.
 
     Raises:
         DataError: If it is not UTF-8, or not such a table.
     """
     lines = (decode_text(line, path, number) for number, line in enumerate(file, start=1))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    number, begin = 0, 1  # of the row that is read: its number, and the line on which it begins
+    number, begin = 0, 1  # of the current row: its number, and the line on which it begins
     try:
         names = _next_row(reader) or []
         if fault := _fault(names, path, delimiter):
@@ -53,7 +45,7 @@ def read_csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, 
 
 
 def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
-    """Read a row of cells of any length; None at the end. The limit is the whole process's, and is put back."""
+    """Read a row with cells of any length; None at the end. The limit is the whole process's, so it is restored."""
     with _LOCK:
         limit = csv.field_size_limit(_FIELD_LIMIT)
         try:
@@ -63,15 +55,15 @@ def _next_row(reader: Iterator[list[str]]) -> list[str] | None:
 
 
 def _fault(names: list[str], path: Path, delimiter: str) -> str | None:
-    """Return what is wrong with the names of columns, and what to do; None where they are sound."""
+    """Return what is wrong with the names of columns, and what to do; None if they are valid."""
     if not names:
         return "is blank, and should name the columns"
     if names[0].lower().startswith("sep="):
         return "is Excel's note on the separator; remove that line"
-    if twice := [name for name in names if name and names.count(name) > 1]:
-        return f"has the column {twice[0]!r} twice; rename one"
-    if padded := [name for name in names if name != name.strip()]:
-        return f"has blanks around the name {padded[0]!r}; remove them, and those around the cells"
+    if duplicates := [name for name in names if name and names.count(name) > 1]:
+        return f"has the column {duplicates[0]!r} twice; rename one"
+    if with_blanks := [name for name in names if name != name.strip()]:
+        return f"has blanks around the name {with_blanks[0]!r}; remove them, and those around the cells"
     separator = next((sign for sign in _SEPARATORS if sign in names[0]), None)
     if separator is None or len(names) > 1:
         return None

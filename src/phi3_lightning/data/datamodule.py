@@ -15,7 +15,7 @@ from phi3_lightning.data.collate import collate, full_row, pad_id
 from phi3_lightning.data.loaders import NoBatches, collate_function, stream_loader, worker_options
 from phi3_lightning.data.plans import SplitPlans
 from phi3_lightning.data.resume import ResumedOrder, position_of, ranks_of
-from phi3_lightning.data.sampler import BatchLoader, BatchOrder, RankAssignment
+from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches, RankAssignment
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.splits import (
     data_seed,
@@ -38,7 +38,7 @@ class ChatDataModule(LightningDataModule):
     Parquet or Arrow, packed with gzip or not.
 
     Args:
-        **options: The fields of :class:`~phi3_lightning.config.DataConfig`, which says what each means.
+        **options: The fields of :class:`~phi3_lightning.config.DataConfig`, which describes each.
 
     Attributes:
         options: The options.
@@ -70,11 +70,11 @@ class ChatDataModule(LightningDataModule):
 
     @classmethod
     def from_config(cls, config: DataConfig) -> Self:
-        """Make a data module with ready options."""
+        """Make a data module from a ``DataConfig``."""
         return cls(**asdict(config))
 
     def validate_sources(self) -> None:
-        """Check, before anything is loaded, that every file can be read and that rows fit the model."""
+        """Check, before anything is loaded, that every file can be read and that ``max_length`` fits the model."""
         for split in self.options.needed(None):
             find_sources(self.options.files(split) or [], split)
         model_context_length(self.options)
@@ -88,12 +88,12 @@ class ChatDataModule(LightningDataModule):
             prepare_split(split, self.options, make_encoder(split, self.options, template, context_length))
 
     def setup(self, stage: str | None = None) -> None:
-        """Map the tokenised data and plan the batches, in every process alike; None: for all stages that have data."""
+        """Map the tokenised data and plan the batches, alike in every process; None: for all stages that have data."""
         self._splits.context_length = model_context_length(self.options)
         self.template = load_template(self.options)
         self.tokenizer = self.template.tokenizer
         if stage == "fit":
-            self._splits.options = self.options  # each Trainer decides max_tokens_per_batch: auto anew
+            self._splits.options = self.options  # each Trainer decides max_tokens_per_batch: auto for itself
         for split in self.options.prepared(stage):
             if split not in self.prepared:
                 encoder = make_encoder(split, self.options, self.template, self._splits.context_length)
@@ -110,7 +110,7 @@ class ChatDataModule(LightningDataModule):
         return self._splits.options.max_tokens_per_batch == "auto"
 
     def set_tokens_per_batch(self, tokens: int) -> None:
-        """Decide ``max_tokens_per_batch: auto``, and plan the batches anew."""
+        """Decide ``max_tokens_per_batch: auto``, and plan the batches again."""
         self._splits.replan(max_tokens_per_batch=tokens)
         if "train" in self.plans:
             rank_zero_info(self._splits.describe_train())
@@ -127,23 +127,23 @@ class ChatDataModule(LightningDataModule):
 
     @property
     def batch_size(self) -> int:
-        """Rows of a micro-batch; after a change, as by Lightning's ``BatchSizeFinder``, batches are planned anew."""
+        """Rows of a micro-batch; a change, as by Lightning's ``BatchSizeFinder``, plans the batches again."""
         return self.options.batch_size
 
     @batch_size.setter
     def batch_size(self, rows: int) -> None:
         if self.trainer is not None and self.trainer.state.fn == "predict":
-            raise ConfigError("data.batch_size: predict goes by predict_batch_size; give batch_arg_name that name")
+            raise ConfigError("data.batch_size: predict uses predict_batch_size; give batch_arg_name that name")
         if self.options.max_tokens_per_batch is not None:
             raise ConfigError(
-                "data.batch_size: data.max_tokens_per_batch stands in its place; set that to null, or to auto, which "
+                "data.batch_size: data.max_tokens_per_batch replaces it; set that to null, or to auto, which "
                 "finds what fits into memory by itself"
             )
         self._change_size("batch_size", rows)
 
     @property
     def predict_batch_size(self) -> int:
-        """Prompts that are answered together; after a change, batches are planned anew."""
+        """Prompts that are answered together; a change plans the batches again."""
         return self.options.predict_batch_size
 
     @predict_batch_size.setter
@@ -156,10 +156,10 @@ class ChatDataModule(LightningDataModule):
         self.hparams.update(change)
         self._splits.replan(**change)
         if self.trainer is not None and self.trainer._active_loop is not None:
-            self.trainer._active_loop._combined_loader = None  # BatchSizeFinder does so too, but for its first size
+            self.trainer._active_loop._combined_loader = None  # BatchSizeFinder does this, but not for its first size
 
     def train_dataloader(self) -> BatchLoader:
-        """Return batches of the training data, in an order that seed and epoch decide.
+        """Return batches of the training data, in an order that seed and epoch determine.
 
         Raises:
             ConfigError: If a run on a stream has no end, or nothing in the Trainer decides
@@ -187,11 +187,11 @@ class ChatDataModule(LightningDataModule):
         return self._loader(self.options.tested)
 
     def predict_dataloader(self) -> BatchLoader:
-        """Return batches of prompts, longest first; their ``document_ids`` are the order of the file."""
+        """Return batches of prompts, longest first; their ``document_ids`` give the order of the file."""
         return self._loader("predict")
 
     def largest_train_batch(self) -> Batch | None:
-        """Return the training batch with the most tokens, in any epoch; None of a stream, where it is not known."""
+        """Return the training batch with the most tokens, the same in every epoch; None of a stream: not known."""
         if self.options.streaming:
             return None
         return self._splits.largest_train_batch(collate_function("train", self.template))
@@ -204,7 +204,7 @@ class ChatDataModule(LightningDataModule):
 
     def _loader(self, split: Split) -> BatchLoader:
         train = split == "train"
-        batches = self._splits.batches(split, collate_function(split, self.template))
+        batches = PlannedBatches(self.prepared[split], self.plans[split], collate_function(split, self.template))
         order = BatchOrder(
             batches.indices,
             seed=data_seed(self.options),
@@ -216,7 +216,7 @@ class ChatDataModule(LightningDataModule):
         return BatchLoader(batches, batch_size=None, sampler=order, **worker_options(self.options.num_workers))
 
     def _start(self) -> int:
-        """The position, when an epoch begins to be read: now it is known whether it goes on where a checkpoint was."""
+        """The position, at the moment when an epoch is first read: now it is known whether it resumes a checkpoint."""
         if self.trainer is not None:
             self._resumed.check(self._splits.order(), self.trainer)
         return position_of(self.trainer)
@@ -227,7 +227,7 @@ class ChatDataModule(LightningDataModule):
         return data.describe(document_ids)
 
     def test_facts(self) -> dict[str, Any]:
-        """Return ``source``, the test data in words, and the ``statistics`` of the splits as plain types."""
+        """Return ``source``, a description of the test data, and the ``statistics`` of the splits as plain types."""
         sources = {
             "test": f"data.test: {self.options.test}",
             "val": "the validation data, since data.test is not given; the best checkpoint was chosen by them",
@@ -253,17 +253,17 @@ class ChatDataModule(LightningDataModule):
         return self.template.identity
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what decides the order of batches, and the statistics; nothing without prepared training data."""
+        """Return what determines the order of batches, and the statistics; nothing without prepared training data."""
         if "train" not in self.plans:
             return {}
         state = self._resumed.state_dict(self._splits.order(), ranks_of(self.trainer)["num_replicas"])
         return state | {"statistics": self._plain_statistics()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Remember the order of a checkpoint until training goes on from it."""
+        """Remember the order of a checkpoint until training resumes from it."""
         self._resumed.load_state_dict(state_dict)
 
     def reshard_progress(self, state: Mapping[str, Any], epoch: int, position: int, window: int) -> int:
-        """Share the rest of an epoch among the ranks that there are now, as ``ResumedOrder.reshard`` describes it."""
+        """Share the rest of an epoch among the present ranks; see ``ResumedOrder.reshard``."""
         now = RankAssignment(len(self.plans["train"]), ranks_of(self.trainer)["num_replicas"])
         return self._resumed.reshard(state, self._splits.order(), now, epoch, position, window)

@@ -20,11 +20,7 @@ _REPR: Final = re.compile(r"\s*(?:\[?\s*array\(|[\[{(][\s\[{(]*')")  # JSON has 
 
 
 def wide_encoding(start: bytes) -> str | None:
-    """Recognise, from the beginning of a file, an encoding of two or four bytes a character.
-
-    Returns:
-        The name that ``iconv`` has for the encoding; None for any other.
-    """
+    """Return iconv's name of an encoding of two or four bytes a character, by the beginning of a file; else None."""
     for mark, name in _MARKS.items():
         if start.startswith(mark):
             return name
@@ -35,22 +31,20 @@ def wide_encoding(start: bytes) -> str | None:
 
 
 def convert(path: Path, command: str, suffix: str = "") -> str:
-    """Return the command line that makes a new file of one that cannot be read.
+    """Return the command line that makes a new file of one, packed or not, by a command that filters standard input.
 
     Args:
-        path: The file, packed with gzip or not.
-        command: Converts it, from standard input to standard output.
         suffix: The suffix of the new file; empty: that of the old one.
     """
-    packed = path.suffix.lower() == ".gz"
-    plain = path.with_suffix("") if packed else path
+    is_packed = path.suffix.lower() == ".gz"
+    plain = path.with_suffix("") if is_packed else path
     new = quote(str(plain.with_suffix(f".new{suffix or plain.suffix}")))
     old = quote(str(path))
-    return f"gunzip -c {old} | {command} > {new}" if packed else f"{command} < {old} > {new}"
+    return f"gunzip -c {old} | {command} > {new}" if is_packed else f"{command} < {old} > {new}"
 
 
 def decode_text(data: bytes, path: Path, line: int = 1) -> str:
-    """Decode UTF-8 from a line of a file on, without the file's byte order mark, or raise ``DataError``."""
+    """Decode the UTF-8 of a file from a line on, without its byte order mark, or raise ``DataError``."""
     try:
         return data.removeprefix(BOM).decode() if line == 1 else data.decode()
     except UnicodeDecodeError as error:
@@ -68,7 +62,7 @@ def is_repr(text: str) -> bool:
 
 
 def decode_json(text: str, where: str) -> object:
-    """Decode JSON that stands at some place within a row, or raise ``BadRowError``."""
+    """Decode JSON from some place within a row, or raise ``BadRowError``."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -78,7 +72,7 @@ def decode_json(text: str, where: str) -> object:
 
 
 def python_repr(where: str) -> BadRowError:
-    """Return the error for Python's way to write values at some place in a row, with the code that makes it JSON."""
+    """Return the error for a Python repr at some place in a row, with the code that makes it JSON."""
     return BadRowError(
         "not JSON",
         f"{where} is Python's repr (single quotes), not JSON; write values with json.dumps, in pandas "

@@ -21,7 +21,7 @@ from phi3_lightning.data.formats import parse_prompt, parse_row
 from phi3_lightning.data.keys import group_hash, row_id, token_hashes
 from phi3_lightning.data.readers import Row, decode_line
 from phi3_lightning.data.template import ChatTemplate
-from phi3_lightning.data.truncation import split, truncate_end, truncate_turns
+from phi3_lightning.data.truncation import split, truncate_turns
 from phi3_lightning.data.word_cache import VERIFIED_CHATS
 
 
@@ -78,13 +78,7 @@ class _ParsedRow(NamedTuple):
 
 
 class Encoder:
-    """Turns rows into tokens.
-
-    Args:
-        template: Renders conversations.
-        options: How rows are read, and how long documents may be.
-        prompts: Whether rows are prompts to answer instead of chats to train on.
-    """
+    """Turns rows into tokens; with ``prompts`` they are prompts to answer instead of chats to train on."""
 
     def __init__(self, template: ChatTemplate, options: RowOptions, *, prompts: bool = False) -> None:
         self.template = template
@@ -94,7 +88,7 @@ class Encoder:
         self.prompts = prompts
 
     def fingerprint(self) -> str:
-        """Return a hash of what decides about tokens besides the code: tokenizer, template and options."""
+        """Return a hash of what determines the tokens besides the code: tokenizer, template and options."""
         text = json.dumps([self.template.fingerprint, self.prompts, asdict(self.options)])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
@@ -183,7 +177,7 @@ class Encoder:
         if self.options.truncation == "split":
             return split(document, limit)
         if self.options.truncation == "truncate_end":
-            return [truncate_end(document, limit)]
+            return split(document, limit)[:1]
         if self.options.truncation == "truncate_turns" and isinstance(item, Conversation):
             shorter = truncate_turns(item, self.template, limit)
             return [] if shorter is None else [shorter]
@@ -237,7 +231,7 @@ def _encode(job: Job) -> Chunk:
 
 @contextmanager
 def fork_safe_tokenizers() -> Iterator[None]:
-    """Keep tokenizers from using, in a forked process, threads that only its parent has."""
+    """Keep tokenizers from using threads in a forked process, which only its parent has."""
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     try:

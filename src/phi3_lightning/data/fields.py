@@ -1,4 +1,4 @@
-"""The ledger of a row's fields: each is used, or counted as unused, or it makes the row a bad one."""
+"""Accounts for every field of a row: it is used, or counted as unused, or it makes the row a bad one."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
@@ -28,7 +28,7 @@ def is_absent(value: object) -> bool:
 
 
 def recognise(fields: Mapping[str, Any], expected: str) -> str | None:
-    """Return the format of a row, which is ``expected`` unless that is ``auto``; None if it lacks the fields."""
+    """Return the format of a row, ``expected`` unless that is ``auto``; None if the row lacks the format's fields."""
     candidates = [(name, keys) for name, keys in _FORMATS_BY_PRIORITY if expected in ("auto", name)]
     filled = (name for name, keys in candidates if all(_filled(fields, key) for key in keys))
     present = (name for name, keys in candidates if all(key in fields for key in keys))
@@ -42,12 +42,7 @@ def _filled(fields: Mapping[str, Any], key: str) -> bool:
 
 
 def rename(fields: Mapping[str, Any], names: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
-    """Rename fields, and return them with the names of those whose place a renamed field took.
-
-    Args:
-        fields: A row or a message.
-        names: The old name of each new one; fields that do not exist are skipped.
-    """
+    """Rename fields, by the old name of each new one; return them, and the names of those that others replaced."""
     old = set(names.values())
     others = {key: value for key, value in fields.items() if key not in old}
     displaced = [key for key, value in others.items() if key in names and not is_absent(value)]
@@ -96,11 +91,6 @@ def check_weight(fields: Mapping[str, Any]) -> None:
 
 def unused_fields(fields: Mapping[str, Any], name: str, columns: Mapping[str, str] | None) -> list[str]:
     """Return the fields that a row's format does not read: identifiers, labels, and other renderings of the row.
-
-    Args:
-        fields: The row, its fields under the names of its format.
-        name: The format.
-        columns: ``data.columns``.
 
     Raises:
         BadRowError: If a part of the conversation would be lost, or a column that the user named.

@@ -1,4 +1,4 @@
-"""Selects the files that an option takes from a folder or a pattern: those of its split, without hidden ones."""
+"""Selects the files of a folder or a pattern for an option: those of its split, without hidden ones."""
 
 import glob
 import json
@@ -15,24 +15,24 @@ from phi3_lightning.data.readers import SUFFIXES, data_suffix
 from phi3_lightning.errors import DataError
 
 _SPLITS: Final = {"train": "train", "val": "validation", "test": "test"}
-"""The name that ``datasets`` has for the split of each option; ``predict`` has no split of its own."""
+"""The name of each option's split in ``datasets``; ``predict`` has no split of its own."""
 _SHARD = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}")
 
 Splits = dict[str | None, list[str]]
-"""Files by their split, relative to their folder; None: files whose names say no split."""
+"""Files by their split, relative to their folder; None: files whose names have no split."""
 
 
 class Selection(NamedTuple):
     """The files of a folder or a pattern."""
 
-    taken: list[Path]
-    """Files that are read, in order of their names."""
+    files: list[Path]
+    """Files to read, in order of their names."""
     left_out: list[str]
     """Names of the others; a hidden folder is one name."""
 
 
 def select_in_folder(text: str, split: Split) -> Selection:
-    """Choose the files of a folder that an option takes; all of them where no name says a split.
+    """Choose the files of a folder for an option; all of them where no name has a split.
 
     Splits are those that ``datasets`` sees: of a set that it saved, of a hub set's README, or by the names of files and
     folders (``train.jsonl``, ``data/test-00000-of-00001.parquet``, ``dev/a.csv``).
@@ -49,17 +49,17 @@ def select_in_folder(text: str, split: Split) -> Selection:
 
 
 def select_by_pattern(text: str, split: Split) -> Selection:
-    """Choose the files of a pattern that an option takes; all of them where no name says a split.
+    """Choose the files of a pattern for an option; all of them where no name has a split.
 
-    A pattern that spells a split, as ``data/train-*`` does, is followed whatever the option's.
+    A pattern that names a split, as ``data/train-*`` does, is followed whatever the split of the option.
 
     Raises:
         DataError: If there are no data files, or no single split of them is the option's.
     """
     pattern = os.path.expanduser(text)  # noqa: PTH111, a pattern is no path
     parts = Path(pattern).parts
-    fixed = next(at for at, part in enumerate(parts) if glob.has_magic(part))
-    folder, rest = Path(*parts[:fixed]), str(Path(*parts[fixed:]))
+    first_magic = next(at for at, part in enumerate(parts) if glob.has_magic(part))
+    folder, rest = Path(*parts[:first_magic]), str(Path(*parts[first_magic:]))
     files = sorted(name for name in _glob(rest, folder) if (folder / name).is_file())
     data = [name for name in files if _hidden(name) == _hidden(rest) and _is_data(folder / name)]
     other = [name for name in files if name not in set(data)]
@@ -96,8 +96,8 @@ def _is_data(path: Path) -> bool:
 
     if data_suffix(path) not in SUFFIXES or path.name in FILES_TO_IGNORE:
         return False
-    saved = _read_json(path.with_name("state.json")).get("_data_files")  # caches of `map` may lie beside them
-    return not isinstance(saved, list) or path.name in {entry["filename"] for entry in saved}
+    entries = _read_json(path.with_name("state.json")).get("_data_files")  # caches of `map` may lie beside them
+    return not isinstance(entries, list) or path.name in {entry["filename"] for entry in entries}
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -120,33 +120,33 @@ def _described_splits(text: str, folder: Path, data: list[str]) -> Splits:
     if not configurations:
         return {}
     default = [each for each in configurations if each.get("default") or each.get("config_name") == "default"]
-    chosen = configurations if len(configurations) == 1 else default
-    if len(chosen) != 1:
+    candidates = configurations if len(configurations) == 1 else default
+    if len(candidates) != 1:
         names = ", ".join(str(each.get("config_name")) for each in configurations)
         raise DataError(
             f"{text}: its README.md describes the configurations {names}, and none is the default; name the folder, "
             f"files or pattern of one; here are {listing(data)}"
         )
-    files = chosen[0].get("data_files")
+    files = candidates[0].get("data_files")
     if files is None:
-        return _named_splits(_matched(folder, f"{chosen[0]['data_dir']}/**", data))
-    named = isinstance(files, list) and all(isinstance(entry, dict) for entry in files)
-    entries = {entry["split"]: entry["path"] for entry in files} if named else {None: files}
-    return {split: matched for split, patterns in entries.items() if (matched := _matched(folder, patterns, data))}
+        return _named_splits(_matching(folder, f"{candidates[0]['data_dir']}/**", data))
+    has_splits = isinstance(files, list) and all(isinstance(entry, dict) for entry in files)
+    patterns = {entry["split"]: entry["path"] for entry in files} if has_splits else {None: files}
+    return {split: files for split, each in patterns.items() if (files := _matching(folder, each, data))}
 
 
 def _configurations(readme: Path) -> list[dict[str, Any]]:
     try:
-        described = (metadata_load(readme) or {}).get("configs") if readme.is_file() else None
+        configurations = (metadata_load(readme) or {}).get("configs") if readme.is_file() else None
     except (OSError, ValueError, yaml.YAMLError):  # a README without such a description
         return []
-    entries = described if isinstance(described, list) else []
+    entries = configurations if isinstance(configurations, list) else []
     return [entry for entry in entries if isinstance(entry, dict) and entry.keys() & {"data_files", "data_dir"}]
 
 
-def _matched(folder: Path, patterns: str | list[str], data: list[str]) -> list[str]:
-    each = [patterns] if isinstance(patterns, str) else patterns
-    names = {name for pattern in each for name in _glob(pattern, folder)}
+def _matching(folder: Path, patterns: str | list[str], data: list[str]) -> list[str]:
+    patterns = [patterns] if isinstance(patterns, str) else patterns
+    names = {name for pattern in patterns for name in _glob(pattern, folder)}
     return [name for name in data if name in names]
 
 
@@ -163,7 +163,7 @@ def _named_splits(data: list[str]) -> Splits:
 
 
 def _split_of(name: str) -> str | None:
-    """Return the split that a path says: by a shard's name, the file's folder, those above it, or its name."""
+    """Return the split that a path names: by a shard's name, the file's folder, those above it, or its name."""
     *folders, file = PurePosixPath(name).parts
     shard = _SHARD.match(file)
     if shard is not None and _keyword(shard["split"]):
@@ -172,7 +172,7 @@ def _split_of(name: str) -> str | None:
 
 
 def _keyword(text: str) -> str | None:
-    """Return the only split of which a name holds a word, by the words of ``datasets``."""
+    """Return the one split of which a name holds a keyword of ``datasets``; None if there are none or several."""
     from datasets.data_files import NON_WORDS_CHARS, SPLIT_KEYWORDS
 
     words = set(re.split(f"[{NON_WORDS_CHARS}]", text.lower()))
@@ -183,18 +183,18 @@ def _keyword(text: str) -> str | None:
 def _choose(text: str, folder: Path, splits: Splits, split: Split, data: list[str], other: list[str]) -> Selection:
     fitting = _fitting(splits, split)
     if len(fitting) != 1:
-        kinds = "; ".join(f"{name or 'no split in the name'}: {listing(files)}" for name, files in splits.items())
+        kinds = "; ".join(f"{name or 'no split in the name'}: {listing(names)}" for name, names in splits.items())
         raise DataError(
             f"{text}: no single split in it is for data.{split}: {kinds}. "
             f"Name the file, folder or pattern to take, such as data.{split}: {folder / data[0]}"
         )
     names = splits[fitting[0]]
-    taken = sorted({os.path.realpath(folder / name): name for name in reversed(names)}.values(), key=PurePosixPath)
-    return Selection([folder / name for name in taken], [name for name in data if name not in set(taken)] + other)
+    files = sorted({os.path.realpath(folder / name): name for name in reversed(names)}.values(), key=PurePosixPath)
+    return Selection([folder / name for name in files], [name for name in data if name not in set(files)] + other)
 
 
 def _fitting(splits: Splits, split: Split) -> list[str | None]:
-    """Return the splits that the option may mean; its files are clear where there is one."""
+    """Return the splits that the option may mean; its files are certain where there is one."""
     if split == "predict":
         return list(splits)
     own = _SPLITS[split]

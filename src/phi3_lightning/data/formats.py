@@ -28,10 +28,7 @@ Items = list[tuple[str, dict[str, Any]]]
 def parse_row(
     row: object, options: RowOptions, unused: Counter[str] | None = None
 ) -> Conversation | PlainText | TokenizedDocument:
-    """Read a row for training.
-
-    Args:
-        unused: Counts rows by the fields that nothing reads.
+    """Read a row for training; ``unused`` counts rows by the fields that nothing reads.
 
     Raises:
         BadRowError: If the row has no known format, or cannot be trained.
@@ -53,11 +50,7 @@ def parse_row(
 
 
 def parse_prompt(row: object, options: RowOptions, unused: Counter[str] | None = None) -> Conversation:
-    """Read a row for generation: a conversation up to the assistant's turn. An answer at its end is left out.
-
-    Args:
-        row: A decoded row with messages of any format, or only a question.
-        unused: Counts rows by the fields that nothing reads.
+    """Read a row for generation: a chat, or a question alone, up to the assistant's turn; a last answer is left out.
 
     Raises:
         BadRowError: If the row has no known format, or no turn to answer.
@@ -123,13 +116,10 @@ def _check_answer(fields: Mapping[str, Any], name: str, turns: list[Turn]) -> No
 
 
 def suggest_table(columns: list[str]) -> str:
-    """Guess which columns of a table with one message a row hold what, and return the options to set.
-
-    Args:
-        columns: The names in the header.
+    """Guess the role of each column of a table with one message a row.
 
     Returns:
-        The end of an error text; empty if it looks like no such table.
+        The end of an error text, with the options to set; empty if it does not look like such a table.
     """
     hints = {
         "conversation_column": ("conversation", "thread", "ticket", "session", "dialog", "chat", "case"),

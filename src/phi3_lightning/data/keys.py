@@ -23,7 +23,7 @@ def key_columns(options: RowOptions) -> set[str]:
 
 
 def row_id(fields: Mapping[str, Any]) -> str | None:
-    """Return a row's own id as JSON; None where it has no id that is a text or a number."""
+    """Return a row's own id as JSON; None unless it is a text or a number."""
     value = _key(fields.get(ID))
     return None if value is None else json.dumps(value)
 
@@ -46,12 +46,7 @@ def group_hash(fields: Mapping[str, Any], column: str | None) -> int:
 
 
 def token_hashes(input_ids: NDArray[np.int32], lengths: NDArray[np.int32]) -> NDArray[np.int64]:
-    """Return a hash of the tokens of each document, shape (documents,).
-
-    Args:
-        input_ids: Tokens of all documents, one after the other.
-        lengths: Number of tokens of each document.
-    """
+    """Return a hash of each document, shape (documents,), from the tokens of all, one after the other."""
     content = input_ids.tobytes()
     ends = np.cumsum(np.concatenate([[0], lengths * input_ids.itemsize])).tolist()
     hashes = [xxh3_64_intdigest(content[start:end]) for start, end in pairwise(ends)]

@@ -8,7 +8,6 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import CombinedLoader
 
-from phi3_lightning.batch import PromptBatch
 from phi3_lightning.config.data import DataConfig, Split
 from phi3_lightning.data.collate import Document, collate, collate_prompts, pad_id
 from phi3_lightning.data.context_length import ContextLength
@@ -22,7 +21,7 @@ from phi3_lightning.errors import ConfigError
 
 
 class NoBatches(CombinedLoader):
-    """No loader at all. An empty list would be a loader to Lightning, of which it warns that it is empty."""
+    """No loader at all. Lightning would take an empty list for a loader, and warn that it is empty."""
 
     def __init__(self) -> None:
         super().__init__([], "sequential")
@@ -34,35 +33,27 @@ class NoBatches(CombinedLoader):
 
     @flattened.setter
     def flattened(self, flattened: list[Any]) -> None:
-        """Do nothing: Lightning sets what it has read."""
+        """Do nothing: Lightning sets what it has just read."""
 
 
 def collate_function(split: Split, template: ChatTemplate) -> Callable[[list[list[Document]]], Any]:
-    """Return what makes a batch of a split from the documents of its rows."""
+    """Return the function that makes a batch of a split from the documents of its rows."""
     pad_token_id = pad_id(template.tokenizer)
     if split == "predict":
-        return partial(_collate_prompt_rows, pad_token_id=pad_token_id, stop_ids=template.stop_ids)
+        return partial(collate_prompts, pad_token_id=pad_token_id, stop_ids=template.stop_ids)
     return partial(collate, pad_token_id=pad_token_id)
-
-
-def _collate_prompt_rows(rows: list[list[Document]], pad_token_id: int, stop_ids: list[int]) -> PromptBatch:
-    return collate_prompts([prompt for row in rows for prompt in row], pad_token_id, stop_ids)
 
 
 def stream_loader(
     options: DataConfig, template: ChatTemplate, context_length: ContextLength | None, trainer: Trainer | None
 ) -> StreamLoader:
-    """Load the training data as they are read.
+    """Return the loader of streamed training data.
 
     Raises:
-        ConfigError: If the Trainer never ends such a run, or never validates it.
+        ConfigError: If the Trainer never ends such a run, never validates it, or trains its beginning again and again.
     """
-    if trainer is not None and trainer.max_steps == -1:
-        raise ConfigError("trainer.max_steps: not given; data.streaming has no end, so give a number of steps")
-    if trainer is not None and options.val is not None and trainer.val_check_interval == 1.0:
-        raise ConfigError(
-            "trainer.val_check_interval: data.streaming has no epochs to validate after; give a number of batches"
-        )
+    if trainer is not None:
+        _check_trainer(trainer, validates=options.val is not None)
     stream = StreamedBatches(
         find_sources(options.files("train") or [], streaming=True),
         make_encoder("train", options, template, context_length),
@@ -77,8 +68,23 @@ def stream_loader(
     return loader
 
 
+def _check_trainer(trainer: Any, *, validates: bool) -> None:  # type checkers do not see its flags for debugging
+    if trainer.max_steps == -1:
+        raise ConfigError("trainer.max_steps: not given; data.streaming has no end, so give a number of steps")
+    if validates and trainer.val_check_interval == 1.0:
+        raise ConfigError(
+            "trainer.val_check_interval: data.streaming has no epochs to validate after; give a number of batches"
+        )
+    limit = trainer.limit_train_batches
+    if isinstance(limit, int) and not (trainer.fast_dev_run or trainer.overfit_batches):
+        raise ConfigError(
+            f"trainer.limit_train_batches: {limit} makes epochs, each of which would begin data.streaming again and "
+            "train the same rows; leave it out, and give trainer.max_steps"
+        )
+
+
 def worker_options(num_workers: int) -> dict[str, Any]:
-    """Return the options of a DataLoader with so many workers."""
+    """Return the options of a DataLoader with this many workers."""
     return {
         "num_workers": num_workers,
         "persistent_workers": num_workers > 0,

@@ -45,7 +45,7 @@ FLAGS: Final = (
     "loss_weight",  # LLaMA-Factory
     "weight",  # OpenAI, Mistral, Together
 )
-"""The keys that say in other tools whether a message is trained; true and 1, or false and 0."""
+"""The keys with which other tools mark whether a message is trained: true or 1, false or 0."""
 
 CONTENT_PARTS: Final = {"text": "text", "reasoning": "reasoning", "thinking": "reasoning", "tool_call": "call"}
 """The types that the parts of a content may have, each with its kind: text, reasoning or call."""
@@ -58,12 +58,7 @@ _CALL_KEYS: Final = frozenset(("type", "function", "name", "arguments", "paramet
 
 
 def read_message(item: object, where: str, options: RowOptions, unused: set[str]) -> dict[str, Any]:
-    """Return the fields of a message under OpenAI's names.
-
-    Args:
-        item: The message, as it is in the file.
-        where: Its place in the row.
-        unused: Receives the names of fields that nothing reads.
+    """Return the fields of a message under OpenAI's names; ``unused`` receives the names of those that nothing reads.
 
     Raises:
         BadRowError: If it is not a message, or lacks a key that ``data.message_keys`` names.
@@ -99,7 +94,7 @@ def role_of(message: dict[str, Any], options: RowOptions) -> object:
 
 
 def is_trained(message: dict[str, Any], where: str) -> bool | None:
-    """Return what a message's own flags say about whether it is trained; None if it has no flag.
+    """Return whether a message is trained by its own flags; None if it has no flag.
 
     Raises:
         BadRowError: If a flag is neither true nor false, or flags differ, or one is for a part of the message.

@@ -7,10 +7,10 @@ sets ``options.tools`` to ``native``, and rows with tools are refused:
 in the row          in the text
 ==================  ===========================================================================================
 ``tools``           the system message ends with the functions, one JSON object a line, and how to call them
-``tool_calls``      the assistant says ``<tool_call>`` line feed ``{"name": ..., "arguments": ...}`` line feed
+``tool_calls``      the assistant's ``<tool_call>`` line feed ``{"name": ..., "arguments": ...}`` line feed
                     ``</tool_call>``, one after the other, after its text
-a ``tool`` message  the user says ``<tool_response>`` line feed the result line feed ``</tool_response>``
-reasoning           the assistant says ``<think>`` line feed the reasoning line feed ``</think>`` before its text
+a ``tool`` message  the user's ``<tool_response>`` line feed the result line feed ``</tool_response>``
+reasoning           the assistant's ``<think>`` line feed the reasoning line feed ``</think>`` before its text
 ==================  ===========================================================================================
 """
 
@@ -35,7 +35,7 @@ class Turn:
     role: Role
     content: str
     trained: bool | None
-    """What the message's own flag says; None if it has none."""
+    """The message's own flag; None if it has no flag."""
     is_tool_result: bool
     where: str
     """Its place in the row, for errors."""
@@ -46,8 +46,7 @@ def read_messages(items: list[tuple[str, dict[str, Any]]], tools: object, option
 
     Args:
         items: For each message its place in the row and its fields, as ``read_message`` names them.
-        tools: The functions that may be called, as a list or its JSON; None or empty: none.
-        options: How tools and roles are read.
+        tools: The functions that may be called, as a list or its JSON; None or empty: no function.
 
     Raises:
         BadRowError: If a message is invalid, or holds what ``options`` refuse.

@@ -30,11 +30,7 @@ class Plan:
         return [self.documents[start:end].tolist() for start, end in pairwise(ends)]
 
     def tokens(self, lengths: Ints) -> Ints:
-        """Return the tokens of each batch, shape (batches,).
-
-        Args:
-            lengths: Tokens of each document that the indices point into.
-        """
+        """Return the tokens of each batch, shape (batches,), by the tokens of each document of the data set."""
         return np.add.reduceat(lengths[self.documents], self.rows[self.batches[:-1]])
 
     def fingerprint(self) -> str:

@@ -1,4 +1,4 @@
-"""The batches of each split: planned once from options and lengths, and anew when the size of batches changes."""
+"""The batches of each split: planned once from options and lengths, and again when the size of batches changes."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,7 +19,7 @@ class SplitPlans:
     """The documents of each split, and which of them make a batch.
 
     Args:
-        options: The options; what ``max_tokens_per_batch: auto`` comes to stands in its place here.
+        options: The options; here the number that ``max_tokens_per_batch: auto`` is decided to be replaces ``auto``.
     """
 
     def __init__(self, options: DataConfig) -> None:
@@ -30,13 +30,13 @@ class SplitPlans:
         self.plans: dict[Split, Plan] = {}
 
     def add(self, split: Split, prepared: TokenizedDataset) -> None:
-        """Share the documents of a split out, and plan their batches."""
+        """Distribute the documents of a split, and plan their batches."""
         for share, documents in share_out(split, prepared, self.options, data_seed(self.options)).items():
             self.prepared[share] = prepared
             self._plan(share, documents)
 
     def replan(self, **changes: Any) -> None:
-        """Change options, and plan the batches of all splits anew."""
+        """Change options, and plan the batches of all splits again."""
         self.options = replace(self.options, **changes)
         for split, plan in self.plans.items():
             self._plan(split, np.sort(plan.documents))
@@ -47,14 +47,10 @@ class SplitPlans:
         self.plans[split] = replace(plan, documents=documents[plan.documents])
 
     def order(self) -> dict[str, Any]:
-        """Return what decides the order of training batches."""
+        """Return what determines the order of training batches."""
         tokens = self.options.max_tokens_per_batch
-        decided = {"max_tokens_per_batch": tokens} if self._auto and tokens != "auto" else {}
-        return {"seed": data_seed(self.options), **decided, "plan": self.plans["train"].fingerprint()}
-
-    def batches(self, split: Split, collate: Callable[[Any], Any]) -> PlannedBatches:
-        """Return the batches of a split, which ``collate`` makes from the documents of their rows."""
-        return PlannedBatches(self.prepared[split], self.plans[split], collate)
+        decision = {"max_tokens_per_batch": tokens} if self._auto and tokens != "auto" else {}
+        return {"seed": data_seed(self.options), **decision, "plan": self.plans["train"].fingerprint()}
 
     def largest_train_batch(self, collate: Callable[[Any], Any], *, single_row: bool = False) -> Batch:
         """Return the training batch, or row in a batch of its own, with the most tokens."""

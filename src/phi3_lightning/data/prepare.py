@@ -1,10 +1,9 @@
-"""Tokenises sources into an Arrow file in a cache, which is built once and found again by what went into it."""
+"""Tokenises sources into an Arrow file in a cache, whose key is a hash of all that decides its content."""
 
 import hashlib
 import json
 import logging
 import shutil
-import tempfile
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from typing import Literal
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -40,8 +40,8 @@ _SCHEMA = pa.schema(
         "hash": pa.int64(),
     }
 )
-_CHUNK_ROWS = 512  # that are tokenised, and written, together
-_LISTED_ROWS = 10  # bad rows that are named one by one
+_CHUNK_ROWS = 512  # tokenised and written together
+_LISTED_ROWS = 10  # bad rows that an error names one by one
 
 
 def prepare(
@@ -55,8 +55,6 @@ def prepare(
     """Tokenise rows, or find them tokenised in the cache.
 
     Args:
-        sources: Where the rows are.
-        encoder: Turns rows into tokens.
         on_bad_row: Whether rows that cannot be used are an error, or left out and counted.
         cache_dir: Folder of tokenised rows; None: the cache of ``datasets``.
         num_proc: Processes that tokenise; rows and their order do not depend on it.
@@ -67,13 +65,14 @@ def prepare(
     """
     import datasets
 
-    parts = [code_fingerprint(__name__), encoder.fingerprint(), on_bad_row, *(each.fingerprint() for each in sources)]
+    inputs = [code_fingerprint(__name__), encoder.fingerprint(), on_bad_row]
+    inputs += [source.fingerprint() for source in sources]
     cache = Path(cache_dir or datasets.config.HF_DATASETS_CACHE).expanduser() / "phi3_lightning"
-    final = cache / hashlib.blake2b(json.dumps(parts).encode(), digest_size=16).hexdigest()
+    final = cache / hashlib.blake2b(json.dumps(inputs).encode(), digest_size=16).hexdigest()
     with _writing(cache, "" if cache_dir else "not given, and "):
         if not final.is_dir():
-            cache.mkdir(parents=True, exist_ok=True)
-            folder = Path(tempfile.mkdtemp(prefix=f"{final.name}-", dir=cache))
+            folder = cache / f"{final.name}-{uuid4().hex}"  # by mkdir: only its maker could read one of tempfile's
+            folder.mkdir(parents=True)
             try:
                 _build(folder, sources, encoder, on_bad_row, num_proc)
                 _publish(folder, final)
@@ -83,7 +82,7 @@ def prepare(
         table = datasets.Dataset.from_file(str(final / "data.arrow"))
         statistics = Statistics(**json.loads((final / "statistics.json").read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
-        raise DataError(f"{final}: tokenised rows that cannot be read ({error}); delete this folder") from error
+        raise DataError(f"{final}: the tokenised rows cannot be read ({error}); delete this folder") from error
     return TokenizedDataset(table.with_format("numpy", columns=["input_ids", "spans"]), statistics, sources)
 
 
@@ -104,13 +103,13 @@ def _publish(folder: Path, final: Path) -> None:
     try:
         folder.rename(final)  # in one step, so that nobody ever sees half a cache
     except OSError:
-        if not final.is_dir():  # which another process has made meanwhile, with the same content
+        if not final.is_dir():  # another process may have made it meanwhile, with the same content
             raise
 
 
 def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: str, num_proc: int) -> None:
     """Write the rows of all sources, and their statistics, into a folder."""
-    totals: Counter[str] = Counter()
+    totals = Counter(kept=0, cut=0, tokens=0, supervised_tokens=0)
     by_source = [0] * len(sources)
     dropped: Counter[str] = Counter()
     unused: Counter[str] = Counter()
@@ -135,14 +134,7 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
             advance(chunk.read)
     _report_bad_rows(bad, bad_rows, sum(by_source), on_bad_row)
     statistics = Statistics(
-        read=sum(by_source),
-        kept=totals["kept"],
-        cut=totals["cut"],
-        dropped=dict(dropped),
-        tokens=totals["tokens"],
-        supervised_tokens=totals["supervised_tokens"],
-        unused=dict(unused),
-        by_source=by_source,
+        read=sum(by_source), dropped=dict(dropped), unused=dict(unused), by_source=by_source, **totals
     )
     if not statistics.kept:
         names = ", ".join(sorted({source.name() for source in sources}))

@@ -16,6 +16,7 @@ from phi3_lightning.data.collate import Document
 from phi3_lightning.data.copies import Part, repeated, shared
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.data.fields import name_unused
+from phi3_lightning.pages import render
 
 _BARS = 24
 _BAR_WIDTH = 40  # characters
@@ -34,11 +35,11 @@ class Preview:
 
 
 def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int = 3) -> Preview:
-    """Preview a split of data that are set up, with its first few documents."""
+    """Preview a split of a data module after its setup, with its first few documents."""
     prepared, plan = datamodule.prepared[split], datamodule.plans[split]
-    shown = np.sort(plan.documents)[:rows].tolist()
+    first = np.sort(plan.documents)[:rows].tolist()
     lengths = prepared.lengths()[plan.documents]
-    documents = zip(prepared.describe(shown), prepared.documents(shown), strict=True)
+    documents = zip(prepared.describe(first), prepared.documents(first), strict=True)
     samples = [(place, _segments(document, datamodule.tokenizer)) for place, document in documents]
     return Preview(_facts(datamodule, split), _histogram(lengths), samples)
 
@@ -54,9 +55,8 @@ def render_terminal(preview: Preview, *, show_ids: bool = False, brackets: bool 
     """Render a preview for rich to print: trained text is green, special tokens are visible.
 
     Args:
-        preview: The preview.
         show_ids: Whether token ids follow the text.
-        brackets: Whether trained text stands in brackets, for where there are no colours.
+        brackets: Whether trained text is in brackets, for output without colours.
     """
     facts = Table.grid(padding=(0, 2))
     for name, value in preview.facts.items():
@@ -71,6 +71,11 @@ def render_terminal(preview: Preview, *, show_ids: bool = False, brackets: bool 
         for place, document in preview.samples
     ]
     return Group(*panels, facts, Text("\ntokens  documents", "dim"), bars)
+
+
+def render_html(preview: Preview, *, show_ids: bool = False) -> str:
+    """Render a preview as one HTML file that needs nothing else."""
+    return render("preview.html", preview=preview, show_ids=show_ids)
 
 
 def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:

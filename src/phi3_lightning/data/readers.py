@@ -70,15 +70,15 @@ def kind_of_file(path: Path) -> str:
 
 
 def data_suffix(path: Path) -> str:
-    """Return the suffix of a file's name that says its kind: in small letters, without ``.gz``."""
+    """Return the suffix of a file's name that tells its kind: in lower case, without ``.gz``."""
     return Path(path.name.lower().removesuffix(".gz")).suffix
 
 
 def open_file(path: Path) -> BinaryIO:
-    """Open a file, unpacked where it is packed with gzip."""
+    """Open a file, decompressed where it is packed with gzip."""
     with path.open("rb") as file:
-        packed = file.read(2) == b"\x1f\x8b"
-    return cast("BinaryIO", gzip.open(path)) if packed else path.open("rb")
+        is_packed = file.read(2) == b"\x1f\x8b"
+    return cast("BinaryIO", gzip.open(path)) if is_packed else path.open("rb")
 
 
 def read_rows(path: Path) -> Iterator[Row]:
@@ -87,22 +87,21 @@ def read_rows(path: Path) -> Iterator[Row]:
     Raises:
         DataError: If the file as a whole cannot be decoded.
     """
-    readers: dict[str, Callable[[BinaryIO], Iterable[Row]]] = {
-        "lines": _lines,
-        "array": partial(_array, path=path),
-        "csv": partial(read_csv, path=path, delimiter="\t" if data_suffix(path) == ".tsv" else ","),
-        "parquet": _parquet,
-        "arrow": _arrow,
+    readers: dict[str, tuple[str, Callable[[BinaryIO], Iterable[Row]]]] = {
+        "lines": ("JSON lines", _lines),
+        "array": ("a JSON array", partial(_array, path=path)),
+        "csv": ("CSV", partial(read_csv, path=path, delimiter="\t" if data_suffix(path) == ".tsv" else ",")),
+        "parquet": ("Parquet", _parquet),
+        "arrow": ("Arrow", _arrow),
     }
-    kind = kind_of_file(path)
+    name, read = readers[kind_of_file(path)]
     try:
         with open_file(path) as file:
-            yield from readers[kind](file)
+            yield from read(file)
     except DataError:
         raise
     except (ValueError, RecursionError, csv.Error, pa.ArrowException, OSError, EOFError, zlib.error) as error:
-        names = {"lines": "JSON lines", "array": "a JSON array", "csv": "CSV", "parquet": "Parquet", "arrow": "Arrow"}
-        raise DataError(f"{path}: not {names[kind]} that can be read ({error}); fix or remove the file") from error
+        raise DataError(f"{path}: not {name} that can be read ({error}); fix or remove the file") from error
 
 
 def decode_line(line: bytes) -> object:

@@ -1,4 +1,4 @@
-"""The order of batches in a run that resumes: whether it is the checkpoint's, and who takes the rest of an epoch."""
+"""The order of batches in a run that resumes: whether it is the checkpoint's, and which rank takes what is left."""
 
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -14,38 +14,35 @@ State = Mapping[str, Any]
 
 
 class ResumedOrder:
-    """Compares the order of batches with that of a checkpoint, and lets another number of ranks go on with it.
+    """Compares the order of batches with that of a checkpoint, and lets another number of ranks continue it.
 
-    An order is a mapping of what decides it: ``seed``, ``plan`` and, where it was chosen, ``max_tokens_per_batch``.
+    An order is a mapping of what determines it: ``seed``, ``plan`` and, where it was chosen, ``max_tokens_per_batch``.
     """
 
     def __init__(self) -> None:
         self.elastic: ElasticResume | None = None
-        """Where an epoch went on with another number of ranks; None: in no epoch of this run."""
+        """Where an epoch was resumed with another number of ranks; None: in no epoch of this run."""
         self._saved: State = {}
-        self._resharded = False  # by a module that restarts exactly; under any other, ranks must stay
+        self._resharded = False  # by a module that resumes exactly; under any other, the number of ranks must stay
 
     def state_dict(self, order: State, ranks: int) -> dict[str, Any]:
-        """Return what a checkpoint holds of the order."""
+        """Return what a checkpoint stores of the order."""
         return {**order, "ranks": ranks, "resumed": None if self.elastic is None else asdict(self.elastic)}
 
     def load_state_dict(self, state: State) -> None:
-        """Remember the order of a checkpoint until training goes on from it."""
+        """Remember the order of a checkpoint until training resumes from it."""
         self._saved = state
 
     def reshard(self, state: State, order: State, now: RankAssignment, epoch: int, position: int, window: int) -> int:
         """Share the rest of an epoch among the ranks that there are now, each batch once.
 
         Args:
-            state: The state of the checkpoint.
-            order: The order now.
-            now: The ranks that there are now.
-            epoch: The epoch that goes on.
-            position: Batches of each rank that are over, as the checkpoint counts them.
+            epoch: The epoch that is resumed.
+            position: Batches of each rank that are done, as the checkpoint counts them.
             window: Batches of an accumulation window now.
 
         Returns:
-            Batches of each rank that are over, as they are counted now.
+            Batches of each rank that are done, as they are counted now.
         """
         if any(state.get(key) != order[key] for key in order):
             return position  # another order, which is compared when the epoch begins to be read

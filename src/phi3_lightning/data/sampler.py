@@ -1,4 +1,4 @@
-"""The order of batches: seed, epoch, rank and position decide it, nothing else."""
+"""The order of batches, which seed, epoch, rank and position alone determine."""
 
 from collections.abc import Callable, Iterator, Sized
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ FILLER: Final = -1
 
 @dataclass(frozen=True)
 class ElasticResume:
-    """Where an epoch went on with other ranks, or other accumulation windows, than it had begun with."""
+    """Where an epoch was resumed with other ranks, or other accumulation windows, than it had begun with."""
 
     epoch: int
     position: int
@@ -36,7 +36,7 @@ class RankAssignment:
     """Batches of an epoch."""
     ranks: int
     resumed: ElasticResume | None = None
-    """Where this epoch went on otherwise than it had begun; None: it did not."""
+    """Where this epoch was resumed otherwise than it had begun; None: nowhere."""
 
     @property
     def length(self) -> int:
@@ -51,10 +51,10 @@ class RankAssignment:
         return self.resumed.seen + (position - self.resumed.position) * rest // max(steps, 1)
 
     def of(self, rank: int, order: Ints, position: int) -> list[int]:
-        """Return the batches, and fillers, that a rank has still to see.
+        """Return the batches, and fillers, that a rank has yet to see.
 
         After a change of ranks there may be too few batches for all steps: the fillers are spread, so that no step is
-        without a batch. ``order`` are the epoch's batches, shape (count,); ``position`` of each rank's are over.
+        without a batch. ``order`` is the epoch's batches, shape (count,); ``position`` of each rank's are done.
         """
         if self.resumed is None:
             own = order[rank :: self.ranks].tolist()
@@ -67,9 +67,8 @@ class RankAssignment:
         """Share the rest of an epoch among another number of ranks.
 
         Args:
-            ranks: How many there are now.
-            epoch: The epoch that goes on.
-            position: Batches of each rank that are over, at the end of an accumulation window.
+            epoch: The epoch that is resumed.
+            position: Batches of each rank that are done, at the end of an accumulation window.
             window: Batches of an accumulation window now; no window is ever cut.
 
         Returns:
@@ -93,9 +92,9 @@ class BatchOrder(DistributedSampler[int]):
 
     Args:
         batches: What the indices point into.
-        shuffle: Whether each epoch has an order of its own, which the seed decides.
+        shuffle: Whether each epoch has an order of its own, by the seed.
         position: Returns, when an epoch begins to be read, how many of its batches this rank has already seen.
-        resumed: Returns then where an epoch went on with another number of ranks.
+        resumed: Returns at that moment where an epoch was resumed with another number of ranks.
     """
 
     def __init__(
@@ -121,15 +120,15 @@ class BatchOrder(DistributedSampler[int]):
         order = np.arange(self._count)
         if self.shuffle:
             order = np.random.default_rng((self.seed, self.epoch)).permutation(self._count)
-        position, resumed = self._position(), self._resumed()
-        here = resumed if resumed is not None and resumed.epoch == self.epoch else None
+        position, resume = self._position(), self._resumed()
+        here = resume if resume is not None and resume.epoch == self.epoch else None
         yield from RankAssignment(self._count, self.num_replicas, here).of(self.rank, order, position)
 
 
 class BatchLoader(DataLoader[Any]):
     """A DataLoader that reads its place in the epoch when its first batch is taken.
 
-    Lightning calls ``iter`` before it has worked out where a resumed epoch goes on, and workers begin to read at once.
+    Lightning calls ``iter`` before it knows where a resumed epoch continues, and workers begin to read at once.
     The place is the trainer's progress, so that the loader has no state; its two methods tell Lightning that it can
     resume.
     """
@@ -149,7 +148,7 @@ class BatchLoader(DataLoader[Any]):
 
 @dataclass(eq=False)
 class PlannedBatches(Dataset[Any]):
-    """The batches of a plan, by index. Its length is in rows: Lightning's ``BatchSizeFinder`` goes up to it."""
+    """The batches of a plan, by index. Its length is in rows, up to which Lightning's ``BatchSizeFinder`` searches."""
 
     prepared: TokenizedDataset
     plan: Plan

@@ -34,28 +34,25 @@ def unused_sentinels(chat: list[Message]) -> tuple[str, str]:
 
 
 def insert_sentinels(chat: list[Message], opening: str, closing: str, *, strip: bool = False) -> list[Message]:
-    """Put sentinels around each content.
-
-    Args:
-        strip: Whether outer white space stays outside of the sentinels, for templates that trim contents.
-    """
-    marked: list[Message] = []
+    """Put sentinels around each content; ``strip`` leaves outer white space outside, for templates that trim it."""
+    result: list[Message] = []
     for message in chat:
         content = message["content"]
         inner = content.strip() if strip else content
         head, _, tail = content.partition(inner) if inner else (content, "", "")
-        marked.append({"role": message["role"], "content": f"{head}{opening}{inner}{closing}{tail}"})
-    return marked
+        result.append({"role": message["role"], "content": f"{head}{opening}{inner}{closing}{tail}"})
+    return result
 
 
-def remove_sentinels(chat: list[Message], plain: str, marked: str, opening: str, closing: str) -> Rendered | None:
-    """Find the contents of a chat by the sentinels; None if the template changed, moved or lost a content.
+def remove_sentinels(
+    chat: list[Message], plain: str, with_sentinels: str, opening: str, closing: str
+) -> Rendered | None:
+    """Find the contents of a chat in its ``plain`` text, by its text ``with_sentinels``.
 
-    Args:
-        plain: The text that the template makes of the chat.
-        marked: The text that it makes of the chat with sentinels.
+    Returns:
+        None if the template changed, moved or lost a content.
     """
-    parts = re.split(f"[{opening}{closing}]", marked)
+    parts = re.split(f"[{opening}{closing}]", with_sentinels)
     if len(parts) != 2 * len(chat) + 1 or "".join(parts) != plain:
         return None
     contents = []
@@ -69,9 +66,9 @@ def remove_sentinels(chat: list[Message], plain: str, marked: str, opening: str,
     return Rendered(plain, contents)
 
 
-def remove_end_sentinels(chat: list[Message], plain: str, marked: str, closing: str) -> Rendered | None:
-    """Find contents by sentinels behind them; None if the template changed, moved or lost more than thoughts."""
-    parts = marked.split(closing)
+def remove_end_sentinels(chat: list[Message], plain: str, with_sentinels: str, closing: str) -> Rendered | None:
+    """Find contents by the sentinels behind them; None if the template changed, moved or lost more than thoughts."""
+    parts = with_sentinels.split(closing)
     if len(parts) != len(chat) + 1 or "".join(parts) != plain:
         return None
     contents = []
@@ -81,7 +78,7 @@ def remove_end_sentinels(chat: list[Message], plain: str, marked: str, closing: 
         position += len(part)
         content = message["content"]
         answer = _THOUGHTS.sub("", content)
-        # as it is, or without the outer white space that a template trims, or that lies outside of the sentinels
+        # as it is, or without outer white space, which a template trims or which is outside of the sentinels
         endings = (content, content.lstrip(), content.rstrip(), content.strip(), answer, answer.strip())
         ending = next((ending for ending in endings if part.endswith(ending)), None)
         if ending is None:

@@ -33,10 +33,10 @@ class FileSource:
 
     path: Path
     item: int = 0
-    """Which of the data that the user gave it belongs to."""
+    """The index of the user's entry that it belongs to."""
 
     def check(self) -> None:
-        """Look, in no time, whether the file can be read at all.
+        """Check quickly whether the file can be read at all.
 
         Raises:
             DataError: If it is missing, empty, or not readable.
@@ -52,7 +52,7 @@ class FileSource:
             raise DataError(f"{self.path}: cannot be read ({error}); check it and its permissions") from error
 
     def fingerprint(self) -> str:
-        """Return a name for the file's content, and for its place among the user's data."""
+        """Return a hash of the file's content, with its place among the user's data."""
         with self.path.open("rb") as file:
             return f"{self.item}:{data_suffix(self.path)}:{hashlib.file_digest(file, 'blake2b').hexdigest()}"
 
@@ -77,15 +77,12 @@ class HubSource:
     """Its name on the hub, ``owner/name``."""
     split: str
     item: int = 0
-    """Which of the data that the user gave it is."""
+    """The index of the user's entry that it is."""
     streaming: bool = False
     """Whether rows are fetched as they are read, instead of downloaded first."""
 
-    def check(self) -> None:
-        """Do nothing: without the network nothing is known, and the set is looked for when it is read."""
-
     def fingerprint(self) -> str:
-        """Return a name for the set's content, as ``datasets`` has it, and for its place among the user's data."""
+        """Return the hash that ``datasets`` has of the set's content, with its place among the user's data."""
         return f"{self.item}:{self.name()}:{self._load()._fingerprint}"
 
     def name(self) -> str:
@@ -106,7 +103,7 @@ class HubSource:
 
         try:
             return datasets.load_dataset(self.id, split=self.split, streaming=self.streaming)
-        except Exception as error:  # load_dataset lets through whatever its many back ends raise
+        except Exception as error:  # load_dataset passes on whatever its many back ends raise
             why, cure = " ".join(str(error).split()), f"Check the spelling, or name the split: '{self.id}:SPLIT'"
             if remedy(error) is not None:
                 raise DataError(
@@ -126,42 +123,43 @@ Source = FileSource | HubSource
 class Sources(NamedTuple):
     """What a user's data are read from."""
 
-    taken: list[Source]
+    sources: list[Source]
     """Files and hub data sets, in order."""
     left_out: list[str]
     """Names of what else is in the folders and patterns."""
 
 
 def select_sources(files: str | list[str], split: Split = "train", *, streaming: bool = False) -> Sources:
-    """Find the sources of a user's data, in the order given, files of a folder or a pattern by name.
+    """Find the sources of a user's data, in the user's order, files of a folder or a pattern by name.
 
     Args:
         files: A file, a folder, a glob pattern, a hub id (``owner/name``, ``owner/name:split`` or, with a part of a
             split, ``owner/name:train[:100]``), or several of them.
         split: The split of the option: folders, patterns and hub ids may hold several.
-        streaming: Whether hub data sets are fetched as they are read.
+        streaming: Whether rows of hub data sets are fetched as they are read.
 
     Raises:
         DataError: If a path leads nowhere, a file cannot be read, or it is not clear which files are meant.
     """
     items = [files] if isinstance(files, str) else files
     selections = [_select(item, split, index, streaming) for index, item in enumerate(items)]
-    taken = [source for sources in selections for source in sources.taken]
-    for source in taken:
-        source.check()
-    return Sources(taken, [name for sources in selections for name in sources.left_out])
+    sources = [source for selection in selections for source in selection.sources]
+    for source in sources:
+        if isinstance(source, FileSource):  # a hub data set is looked for when it is read
+            source.check()
+    return Sources(sources, [name for selection in selections for name in selection.left_out])
 
 
 def find_sources(files: str | list[str], split: Split = "train", *, streaming: bool = False) -> list[Source]:
-    """Return the sources that :func:`select_sources` takes."""
-    return select_sources(files, split, streaming=streaming).taken
+    """Return the sources of :func:`select_sources` alone."""
+    return select_sources(files, split, streaming=streaming).sources
 
 
 def _select(text: str, split: Split, item: int, streaming: bool) -> Sources:
     path = local_path(f"data.{split}", text)
     try:
         is_folder, exists = path.is_dir(), path.exists()
-    except (OSError, ValueError) as error:  # no permission, a byte that no name has
+    except (OSError, ValueError) as error:  # no permission, or a byte that no name has
         raise DataError(f"{text}: cannot be looked up ({error}); check the path and its permissions") from error
     hub, finer = _HUB.fullmatch(text), _FINER.fullmatch(text)
     if is_folder:
@@ -181,11 +179,11 @@ def _select(text: str, split: Split, item: int, streaming: bool) -> Sources:
 
 
 def _files(selection: Selection, item: int) -> Sources:
-    return Sources([FileSource(path, item) for path in selection.taken], selection.left_out)
+    return Sources([FileSource(path, item) for path in selection.files], selection.left_out)
 
 
 def _save_first(name: str, configuration: str | None, revision: str | None = None) -> str:
-    """Return the advice how a configuration or a revision becomes a file."""
+    """Return the advice on how a configuration or a revision becomes a file."""
     arguments = [repr(name), *([repr(configuration)] if configuration else []), "split='train'"]
     arguments += [f"revision={revision!r}"] if revision else []
     code = f"from datasets import load_dataset; load_dataset({', '.join(arguments)}).to_parquet('train.parquet')"

@@ -25,7 +25,7 @@ class JoinedEncoding:
         ]
 
     def char_to_token(self, char: int) -> int | None:
-        """Return the token that holds a character; None if there is none."""
+        """Return the token that holds a character; None if no token does."""
         return next((index for index, (start, end) in enumerate(self.offsets) if start <= char < end), None)
 
     def token_to_chars(self, token: int) -> tuple[int, int]:

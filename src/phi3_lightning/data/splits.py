@@ -20,7 +20,7 @@ from phi3_lightning.errors import ConfigError, DataError
 
 
 def model_context_length(options: DataConfig) -> ContextLength | None:
-    """Return how long the model's inputs may be; None where no file says it.
+    """Return how long the model's inputs may be; None where no file tells.
 
     Raises:
         ConfigError: If ``max_length`` is longer.
@@ -40,7 +40,7 @@ def load_template(options: DataConfig) -> ChatTemplate:
     """Load tokenizer and chat template.
 
     Raises:
-        ConfigError: If no tokenizer was given, or it cannot be used.
+        ConfigError: If no tokenizer is given, or it cannot be used.
     """
     if options.tokenizer is None:
         raise ConfigError("data.tokenizer: not given; name the folder or hub id of the model's tokenizer")
@@ -51,10 +51,10 @@ def load_template(options: DataConfig) -> ChatTemplate:
 def make_encoder(
     split: Split, options: DataConfig, template: ChatTemplate, context_length: ContextLength | None
 ) -> Encoder:
-    """Make what turns rows of a split into tokens. Prompts may be as long as the model's context length."""
+    """Return the encoder of a split's rows. Prompts may be as long as the model's context length."""
     prompts = split == "predict"
     limit = context_length.longest if prompts and context_length is not None else options.max_length
-    group_by = options.group_by if split == "train" else None  # no other rows are shared out
+    group_by = options.group_by if split == "train" else None  # no other rows are distributed
     return Encoder(template, options.row_options(max_length=limit, group_by=group_by), prompts=prompts)
 
 
@@ -62,7 +62,7 @@ def prepare_split(split: Split, options: DataConfig, encoder: Encoder) -> Tokeni
     """Tokenise a split, or find it in the cache."""
     sources = select_sources(options.files(split) or [], split)
     prepared = prepare(
-        sources.taken,
+        sources.sources,
         encoder,
         on_bad_row=options.on_bad_row,
         cache_dir=options.cache_dir,
@@ -72,7 +72,7 @@ def prepare_split(split: Split, options: DataConfig, encoder: Encoder) -> Tokeni
 
 
 def report_rows(split: Split, prepared: TokenizedDataset) -> None:
-    """Log which files were read, what became of their rows, and the fields that nothing uses."""
+    """Log which files were read, what became of their rows, and which fields nothing uses."""
     for name, files in prepared.files().items():
         rank_zero_info(f"{split}: {name}: {files}")
     rank_zero_info(f"{split}: {prepared.statistics}")
@@ -81,9 +81,7 @@ def report_rows(split: Split, prepared: TokenizedDataset) -> None:
 
 
 def share_out(split: Split, prepared: TokenizedDataset, options: DataConfig, seed: int) -> dict[Split, Ints]:
-    """Return the documents of each split that those of a prepared one serve.
-
-    Training documents may be mixed, and shared with validation; the seed decides how.
+    """Distribute the documents of a prepared split, by the seed: training documents may be mixed, and some validate.
 
     Raises:
         DataError: If a source of the mixture has no documents, or all documents are of one group.
@@ -106,15 +104,10 @@ def share_out(split: Split, prepared: TokenizedDataset, options: DataConfig, see
 
 
 def choose_groups(groups: Ints, size: int, seed: int) -> NDArray[np.bool_]:
-    """Choose whole groups at random that together have at most ``size`` documents.
-
-    Args:
-        groups: The group of each document, shape (documents,).
-        size: Documents to choose; the smallest group is chosen where every group has more.
-        seed: Decides which groups.
+    """Choose whole groups at random that together have at most ``size`` documents, or else the smallest group.
 
     Returns:
-        Whether each document is chosen, shape (documents,).
+        Whether each document is chosen, by the ``groups`` of all documents, both of shape (documents,).
 
     Raises:
         DataError: If there is only one group.

@@ -36,7 +36,7 @@ class StreamedBatches(IterableDataset[Batch]):
     sources: list[Source]
     encoder: Encoder
     plan: Callable[..., Plan]
-    """Returns which documents of a buffer make a batch, from their ``lengths`` and a ``seed``."""
+    """Plans the batches of a buffer, from the ``lengths`` of its documents and a ``seed``."""
     collate: Callable[[list[list[Document]]], Batch]
     """Makes a batch from the documents of its rows."""
     seed: int
@@ -44,17 +44,16 @@ class StreamedBatches(IterableDataset[Batch]):
     skip_bad_rows: bool
     """Whether rows that cannot be used are left out instead of stopping the run."""
     num_replicas: int = 1
-    """Ranks, which divide the rows between them."""
     rank: int = 0
     position: int = 0
     """Batches that this rank has already seen."""
-    unused: set[str] = field(init=False, default_factory=set)
-    """Fields that the log has named."""
+    logged: set[str] = field(init=False, default_factory=set)
+    """Unused fields and reasons of dropped rows that the log has named."""
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
         workers, own = (1, 0) if worker is None else (worker.num_workers, worker.id)
-        # Workers deliver in turn: the first one goes on as the worker whose turn was next when the run stopped.
+        # Workers deliver in turn: the first one takes the place of the worker whose turn was next when the run stopped.
         own = (own + self.position) % workers
         seen = (self.position - own + workers - 1) // workers
         yield from islice(self._batches(self.rank * workers + own, self.num_replicas * workers), seen, None)
@@ -89,19 +88,21 @@ class StreamedBatches(IterableDataset[Batch]):
                 if not chunk:
                     break
                 if number % shares == share:
-                    yield from self._encode(Job(index, chunk), log_unused=share == 0)
+                    yield from self._encode(Job(index, chunk), is_first_reader=share == 0)
 
-    def _encode(self, job: Job, *, log_unused: bool) -> Iterable[Document]:
+    def _encode(self, job: Job, *, is_first_reader: bool) -> Iterable[Document]:
         chunk = self.encoder.encode(job)
-        if log_unused and (unused := sorted(chunk.unused.keys() - self.unused)):
-            self.unused.update(unused)
-            log.warning("train: fields that are not used: %s", ", ".join(unused))
         faults = [f"{self.sources[job.source].place(row)}: {why}" for row, why in chunk.bad]
         if faults and not self.skip_bad_rows:
             remedy = "Fix the row, or set data.on_bad_row: skip to leave such rows out."
             raise DataError("\n".join([*faults, remedy]))
         if faults:
             log.warning("left out:\n%s", "\n".join(faults))
+        if is_first_reader:
+            for title, names in (("fields that are not used", chunk.unused), ("rows are dropped", chunk.dropped)):
+                if new := sorted(names.keys() - self.logged):
+                    self.logged.update(new)
+                    log.warning("train: %s: %s", title, ", ".join(new))
         ids = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])
         spans = np.split(chunk.spans, np.cumsum(chunk.span_lengths)[:-1])
         rows = (chunk.source * _SOURCE + chunk.rows).tolist()
@@ -109,7 +110,7 @@ class StreamedBatches(IterableDataset[Batch]):
 
 
 class StreamLoader(BatchLoader):
-    """Tells a stream where to go on, at the moment when the first batch is taken."""
+    """Sets the position of a stream at the moment when the first batch is taken."""
 
     dataset: StreamedBatches
     position: Callable[[], int]

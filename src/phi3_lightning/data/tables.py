@@ -1,6 +1,6 @@
 """Tables with one message a row, as support exports have them, become rows of one conversation.
 
-With the options of such a table, every row has to be a message. The other columns of its row are keys of the message.
+With the options of such a table, every row must be a message. The other columns of its row are keys of the message.
 ``system``, ``tools`` and what ``data.columns`` maps belong to the conversation, and have to be the same in all of its
 messages.
 """
@@ -46,11 +46,8 @@ def source_rows(source: Source, options: RowOptions) -> Iterator[Row]:
 def group_messages(rows: Iterable[Row], options: RowOptions, name: str) -> Iterator[Row]:
     """Group the messages of each conversation, wherever in the table they are.
 
-    The messages of one source are held in memory. Equal conversation ids in two sources are two conversations.
-
-    Args:
-        rows: One message each.
-        name: The name of the source, for errors.
+    The messages of one source, called ``name`` in errors, are held in memory. Equal conversation ids in two sources are
+    two conversations.
 
     Yields:
         The number of each row that belongs to no conversation, with its error; then the number of each conversation's
@@ -75,13 +72,12 @@ class _Table:
     """The messages of a table, by conversation."""
 
     def __init__(self, options: RowOptions, name: str) -> None:
-        required = (options.conversation_column, options.role_column, options.content_column)
-        self._id, self._role, self._content = (column or "" for column in required)
-        self._order = options.order_column
+        names = ("conversation_column", "role_column", "content_column", "order_column")
+        self._by_option = {option: getattr(options, option) for option in names}
+        self._id, self._role, self._content, self._order = self._by_option.values()
         self._name = name
-        self._mapped = {*required, options.order_column}
-        self._renamed = options.columns or {}
-        self._shared = {"system", "tools", options.group_by, *self._renamed.values()}
+        self._aliases = options.columns or {}
+        self._shared = {"system", "tools", options.group_by, *self._aliases.values()}
         self._columns: dict[str, Any] = {}  # an ordered set
         self._chats: dict[object, list[_Message]] = {}
 
@@ -95,22 +91,16 @@ class _Table:
         self._chats.setdefault(key, []).append(_Message(number, fields))
 
     def check(self) -> None:
-        """Raise once what is wrong with the whole table."""
-        options = {
-            "conversation_column": self._id,
-            "role_column": self._role,
-            "content_column": self._content,
-            "order_column": self._order,
-        }
-        renamed = {f"columns.{name}": column for name, column in self._renamed.items()}
-        for option, column in (options | renamed).items():
+        """Check the table as a whole, once all its rows are read."""
+        aliases = {f"columns.{name}": column for name, column in self._aliases.items()}
+        for option, column in (self._by_option | aliases).items():
             if column is not None and self._columns and column not in self._columns:
                 known = ", ".join(map(repr, self._columns))
-                raise DataError(f"{self._name}: data.{option} names {column!r}, and the table's columns are {known}.")
+                raise DataError(f"{self._name}: data.{option} names {column!r}, and the table's columns are {known}")
         if self._order is not None and self._chats:
             orders = [message.fields.get(self._order) for messages in self._chats.values() for message in messages]
             if all(_sort_key(order) is None for order in orders):
-                raise DataError(f"{self._name}: {_no_order(orders, self._order)}.")
+                raise DataError(f"{self._name}: {_no_order(orders, self._order)}")
 
     def conversations(self) -> Iterator[Row]:
         for key, messages in self._chats.items():
@@ -121,8 +111,8 @@ class _Table:
 
     def _chat(self, messages: list[_Message]) -> dict[str, Any]:
         turns: list[dict[str, Any]] = []
-        row: dict[str, Any] = {"messages": turns} | dict.fromkeys(self._renamed.values())
-        others = [column for column in self._columns if column not in self._mapped]
+        row: dict[str, Any] = {"messages": turns} | dict.fromkeys(self._aliases.values())
+        others = [column for column in self._columns if column not in self._by_option.values()]
         for number, fields in messages if self._order is None else _sorted(messages, self._order):
             role = fields.get(self._role)
             if _missing(role):

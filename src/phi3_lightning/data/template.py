@@ -31,7 +31,6 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template: str | 
 
     Args:
         name: Folder or hub id.
-        revision: Branch, tag or commit on the hub.
         chat_template: A file with a Jinja template to use instead of the tokenizer's own.
 
     Raises:
@@ -61,7 +60,6 @@ class ChatTemplate:
     """Renders conversations with a tokenizer's own chat template and finds the supervised tokens.
 
     Args:
-        tokenizer: A tokenizer with a chat template.
         special_text: Whether a special token's text within a content is plain text, or refused. It is never a turn.
 
     Raises:
@@ -92,7 +90,7 @@ class ChatTemplate:
 
     @cached_property
     def identity(self) -> dict[str, str]:
-        """Hashes of ``tokenizer`` (vocabulary and how it splits texts) and ``template``: others make other tokens."""
+        """Hashes of ``tokenizer`` (vocabulary and how it splits texts) and ``template``, which determine the tokens."""
         probes = self._encode_texts([" Grüße,\n\tcafé  ½ 東京 👋\r\n 3.14", *self.tokenizer.get_added_vocab()])
         behaviour = [sorted(self.tokenizer.get_vocab().items()), [probe.ids for probe in probes]]
         texts = {"tokenizer": json.dumps(behaviour), "template": str(self.tokenizer.chat_template)}
@@ -113,7 +111,7 @@ class ChatTemplate:
         """Return for each conversation its tokens, or why the template cannot render it.
 
         Args:
-                add_generation_prompt: Whether to end where the assistant is to speak.
+            add_generation_prompt: Whether to end with the beginning of the assistant's turn.
         """
         messages = [conversation.messages for conversation in conversations]
         rendered = self._renderer.render(messages, add_generation_prompt=add_generation_prompt)
@@ -187,9 +185,9 @@ class ChatTemplate:
             chars = None if first is None else encoding.token_to_chars(first)
             if first is None or chars is None:
                 return BadRowError("the tokenizer loses text", f"messages[{index}] begins with a character it drops")
-            # A role token may swallow the white space that a content begins with; it stays the template's.
-            swallowed = chars[0] < start and encoding.ids[first] in self._special_ids
-            spans.append((first + swallowed, last + 1))
+            # A role token may include the white space that a content begins with; it belongs to the template.
+            includes_start = chars[0] < start and encoding.ids[first] in self._special_ids
+            spans.append((first + includes_start, last + 1))
         return TokenizedDocument(encoding.ids, spans)
 
     def _check_thoughts(self, chat: Conversation, rendered: Rendered) -> BadRowError | None:
@@ -213,7 +211,7 @@ class ChatTemplate:
         return encode_contents_as_text(rendered, whole, self._special_ids, self._encode_texts)
 
     def _check(self) -> int:
-        """Try the template on a small chat and return its end-of-turn token."""
+        """Try the template on a small chat, and return its end-of-turn token."""
         chat: list[Message] = [
             {"role": "user", "content": "first question"},
             {"role": "assistant", "content": "first answer"},
@@ -223,7 +221,7 @@ class ChatTemplate:
         [encoded] = self.encode([Conversation(chat, [False, True, False, True])])
         [rendered] = self._renderer.render([chat], add_generation_prompt=False)
         if isinstance(encoded, BadRowError) or isinstance(rendered, BadRowError):
-            raise ConfigError(f"data.tokenizer: the chat template cannot be trained with ({encoded})")
+            raise ConfigError(f"data.tokenizer: the chat template cannot be used for training ({encoded})")
         ids = encoded.input_ids
         [whole] = self._encode_texts([rendered.text])
         # Some tokenizers treat the beginning of a text differently: their texts cannot be encoded piece by piece.

@@ -31,7 +31,7 @@ class Statistics:
     tokens: int
     """Tokens of the kept documents."""
     supervised_tokens: int
-    """Those of them that are trained."""
+    """Those that are trained."""
     unused: dict[str, int]
     """Rows with each field that nothing reads, by the field's name."""
     by_source: list[int]
@@ -53,7 +53,7 @@ class TokenizedDataset:
     statistics: Statistics
     sources: list[Source]
     left_out: list[str] = field(default_factory=list)
-    """Names of what else is in the folders that were given."""
+    """Names of what else is in the user's folders."""
 
     def column(self, name: str) -> Ints:
         """Return ``length``, ``source``, ``row``, ``group`` or ``hash``, of shape (documents,)."""
@@ -70,7 +70,7 @@ class TokenizedDataset:
         return [Document(index, np.asarray(ids, np.int32), np.asarray(spans, np.int32)) for index, ids, spans in arrays]
 
     def items(self) -> Ints:
-        """Return which of the user's data each document belongs to, of shape (documents,)."""
+        """Return the index of the user's entry that each document belongs to, of shape (documents,)."""
         items: Ints = np.array([source.item for source in self.sources], dtype=np.int64)
         return items[self.column("source")]
 
@@ -88,6 +88,6 @@ class TokenizedDataset:
 
     def files(self) -> dict[str, str]:
         """Return what was read, with its rows, and what was left out, as text."""
-        counted = zip(self.sources, self.statistics.by_source, strict=True)
-        files = {"read": listing([f"{source.name()} ({rows:,} rows)" for source, rows in counted], 10)}
+        counts = zip(self.sources, self.statistics.by_source, strict=True)
+        files = {"read": listing([f"{source.name()} ({rows:,} rows)" for source, rows in counts], 10)}
         return files | ({"left out": listing(self.left_out, 10)} if self.left_out else {})

@@ -13,9 +13,8 @@ from phi3_lightning.data.fields import is_absent, read_list
 def read_tokens(fields: Mapping[str, Any]) -> TokenizedDocument:
     """Read a row of token ids without its padding.
 
-    Args:
-        fields: ``input_ids`` with ``labels``, unshifted, or with a mask of what is trained, or both; and perhaps an
-            ``attention_mask`` that hides padding on one side or both.
+    It has ``input_ids`` with ``labels``, unshifted, or with a mask of what is trained, or both; and perhaps an
+    ``attention_mask`` that hides padding on one side or both.
 
     Raises:
         BadRowError: If lists differ in length, a mask has a hole, or several documents share the row.
@@ -57,9 +56,9 @@ def _check_one_document(fields: Mapping[str, Any], start: int, end: int) -> None
     lengths = fields.get("seq_lengths")
     positions = fields.get("position_ids")
     positions = [] if is_absent(positions) else read_list(positions, "position_ids")[start:end]
-    packed = isinstance(lengths, list) and len(lengths) > 1
-    if packed or (positions and positions != list(range(end - start))):
-        name = "seq_lengths" if packed else "position_ids"
+    is_packed = isinstance(lengths, list) and len(lengths) > 1
+    if is_packed or (positions and positions != list(range(end - start))):
+        name = "seq_lengths" if is_packed else "position_ids"
         raise BadRowError(
             "several documents in one row",
             f"{name!r} does not count from 0 to the end; give each document its own row",

@@ -5,18 +5,19 @@ from phi3_lightning.data.messages import TOOL_RESPONSE
 from phi3_lightning.data.template import ChatTemplate
 
 
-def truncate_end(document: TokenizedDocument, limit: int) -> TokenizedDocument:
-    """Return the first ``limit`` tokens of a document."""
-    return _slice(document, 0, limit)
-
-
 def split(document: TokenizedDocument, limit: int) -> list[TokenizedDocument]:
     """Split a document into pieces of ``limit`` tokens or fewer."""
-    return [_slice(document, start, start + limit) for start in range(0, len(document.input_ids), limit)]
+    pieces = []
+    for start in range(0, len(document.input_ids), limit):
+        end = start + limit
+        spans = [(max(first, start) - start, min(last, end) - start) for first, last in document.spans]
+        spans = [(first, last) for first, last in spans if first < last]
+        pieces.append(TokenizedDocument(document.input_ids[start:end], spans))
+    return pieces
 
 
 def truncate_turns(conversation: Conversation, template: ChatTemplate, limit: int) -> TokenizedDocument | None:
-    """Leave out whole exchanges from the beginning, as few as possible; a system message before them stays.
+    """Leave out as few whole exchanges as possible from the beginning; a system message before them stays.
 
     Returns:
         A chat of ``limit`` tokens or fewer; None if even the last exchange is too long.
@@ -42,8 +43,3 @@ def truncate_turns(conversation: Conversation, template: ChatTemplate, limit: in
         else:
             shortest, high = encoded, middle
     return shortest
-
-
-def _slice(document: TokenizedDocument, start: int, end: int) -> TokenizedDocument:
-    spans = [(max(first, start) - start, min(last, end) - start) for first, last in document.spans]
-    return TokenizedDocument(document.input_ids[start:end], [(first, last) for first, last in spans if first < last])

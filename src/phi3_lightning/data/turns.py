@@ -32,12 +32,12 @@ def training_turns(turns: list[Turn], options: RowOptions) -> Conversation:
     if turns[-1].role != "assistant":
         raise BadRowError("last turn is not the assistant's", "nothing answers it; remove it or add the answer")
     last = len(turns) - 1
-    chosen = {
+    flags = {
         "assistant": [turn.role == "assistant" for turn in turns],
         "last": [index == last for index in range(len(turns))],
         "all": [True] * len(turns),
     }[options.train_on]
-    return _conversation(turns, [flag and turn.trained is not False for flag, turn in zip(chosen, turns, strict=True)])
+    return _conversation(turns, [flag and turn.trained is not False for flag, turn in zip(flags, turns, strict=True)])
 
 
 def prompt_turns(turns: list[Turn], options: RowOptions) -> Conversation:
@@ -88,7 +88,7 @@ def _merge(turns: list[Turn], options: RowOptions) -> list[Turn]:
 
 
 def _place_system(turns: list[Turn], options: RowOptions) -> list[Turn]:
-    """Treat system messages as ``data.system`` says."""
+    """Keep, merge or refuse system messages, by ``data.system``."""
     if options.system == "keep" or all(turn.role != "system" for turn in turns):
         return turns
     if options.system == "refuse":

@@ -1,4 +1,4 @@
-"""Texts become tokens word by word, several times as fast, where a tokenizer's vocabulary proves words independent.
+"""Tokenises texts word by word, several times as fast, where a tokenizer's vocabulary proves words independent.
 
 Tokenizers of SentencePiece's kind, Phi-3's among them, merge characters over a whole text. Where no token of the
 vocabulary reaches from the end of a word into the next, no merge can either: the tokens of a text are those of its
@@ -27,7 +27,7 @@ _NORMALIZER: Final = {
         {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE},
     ],
 }
-# Unicode's White_Space, which a token with `rstrip` swallows; Python's \s has four control characters more
+# Unicode's White_Space, which a token with `rstrip` includes; Python's \s has four control characters more
 _WHITE: Final = (
     "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
 )
@@ -53,7 +53,7 @@ class Pieces:
             self.ids += ids
 
     def char_to_token(self, char: int) -> int | None:
-        """Return the first token of the piece that holds a character; None behind the end."""
+        """Return the first token of the piece that holds a character; None past the end."""
         piece = bisect_right(self._starts, char) - 1
         return self._tokens[piece] if piece >= 0 and char < self._ends[piece] else None
 
@@ -64,16 +64,12 @@ class Pieces:
 
 
 class WordCache:
-    """Encodes chats word by word.
-
-    Args:
-        tokenizer: One for which :func:`words_are_independent` is true.
-    """
+    """Encodes chats word by word, with a tokenizer for which :func:`words_are_independent` is true."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast) -> None:
         added = sorted(tokenizer.added_tokens_decoder.items(), key=lambda item: len(item[1].content), reverse=True)
         patterns = [re.escape(token.content) + (f"[{_WHITE}]*" if token.rstrip else "") for _, token in added]
-        self._added = re.compile("|".join(patterns) or "(?!)")  # the longest that fits is taken
+        self._added = re.compile("|".join(patterns) or "(?!)")  # the longest match wins
         self._added_ids = {token.content: index for index, token in added}
         self._special = {token.content for _, token in added if token.special}
         self._word = re.compile(f"[ {_SPACE}]*[^ {_SPACE}]+|[ {_SPACE}]+")
@@ -83,8 +79,8 @@ class WordCache:
         """Tokenise a chat; special-token text within a content is plain text.
 
         Returns:
-            Its tokens; None if a content begins within a stretch of text instead of at or behind an added token,
-            since its first token is unknown then.
+            None if a content begins within a stretch of text instead of at or behind an added token: its first token
+            is unknown then.
         """
         text, contents = rendered.text, rendered.contents
         begins = [start for start, _ in contents]
@@ -132,22 +128,18 @@ class _WordIds(dict[str, list[int]]):
 
 
 def words_are_independent(definition: str) -> bool:
-    """Whether the tokens of a text are those of its words.
+    """Whether the tokens of a text are those of its words, by the tokenizer's ``definition`` as in ``tokenizer.json``.
 
-    Args:
-        definition: The tokenizer's, as in its ``tokenizer.json``.
-
-    Returns:
-        True if it merges pairs of a vocabulary in which the space's symbol occurs only at the beginning of tokens,
-        normalises nothing else, and falls back to bytes instead of an unknown token.
+    They are if it merges pairs of a vocabulary in which the space's symbol occurs only at the beginning of tokens,
+    normalises nothing else, and falls back to bytes instead of an unknown token.
     """
-    parts = json.loads(definition)
-    model = parts["model"]
-    if model["type"] != "BPE" or parts["normalizer"] != _NORMALIZER or parts["pre_tokenizer"] is not None:
+    tokenizer = json.loads(definition)
+    model = tokenizer["model"]
+    if model["type"] != "BPE" or tokenizer["normalizer"] != _NORMALIZER or tokenizer["pre_tokenizer"] is not None:
         return False
     no_affixes = not (model["dropout"] or model["continuing_subword_prefix"] or model["end_of_word_suffix"])
     has_bytes = model["byte_fallback"] and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
     no_inner_space = all(_SPACE not in token.lstrip(_SPACE) for token in model["vocab"])
-    added = parts["added_tokens"]
+    added = tokenizer["added_tokens"]
     literal = not any(token["normalized"] or token["lstrip"] or token["single_word"] for token in added)
     return no_affixes and has_bytes and no_inner_space and literal

@@ -1,13 +1,14 @@
-"""Base and tuned model answer the same prompts, over all ranks."""
+"""Generates the answers of base and tuned model to the same prompts, over all ranks."""
 
 from collections.abc import Callable
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import Progress
 
 from phi3_lightning.batch.padding import prompt_batch
-from phi3_lightning.evaluate.cases import Case, Tokenizer
+from phi3_lightning.evaluate.cases import Case
 from phi3_lightning.evaluate.report import AnswerPair
 from phi3_lightning.jsonl import PartialJsonl
 from phi3_lightning.metrics import Answer, AnswerMetrics
@@ -18,7 +19,7 @@ from phi3_lightning.progress import LineCounter
 class Answering:
     """Generates the answers of a module and of its base, with the ranks and precision of a Trainer."""
 
-    def __init__(self, trainer: pl.Trainer, module: Phi3LoRAModule, tokenizer: Tokenizer, stop_ids: list[int]) -> None:
+    def __init__(self, trainer: pl.Trainer, module: Phi3LoRAModule, tokenizer: Any, stop_ids: list[int]) -> None:
         self.trainer = trainer
         self.module = module
         self.tokenizer = tokenizer
@@ -30,10 +31,10 @@ class Answering:
         """Answer this rank's share of cases, which are the same on every rank; all ranks call this.
 
         Which prompts share a batch follows from the prompts alone, so that greedy answers are the same to the bit for
-        any number of ranks. ``partial`` gets each answer as soon as it is generated.
+        any number of ranks. ``partial`` receives each answer as soon as it is generated.
         """
-        ordered = sorted(cases, key=lambda case: (-len(case.prompt), case.document_id))
-        batches = [ordered[start : start + batch_size] for start in range(0, len(ordered), batch_size)]
+        cases = sorted(cases, key=lambda case: (-len(case.prompt), case.document_id))
+        batches = [cases[start : start + batch_size] for start in range(0, len(cases), batch_size)]
         own = batches[self.trainer.global_rank :: self.trainer.world_size]
         steps = -(-len(batches) // self.trainer.world_size)
         advance = _progress(self.trainer, steps)

@@ -54,8 +54,7 @@ def compare(
     """Compare two models by a metric that is a function of sums over rows.
 
     Args:
-        base: Statistics of each row, shape (rows, width), at least one row.
-        tuned: Those of the same rows by the other model.
+        base: Statistics of each row, shape (rows, width), at least one row; ``tuned`` has those of the same rows.
         value: The metric, from the sum of the statistics.
         resamples: Number of bootstrap draws.
     """

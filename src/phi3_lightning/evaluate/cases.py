@@ -2,25 +2,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.batch.documents import document_spans
-
-
-class Tokenizer(Protocol):
-    """What is used of a tokenizer of transformers."""
-
-    eos_token_id: int | None
-
-    @property
-    def added_tokens_decoder(self) -> dict[int, Any]:
-        """The added tokens, by id."""
-
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = False) -> str:
-        """Turn ids into text."""
 
 
 @dataclass(frozen=True)
@@ -53,37 +40,29 @@ def _case(document_id: int, ids: list[int], supervised: np.ndarray[Any, np.dtype
     return Case(document_id, ids[:begin], ids[begin:end])
 
 
-def unusable(case: Case, tokenizer: Tokenizer) -> str | None:
+def unusable(case: Case, tokenizer: Any) -> str | None:
     """Return why a case cannot be answered or scored; None: it can."""
     if not case.reference:
         return "no trained turn"
     if len(case.prompt) < 2:  # a text without turns: its first token is never trained
         return "no prompt before the trained text"
-    if not _ends_turns(case.reference[-1], tokenizer):
+    end = case.reference[-1]
+    added = tokenizer.added_tokens_decoder.get(end)
+    if end != tokenizer.eos_token_id and not (added is not None and added.special):
         return "the reference was cut off"
     if not tokenizer.decode(case.reference, skip_special_tokens=True).strip():
         return "empty reference"
     return None
 
 
-def _ends_turns(token: int, tokenizer: Tokenizer) -> bool:
-    added = tokenizer.added_tokens_decoder.get(token)
-    return token == tokenizer.eos_token_id or (added is not None and added.special)
-
-
-def stop_ids(cases: Iterable[Case], tokenizer: Tokenizer) -> list[int]:
+def stop_ids(cases: Iterable[Case], tokenizer: Any) -> list[int]:
     """Return the tokens that end an answer: the last ones of all references, and the tokenizer's end of text."""
     ends = {case.reference[-1] for case in cases}
     return sorted(ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
 
 
 def choose(document_ids: Iterable[int], count: int | None) -> list[int]:
-    """Choose at most ``count`` rows at random, always the same ones of the same rows; return their ids sorted.
-
-    Args:
-        document_ids: The usable rows of all ranks, in any order.
-        count: None chooses all.
-    """
+    """Choose at most ``count`` rows of all ranks (None: all) at random, but always the same; return sorted ids."""
     ids = sorted(set(document_ids))
     if count is None or count >= len(ids):
         return ids

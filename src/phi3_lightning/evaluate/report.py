@@ -70,11 +70,6 @@ class AnswerPair:
         """ROUGE-L of base and tuned model."""
         return self.base_statistics["rougeL"][0], self.tuned_statistics["rougeL"][0]
 
-    @property
-    def change(self) -> float:
-        """ROUGE-L of the tuned model minus that of the base."""
-        return self.rouge[1] - self.rouge[0]
-
     def content(self) -> dict[str, Any]:
         """Return the row for JSON."""
         models = {
@@ -118,14 +113,14 @@ class Report:
     @property
     def most_different(self) -> list[AnswerPair]:
         """The rows whose ROUGE-L tuning has changed most, for better or worse."""
-        return sorted(self.answers, key=lambda pair: -abs(pair.change))[:SHOWN_ROWS]
+        return sorted(self.answers, key=lambda pair: -abs(pair.rouge[1] - pair.rouge[0]))[:SHOWN_ROWS]
 
     def place(self, pair: AnswerPair) -> str:
         """Return where a row came from."""
         return self.origins[pair.row].place
 
     def facts(self) -> dict[str, str]:
-        """Return what was tested, and how, as text by name."""
+        """Return what was tested and how, as text by name."""
         step = "" if self.step is None else f", after {self.step} optimiser steps"
         facts = {"run": self.run, "checkpoint": f"{self.checkpoint or 'the module in memory'}{step}"}
         facts["data"] = str(self.data["source"])

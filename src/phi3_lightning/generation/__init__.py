@@ -1,1 +1,1 @@
-"""From prompts to answers: one decoding loop for batches and for streaming, sampling, and text as it comes."""
+"""From prompts to answers: one decoding loop for batches and for streaming, sampling, incremental detokenisation."""

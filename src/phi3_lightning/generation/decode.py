@@ -30,8 +30,7 @@ def generate(model: Phi3ForCausalLM, batch: PromptBatch, config: Generation) -> 
 
     Args:
         model: The model, with or without adapters; its own ``generation_config`` is ignored.
-        batch: Left-padded prompts; ``stop_ids`` end an answer. A filler batch, without document ids, gets no answer.
-        config: Length and sampling.
+        batch: A filler batch, without document ids, gets no answer.
 
     Returns:
         The token ids of each answer, up to and including the stop token. An answer that was cut at
@@ -58,9 +57,7 @@ def stream(model: Phi3ForCausalLM, prompt: list[int], stop_ids: list[int], confi
 
     Args:
         model: The model in evaluation mode, with or without adapters.
-        prompt: Token ids.
         stop_ids: The tokens that end an answer; the one that does is yielded too.
-        config: Length and sampling.
 
     Raises:
         DataError: If the prompt is longer than the model's context length.
@@ -77,10 +74,6 @@ class _Row:
     prompt: list[int]
     limit: int
     answer: list[int] = field(default_factory=list)
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt + self.answer
 
 
 def _row(model: Phi3ForCausalLM, prompt: list[int], config: Generation, name: str) -> _Row:
@@ -116,28 +109,28 @@ class _Decoder:
     def _decode(self, rows: list[_Row], long: bool) -> Generator[list[int], None, list[_Row]]:
         """Decode rows together; return the unfinished ones that need longrope's long factors from here on."""
         self._any_rank_decodes(True)
-        logits, cache, mask = self._prefill([row.ids for row in rows])
+        logits, cache, mask = self._prefill([row.prompt + row.answer for row in rows])
         positions = mask.sum(-1, keepdim=True) - 1
         crossing = []
         while True:
-            chosen = sample(logits, self.config)
-            tokens = chosen.tolist()
-            for row, token in zip(rows, tokens, strict=True):
+            tokens = sample(logits, self.config)
+            ids = tokens.tolist()
+            for row, token in zip(rows, ids, strict=True):
                 row.answer.append(token)
-            yield tokens
+            yield ids
             unfinished = [index for index, row in enumerate(rows) if not self._is_finished(row)]
             staying = [index for index in unfinished if self._is_long(rows[index]) == long]
             crossing += [rows[index] for index in unfinished if self._is_long(rows[index]) != long]
             if len(staying) < len(rows):
                 rows = [rows[index] for index in staying]
-                chosen, mask, positions = chosen[staying], mask[staying], positions[staying]
+                tokens, mask, positions = tokens[staying], mask[staying], positions[staying]
                 cache.batch_select_indices(torch.tensor(staying, device=self.device, dtype=torch.int64))
             if not rows:
                 return crossing
             positions = positions + 1
             mask = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=-1)
             self._any_rank_decodes(True)
-            logits = self._forward(chosen[:, None], mask, positions, cache)
+            logits = self._forward(tokens[:, None], mask, positions, cache)
 
     def _forward(self, ids: Tensor, mask: Tensor, positions: Tensor, cache: DynamicCache) -> Tensor:
         # by position: the name of the cache differs between versions of transformers

@@ -3,11 +3,11 @@
 from transformers import PreTrainedTokenizerBase
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer decodes the first bytes of a character to, until the others have come."""
+"""What a tokenizer decodes the first bytes of a character to, until the others arrive."""
 
 
 class IncrementalDetokenizer:
-    """Turns tokens into text as they come, such that no text has to be taken back.
+    """Turns tokens into text as they come, such that no text is ever corrected afterwards.
 
     All tokens are decoded again with each new one: a token decoded alone loses the space before it.
     """
@@ -19,7 +19,7 @@ class IncrementalDetokenizer:
         """Everything that :meth:`add` and :meth:`flush` have returned."""
 
     def add(self, token: int) -> str:
-        """Add a token; return the new text that will not change any more, without half characters or special tokens."""
+        """Add a token; return the new text that is final, without incomplete characters or special tokens."""
         self._ids.append(token)
         text = self._decode()
         return "" if text.endswith(INCOMPLETE) else self._advance(text)

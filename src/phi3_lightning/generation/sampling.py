@@ -11,16 +11,11 @@ from phi3_lightning.config import Generation
 def sample(logits: Tensor, config: Generation) -> Tensor:
     """Choose the next token of each row: the argmax, or with ``do_sample`` a draw from torch's generator.
 
-    Args:
-        logits: Shape (rows, vocabulary).
-        config: Temperature and top-p.
-
-    Returns:
-        Token ids, shape (rows,).
+    ``logits`` are of shape (rows, vocabulary); the token ids are of shape (rows,).
     """
     if not config.do_sample:
         return logits.argmax(-1)
-    scores, previous_tokens = logits.float(), cast("Any", None)  # neither warper reads the tokens before
+    scores, previous_tokens = logits.float(), cast("Any", None)  # which neither warper reads
     if config.temperature != 1.0:
         scores = TemperatureLogitsWarper(config.temperature)(previous_tokens, scores)
     if config.top_p != 1.0:

@@ -57,11 +57,7 @@ class AnswerMetric(Metric):
         self.add_state("answers", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, statistics: Tensor) -> None:
-        """Add answers.
-
-        Args:
-            statistics: The ``score.count`` of each, shape (answers, width), float64.
-        """
+        """Add answers, by the ``score.count`` of each, shape (answers, width), float64."""
         self.total = self.total + statistics.sum(0)
         self.answers = self.answers + len(statistics)
 

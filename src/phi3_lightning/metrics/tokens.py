@@ -1,4 +1,4 @@
-"""Metrics that count tokens, so that neither batch size nor ranks change them."""
+"""Metrics that add up over tokens, so that neither batch size nor ranks change them."""
 
 import torch
 from torch import Tensor, nn
@@ -21,12 +21,7 @@ class TokenMean(Metric):
         self.add_state("tokens", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, total: Tensor, tokens: Tensor) -> None:
-        """Add a batch.
-
-        Args:
-            total: The quantity, summed over the batch's supervised tokens, a scalar.
-            tokens: Number of supervised tokens of the batch, a scalar.
-        """
+        """Add a batch: the quantity, summed over its supervised tokens, and their number."""
         # not in place: `trainer.validate` leaves tensors behind that only inference mode may write
         self.total = self.total + total.double()
         self.tokens = self.tokens + tokens
@@ -54,14 +49,7 @@ class TokenMetrics(nn.Module):
         self.token_accuracy = TokenMean()
 
     def update(self, loss_sum: Tensor, count: Tensor, correct: Tensor, supervised: Tensor) -> None:
-        """Add a batch, of which all quantities are scalars.
-
-        Args:
-            loss_sum: Sum of the losses.
-            count: The weight of the batch in the loss.
-            correct: Number of supervised tokens that are the argmax.
-            supervised: Number of supervised tokens.
-        """
+        """Add a batch: the sum of its losses and its weight in the loss, its correct and all its supervised tokens."""
         self.loss.update(loss_sum, count)
         self.perplexity.update(loss_sum, count)
         self.token_accuracy.update(correct, supervised)

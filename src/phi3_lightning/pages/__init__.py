@@ -17,10 +17,5 @@ _ENVIRONMENT = Environment(
 
 
 def render(template: str, **values: object) -> str:
-    """Render a template of this package; in HTML and SVG all text is escaped.
-
-    Args:
-        template: The file name, such as ``preview.html``.
-        values: A value for every name that the template uses.
-    """
+    """Return a template, such as ``preview.html``, with all the values that it uses; HTML and SVG escape all text."""
     return _ENVIRONMENT.get_template(template).render(values)

@@ -31,7 +31,7 @@ class _Argument(NamedTuple):
 
 
 def translate(path: Path) -> Translation:
-    """Translate the known calls of a Python file; of several calls with one name, what they have in common is taken."""
+    """Translate the known calls of a Python file; of several calls with one name, only common arguments count."""
     if path.suffix != ".py":
         raise ConfigError(f"--from: {path} is no .py file; `jupyter nbconvert --to script` makes one of a notebook")
     try:
@@ -60,24 +60,24 @@ def translate(path: Path) -> Translation:
         if any(value != settings[option] for _, value in pairs):
             del settings[option]
             notes |= {(a.line, f"{a.text}: there are several values for {option}; set it by hand") for a, _ in pairs}
-    return Translation(_settled(settings), [f"line {line}, {text}" for line, text in sorted(notes)])
+    return Translation(_completed(settings), [f"line {line}, {text}" for line, text in sorted(notes)])
 
 
 class _Reader:
     def __init__(self, nodes: list[ast.AST]) -> None:
         calls = [(node, f".{ast.unparse(node.func)}") for node in nodes if isinstance(node, ast.Call)]
         self.calls = {node: name for node, dotted in calls for name in CALLS if dotted.endswith(f".{name}")}
-        used = [node for node in nodes if isinstance(node, ast.Attribute | ast.Subscript)]  # perhaps config.update()
-        self.subscripts = [node for node in used if isinstance(node, ast.Subscript)]
-        self.attributes = {n.attr for n in used if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
-        stored = [n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
-        bindings = Counter([*stored, *(n.arg for n in nodes if isinstance(n, ast.arg))])
-        assigned = [pair for node in nodes for pair in _assigned(node)]
-        changed = {v.id for v in [*(n.value for n in used), *(v for _, v in assigned)] if isinstance(v, ast.Name)}
+        uses = [node for node in nodes if isinstance(node, ast.Attribute | ast.Subscript)]  # perhaps config.update()
+        self.subscripts = [node for node in uses if isinstance(node, ast.Subscript)]
+        self.attributes = {n.attr for n in uses if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+        targets = [n.id for n in nodes if isinstance(n, ast.Name) and not isinstance(n.ctx, ast.Load)]
+        bindings = Counter([*targets, *(n.arg for n in nodes if isinstance(n, ast.arg))])
+        assignments = [pair for node in nodes for pair in _assignments(node)]
+        aliases = {v.id for v in [*(n.value for n in uses), *(v for _, v in assignments)] if isinstance(v, ast.Name)}
         self.values = {
             name: value
-            for name, value in assigned
-            if bindings[name] == 1 and (name not in changed or isinstance(value, ast.Constant) or value in self.calls)
+            for name, value in assignments
+            if bindings[name] == 1 and (name not in aliases or isinstance(value, ast.Constant) or value in self.calls)
         }
 
     def resolved(self, node: ast.expr) -> ast.expr:
@@ -96,7 +96,7 @@ class _Reader:
                 yield _Argument(item.lineno, f"{name}: {ast.unparse(item)}", "[]", item.slice.value)
 
     def pairs(self, node: ast.expr) -> Iterator[tuple[str, ast.expr]]:
-        """Yield the arguments of a call, or the keys of a dictionary, with those that ``**`` brings."""
+        """Yield the arguments of a call, or the items of a dictionary, including those of ``**``."""
         words: list[tuple[str | None, ast.expr]] = []
         if isinstance(node, ast.Dict):
             words = list(zip(map(_word, node.keys), node.values, strict=True))
@@ -126,14 +126,14 @@ def _word(key: ast.expr | None) -> str | None:
     return str(key.value) if isinstance(key, ast.Constant) else None if key is None else f"[{ast.unparse(key)}]"
 
 
-def _assigned(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
+def _assignments(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
     match node:
         case ast.Assign(targets=[ast.Tuple(elts=names)], value=ast.Call() as value) | ast.Assign(names, value):
             yield from ((name.id, value) for name in names if isinstance(name, ast.Name))
 
 
 def _setting(argument: _Argument) -> tuple[str, Any]:
-    """Return what an argument sets, None for what is so here anyway; a ValueError says why it sets nothing."""
+    """Return the option that an argument sets and its value, None for the default; a ValueError tells why not."""
     if argument.key not in TABLE:
         raise ValueError("not translated; `fit --help` has every option")
     (option, kind), value = TABLE[argument.key], argument.value
@@ -151,7 +151,7 @@ def _setting(argument: _Argument) -> tuple[str, Any]:
 
 
 def _data(arguments: list[_Argument]) -> dict[str, Any]:
-    """Return the data of each split that a call of load_dataset reads; none unless literals say it all."""
+    """Return the data of each split that a call of load_dataset reads; nothing unless literals name them all."""
     values = {argument.key: argument.value for argument in arguments}
     path, files, split = str(values.get("path", "")), values.get("data_files"), values.get("split")
     words = [str(split)] if split else [argument.value for argument in arguments if argument.key == "[]"]
@@ -163,8 +163,8 @@ def _data(arguments: list[_Argument]) -> dict[str, Any]:
     return {} if partly or values.keys() & {"argument 2", "name", "data_dir", "revision"} else options
 
 
-def _settled(settings: dict[str, Any]) -> dict[str, Any]:
-    """Set what follows from a setting, and split what is two settings here."""
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Add the settings that follow from others, and split those that are two settings here."""
     if len((folder := PurePath(settings.get("run", ""))).parts) > 1:
         settings["trainer.default_root_dir"] = str(folder.parent)
     settings |= {"run": folder.name} if folder.name else {}
