@@ -21,7 +21,7 @@ quickstart: setup
 
 # all but the tests of the project itself (documentation, examples, benchmarks, releases), which run each week
 TESTS := $(BIN)/python -m pytest --ignore=tests/project
-ON_TWO_CORES := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+ON_TWO_CORES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
 	$(TESTS) $(ON_TWO_CORES)
