@@ -38,8 +38,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> None:
-    # tests run in parallel, and several pools of torch threads on the same cores slow each other down many times
+    # tests run beside each other, and two pools of threads on the same cores slow each other down many times
     torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # of processes that tests start
 
 
 @pytest.fixture(scope="session")
