@@ -24,7 +24,7 @@ def test_full_size_phi3_mini_trains_within_13_gb_and_saves_its_adapter_alone(sha
     _, peak = run(
         "fit", "--config=configs/phi3_mini_4k_lora.yaml", f"--model.base={shared}/phi3-mini-4k-instruct",
         "--model.init=random", f"--data.train={real_chats}/messages_multiturn.jsonl", "--data.max_length=512",
-        "--data.batch_size=1", "--trainer.accelerator=cpu", "--trainer.max_steps=2",
+        "--data.batch_size=1", "--trainer.accelerator=cpu", "--trainer.max_steps=1",
         f"--trainer.default_root_dir={tmp_path}", "--trainer.limit_val_batches=0",
         "--trainer.accumulate_grad_batches=1", "--model.gradient_checkpointing=full", "--monitor.base_drift=false",
         "--monitor.samples=0",
