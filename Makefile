@@ -4,7 +4,7 @@ BIN := .venv/bin
 EXTRAS ?= dev,docs
 INSTALLED := .venv/.installed
 
-.PHONY: setup quickstart test test-fast test-project test-part lowest newest kill-test test-distributed bench docs dist lint \
+.PHONY: setup quickstart test test-slow test-project test-part lowest newest kill-test test-distributed bench docs dist lint \
 	clean
 
 setup: $(INSTALLED)
@@ -19,15 +19,15 @@ $(INSTALLED): pyproject.toml
 quickstart: setup
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml
 
-# all but the tests of the project itself (documentation, examples, benchmarks, releases), which run each week
-TESTS := $(BIN)/python -m pytest --ignore=tests/project
-ON_TWO_CORES := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# without tests/project (documentation, examples, benchmarks, releases, the full size), which runs each week
+TESTS := $(BIN)/python -m pytest --ignore=tests/project --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 test: setup
-	$(TESTS) $(ON_TWO_CORES)
+	$(TESTS) -m 'not slow'
 
-test-fast: setup
-	$(TESTS) -m 'not slow' $(ON_TWO_CORES)
+# launchers, hosts and kills, real models, real widths, compilation
+test-slow: setup
+	$(TESTS) -m slow
 
 test-project: setup
 	$(BIN)/python -m pytest tests/project --numprocesses 2

@@ -1,7 +1,7 @@
 r"""Fetch the real Phi-3 tokenizer and a real small model from the hub, for the tests that need them.
 
     python scripts/fetch_models.py models
-    PHI3_LIGHTNING_SHARED=$PWD/models make test
+    PHI3_LIGHTNING_SHARED=$PWD/models make test test-slow
 
 The folder gets `phi3-mini-4k-instruct/`, the tokenizer and the configuration of Phi-3-mini, and `smollm2-phi3/`,
 SmolLM2-135M-Instruct in Phi-3's architecture. What is there already is left alone. Tests that compare with recorded

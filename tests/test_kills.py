@@ -101,6 +101,7 @@ def whole(tmp_path_factory):
     return folder, time.monotonic() - begun
 
 
+@pytest.mark.slow
 def test_killed_runs_resume_to_the_same_weights(tmp_path, whole):
     folder, seconds = whole
     expected, chance = weights(folder / "run"), random.Random(0)

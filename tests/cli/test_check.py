@@ -38,6 +38,7 @@ def test_a_sound_setup_passes_and_nothing_is_written(cli, tmp_path, monkeypatch)
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_learning_rate_that_is_too_low_is_named(cli):
     checked = cli("check", *CONFIG, "--model.optimizer.lr=1e-9", code=1)
     found = lines(checked.text)

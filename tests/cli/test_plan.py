@@ -91,11 +91,8 @@ def test_measured_steps_stand_beside_the_prediction(cli, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir() if path.suffix != ".txt") == ["cache"]
 
 
-QUICK = ("phi4_mini_lora",)  # grouped keys, a tied head and longrope are in this one
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PUBLISHED]
-
-
-@pytest.mark.parametrize("name", EACH)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
 def test_the_family_is_planned_from_config_json_alone(cli, hub, name):
     folder = hub(name)
     text = cli(
@@ -110,7 +107,7 @@ def test_the_family_is_planned_from_config_json_alone(cli, hub, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("overlay", ["cpu", "ddp", "fsdp2", "gpu_8gb", "torchrun"])
 def test_overlays_are_planned(cli, hub, overlay):
-    base = hub("phi3_mini_4k_lora", num_hidden_layers=4)
+    base = hub("phi3_mini_4k_lora", num_hidden_layers=1)
     path = REPOSITORY / f"configs/overlays/{overlay}.yaml"
     configs = (f"--config={REPOSITORY}/configs/phi3_mini_4k_lora.yaml", f"--config={path}")
     text = cli("plan", *configs, f"--model.base={base}", "--trainer.accelerator=gpu").text
@@ -122,7 +119,7 @@ def test_overlays_are_planned(cli, hub, overlay):
     "name", ["phi3_mini_4k_loralib", "phi3_mini_4k_dora", "phi3_mini_4k_qlora", "cookbook_sample_finetune"]
 )
 def test_each_kind_of_adapter_is_planned(cli, hub, name):
-    base = hub("phi3_mini_4k_lora", num_hidden_layers=4)
+    base = hub("phi3_mini_4k_lora", num_hidden_layers=1)
     text = cli(
         "plan",
         f"--config={REPOSITORY}/configs/{name}.yaml",

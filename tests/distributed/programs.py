@@ -15,7 +15,7 @@ from phi3_lightning.checkpoint.io import read_checkpoint
 
 TWO = (*QUICK, "--trainer.accelerator=cpu", "--trainer.devices=2", "--data.cache_dir=cache", "--run=bot")
 LAST = Path("runs/bot/checkpoints/last.ckpt")
-STEPS = 40
+STEPS = 20
 LENGTH = (f"--trainer.max_steps={STEPS}", "--trainer.limit_val_batches=0")
 
 

@@ -79,6 +79,7 @@ def report(chats: Path, folder: Path, cache: Path, strategy, world: int, batch_s
     return trainer.test(module, data(chats, cache, batch_size), verbose=False)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("strategy", "dtype"), [("ddp", "float32"), ("ddp", "bfloat16"), ("fsdp2", "float32")])
 def test_a_report_is_the_same_for_any_number_of_ranks(chats, tmp_path, strategy, dtype):
     """Answers of unequal length, so that ranks end their batches at different steps; 7 rows, in batches of 2."""

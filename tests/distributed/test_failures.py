@@ -71,6 +71,7 @@ def keep_the_store(port):
     time.sleep(100)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["teardown", "exception"])
 def test_a_listening_process_exits_cleanly(tmp_path, how):
     """The store answers while the interpreter shuts down: a thread still running then would abort the process."""

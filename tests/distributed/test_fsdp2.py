@@ -54,6 +54,7 @@ def test_every_form_of_base_equals_one_process(base, tmp_path, form, monkeypatch
     compare(base, tmp_path, **FORMS[form])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_compiled_layers_equal_one_process(base, tmp_path, as_on_a_gpu):
     compare(base, tmp_path, torch_compile="layers")

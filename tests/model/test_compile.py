@@ -46,6 +46,7 @@ def test_one_kernel_call_for_all_documents_equals_one_call_each(tmp_path, monkey
         assert (gradient(module, lengths) - single).abs().max() <= 4 * 64 * EPSILON * single.abs().max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("backend", "checkpointing"), [("peft", "full"), ("loralib", "none")])
 def test_all_layers_share_their_graph_and_give_the_plain_gradient(tmp_path, as_on_a_gpu, backend, checkpointing):
     base = synthetic.save_tiny(tmp_path / "base", num_hidden_layers=4)

@@ -54,8 +54,9 @@ def needed(run: MemoryPredictor, mode, shape: BatchShape = SHAPE) -> float:
     ids=["bfloat16", "float32", "loralib", "dora", "whole", "ranks"],
 )  # fmt: skip
 def test_the_bound_is_above_every_plan(tmp_path, options):
-    changes = {"vocab_size": 4000, "max_position_embeddings": 512, "original_max_position_embeddings": 512}
-    base = synthetic.save_tiny(tmp_path / "base", torch.bfloat16, **WIDE | changes)
+    lengths = {"max_position_embeddings": 512, "original_max_position_embeddings": 512}
+    shallow = WIDE | lengths | {"num_hidden_layers": 2, "vocab_size": 4000}
+    base = synthetic.save_tiny(tmp_path / "base", torch.bfloat16, **shallow)
     for lengths in ([[512]], [[64] * 4, [200]], [[3]]):  # attention with and without weights, and next to no rows
         shape = BatchShape(lengths, sum(map(sum, lengths)))
         on_cpu, on_gpu = (MemoryPredictor(spec(base, ranks=2, process=process, **options)) for process in (0.0, None))

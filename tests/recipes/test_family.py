@@ -30,7 +30,7 @@ def hub(tmp_path):
     return hub
 
 
-QUICK = ("phi3_mini_128k_lora", "phi4_mini_lora")  # every special feature is in one of these
+QUICK = ("phi3_mini_128k_lora",)
 EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PUBLISHED]
 
 
