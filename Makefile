@@ -20,14 +20,14 @@ quickstart: setup
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml
 
 # without tests/project (documentation, examples, benchmarks, releases, the full size), which runs each week
-TESTS := $(BIN)/python -m pytest --ignore=tests/project --numprocesses 2 --dist loadfile --no-loadscope-reorder
+TESTS := $(BIN)/python -m pytest --ignore=tests/project --numprocesses 2
 
 test: setup
-	$(TESTS) -m 'not slow'
+	$(TESTS) --dist loadfile --no-loadscope-reorder -m 'not slow'
 
 # launchers, hosts and kills, real models, real widths, compilation
 test-slow: setup
-	$(TESTS) -m slow
+	$(TESTS) --dist worksteal -m slow
 
 test-project: setup
 	$(BIN)/python -m pytest tests/project --numprocesses 2

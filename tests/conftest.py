@@ -26,7 +26,7 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
-LONGEST = ("real", "distributed", "planning", "invariants")
+LONGEST = ("distributed", "planning", "invariants")
 """Folders with files that take minutes: they begin first, so that no process has one left at the end."""
 
 

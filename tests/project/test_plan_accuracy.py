@@ -13,12 +13,12 @@ from cli.conftest import REPOSITORY
 from recipes.published import PUBLISHED
 
 SMOLLM2 = PUBLISHED["phi3_mini_4k_lora"] | {
-    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_hidden_layers": 10,
+    "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_hidden_layers": 30,
     "num_key_value_heads": 3, "max_position_embeddings": 8192, "original_max_position_embeddings": 8192,
     "sliding_window": None, "tie_word_embeddings": True, "vocab_size": 49152,
 }  # fmt: skip
-"""The shapes of SmolLM2-135M in the Phi-3 architecture, a third as deep."""
-SHALLOW = PUBLISHED["phi3_mini_4k_lora"] | {"num_hidden_layers": 2}
+"""The shapes of SmolLM2-135M in the Phi-3 architecture."""
+SHALLOW = PUBLISHED["phi3_mini_4k_lora"] | {"num_hidden_layers": 3}
 
 WITHIN = 0.1
 
@@ -42,20 +42,18 @@ def relative_error(folder: Path, config: dict, *options: str) -> float:
     return (predicted - holes) / measured - 1
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("config", "length", "checkpointing"), [(SMOLLM2, 1024, "full"), (SHALLOW, 512, "none")], ids=["smollm2", "phi3"]
+    ("config", "checkpointing"), [(SMOLLM2, "full"), (SHALLOW, "none")], ids=["smollm2", "phi3-3-layers"]
 )
-def test_memory_is_predicted_within_a_tenth(tmp_path, config, length, checkpointing):
-    size = (f"--data.max_length={length}", f"--model.gradient_checkpointing={checkpointing}")
+def test_memory_is_predicted_within_a_tenth(tmp_path, config, checkpointing):
+    size = ("--data.max_length=1024", f"--model.gradient_checkpointing={checkpointing}")
     assert abs(relative_error(tmp_path, config, *size)) <= WITHIN
 
 
-@pytest.mark.slow
 def test_memory_of_short_packed_documents_is_predicted_within_a_tenth(tmp_path, shared):
     found = relative_error(
         tmp_path, SMOLLM2 | {"vocab_size": 32064}, f"--data.train={shared}/data/messages_multiturn.jsonl",
-        f"--data.tokenizer={shared}/phi3-mini-4k-instruct", "--data.max_length=1024", "--data.on_bad_row=skip",
+        f"--data.tokenizer={shared}/phi3-mini-4k-instruct", "--data.max_length=2048", "--data.on_bad_row=skip",
         f"--data.cache_dir={tmp_path}/cache", "--model.gradient_checkpointing=none",
     )  # fmt: skip
     assert abs(found) <= WITHIN
