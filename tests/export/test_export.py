@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
+from torch.utils.tensorboard import SummaryWriter
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Phi3ForCausalLM
 from transformers.utils.import_utils import is_bitsandbytes_available
 
@@ -15,7 +16,7 @@ from export.conftest import BASES
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.export import export as export_room
-from phi3_lightning.export.card import Origin
+from phi3_lightning.export.card import Provenance
 from phi3_lightning.export.certificate import logits
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.export import Export, Exported, export
@@ -32,11 +33,20 @@ def live(base: Path, **options) -> Phi3LoRAModule:
     return synthetic.randomised(module, std=0.1).eval()
 
 
-def write(module: Phi3LoRAModule, target: Path, **options) -> Exported:
+def write(module: Phi3LoRAModule, target: Path, run: Path | None = None, **options) -> Exported:
     from phi3_lightning.checkpoint.identity import IDENTITY
 
     checkpoint = {"global_step": 3, "hyper_parameters": dict(module.hparams), IDENTITY: module.checkpoint_identity()}
-    return export(module, CHAT, Origin("owner/name", checkpoint, None), Export(**options), target)
+    return export(module, CHAT, Provenance("owner/name", checkpoint, run), Export(**options), target)
+
+
+def test_a_loss_that_is_not_finite_is_listed_and_not_drawn(base_folder, tmp_path):
+    with SummaryWriter(tmp_path / "run/tensorboard") as curves:
+        for step, value in enumerate((2.0, 1.0, float("nan"))):
+            curves.add_scalar("train/loss", value, step)
+    write(live(base_folder()), tmp_path / "out", run=tmp_path / "run")
+    assert "nan" not in (tmp_path / "out/loss.svg").read_text()
+    assert "| `train/loss` | 2.0000 | nan |" in (tmp_path / "out/README.md").read_text()
 
 
 def answers(module: Phi3LoRAModule) -> torch.Tensor:

@@ -15,7 +15,7 @@ from phi3_lightning.commands.parser import Parser, add_run, command_parser, mode
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError, ConfigError
-from phi3_lightning.export.card import Origin
+from phi3_lightning.export.card import Provenance
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.export import Export, Exported, Format, export
 from phi3_lightning.files import local_path, writing
@@ -70,9 +70,9 @@ def main(args: list[str]) -> None:
     module.load_state_dict(checkpoint["state_dict"])
     module.eval()
     chat = _chat(config, checkpoint)
-    origin = Origin(_base_name(module), checkpoint, path.resolve().parent.parent)
+    provenance = Provenance(_base_name(module), checkpoint, path.resolve().parent.parent)
     with writing(target):
-        exported = export(module, chat, origin, request, target)
+        exported = export(module, chat, provenance, request, target)
     _report(exported, target)
 
 

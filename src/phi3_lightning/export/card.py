@@ -1,5 +1,6 @@
-"""The model card: origin, training, nearness to the trained model, and use of an export."""
+"""The model card: provenance, training, nearness to the trained model, and use of an export."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ DATA_OPTIONS = ("max_length", "packing", "batch_size", "max_tokens_per_batch", "
 
 
 @dataclass(frozen=True)
-class Origin:
+class Provenance:
     """Where an exported model comes from."""
 
     base: str
@@ -31,20 +32,21 @@ class Origin:
 
 
 def write_card(
-    origin: Origin, kind: str, certificate: Certificate, serving: str | None, folder: Path, name: str
+    provenance: Provenance, kind: str, certificate: Certificate, serving: str | None, folder: Path, name: str
 ) -> None:
     """Write README.md, and a picture of the losses where the run has logged them, to a folder that will have ``name``.
 
     ``kind`` is ``peft``, ``merged`` or ``loralib``; ``serving`` is what a server needs to know.
     """
-    scalars = {} if origin.run is None else read_scalars(origin.run / "tensorboard")
-    step = origin.checkpoint["global_step"]
+    scalars = {} if provenance.run is None else read_scalars(provenance.run / "tensorboard")
+    step = provenance.checkpoint["global_step"]
     curves = {tag: [point for point in curve if point[0] <= step] for tag, curve in scalars.items()}
-    losses = {tag: curves[tag] for tag in ("train/loss", "val/loss") if curves.get(tag)}
+    finite = {tag: [point for point in curve if math.isfinite(point[1])] for tag, curve in curves.items()}
+    losses = {tag: finite[tag] for tag in ("train/loss", "val/loss") if finite.get(tag)}
     if losses:
         (folder / PICTURE).write_text(draw(losses), encoding="utf-8")
     front_matter = ModelCardData(
-        base_model=origin.base if "/" in origin.base else None,  # the hub knows no folders
+        base_model=provenance.base if "/" in provenance.base else None,  # the hub knows no folders
         library_name="peft" if kind == "peft" else "transformers",
         pipeline_tag="text-generation",
         tags=["phi3_lightning", "lora"],
@@ -53,13 +55,13 @@ def write_card(
         "card.md",
         front_matter=front_matter.to_yaml(),
         name=name,
-        base=origin.base,
+        base=provenance.base,
         kind=kind,
         step=step,
         serving=serving,
         statistics_columns=statistics.COLUMNS,
-        statistics=statistics.rows(origin.checkpoint.get("ChatDataModule", {}).get("statistics", {})),
-        settings=_settings(origin.checkpoint),
+        statistics=statistics.rows(provenance.checkpoint.get("ChatDataModule", {}).get("statistics", {})),
+        settings=_settings(provenance.checkpoint),
         metrics=_metrics(curves),
         picture=PICTURE if losses else None,
         certificate=_certificate_rows(certificate),

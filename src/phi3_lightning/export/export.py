@@ -19,7 +19,7 @@ from phi3_lightning.adapters.adapter import Adapter, PeftForm
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.export import adapter_files, chat_files
 from phi3_lightning.export.base_files import BaseWeights, fetch
-from phi3_lightning.export.card import Origin, write_card
+from phi3_lightning.export.card import Provenance, write_card
 from phi3_lightning.export.certificate import Certificate, Reference, logits, measure_reference
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.loralib_model import with_loralib
@@ -53,7 +53,7 @@ class Exported:
     """How vLLM serves it, or why it does not; None: as any model."""
 
 
-def export(module: Phi3LoRAModule, chat: Chat, origin: Origin, what: Export, target: Path) -> Exported:
+def export(module: Phi3LoRAModule, chat: Chat, provenance: Provenance, what: Export, target: Path) -> Exported:
     """Write a folder, read it again with the libraries that others use, and compare it with the live model.
 
     It takes the place of ``target`` when the comparison is within the tolerance. The module, on the CPU or a GPU, holds
@@ -69,13 +69,13 @@ def export(module: Phi3LoRAModule, chat: Chat, origin: Origin, what: Export, tar
     with _new_folder(target) as folder:
         chat_files.write_tokenizer(chat, folder, bare=weights is None)
         if weights is None:
-            certificate = _write_adapter(module, form, chat, origin.base, what.format, folder)
+            certificate = _write_adapter(module, form, chat, provenance.base, what.format, folder)
         else:
             certificate = _write_merged(module, form, chat, weights, what, folder)
-        serving = adapter_files.serving_hint(form, origin.base, target.name) if what.format == "peft" else None
+        serving = adapter_files.serving_hint(form, provenance.base, target.name) if what.format == "peft" else None
         chat_files.write_generation_config(chat, fetch(module.base, module.revision, ["*.json"]), folder)
         (folder / "certificate.json").write_text(json.dumps(certificate.content(), indent=2), encoding="utf-8")
-        write_card(origin, what.format, certificate, serving, folder, target.name)
+        write_card(provenance, what.format, certificate, serving, folder, target.name)
         certificate.check()
     return Exported(certificate, serving)
 
