@@ -51,7 +51,7 @@ def test_drift_is_measured_on_the_users_chats(cli, tmp_path):
     own = (*QUICK, "--monitor.base_drift=true", "--trainer.max_steps=1")
     assert "val: 2 rows read" in cli("fit", *own, "--monitor.general=own.jsonl").text
     (tmp_path / "special.jsonl").write_text('{"instruction": "Say <|end|>", "output": "a"}\n')
-    run = cli("fit", *own, "--monitor.general=special.jsonl", "--data.special_text=refuse", "--run=other", code=1)
+    run = cli("fit", *own, "--monitor.general=special.jsonl", "--data.special_text=refuse", "--run=third", code=1)
     assert "special.jsonl:1" in run.text
     run = cli("fit", *own, "--monitor.general=absent.jsonl", "--run=other", code=1)
     assert "error: monitor.general: " in run.text
