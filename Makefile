@@ -20,14 +20,14 @@ quickstart: setup
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml
 
 # without tests/project (documentation, examples, benchmarks, releases, the full size), which runs each week
-TESTS := $(BIN)/python -m pytest --ignore=tests/project --numprocesses 2
+TESTS := $(BIN)/python -m pytest --ignore=tests/project
 
 test: setup
-	$(TESTS) --dist loadfile --no-loadscope-reorder -m 'not slow'
+	$(TESTS) -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# launchers, hosts and kills, real models, real widths, compilation
+# launchers, hosts and kills, real models, real widths, compilation; three at once, since many wait for processes
 test-slow: setup
-	$(TESTS) --dist worksteal -m slow
+	$(TESTS) -m slow --numprocesses 3 --dist worksteal
 
 test-project: setup
 	$(BIN)/python -m pytest tests/project --numprocesses 2

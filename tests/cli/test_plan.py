@@ -61,6 +61,7 @@ AUTO = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_plan_decides_auto_as_fit_does(cli, tmp_path):
     text = cli("plan", *QUICKSTART, *AUTO, f"--data.cache_dir={tmp_path}/cache").text
     assert "4 rows (the largest of 27 in data.train), 1 to an optimiser step" in text

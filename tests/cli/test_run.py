@@ -142,7 +142,10 @@ def uninterrupted(tmp_path_factory) -> Path:
     return folder / "runs/whole/checkpoints/last.ckpt"
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "sent",
+    [signal.SIGKILL, *(pytest.param(other, marks=pytest.mark.slow) for other in (signal.SIGTERM, signal.SIGINT))],
+)
 def test_a_killed_run_resumes_to_the_same_weights(cli, tmp_path, uninterrupted, sent):
     last = tmp_path / "runs/cut/checkpoints/last.ckpt"
     for _ in range(2):

@@ -163,6 +163,7 @@ def test_fragmentation_grows_with_live_memory_and_recomputation(tiny_base):
     assert full.fragmentation == pytest.approx(FIRST_STEP_LIBRARY_BYTES + of_peak * peak + of_all * alive)
 
 
+@pytest.mark.slow
 def test_the_mode_of_a_suggestion_is_that_of_a_run_with_it(tiny_base):
     run = predictor(tiny_base)
     found = changes(run)
