@@ -71,9 +71,54 @@ def batch_of(rows: list[list[tuple[list[int], list[int]]]], first_id: int = 0, p
     return batch
 
 
+def pair(prompt: int, chosen: int, rejected: int, seed: int) -> tuple[tuple[list[int], list[int]], ...]:
+    """Two documents of one prompt, whose answers of random ids are supervised."""
+    ids = document(prompt, 0, seed)[0]
+    answers = [document(length, length, 1000 * (seed + 1) + side)[0] for side, length in enumerate((chosen, rejected))]
+    return tuple((ids + answer, [IGNORE_INDEX] * prompt + answer) for answer in answers)
+
+
+def pairs_of(rows: list[list[tuple]], first_id: int = 0, pad: int = 0) -> Batch:
+    """A batch whose rows hold the given pairs, which share their prompts."""
+    batch = batch_of([[document for each in row for document in each] for row in rows], pad=pad)
+    ids = iter(range(first_id, first_id + sum(map(len, rows))))
+    batch["document_ids"] = [[pair_id for pair_id in [next(ids) for _ in row] for _ in range(2)] for row in rows]
+    batch["preferred"] = [[True, False] * len(row) for row in rows]
+    batch["shared_lengths"] = [
+        [shared for each in row for shared in (0, min(labels.count(IGNORE_INDEX) for _, labels in each) - 1)]
+        for row in rows
+    ]
+    return batch
+
+
+def labelled_of(rows: list[list[tuple]], good: list[list[bool]], first_id: int = 0, pad: int = 0) -> Batch:
+    """A batch of answers that are good or bad by themselves."""
+    return batch_of(rows, first_id, pad) | {"preferred": good}
+
+
 def loader(batches: list[Batch]) -> DataLoader:
     """A loader of the given batches, in this order."""
     return DataLoader(batches, batch_size=None)
+
+
+class FromProgress:
+    """A loader that resumes where the trainer does, which is known when the first batch is taken."""
+
+    def __init__(self, batches: list[Batch], trainer: pl.Trainer) -> None:
+        self.batches = batches
+        self.trainer = trainer
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self):
+        yield from self.batches[self.trainer.fit_loop.epoch_loop.batch_progress.current.ready :]
+
+    def state_dict(self) -> dict:
+        return {}
+
+    def load_state_dict(self, state: dict) -> None:
+        pass
 
 
 def prompt_batch(prompts: list[list[int]], stop_ids: list[int], pad: int = 0) -> PromptBatch:
@@ -104,12 +149,18 @@ def randomised(module: TokenWeightedModule, std: float = 0.05) -> TokenWeightedM
     return module
 
 
-def attention_by_mask(q, k, v, bounds, _bounds, longest, _longest, *, scale, window_size):
-    """What torch's flash attention computes on a GPU, by a mask over the row."""
-    place = torch.arange(len(q))
-    document = (place[:, None] >= bounds[None, 1:]).sum(1)
-    behind = place[:, None] - place[None]
-    seen = (document[:, None] == document[None]) & (behind >= 0)
+def attention_by_mask(q, k, v, q_bounds, k_bounds, _longest_q, _longest_k, *, scale, window_size):
+    """What torch's flash attention computes on a GPU, by a mask over the row; the last query is on the last key."""
+
+    def of(states, bounds):
+        """The document of each token, and how far it is from the document's end."""
+        place = torch.arange(len(states))
+        document = (place[:, None] >= bounds[None, 1:]).sum(1)
+        return document, bounds[1:][document] - place
+
+    (q_document, q_left), (k_document, k_left) = of(q, q_bounds), of(k, k_bounds)
+    behind = k_left[None] - q_left[:, None]
+    seen = (q_document[:, None] == k_document[None]) & (behind >= 0)
     left, right = window_size
     assert right == 0
     if left >= 0:

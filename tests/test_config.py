@@ -6,9 +6,10 @@ from dataclasses import asdict
 import pytest
 from peft import LoraConfig
 
-from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule
+from phi3_lightning.config import Generation, LoRA, Objective, Optimizer, Schedule
 from phi3_lightning.config.checks import section
 from phi3_lightning.config.lora import PHI3_LINEAR_LAYERS
+from phi3_lightning.config.objective import USED
 from phi3_lightning.errors import ConfigError, Phi3LightningError
 
 OUT_OF_RANGE = [
@@ -45,6 +46,8 @@ OUT_OF_RANGE = [
     (Generation, "top_p", 0.0, "model.generation.top_p"),
     (Generation, "top_p", 1.1, "model.generation.top_p"),
     (Generation, "temperature", 0.7, "model.generation"),
+    (Objective, "name", "DPO", "model.objective.name"),
+    (Objective, "beta", 0.2, "model.objective.beta"),  # supervised does not use it
 ]
 
 AT_THE_EDGE = [
@@ -54,6 +57,9 @@ AT_THE_EDGE = [
     (Schedule, {"warmup": 0.0}),
     (Schedule, {"warmup": 1}),
     (Generation, {"max_new_tokens": 1, "do_sample": True, "temperature": 0.7, "top_p": 0.1}),
+    (Objective, {"name": "dpo", "beta": 1e-9, "label_smoothing": 0.49, "sft_weight": 2}),
+    (Objective, {"name": "simpo", "simpo_gamma": 0.0}),
+    (Objective, {"name": "kto", "desirable_weight": 0.0}),
 ]
 
 
@@ -84,13 +90,32 @@ def test_options_unsupported_by_loralib_name_the_peft_backend(fields):
         LoRA(backend="loralib", **fields)
 
 
+def test_kto_gives_one_label_a_weight_at_least():
+    with pytest.raises(ConfigError, match=r"model.objective.desirable_weight: 0 .*nothing is learnt"):
+        Objective("kto", desirable_weight=0.0, undesirable_weight=0.0)
+
+
+OBJECTIVE_VALUES = {
+    "beta": 0.0, "label_smoothing": 0.5, "sft_weight": -1.0, "simpo_gamma": -0.1, "desirable_weight": -0.1,
+    "undesirable_weight": -0.1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("option", OBJECTIVE_VALUES)
+@pytest.mark.parametrize("name", USED)
+def test_an_objective_checks_what_it_uses_and_refuses_what_it_does_not(name, option):
+    told = "cannot be used: it is" if option in USED[name] else rf"cannot be used: {name} does not use it, .* do; leave"
+    with pytest.raises(ConfigError, match=rf"^model\.objective\.{option}: .* {told}"):
+        Objective(name, **{option: OBJECTIVE_VALUES[option]})
+
+
 @pytest.mark.parametrize(("kind", "fields"), AT_THE_EDGE)
 def test_values_at_the_edge_are_taken(kind, fields):
     made = kind(**fields)
     assert {name: getattr(made, name) for name in fields} == fields
 
 
-@pytest.mark.parametrize("kind", [LoRA, Optimizer, Schedule, Generation])
+@pytest.mark.parametrize("kind", [LoRA, Optimizer, Schedule, Generation, Objective])
 def test_a_mapping_gives_what_the_section_gives(kind):
     assert section(kind, asdict(kind())) == kind()
     given = kind()
@@ -106,6 +131,7 @@ def test_a_mapping_gives_what_the_section_gives(kind):
         (Optimizer, "model.optimizer.weigth_decay", "did you mean weight_decay"),
         (Schedule, "model.schedule.warmup_steps", "did you mean warmup"),
         (Generation, "model.generation.top_k", "did you mean top_p"),
+        (Objective, "model.objective.gamma", "did you mean simpo_gamma"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_one_that_was_meant(kind, key, hint):

@@ -12,7 +12,8 @@ import pytest
 
 from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.arrow import plain_rows
-from phi3_lightning.data.encode import Encoder, Job
+from phi3_lightning.data.chunk import Job
+from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.sources import HubSource, find_sources
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 

@@ -10,8 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.chunk import Job
 from phi3_lightning.data.conversation import BadRowError, Conversation, TokenizedDocument
-from phi3_lightning.data.encode import Encoder, Job
+from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.formats import parse_row
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 

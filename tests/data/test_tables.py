@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.chunk import Job
 from phi3_lightning.data.conversation import BadRowError
-from phi3_lightning.data.encode import Encoder, Job
+from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.readers import read_rows
 from phi3_lightning.data.tables import group_messages
 from phi3_lightning.data.template import ChatTemplate

@@ -11,8 +11,9 @@ from tokenizers.pre_tokenizers import Metaspace
 from transformers import AutoTokenizer
 
 from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.chunk import Job
 from phi3_lightning.data.conversation import BadRowError, Conversation, TokenizedDocument
-from phi3_lightning.data.encode import Encoder, Job
+from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.formats import parse_prompt, parse_row
 from phi3_lightning.data.readers import decode_line, read_rows
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer

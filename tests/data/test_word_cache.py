@@ -11,7 +11,8 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from phi3_lightning.config.data import RowOptions
-from phi3_lightning.data.encode import Encoder, Job, encode_all
+from phi3_lightning.data.chunk import Job
+from phi3_lightning.data.encode import Encoder, encode_all
 from phi3_lightning.data.sentinels import Rendered
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.data.word_cache import WordCache, words_are_independent

@@ -24,12 +24,23 @@ def document_spans(batch: Batch) -> Iterator[DocumentSpan]:
 
 
 def single_documents(batch: Batch) -> Iterator[Batch]:
-    """Yield each document of a batch as a batch of its own."""
-    for row, tokens, document_id in document_spans(batch):
-        yield Batch(
-            input_ids=batch["input_ids"][row : row + 1, tokens],
-            labels=batch["labels"][row : row + 1, tokens],
-            position_ids=batch["position_ids"][row : row + 1, tokens],
-            document_lengths=[[tokens.stop - tokens.start]],
-            document_ids=[[document_id]],
-        )
+    """Yield each document of a batch, or each pair of documents, as a batch of its own."""
+    size = 2 if "shared_lengths" in batch else 1
+    for row, lengths in enumerate(batch["document_lengths"]):
+        start = 0
+        for first in range(0, len(lengths), size):
+            own = slice(first, first + size)
+            tokens = slice(start, start + sum(lengths[own]))
+            start = tokens.stop
+            single = Batch(
+                input_ids=batch["input_ids"][row : row + 1, tokens],
+                labels=batch["labels"][row : row + 1, tokens],
+                position_ids=batch["position_ids"][row : row + 1, tokens],
+                document_lengths=[lengths[own]],
+                document_ids=[batch["document_ids"][row][own]],
+            )
+            if "preferred" in batch:
+                single["preferred"] = [batch["preferred"][row][own]]
+            if "shared_lengths" in batch:
+                single["shared_lengths"] = [batch["shared_lengths"][row][own]]
+            yield single

@@ -1,6 +1,6 @@
 """The two kinds of batch."""
 
-from typing import Final, TypedDict
+from typing import Final, NotRequired, TypedDict
 
 from torch import Tensor
 
@@ -23,6 +23,12 @@ class Batch(TypedDict):
     has no document and no label."""
     document_ids: list[list[int]]
     """The index of each document in the tokenised data set, row by row."""
+    preferred: NotRequired[list[list[bool]]]
+    """For preferences: whether each document is the better answer of its pair, or for KTO a good answer, row by row.
+    The chosen and the rejected answer of a pair are neighbours, in this order, and have the same document id."""
+    shared_lengths: NotRequired[list[list[int]]]
+    """For pairs: how many leading tokens a document has in common with the one before it, which a kernel may compute
+    once, row by row; 0 on chosen answers. It is short of the token before the first supervised one of either."""
 
 
 class PromptBatch(TypedDict):

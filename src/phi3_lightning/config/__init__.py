@@ -7,7 +7,8 @@ The docstring under a field is its ``--help`` text. Names follow PEFT (LoRA), to
 from phi3_lightning.config.data import DataConfig
 from phi3_lightning.config.generation import Generation
 from phi3_lightning.config.lora import LoRA
+from phi3_lightning.config.objective import Objective
 from phi3_lightning.config.optimizer import Optimizer
 from phi3_lightning.config.schedule import Schedule
 
-__all__ = ["DataConfig", "Generation", "LoRA", "Optimizer", "Schedule"]
+__all__ = ["DataConfig", "Generation", "LoRA", "Objective", "Optimizer", "Schedule"]

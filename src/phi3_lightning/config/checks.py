@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from numbers import Integral, Real
 from types import NoneType, UnionType
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -96,6 +97,11 @@ def section(kind: type[Section], value: Section | Mapping[str, Any]) -> Section:
     options = cast("Mapping[str, Any]", value)
     check_names(key, kind, options)
     return kind(**options)
+
+
+def plain(value: Any) -> dict[str, Any]:
+    """Return the fields of a section as the plain types that YAML and checkpoints have."""
+    return {name: list(item) if isinstance(item, tuple) else item for name, item in asdict(value).items()}
 
 
 def check_names(key: str, kind: type, names: Iterable[str]) -> None:

@@ -10,29 +10,36 @@ from phi3_lightning.files import local_path
 Files = str | list[str]
 Split = Literal["train", "val", "test", "predict"]
 SPLITS: Final[tuple[Split, ...]] = get_args(Split)
-Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text", "tokens"]
+Format = Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "preference", "kto", "text", "tokens"]
 
 FORMATS: Final[dict[str, tuple[str, ...]]] = {
     "messages": ("messages",),
     "sharegpt": ("conversations",),
     "alpaca": ("instruction", "output"),
     "prompt_completion": ("prompt", "completion"),
+    "preference": ("chosen", "rejected"),
+    "kto": ("prompt", "completion", "label"),
     "tokens": ("input_ids", "labels"),
     "text": ("text",),
 }
-"""The fields that a row of each format has; a prompt needs the first of them only."""
+"""The fields that a row of each format has; a prompt needs only the first of them, a pair both."""
+CHAT_FORMATS: Final = ("messages", "sharegpt", "alpaca", "prompt_completion")
 
 SYSTEM: Final = ("system", "system_prompt")
 TOOLS: Final = ("tools", "functions")  # the second is OpenAI's older name
 MASKS: Final = ("assistant_masks", "completion_mask", "loss_mask")
 _CHAT: Final = frozenset((*SYSTEM, *TOOLS))
+_ALPACA: Final = frozenset({"instruction", "input", "output", "history"})
+_ANY_CHAT: Final = _CHAT | _ALPACA | {"messages", "conversations", "prompt", "completion"}
 _LAYOUT: Final = ("attention_mask", "position_ids", "token_type_ids", "seq_lengths")
 
 FIELDS: Final[dict[str, frozenset[str]]] = {
     "messages": _CHAT | {"messages"},
     "sharegpt": _CHAT | {"conversations"},
-    "alpaca": _CHAT | {"instruction", "input", "output", "history"},
+    "alpaca": _CHAT | _ALPACA,
     "prompt_completion": _CHAT | {"prompt", "completion"},
+    "preference": _ANY_CHAT - {"output", "completion"} | {"chosen", "rejected"},
+    "kto": _ANY_CHAT | {"label"},
     "tokens": frozenset(("input_ids", "labels", *_LAYOUT, *MASKS)),
     "text": frozenset({"text"}),
 }
@@ -77,12 +84,12 @@ class RowOptions:
     """Whether the text of a special token within a content is plain text or a bad row. It is never a turn."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Whose contents are trained: all of the assistant's, its last, or everyone's. Messages with weight: 0,
-    train: false or another tool's key for it never are."""
+    train: false or another tool's key for it never are, nor is the prompt of a preference."""
     max_length: int = 2048
-    """Maximum number of tokens in a row."""
+    """Maximum number of tokens in a row; for pairs, in each of the two conversations, and a row holds twice as many."""
     truncation: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop"
     """What becomes of longer chats: left out and counted, cut at the end, shortened by whole early exchanges, or cut
-    into pieces."""
+    into pieces, except for preferences. Both sides of a pair are treated alike."""
     group_by: str | None = None
     """Column of a customer, document or other source, whose rows stay together where val_fraction takes rows from the
     training data."""

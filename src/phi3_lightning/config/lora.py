@@ -94,6 +94,11 @@ class LoRA:
         self._check_start()
         self._check_backend()
 
+    @property
+    def starts_with_effect(self) -> bool:
+        """Whether the answers change where the adapter is attached, before any training."""
+        return self.init_from is not None or self.init_lora_weights is False
+
     def _check_expressions(self) -> None:
         expressions = [("target_modules", self.target_modules), ("exclude_modules", self.exclude_modules)]
         expressions += [("rank_pattern", key) for key in self.rank_pattern]

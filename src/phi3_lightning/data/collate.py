@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
 from phi3_lightning.batch.padding import prompt_batch
+from phi3_lightning.data.conversation import Kind
 
 
 class Document(NamedTuple):
@@ -20,6 +21,30 @@ class Document(NamedTuple):
     """Its tokens, shape (length,)."""
     spans: NDArray[np.int32]
     """Start and end of each supervised range, flat, shape (2 * ranges,)."""
+    chosen_length: int = 0
+    """Tokens of the chosen conversation, which those of the rejected one follow; 0: not a pair."""
+    shared_length: int = 0
+    """Leading tokens that both conversations of a pair have in common, as ``Batch`` counts them."""
+    preferred: bool | None = None
+    """Whether a labelled answer is good, or which side of a pair this is; None: neither."""
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its row."""
+        return "pair" if self.chosen_length else "chat" if self.preferred is None else "labelled"
+
+    def sides(self) -> list["Document"]:
+        """Return the chosen and the rejected conversation of a pair; any other document as it is."""
+        if not self.chosen_length:
+            return [self]
+        ids = np.split(self.input_ids, [self.chosen_length])
+        spans = self.spans.reshape(-1, 2)
+        of_rejected = spans[:, 0] >= self.chosen_length
+        chosen, rejected = spans[~of_rejected].reshape(-1), spans[of_rejected].reshape(-1) - self.chosen_length
+        return [
+            Document(self.document_id, ids[0], chosen, preferred=True),
+            Document(self.document_id, ids[1], rejected, shared_length=self.shared_length, preferred=False),
+        ]
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -27,13 +52,25 @@ def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return tokenizer.pad_token_id or 0
 
 
-def full_row(length: int) -> list[Document]:
-    """Return a row of one placeholder document of ``length`` tokens, all but the first of them supervised."""
-    return [Document(0, np.ones(length, np.int32), np.array([0, length], np.int32))]
+def full_row(length: int, kind: Kind = "chat") -> list[Document]:
+    """Return a row of one placeholder document of ``length`` tokens, all but the first of them supervised.
+
+    A pair has two conversations of this length.
+    """
+    if kind == "pair":
+        spans = np.array([0, length, length, 2 * length], np.int32)
+        return [Document(0, np.ones(2 * length, np.int32), spans, chosen_length=length)]
+    preferred = True if kind == "labelled" else None
+    return [Document(0, np.ones(length, np.int32), np.array([0, length], np.int32), preferred=preferred)]
 
 
-def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
-    """Make a batch, as long as its longest row, of the documents of each row; no row gives a filler without labels."""
+def collate(rows: list[list[Document]], pad_token_id: int, kind: Kind = "chat") -> Batch:
+    """Make a batch, as long as its longest row, of the documents of each row; no row gives a filler without labels.
+
+    ``kind`` is that of a filler.
+    """
+    kind = rows[0][0].kind if rows else kind
+    rows = [[side for document in row for side in document.sides()] for row in rows]
     width = max((sum(len(document.input_ids) for document in row) for row in rows), default=2)
     shape = (max(len(rows), 1), width)
     input_ids = np.full(shape, pad_token_id, dtype=np.int64)
@@ -49,13 +86,18 @@ def collate(rows: list[list[Document]], pad_token_id: int) -> Batch:
                 first = max(first, 1)  # nothing predicts a document's first token
                 labels[index, start + first : start + stop] = document.input_ids[first:stop]
             start = end
-    return Batch(
+    batch = Batch(
         input_ids=torch.from_numpy(input_ids),
         labels=torch.from_numpy(labels),
         position_ids=torch.from_numpy(position_ids),
         document_lengths=[[len(document.input_ids) for document in row] for row in rows] or [[]],
         document_ids=[[document.document_id for document in row] for row in rows] or [[]],
     )
+    if kind != "chat":
+        batch["preferred"] = [[bool(document.preferred) for document in row] for row in rows] or [[]]
+    if kind == "pair":
+        batch["shared_lengths"] = [[document.shared_length for document in row] for row in rows] or [[]]
+    return batch
 
 
 def collate_prompts(rows: list[list[Document]], pad_token_id: int, stop_ids: list[int]) -> PromptBatch:

@@ -1,11 +1,20 @@
 """What the rows of every format become, and the error of a row that cannot be used."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Final, Literal, TypedDict
 
 from phi3_lightning.errors import DataError
 
 Role = Literal["system", "user", "assistant"]
+Kind = Literal["chat", "pair", "labelled"]
+"""What a row is: a chat (also a text or tokens), a chosen and a rejected answer, or an answer with a label."""
+KIND_NAMES: Final[dict[Kind, str]] = {
+    "chat": "a chat",
+    "pair": "a pair of chosen and rejected",
+    "labelled": "an answer with a label",
+}
+"""A row of each kind, in words."""
 
 
 class Message(TypedDict):
@@ -25,6 +34,31 @@ class Conversation:
 
 
 @dataclass(frozen=True, slots=True)
+class PreferencePair:
+    """One prompt with two answers. Only what follows the prompt is supervised."""
+
+    chosen: Conversation
+    """The prompt with the better answer."""
+    rejected: Conversation
+    """The prompt with the worse answer."""
+
+    @property
+    def prompt(self) -> Conversation:
+        """The messages with which both begin."""
+        count = common_length(self.chosen.messages, self.rejected.messages)
+        return Conversation(self.chosen.messages[:count], [False] * count)
+
+
+@dataclass(frozen=True, slots=True)
+class LabelledConversation:
+    """A prompt with a good or a bad answer, as for KTO. Only the answer is supervised."""
+
+    conversation: Conversation
+    preferred: bool
+    """Whether the answer is good."""
+
+
+@dataclass(frozen=True, slots=True)
 class PlainText:
     """A text without turns, all of which is trained."""
 
@@ -33,11 +67,22 @@ class PlainText:
 
 @dataclass(frozen=True, slots=True)
 class TokenizedDocument:
-    """The tokens of a conversation or a text."""
+    """The tokens of a conversation or a text; of a pair those of the chosen and then of the rejected conversation."""
 
     input_ids: list[int]
     spans: list[tuple[int, int]]
     """Supervised tokens as half-open ranges, in order: each trained content with its end-of-turn token."""
+    chosen_length: int = 0
+    """Tokens of the chosen conversation of a pair; 0: not a pair."""
+    shared_length: int = 0
+    """Leading tokens that both conversations of a pair have in common, as ``Batch`` counts them."""
+    preferred: bool | None = None
+    """Whether KTO's answer is good; None: the row has no label."""
+
+    @property
+    def kind(self) -> Kind:
+        """The kind of its row."""
+        return "pair" if self.chosen_length else "chat" if self.preferred is None else "labelled"
 
 
 class BadRowError(DataError):
@@ -55,6 +100,12 @@ class BadRowError(DataError):
 
     def __reduce__(self) -> tuple[type["BadRowError"], tuple[str, str]]:
         return BadRowError, (self.reason, self.detail)  # by default, with the one argument of super().__init__
+
+
+def common_length(one: Sequence[object], other: Sequence[object]) -> int:
+    """Return the number of items with which both lists begin."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return next((index for index, (left, right) in pairs if left != right), min(len(one), len(other)))
 
 
 def kind_of(value: object) -> str:

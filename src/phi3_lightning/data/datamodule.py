@@ -1,6 +1,6 @@
 """ChatDataModule: chat files in, batches out."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, Literal, Self
 
@@ -11,7 +11,8 @@ from phi3_lightning.batch import Batch
 from phi3_lightning.config.checks import check_names
 from phi3_lightning.config.data import DataConfig, Split
 from phi3_lightning.contracts import Origin
-from phi3_lightning.data.collate import collate, full_row, pad_id
+from phi3_lightning.data.collate import Document, collate, full_row, pad_id
+from phi3_lightning.data.kinds import FirstRow, check_one_kind, first_row
 from phi3_lightning.data.loaders import NoBatches, collate_function, stream_loader, worker_options
 from phi3_lightning.data.plans import SplitPlans
 from phi3_lightning.data.resume import ResumedOrder, position_of, ranks_of
@@ -25,6 +26,7 @@ from phi3_lightning.data.splits import (
     prepare_split,
     report_rows,
 )
+from phi3_lightning.data.streaming import StreamLoader
 from phi3_lightning.data.tokenized import Statistics
 from phi3_lightning.errors import ConfigError, DivergenceError
 from phi3_lightning.renamed import translated
@@ -34,8 +36,9 @@ class ChatDataModule(LightningDataModule):
     """Chats, tokenised once, as batches in which exactly the assistant's tokens are supervised.
 
     Rows may be OpenAI ``messages``, ShareGPT ``conversations``, Alpaca's ``instruction`` and ``output``, ``prompt`` and
-    ``completion``, plain ``text``, or ready-made ``input_ids`` and ``labels``; files JSON lines, a JSON array, CSV,
-    Parquet or Arrow, packed with gzip or not.
+    ``completion``, plain ``text``, or ready-made ``input_ids`` and ``labels``; preferences have ``chosen`` and
+    ``rejected``, or a ``label`` beside a chat; files JSON lines, a JSON array, CSV, Parquet or Arrow, packed with gzip
+    or not.
 
     Args:
         **options: The fields of :class:`~phi3_lightning.config.DataConfig`, which describes each.
@@ -62,6 +65,7 @@ class ChatDataModule(LightningDataModule):
         self._splits = SplitPlans(self.options)
         self.prepared, self.plans = self._splits.prepared, self._splits.plans
         self._resumed = ResumedOrder()
+        self._first_rows: dict[Split, FirstRow | None] = {}
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -79,10 +83,28 @@ class ChatDataModule(LightningDataModule):
             find_sources(self.options.files(split) or [], split)
         model_context_length(self.options)
 
+    def first_rows(self) -> dict[Split, FirstRow]:
+        """Return kind and place of the first row of training, validation and test data; of the hub's once prepared.
+
+        Raises:
+            ConfigError: If they are not of one kind.
+        """
+        for split in self.options.needed(None):
+            if split in self.prepared:
+                prepared = self.prepared[split]
+                self._first_rows[split] = prepared.statistics.kind, prepared.describe([0])[0]
+            elif split != "predict" and split not in self._first_rows:
+                self._first_rows[split] = first_row(self.options, split)
+        rows: dict[Split, FirstRow] = {split: row for split, row in self._first_rows.items() if row is not None}
+        rows.pop("predict", None)
+        check_one_kind(rows)
+        return rows
+
     def prepare_data(self) -> None:
         """Tokenise into the cache. Lightning calls this in one process a node."""
         self.validate_sources()
-        stage = None if self.trainer is None else self.trainer.state.fn
+        if (stage := None if self.trainer is None else self.trainer.state.fn) != "predict":
+            self.first_rows()
         context_length, template = model_context_length(self.options), load_template(self.options)
         for split in self.options.prepared(stage):
             prepare_split(split, self.options, make_encoder(split, self.options, template, context_length))
@@ -103,6 +125,8 @@ class ChatDataModule(LightningDataModule):
                 self._splits.add(split, prepared)
                 if split == "train" and stage != "validate" and not self.awaits_batch_size:
                     rank_zero_info(self._splits.describe_train())
+        if stage != "predict":
+            self.first_rows()
 
     @property
     def awaits_batch_size(self) -> bool:
@@ -172,7 +196,7 @@ class ChatDataModule(LightningDataModule):
             )
         if not self.options.streaming:
             return self._loader("train")
-        loader = stream_loader(self._splits.options, self.template, self._splits.context_length, self.trainer)
+        loader = self._stream()
         self._streamed = loader.dataset
         return loader
 
@@ -194,17 +218,23 @@ class ChatDataModule(LightningDataModule):
         """Return the training batch with the most tokens, the same in every epoch; None of a stream: not known."""
         if self.options.streaming:
             return None
-        return self._splits.largest_train_batch(collate_function("train", self.template))
+        return self._splits.largest_train_batch(self._collate("train"))
 
     def largest_train_row(self) -> Batch:
         """Return the training row with the most tokens, in a batch of its own; of a stream, a full row."""
         if self.options.streaming:
-            return collate([full_row(self.options.max_length)], pad_id(self.tokenizer))
-        return self._splits.largest_train_batch(collate_function("train", self.template), single_row=True)
+            return collate([full_row(self.options.max_length, self._stream().dataset.kind())], pad_id(self.tokenizer))
+        return self._splits.largest_train_batch(self._collate("train"), single_row=True)
+
+    def _collate(self, split: Split) -> Callable[[list[list[Document]]], Any]:
+        return collate_function(split, self.template, self.prepared[split].statistics.kind)
+
+    def _stream(self) -> StreamLoader:
+        return stream_loader(self._splits.options, self.template, self._splits.context_length, self.trainer)
 
     def _loader(self, split: Split) -> BatchLoader:
         train = split == "train"
-        batches = PlannedBatches(self.prepared[split], self.plans[split], collate_function(split, self.template))
+        batches = PlannedBatches(self.prepared[split], self.plans[split], self._collate(split))
         order = BatchOrder(
             batches.indices,
             seed=data_seed(self.options),

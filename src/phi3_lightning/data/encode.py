@@ -9,65 +9,37 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from phi3_lightning.config.data import RowOptions
-from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText, TokenizedDocument
-from phi3_lightning.data.formats import parse_prompt, parse_row
-from phi3_lightning.data.keys import group_hash, row_id, token_hashes
-from phi3_lightning.data.readers import Row, decode_line
+from phi3_lightning.data.chunk import Chunk, Job, flat_arrays
+from phi3_lightning.data.conversation import (
+    BadRowError,
+    Conversation,
+    LabelledConversation,
+    PlainText,
+    PreferencePair,
+    TokenizedDocument,
+)
+from phi3_lightning.data.formats import ParsedRow, parse_prompt, parse_row
+from phi3_lightning.data.keys import group_hash, row_id
+from phi3_lightning.data.pairs import (
+    conversations,
+    is_trained,
+    join_sides,
+    prompt_length,
+    sides,
+    with_label,
+    with_sides,
+)
+from phi3_lightning.data.readers import decode_line
 from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.data.truncation import split, truncate_turns
 from phi3_lightning.data.word_cache import VERIFIED_CHATS
 
-
-class Job(NamedTuple):
-    """Rows to tokenise."""
-
-    source: int
-    """The index of their source."""
-    rows: list[Row]
-    """The number and content of each."""
-
-
-class Chunk(NamedTuple):
-    """Tokenised rows, as flat arrays."""
-
-    source: int
-    """The index of their source."""
-    read: int
-    """The number of rows of the job."""
-    rows: NDArray[np.int64]
-    """The number of the row of each document, shape (documents,)."""
-    input_ids: NDArray[np.int32]
-    """Tokens, document by document, shape (tokens,)."""
-    lengths: NDArray[np.int32]
-    """Tokens of each document, shape (documents,)."""
-    spans: NDArray[np.int32]
-    """Supervised ranges, document by document, shape (2 * ranges,)."""
-    span_lengths: NDArray[np.int32]
-    """Entries of ``spans`` of each document, shape (documents,)."""
-    dropped: dict[str, int]
-    """Rows left out, by reason."""
-    bad: list[tuple[int, str]]
-    """Number and error of each row that cannot be used."""
-    cut: int
-    """Rows that were truncated."""
-    unused: dict[str, int]
-    """Rows with each field that nothing reads, by the field's name."""
-    ids: list[str | None]
-    """The own id of each document's row as JSON, if it has one."""
-    groups: NDArray[np.int64]
-    """A number for the group of each document's row, shape (documents,)."""
-    hashes: NDArray[np.int64]
-    """A hash of the tokens of each document, shape (documents,)."""
-
-
-_Item = Conversation | PlainText | TokenizedDocument | BadRowError
+_Item = ParsedRow | BadRowError
 
 
 class _ParsedRow(NamedTuple):
@@ -106,29 +78,22 @@ class Encoder:
                 dropped[encoded.reason] += 1
                 continue
             pieces = self._fit(row.item, encoded)
-            usable = [piece for piece in pieces if self.prompts or _is_trained(piece)]
+            usable = [piece for piece in pieces if self.prompts or is_trained(piece)]
             documents += [(row, piece) for piece in usable]
             if usable:
                 cut += pieces != [encoded]
             else:
                 dropped["nothing to train" if pieces else f"longer than max_length {self.options.max_length}"] += 1
-        input_ids, lengths = _flatten([document.input_ids for _, document in documents])
-        spans, span_lengths = _flatten([list(chain.from_iterable(document.spans)) for _, document in documents])
         return Chunk(
             source=job.source,
             read=len(job.rows),
-            rows=np.array([row.number for row, _ in documents], dtype=np.int64),
-            input_ids=input_ids,
-            lengths=lengths,
-            spans=spans,
-            span_lengths=span_lengths,
             dropped=dict(dropped),
             bad=bad,
             cut=cut,
             unused=dict(unused),
             ids=[row.id for row, _ in documents],
             groups=np.array([row.group for row, _ in documents], dtype=np.int64),
-            hashes=token_hashes(input_ids, lengths),
+            **flat_arrays([document for _, document in documents], [row.number for row, _ in documents]),
         )
 
     def _parse(self, number: int, row: object, unused: Counter[str]) -> _ParsedRow:
@@ -143,7 +108,7 @@ class Encoder:
             return _ParsedRow(number, error)
 
     def _tokenise(self, items: list[_Item]) -> list[TokenizedDocument | BadRowError]:
-        chats = [item for item in items if isinstance(item, Conversation)]
+        chats = [chat for item in items for chat in conversations(item)]
         texts = [item.text for item in items if isinstance(item, PlainText)]
         encoded_chats = iter(self.template.encode(chats, add_generation_prompt=self.prompts))
         encoded_texts = iter(self.template.encode_texts(texts))
@@ -153,6 +118,10 @@ class Encoder:
                 results.append(self._check_prompt(next(encoded_chats)) if self.prompts else next(encoded_chats))
             elif isinstance(item, PlainText):
                 results.append(next(encoded_texts))
+            elif isinstance(item, PreferencePair):
+                results.append(self._check_split(join_sides(next(encoded_chats), next(encoded_chats))))
+            elif isinstance(item, LabelledConversation):
+                results.append(self._check_split(with_label(next(encoded_chats), item.preferred)))
             else:
                 results.append(self._check_ids(item) if isinstance(item, TokenizedDocument) else item)
         return results
@@ -169,28 +138,28 @@ class Encoder:
         fault = f"{len(prompt.input_ids)} tokens do not fit into {self.options.max_length}; shorten it"
         return BadRowError("prompt too long", fault)
 
+    def _check_split(self, document: TokenizedDocument | BadRowError) -> TokenizedDocument | BadRowError:
+        if isinstance(document, BadRowError) or self.options.truncation != "split" or self._fits(document):
+            return document
+        fault = f"longer than max_length {self.options.max_length}, and an answer in pieces cannot be compared"
+        return BadRowError("a preference cannot be split", f"{fault}; set data.truncation: drop or truncate_turns")
+
+    def _fits(self, document: TokenizedDocument) -> bool:
+        return all(len(side.input_ids) <= self.options.max_length for side in sides(document))
+
     def _fit(self, item: _Item, document: TokenizedDocument) -> list[TokenizedDocument]:
         """The document, or what is left of it after truncation."""
         limit = self.options.max_length
-        if len(document.input_ids) <= limit:
+        if self._fits(document):
             return [document]
         if self.options.truncation == "split":
             return split(document, limit)
         if self.options.truncation == "truncate_end":
-            return split(document, limit)[:1]
-        if self.options.truncation == "truncate_turns" and isinstance(item, Conversation):
-            shorter = truncate_turns(item, self.template, limit)
-            return [] if shorter is None else [shorter]
+            return with_sides(document, [split(side, limit)[0] for side in sides(document)])
+        if self.options.truncation == "truncate_turns" and (chats := conversations(item)):
+            shorter = truncate_turns(chats, self.template, limit, prompt_length(item))
+            return [] if shorter is None else with_sides(document, shorter)
         return []
-
-
-def _is_trained(document: TokenizedDocument) -> bool:
-    return any(end > max(start, 1) for start, end in document.spans)
-
-
-def _flatten(lists: list[list[int]]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    lengths = np.array([len(item) for item in lists], dtype=np.int32)
-    return np.fromiter(chain.from_iterable(lists), dtype=np.int32, count=int(lengths.sum())), lengths
 
 
 def encode_all(jobs: Iterator[Job], encoder: Encoder, num_proc: int) -> Iterator[Chunk]:

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from phi3_lightning.config.data import FIELDS, FORMATS, MASKS, SYSTEM, TOOLS
+from phi3_lightning.config.data import CHAT_FORMATS, FIELDS, FORMATS, MASKS, SYSTEM, TOOLS
 from phi3_lightning.data.conversation import BadRowError, kind_of
 from phi3_lightning.data.decoding import decode_json
 
 # The first that fits wins; a row with an answer goes before one without.
 _FORMATS_BY_PRIORITY: Final = (
-    *((name, FORMATS[name]) for name in ("messages", "sharegpt", "alpaca", "prompt_completion")),
+    *((name, FORMATS[name]) for name in CHAT_FORMATS),
     ("alpaca", ("instruction",)),
     ("prompt_completion", ("prompt",)),
     ("tokens", FORMATS["tokens"]),
@@ -17,6 +17,12 @@ _FORMATS_BY_PRIORITY: Final = (
     ("text", FORMATS["text"]),
     ("tokens", ("input_ids",)),
 )
+_PROMPT_FIELDS: Final = {  # may hold the prompt of a pair; the first that is filled does
+    "prompt": "prompt_completion",
+    "messages": "messages",
+    "conversations": "sharegpt",
+    "instruction": "alpaca",
+}
 _CONTENT: Final = frozenset((*SYSTEM, *TOOLS)) | {"input", "history"}
 _MEDIA: Final = frozenset({"images", "videos", "audios"})
 _MAX_LISTED: Final = 20  # fields in one line of the log
@@ -28,8 +34,44 @@ def is_absent(value: object) -> bool:
 
 
 def recognise(fields: Mapping[str, Any], expected: str) -> str | None:
-    """Return the format of a row, ``expected`` unless that is ``auto``; None if the row lacks the format's fields."""
-    candidates = [(name, keys) for name, keys in _FORMATS_BY_PRIORITY if expected in ("auto", name)]
+    """Return the format of a row, for ``kto`` that of its chat; None if it lacks the fields of the ``expected`` one."""
+    if _is_pair(fields, expected):
+        return "preference"
+    names = {"auto": [name for name, _ in _FORMATS_BY_PRIORITY], "kto": CHAT_FORMATS}
+    return _first_format(fields, names.get(expected, [expected]))
+
+
+def _is_pair(fields: Mapping[str, Any], expected: str) -> bool:
+    """Whether both sides of a pair are there and, beside other formats in a table, one of them is filled."""
+    sides = FORMATS["preference"]
+    if expected not in ("auto", "preference") or not all(side in fields for side in sides):
+        return False
+    return expected == "preference" or any(_filled(fields, side) for side in sides)
+
+
+def is_labelled(fields: Mapping[str, Any], name: str, expected: str) -> bool:
+    """Whether a row of format ``name`` has an answer with a label: true or false, unless ``kto`` is expected.
+
+    Other labels are those of classifiers.
+    """
+    judged = expected == "kto" or (expected == "auto" and read_flag(fields.get("label")) is not None)
+    return judged and name in CHAT_FORMATS
+
+
+def prompt_format(fields: Mapping[str, Any]) -> str | None:
+    """Return the chat format of a pair's prompt; None if only ``chosen`` and ``rejected`` hold it."""
+    return next((name for key, name in _PROMPT_FIELDS.items() if _filled(fields, key)), None)
+
+
+def read_flag(value: object) -> bool | None:
+    """Return a truth value, which CSV holds as a text; None for anything else."""
+    if isinstance(value, str):
+        return {"true": True, "false": False}.get(value.strip().lower())
+    return value if isinstance(value, bool) else None
+
+
+def _first_format(fields: Mapping[str, Any], names: Sequence[str]) -> str | None:
+    candidates = [(name, keys) for name, keys in _FORMATS_BY_PRIORITY if name in names]
     filled = (name for name, keys in candidates if all(_filled(fields, key) for key in keys))
     present = (name for name, keys in candidates if all(key in fields for key in keys))
     return next(filled, None) or next(present, None)
@@ -89,13 +131,19 @@ def check_weight(fields: Mapping[str, Any]) -> None:
         )
 
 
-def unused_fields(fields: Mapping[str, Any], name: str, columns: Mapping[str, str] | None) -> list[str]:
+def unused_fields(
+    fields: Mapping[str, Any], name: str, columns: Mapping[str, str] | None, *, labelled: bool = False
+) -> list[str]:
     """Return the fields that a row's format does not read: identifiers, labels, and other renderings of the row.
 
     Raises:
         BadRowError: If a part of the conversation would be lost, or a column that the user named.
     """
-    used = FIELDS[name]
+    if name == "preference":
+        prompt = FIELDS[prompt_format(fields) or "messages"] - {"output", "completion"}
+        used = prompt | {"chosen", "rejected"}
+    else:
+        used = FIELDS[name] | ({"label"} if labelled else set())
     for key, column in (columns or {}).items():
         if key not in used:
             raise BadRowError(
@@ -117,7 +165,8 @@ def _unreadable_content(fields: Mapping[str, Any], rest: list[str], name: str) -
     content = [key for key in rest if key in _CONTENT]
     if not content:
         return None
-    others = [other for other, keys in FORMATS.items() if other != name and all(_filled(fields, key) for key in keys)]
+    filled = [other for other in CHAT_FORMATS if all(_filled(fields, key) for key in FORMATS[other])]
+    others = [other for other in filled if other != name]
     return next((key for key in content if not any(key in FIELDS[other] for other in others)), None)
 
 
@@ -129,6 +178,8 @@ def _remedy(field: str, name: str) -> str:
             f"has no place in a row of format '{name}', which is trained as it stands; remove it, or give "
             "the row as messages"
         )
+    if name == "preference":
+        return f"is not read beside 'chosen' and 'rejected'; for a prompt, set data.columns: {{prompt: {field}}}"
     return (
         f"has no place in a row of format '{name}', but in one of format 'alpaca': name its columns with "
         "data.columns: {instruction: ..., output: ...}"

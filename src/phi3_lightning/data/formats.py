@@ -1,33 +1,31 @@
-"""A row of any known format becomes a conversation, a text, or ready-made tokens; or a bad row, with the reason."""
+"""A row of any known format becomes a conversation, a preference, a text, or tokens; or a bad row, with the reason."""
 
 from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
-from phi3_lightning.config.data import FORMATS, SYSTEM, TOOLS, RowOptions
-from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText, TokenizedDocument, kind_of
-from phi3_lightning.data.fields import (
-    check_weight,
-    is_absent,
-    read_alias,
-    read_list,
-    recognise,
-    rename,
-    unused_fields,
+from phi3_lightning.config.data import FORMATS, RowOptions
+from phi3_lightning.data.conversation import (
+    BadRowError,
+    Conversation,
+    LabelledConversation,
+    PlainText,
+    PreferencePair,
+    TokenizedDocument,
+    kind_of,
 )
+from phi3_lightning.data.fields import check_weight, is_labelled, recognise, rename, unused_fields
+from phi3_lightning.data.items import read_chat, read_string
 from phi3_lightning.data.keys import key_columns
-from phi3_lightning.data.message_fields import ROLES, read_message, role_of
-from phi3_lightning.data.messages import Turn, check_text, read_messages
+from phi3_lightning.data.messages import Turn
+from phi3_lightning.data.preferences import read_label, read_pair, trained_answer
 from phi3_lightning.data.tokens import read_tokens
 from phi3_lightning.data.turns import prompt_turns, training_turns
 
-Items = list[tuple[str, dict[str, Any]]]
-"""Messages in OpenAI's shape, each with its place in the row."""
+ParsedRow = Conversation | PreferencePair | LabelledConversation | PlainText | TokenizedDocument
 
 
-def parse_row(
-    row: object, options: RowOptions, unused: Counter[str] | None = None
-) -> Conversation | PlainText | TokenizedDocument:
+def parse_row(row: object, options: RowOptions, unused: Counter[str] | None = None) -> ParsedRow:
     """Read a row for training; ``unused`` counts rows by the fields that nothing reads.
 
     Raises:
@@ -35,15 +33,19 @@ def parse_row(
     """
     fields, name, unread = _open(row, options)
     check_weight(fields)
-    parsed: Conversation | PlainText | TokenizedDocument
+    parsed: ParsedRow
     if name == "text":
-        parsed = PlainText(_string(fields["text"], "text"))
+        parsed = PlainText(read_string(fields["text"], "text"))
     elif name == "tokens":
         parsed = read_tokens(fields)
+    elif name == "preference":
+        parsed = read_pair(fields, options, unread)
     else:
-        turns = _turns(fields, name, options, unread)
+        turns = read_chat(fields, name, options, unread)
         _check_answer(fields, name, turns)
         parsed = training_turns(turns, options)
+        if is_labelled(fields, name, options.format):
+            parsed = LabelledConversation(trained_answer(parsed, turns, options), read_label(fields))
     if unused is not None:
         unused.update(unread)
     return parsed
@@ -58,7 +60,10 @@ def parse_prompt(row: object, options: RowOptions, unused: Counter[str] | None =
     fields, name, unread = _open(row, options)
     if name in ("text", "tokens"):
         raise BadRowError("not a chat", f"a row of format '{name}' has no turns that could be answered")
-    prompt = prompt_turns(_turns(fields, name, options, unread), options)
+    if name == "preference":
+        prompt = read_pair(fields, options, unread).prompt
+    else:
+        prompt = prompt_turns(read_chat(fields, name, options, unread), options)
     if unused is not None:
         unused.update(unread)
     return prompt
@@ -79,7 +84,8 @@ def _open(row: object, options: RowOptions) -> tuple[Mapping[str, Any], str, set
     name = recognise(row, options.format)
     if name is None:
         raise _unknown_format(row, options)
-    return row, name, {*displaced, *unused_fields(row, name, columns)} - key_columns(options)
+    unused = unused_fields(row, name, columns, labelled=is_labelled(row, name, options.format))
+    return row, name, {*displaced, *unused} - key_columns(options)
 
 
 def _unknown_format(fields: Mapping[str, Any], options: RowOptions) -> BadRowError:
@@ -90,18 +96,6 @@ def _unknown_format(fields: Mapping[str, Any], options: RowOptions) -> BadRowErr
         + (f" or another of the formats {', '.join(FORMATS)}" if options.format == "auto" else "")
         + f"; name other columns with data.columns{suggest_table(list(fields))}",
     )
-
-
-def _turns(fields: Mapping[str, Any], name: str, options: RowOptions, unread: set[str]) -> list[Turn]:
-    if name == "alpaca":
-        items = _alpaca(fields) + _answer(fields, "output", options, unread)
-    elif name == "prompt_completion":
-        prompt = _read_items(fields["prompt"], "prompt", "user", options, unread)
-        items = prompt + _answer(fields, "completion", options, unread)
-    else:
-        [key] = FORMATS[name]
-        items = _read_list(fields[key], key, options, unread)
-    return read_messages(_with_system(fields, items, options), read_alias(fields, TOOLS), options)
 
 
 def _check_answer(fields: Mapping[str, Any], name: str, turns: list[Turn]) -> None:
@@ -135,55 +129,6 @@ def suggest_table(columns: list[str]) -> str:
     if not {"conversation_column", "role_column", "content_column"} <= guess.keys():
         return ""
     return "; one message a row? Try " + " ".join(f"--data.{option} {column}" for option, column in guess.items())
-
-
-def _alpaca(fields: Mapping[str, Any]) -> Items:
-    items: Items = []
-    for index, pair in enumerate(read_list(fields.get("history") or [], "history")):
-        where = f"history[{index}]"
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise BadRowError("not a message", f"{where} is not a pair of question and answer")
-        question, answer = pair
-        items += [(where, {"role": "user", "content": question}), (where, {"role": "assistant", "content": answer})]
-    keys = [key for key in ("instruction", "input") if not is_absent(fields.get(key))] or ["instruction"]
-    instruction = "\n\n".join(_string(fields[key], key) for key in keys)
-    return [*items, ("instruction", {"role": "user", "content": instruction})]
-
-
-def _answer(fields: Mapping[str, Any], key: str, options: RowOptions, unread: set[str]) -> Items:
-    return [] if fields.get(key) is None else _read_items(fields[key], key, "assistant", options, unread)
-
-
-def _read_items(value: object, key: str, role: str, options: RowOptions, unread: set[str]) -> Items:
-    if isinstance(value, list):
-        return _read_list(value, key, options, unread)
-    return [(key, {"role": role, "content": _string(value, key)})]
-
-
-def _read_list(value: object, key: str, options: RowOptions, unread: set[str]) -> Items:
-    places = ((f"{key}[{index}]", item) for index, item in enumerate(read_list(value, key)))
-    return [(where, read_message(item, where, options, unread)) for where, item in places]
-
-
-def _with_system(fields: Mapping[str, Any], items: Items, options: RowOptions) -> Items:
-    system = read_alias(fields, SYSTEM)
-    if system is None:
-        return items
-    own = [(where, item.get("content")) for where, item in items if _is_system(item, options)]
-    if own and [content for _, content in own] != [system]:
-        raise BadRowError("two system messages", f"the row's 'system' and {own[0][0]} differ; keep one of them")
-    return items if own else [("system", {"role": "system", "content": system}), *items]
-
-
-def _is_system(item: dict[str, Any], options: RowOptions) -> bool:
-    role = role_of(item, options)
-    return isinstance(role, str) and ROLES.get(role) == "system"
-
-
-def _string(value: object, key: str) -> str:
-    if not isinstance(value, str):
-        raise BadRowError("content is not text", f"'{key}' is {kind_of(value)}; give a string")
-    return check_text(value, key)
 
 
 def _names(fields: Mapping[str, Any]) -> str:

@@ -11,6 +11,7 @@ from lightning.pytorch.utilities import CombinedLoader
 from phi3_lightning.config.data import DataConfig, Split
 from phi3_lightning.data.collate import Document, collate, collate_prompts, pad_id
 from phi3_lightning.data.context_length import ContextLength
+from phi3_lightning.data.conversation import Kind
 from phi3_lightning.data.plans import plan_split
 from phi3_lightning.data.resume import position_of, ranks_of
 from phi3_lightning.data.sources import find_sources
@@ -36,12 +37,14 @@ class NoBatches(CombinedLoader):
         """Do nothing: Lightning sets what it has just read."""
 
 
-def collate_function(split: Split, template: ChatTemplate) -> Callable[[list[list[Document]]], Any]:
-    """Return the function that makes a batch of a split from the documents of its rows."""
+def collate_function(
+    split: Split, template: ChatTemplate, kind: Kind = "chat"
+) -> Callable[[list[list[Document]]], Any]:
+    """Return the function that makes a batch of a split from the documents of its rows; fillers are of ``kind``."""
     pad_token_id = pad_id(template.tokenizer)
     if split == "predict":
         return partial(collate_prompts, pad_token_id=pad_token_id, stop_ids=template.stop_ids)
-    return partial(collate, pad_token_id=pad_token_id)
+    return partial(collate, pad_token_id=pad_token_id, kind=kind)
 
 
 def stream_loader(

@@ -81,22 +81,26 @@ def plan_batches(
     max_tokens: int | None = None,
     seed: int | None = None,
     length_boundary: int | None = None,
+    chosen_lengths: Ints | None = None,
 ) -> Plan:
     """Plan, once for a run, which documents are computed together.
 
     Args:
-        lengths: Tokens of each document, shape (documents,).
+        lengths: Tokens of each document, of a pair those of both sides, shape (documents,).
         batch_size: Rows of a batch.
         capacity: Tokens of a packed row; None gives each document a row of its own.
         max_tokens: Tokens of a batch, padding included; in place of ``batch_size``.
         seed: Shuffles rows before they are put into batches; None keeps batches in order of length, longest first.
-        length_boundary: Documents longer than this never share a batch with shorter ones.
+        length_boundary: Documents longer than this never share a batch with shorter ones; a pair is as long as its
+            longer side.
+        chosen_lengths: Tokens of the chosen side of each pair, shape (documents,); None: no pairs.
 
     Returns:
         The plan. Rows of a batch have similar lengths, so that little of it is padding.
     """
     rng = None if seed is None else np.random.default_rng(seed)
-    long = lengths > (lengths.max(initial=0) if length_boundary is None else length_boundary)
+    sides = lengths if chosen_lengths is None else np.maximum(chosen_lengths, lengths - chosen_lengths)
+    long = sides > (sides.max(initial=0) if length_boundary is None else length_boundary)
     batches = []
     for members in (np.flatnonzero(long), np.flatnonzero(~long)):
         if rng is not None:

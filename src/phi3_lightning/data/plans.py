@@ -9,10 +9,12 @@ import numpy as np
 from phi3_lightning.batch import Batch
 from phi3_lightning.config.data import DataConfig, Split
 from phi3_lightning.data.context_length import ContextLength
+from phi3_lightning.data.conversation import Kind
 from phi3_lightning.data.packing import Ints, Plan, plan_batches
 from phi3_lightning.data.sampler import PlannedBatches
 from phi3_lightning.data.splits import data_seed, share_out
 from phi3_lightning.data.tokenized import TokenizedDataset
+from phi3_lightning.errors import ConfigError
 
 
 class SplitPlans:
@@ -42,8 +44,16 @@ class SplitPlans:
             self._plan(split, np.sort(plan.documents))
 
     def _plan(self, split: Split, documents: Ints) -> None:
-        lengths = self.prepared[split].lengths()[documents]
-        plan = plan_split(split, lengths, self.options, self.context_length, data_seed(self.options))
+        prepared, seed = self.prepared[split], data_seed(self.options)
+        chosen = prepared.chosen_lengths()
+        plan = plan_split(
+            split,
+            prepared.lengths()[documents],
+            self.options,
+            self.context_length,
+            seed,
+            chosen_lengths=None if chosen is None else chosen[documents],
+        )
         self.plans[split] = replace(plan, documents=documents[plan.documents])
 
     def order(self) -> dict[str, Any]:
@@ -63,24 +73,49 @@ class SplitPlans:
     def describe_train(self) -> str:
         """Return the numbers of documents, rows and batches of the training data, and how full packed rows are."""
         plan = self.plans["train"]
-        rows, tokens = len(plan.rows) - 1, self.prepared["train"].lengths()[plan.documents].sum()
-        full = f", {tokens / (rows * self.options.max_length):.1%} full" if self.options.packing else ""
-        return f"train: {len(plan.documents)} documents in {rows} rows{full}, {len(plan)} batches"
+        prepared, rows = self.prepared["train"], len(plan.rows) - 1
+        tokens = prepared.lengths()[plan.documents].sum()
+        capacity = rows * row_capacity(self.options, prepared.statistics.kind)
+        full = f", {tokens / capacity:.1%} full" if self.options.packing else ""
+        documents = "pairs" if prepared.statistics.kind == "pair" else "documents"
+        return f"train: {len(plan.documents)} {documents} in {rows} rows{full}, {len(plan)} batches"
+
+
+def row_capacity(options: DataConfig, kind: Kind) -> int:
+    """Return the most tokens of a row: ``max_length``, or twice as many for pairs."""
+    return options.max_length * (2 if kind == "pair" else 1)
 
 
 def plan_split(
-    split: Split, lengths: Ints, options: DataConfig, context_length: ContextLength | None, seed: int
+    split: Split,
+    lengths: Ints,
+    options: DataConfig,
+    context_length: ContextLength | None,
+    seed: int,
+    *,
+    chosen_lengths: Ints | None = None,
 ) -> Plan:
     """Plan the batches of documents with these lengths, of shape (documents,).
 
-    Training batches are shuffled by the seed, others go from long to short; prompts are not packed.
+    Training batches are shuffled by the seed, others go from long to short; prompts are not packed. ``chosen_lengths``
+    are the tokens of the chosen side of each pair; None: no pairs.
+
+    Raises:
+        ConfigError: If a batch cannot hold a pair.
     """
     prompts, tokens = split == "predict", options.max_tokens_per_batch
+    capacity = row_capacity(options, "chat" if chosen_lengths is None else "pair")
+    if isinstance(tokens, int) and tokens < capacity and not prompts:
+        raise ConfigError(
+            f"data.max_tokens_per_batch: {tokens} holds no row of pairs, each with two conversations of "
+            f"data.max_length {options.max_length}; give {capacity} or more"
+        )
     return plan_batches(
         lengths,
         batch_size=options.predict_batch_size if prompts else options.batch_size,
         max_tokens=tokens if isinstance(tokens, int) and not prompts else None,
-        capacity=options.max_length if options.packing and not prompts else None,
+        capacity=capacity if options.packing and not prompts else None,
         seed=seed if split == "train" else None,
         length_boundary=context_length.short if context_length is not None and not prompts else None,
+        chosen_lengths=chosen_lengths,
     )

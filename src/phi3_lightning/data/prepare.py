@@ -17,8 +17,10 @@ import numpy as np
 import pyarrow as pa
 
 from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.chunk import Chunk, Job, note_kinds
 from phi3_lightning.data.code_fingerprint import code_fingerprint
-from phi3_lightning.data.encode import Chunk, Encoder, Job, encode_all
+from phi3_lightning.data.conversation import Kind
+from phi3_lightning.data.encode import Encoder, encode_all
 from phi3_lightning.data.sources import Source
 from phi3_lightning.data.tables import source_rows
 from phi3_lightning.data.tokenized import Statistics, TokenizedDataset
@@ -33,6 +35,9 @@ _SCHEMA = pa.schema(
         "input_ids": pa.list_(pa.int32()),
         "spans": pa.list_(pa.int32()),
         "length": pa.int32(),
+        "chosen_length": pa.int32(),
+        "shared_length": pa.int32(),
+        "preferred": pa.bool_(),
         "source": pa.int32(),
         "row": pa.int64(),
         "id": pa.string(),
@@ -60,7 +65,7 @@ def prepare(
         num_proc: Processes that tokenise; rows and their order do not depend on it.
 
     Raises:
-        DataError: If rows cannot be used, or none is left.
+        DataError: If rows cannot be used, none is left, or they are of two kinds.
         ConfigError: If the cache cannot be written.
     """
     import datasets
@@ -113,6 +118,7 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
     by_source = [0] * len(sources)
     dropped: Counter[str] = Counter()
     unused: Counter[str] = Counter()
+    kinds: dict[Kind, str] = {}
     bad: list[str] = []
     bad_rows = 0
     with (
@@ -121,6 +127,7 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
         pa.ipc.new_stream(file, _SCHEMA) as writer,
     ):
         for chunk in encode_all(_jobs(sources, encoder.options), encoder, num_proc):
+            note_kinds(kinds, chunk, sources[chunk.source])
             by_source[chunk.source] += chunk.read
             dropped.update(chunk.dropped)
             unused.update(chunk.unused)
@@ -134,7 +141,12 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
             advance(chunk.read)
     _report_bad_rows(bad, bad_rows, sum(by_source), on_bad_row)
     statistics = Statistics(
-        read=sum(by_source), dropped=dict(dropped), unused=dict(unused), by_source=by_source, **totals
+        read=sum(by_source),
+        dropped=dict(dropped),
+        unused=dict(unused),
+        by_source=by_source,
+        kind=next(iter(kinds), "chat"),
+        **totals,
     )
     if not statistics.kept:
         names = ", ".join(sorted({source.name() for source in sources}))
@@ -172,6 +184,9 @@ def _record_batch(chunk: Chunk) -> pa.RecordBatch:
             lists(chunk.input_ids, chunk.lengths),
             lists(chunk.spans, chunk.span_lengths),
             pa.array(chunk.lengths),
+            pa.array(chunk.chosen_lengths),
+            pa.array(chunk.shared_lengths),
+            pa.array(chunk.preferred),
             pa.array(np.full(count, chunk.source, dtype=np.int32)),
             pa.array(chunk.rows),
             pa.array(chunk.ids, type=pa.string()),

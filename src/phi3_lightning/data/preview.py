@@ -16,6 +16,8 @@ from phi3_lightning.data.collate import Document
 from phi3_lightning.data.copies import Part, repeated, shared
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.data.fields import name_unused
+from phi3_lightning.data.plans import row_capacity
+from phi3_lightning.data.preference_facts import preference_facts
 from phi3_lightning.pages import render
 
 _BARS = 24
@@ -31,7 +33,7 @@ class Preview:
     histogram: list[tuple[int, int]]
     """Lower end of each range of lengths, and the documents in it."""
     samples: list[tuple[str, list[Segment]]]
-    """Place and segments of the first documents."""
+    """Place and segments of the first documents; a pair has one for each side."""
 
 
 def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int = 3) -> Preview:
@@ -39,9 +41,19 @@ def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int 
     prepared, plan = datamodule.prepared[split], datamodule.plans[split]
     first = np.sort(plan.documents)[:rows].tolist()
     lengths = prepared.lengths()[plan.documents]
-    documents = zip(prepared.describe(first), prepared.documents(first), strict=True)
-    samples = [(place, _segments(document, datamodule.tokenizer)) for place, document in documents]
+    samples = [
+        (f"{place}{_note(document, side)}", _segments(side, datamodule.tokenizer))
+        for place, document in zip(prepared.describe(first), prepared.documents(first), strict=True)
+        for side in document.sides()
+    ]
     return Preview(_facts(datamodule, split), _histogram(lengths), samples)
+
+
+def _note(document: Document, side: Document) -> str:
+    """Which side of a pair this is, or what its label says."""
+    if document.kind == "pair":
+        return ": chosen" if side.preferred else ": rejected"
+    return "" if side.preferred is None else f": label {str(side.preferred).lower()}"
 
 
 def _segments(document: Document, tokenizer: PreTrainedTokenizerFast) -> list[Segment]:
@@ -92,6 +104,7 @@ def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
         **{f"dropped: {reason}": f"{count:,}" for reason, count in statistics.dropped.items()},
         **({"fields not used": unused} if (unused := name_unused(statistics.unused)) else {}),
         f"documents in {split}": f"{len(lengths):,}",
+        **preference_facts(prepared, plan.documents),
         **_copies(datamodule, split),
         "tokens": f"{statistics.tokens:,}",
         "trained tokens": f"{statistics.supervised_tokens:,} ({statistics.supervised_tokens / statistics.tokens:.1%})",
@@ -100,7 +113,8 @@ def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
         "rows of an epoch": f"{rows:,}",
     }
     if options.packing:
-        facts["packing"] = f"{lengths.sum() / (rows * options.max_length):.1%} of each row of {options.max_length} used"
+        capacity = row_capacity(options, statistics.kind)
+        facts["packing"] = f"{lengths.sum() / (rows * capacity):.1%} of each row of {capacity} used"
     return facts | {"micro-batches of an epoch": f"{len(plan):,}, before accumulation and on one device"}
 
 

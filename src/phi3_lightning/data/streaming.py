@@ -14,8 +14,10 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
 from phi3_lightning.batch import Batch
+from phi3_lightning.data.chunk import Job, note_kinds
 from phi3_lightning.data.collate import Document
-from phi3_lightning.data.encode import Encoder, Job
+from phi3_lightning.data.conversation import Kind
+from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.packing import Plan
 from phi3_lightning.data.sampler import BatchLoader
 from phi3_lightning.data.sources import Source
@@ -36,7 +38,7 @@ class StreamedBatches(IterableDataset[Batch]):
     sources: list[Source]
     encoder: Encoder
     plan: Callable[..., Plan]
-    """Plans the batches of a buffer, from the ``lengths`` of its documents and a ``seed``."""
+    """Plans the batches of a buffer, from the ``lengths`` and ``chosen_lengths`` of its documents and a ``seed``."""
     collate: Callable[[list[list[Document]]], Batch]
     """Makes a batch from the documents of its rows."""
     seed: int
@@ -49,6 +51,8 @@ class StreamedBatches(IterableDataset[Batch]):
     """Batches that this rank has already seen."""
     logged: set[str] = field(init=False, default_factory=set)
     """Unused fields and reasons of dropped rows that the log has named."""
+    kinds: dict[Kind, str] = field(init=False, default_factory=dict)
+    """The kind of the rows, with the place of the first."""
 
     def __iter__(self) -> Iterator[Batch]:
         worker = get_worker_info()
@@ -62,6 +66,15 @@ class StreamedBatches(IterableDataset[Batch]):
         """Return the place of each document, such as ``chats.jsonl:12``."""
         return [self.sources[document_id // _SOURCE].place(document_id % _SOURCE) for document_id in document_ids]
 
+    def kind(self) -> Kind:
+        """Return the kind of the first row."""
+        for index, source in enumerate(self.sources):
+            rows = source_rows(source, self.encoder.options)
+            while chunk := list(islice(rows, _CHUNK_ROWS)):
+                for kind in self.encoder.encode(Job(index, chunk)).kinds:
+                    return kind
+        return "chat"
+
     def _batches(self, share: int, shares: int) -> Iterator[Batch]:
         buffers = 0
         while True:
@@ -69,8 +82,11 @@ class StreamedBatches(IterableDataset[Batch]):
             before = buffers
             while buffer := list(islice(documents, _BUFFER_SIZE)):
                 lengths = np.array([len(document.input_ids) for document in buffer], dtype=np.int64)
+                chosen = np.array([document.chosen_length for document in buffer], dtype=np.int64)
                 rng = np.random.default_rng((self.seed, share, buffers))
-                plan = self.plan(lengths=lengths, seed=int(rng.integers(2**63)))
+                plan = self.plan(
+                    lengths=lengths, seed=int(rng.integers(2**63)), chosen_lengths=chosen if chosen.any() else None
+                )
                 for index in rng.permutation(len(plan)).tolist():
                     yield self.collate([[buffer[document] for document in row] for row in plan[index]])
                 buffers += 1
@@ -92,6 +108,7 @@ class StreamedBatches(IterableDataset[Batch]):
 
     def _encode(self, job: Job, *, is_first_reader: bool) -> Iterable[Document]:
         chunk = self.encoder.encode(job)
+        note_kinds(self.kinds, chunk, self.sources[job.source])
         faults = [f"{self.sources[job.source].place(row)}: {why}" for row, why in chunk.bad]
         if faults and not self.skip_bad_rows:
             remedy = "Fix the row, or set data.on_bad_row: skip to leave such rows out."
@@ -103,10 +120,7 @@ class StreamedBatches(IterableDataset[Batch]):
                 if new := sorted(names.keys() - self.logged):
                     self.logged.update(new)
                     log.warning("train: %s: %s", title, ", ".join(new))
-        ids = np.split(chunk.input_ids, np.cumsum(chunk.lengths)[:-1])
-        spans = np.split(chunk.spans, np.cumsum(chunk.span_lengths)[:-1])
-        rows = (chunk.source * _SOURCE + chunk.rows).tolist()
-        return map(Document, rows, ids, spans)
+        return chunk.documents((chunk.source * _SOURCE + chunk.rows).tolist())
 
 
 class StreamLoader(BatchLoader):

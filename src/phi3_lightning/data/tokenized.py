@@ -8,6 +8,7 @@ import numpy as np
 
 from phi3_lightning.contracts import Origin
 from phi3_lightning.data.collate import Document
+from phi3_lightning.data.conversation import Kind
 from phi3_lightning.data.files import listing
 from phi3_lightning.data.packing import Ints
 from phi3_lightning.data.sources import Source
@@ -36,6 +37,8 @@ class Statistics:
     """Rows with each field that nothing reads, by the field's name."""
     by_source: list[int]
     """Rows of each source."""
+    kind: Kind = "chat"
+    """The kind of all rows. A pair is one document."""
 
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped.items())
@@ -49,25 +52,41 @@ class TokenizedDataset:
     """The documents of one split."""
 
     table: "datasets.Dataset"
-    """One row a document: ``input_ids``, ``spans``, ``length``, ``source``, ``row``, ``id``, ``group`` and ``hash``."""
+    """One row a document: ``input_ids``, ``spans``, ``length``, ``source``, ``row``, ``id``, ``group``, ``hash``, and
+    for preferences ``chosen_length`` (0: not a pair), ``shared_length`` and ``preferred`` (the label, or true)."""
     statistics: Statistics
     sources: list[Source]
     left_out: list[str] = field(default_factory=list)
     """Names of what else is in the user's folders."""
 
     def column(self, name: str) -> Ints:
-        """Return ``length``, ``source``, ``row``, ``group`` or ``hash``, of shape (documents,)."""
+        """Return a column of whole numbers, such as ``length``, of shape (documents,)."""
         return np.asarray(self.table.data.column(name), dtype=np.int64)
 
     def lengths(self) -> Ints:
-        """Return the number of tokens of each document, of shape (documents,)."""
+        """Return the number of tokens of each document, for a pair those of both sides, of shape (documents,)."""
         return self.column("length")
+
+    def chosen_lengths(self) -> Ints | None:
+        """Return the number of tokens of the chosen side of each pair, of shape (documents,); None without pairs."""
+        return self.column("chosen_length") if self.statistics.kind == "pair" else None
 
     def documents(self, indices: list[int]) -> list[Document]:
         """Read documents, in the order of their indices."""
         rows = self.table[indices]
-        arrays = zip(indices, rows["input_ids"], rows["spans"], strict=True)
-        return [Document(index, np.asarray(ids, np.int32), np.asarray(spans, np.int32)) for index, ids, spans in arrays]
+        columns = zip(indices, rows["input_ids"], rows["spans"], self._preferences(indices), strict=True)
+        return [
+            Document(index, np.asarray(ids, np.int32), np.asarray(spans, np.int32), *preference)
+            for index, ids, spans, preference in columns
+        ]
+
+    def _preferences(self, indices: list[int]) -> list[tuple[int, int, bool | None]]:
+        """The fields of documents that only preferences have."""
+        if self.statistics.kind == "chat":
+            return [(0, 0, None)] * len(indices)
+        rows = self.table.with_format(None, columns=["chosen_length", "shared_length", "preferred"])[indices]
+        labels = rows["preferred"] if self.statistics.kind == "labelled" else [None] * len(indices)
+        return list(zip(rows["chosen_length"], rows["shared_length"], labels, strict=True))
 
     def items(self) -> Ints:
         """Return the index of the user's entry that each document belongs to, of shape (documents,)."""

@@ -28,7 +28,7 @@ def training_turns(turns: list[Turn], options: RowOptions) -> Conversation:
     Raises:
         BadRowError: If the order cannot be trained.
     """
-    turns = _ordered(turns, options)
+    turns = order_turns(turns, options)
     if turns[-1].role != "assistant":
         raise BadRowError("last turn is not the assistant's", "nothing answers it; remove it or add the answer")
     last = len(turns) - 1
@@ -46,7 +46,7 @@ def prompt_turns(turns: list[Turn], options: RowOptions) -> Conversation:
     Raises:
         BadRowError: If there is no turn to answer.
     """
-    turns = _ordered(turns, options)
+    turns = order_turns(turns, options)
     if turns[-1].role == "assistant":
         turns = turns[:-1]
     if not turns or turns[-1].role != "user":
@@ -58,7 +58,12 @@ def _conversation(turns: list[Turn], trained: list[bool]) -> Conversation:
     return Conversation([{"role": turn.role, "content": turn.content} for turn in turns], trained)
 
 
-def _ordered(turns: list[Turn], options: RowOptions) -> list[Turn]:
+def order_turns(turns: list[Turn], options: RowOptions) -> list[Turn]:
+    """Place system messages, and merge neighbouring turns of one role.
+
+    Raises:
+        BadRowError: If there is no turn, a role is repeated, or the assistant speaks first.
+    """
     if not turns:
         raise BadRowError("no messages", "the list of messages is empty")
     turns = _merge(_place_system(turns, options), options)
