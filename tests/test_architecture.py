@@ -16,7 +16,7 @@ import phi3_lightning
 
 PACKAGE = Path(phi3_lightning.__file__).parent
 NAME = "phi3_lightning"
-ROOMS = ("data", "model", "adapters")
+ROOMS = ("data", "model", "adapters", "objectives")
 
 
 def module_name(path: Path) -> str:

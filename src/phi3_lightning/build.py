@@ -15,15 +15,16 @@ from transformers import Phi3Config, Phi3ForCausalLM
 from phi3_lightning import adapters
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.checkpoint import averaging
-from phi3_lightning.config import LoRA, Optimizer
+from phi3_lightning.config import LoRA, Objective, Optimizer
 from phi3_lightning.config.checks import require_choice
 from phi3_lightning.distributed.fsdp2 import FSDP2Strategy, check_shardable, check_strategy
 from phi3_lightning.distributed.sharding import Sharding, build_placeholder_model, load_sharded_weights, shard
 from phi3_lightning.errors import CheckpointError, ModelError, Phi3LightningError
 from phi3_lightning.hardware import check_accelerator
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model.activation_checkpointing import Checkpointing, check_device, checkpoint_activations
-from phi3_lightning.model.compile import uncompile_layers
+from phi3_lightning.model import packed_attention
+from phi3_lightning.model.activation_checkpointing import Checkpointing, check_device, checkpoint_activations, mode_of
+from phi3_lightning.model.compile import Compilation, choose_compilation, uncompile_layers
 from phi3_lightning.model.precision import check_precision
 from phi3_lightning.planning.spec import RunSpec
 
@@ -62,7 +63,7 @@ class Base:
         options = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "loaded"}
         return {"base": options.pop("name"), **options}
 
-    def spec(self, lora: LoRA, optimizer: Optimizer, mode: Checkpointing) -> RunSpec:
+    def spec(self, lora: LoRA, optimizer: Optimizer, mode: Checkpointing, objective: Objective) -> RunSpec:
         """Return what decides how much memory and time training takes, without a Trainer."""
         config = self.config()
         kernel = self.attn_implementation if self.loaded is None else config._attn_implementation
@@ -75,6 +76,7 @@ class Base:
             lora=lora,
             optimizer=optimizer,
             gradient_checkpointing=mode,
+            objective=objective,
         )
 
     def check(self, lora: LoRA) -> None:
@@ -111,11 +113,13 @@ def check_trainer(trainer: pl.Trainer, mode: Checkpointing, dtype: base_model.DT
     check_precision(trainer.precision, dtype, fitting=fitting)
 
 
-def sharding_of(trainer: pl.Trainer | None, base: Base, lora: LoRA, optimizer: Optimizer) -> Sharding | None:
+def sharding_of(
+    trainer: pl.Trainer | None, base: Base, lora: LoRA, optimizer: Optimizer, objective: Objective
+) -> Sharding | None:
     """Return how a Trainer spreads the base over its ranks; None where each rank holds all of it."""
     if trainer is None or not isinstance(trainer.strategy, FSDP2Strategy):
         return None
-    check_shardable(base.loaded is not None, base.quantization, lora, optimizer)
+    check_shardable(base.loaded is not None, base.quantization, lora, optimizer, objective)
     averaging.check_averaging(trainer)  # averaging callbacks ask for the model before setup
     return trainer.strategy.sharding()
 
@@ -157,6 +161,14 @@ def _prepare_for_training(
             detach(model, adapter)
         raise
     return fingerprint
+
+
+def describe_training(model: Phi3ForCausalLM, trainer: pl.Trainer, compilation: Compilation, *, dora: bool) -> str:
+    """Compile the layers of a model or not, in the present autocast context, and describe how it trains."""
+    micro_batches = trainer.estimated_stepping_batches * trainer.accumulate_grad_batches
+    layers = choose_compilation(model, compilation, micro_batches, dora=dora)
+    attention = packed_attention.describe(model)
+    return f"attention: {attention}; layers: {layers}; gradient checkpointing: {mode_of(model)}"
 
 
 def detach(model: Phi3ForCausalLM, adapter: Adapter) -> Phi3ForCausalLM:

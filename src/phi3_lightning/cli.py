@@ -12,6 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
+from phi3_lightning import preferences
 from phi3_lightning.callbacks import EvaluationReport, Monitor, RunCheckpoint, SingleWriter
 from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.checkpoint.averaging import check_averaging
@@ -22,7 +23,7 @@ from phi3_lightning.commands.parser import Parser
 from phi3_lightning.commands.quiet import quieten_libraries
 from phi3_lightning.commands.run_trainer import general_chats, run_callbacks, run_logger, run_plugins
 from phi3_lightning.commands.save_config import SaveRunConfig
-from phi3_lightning.commands.trainer_options import check_ranges, refused_by_name, without_extras
+from phi3_lightning.commands.trainer_options import check_monitors, check_ranges, refused_by_name, without_extras
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.distributed.fsdp2 import check_launcher
 from phi3_lightning.errors import DataError, Phi3LightningError
@@ -140,8 +141,8 @@ class Phi3CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         check_launcher(self.trainer.strategy)
         check_averaging(self.trainer)
+        trainer: Any = self.trainer  # whose callbacks type checkers do not see
         if self.newest is not None:
-            trainer: Any = self.trainer  # whose callbacks type checkers do not see
             reason = nothing_left(self.newest, trainer.max_epochs, trainer.max_steps, trainer.callbacks)
             if reason is not None:
                 changes = changed_options(self.newest, self.model.hparams, self.datamodule.hparams)
@@ -149,11 +150,15 @@ class Phi3CLI(LightningCLI):
             self.newest = None  # the Trainer reads it again, onto the device
         if self.finished is None:
             self.datamodule.validate_sources()
+            if self.subcommand != "predict":
+                preferences.check_data(self.model.objective, self.datamodule)
+            if self.subcommand == "fit":
+                check_monitors(trainer.callbacks, self.model.objective)
             try:
                 self.general.validate_sources()
             except DataError as error:
                 raise DataError(f"monitor.general: {error}") from None
-            self.model.check_base()
+            self.model.check_base(restored=self.config[self.subcommand].ckpt_path is not None)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

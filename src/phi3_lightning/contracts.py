@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 
 from phi3_lightning.batch import Batch
 
-__all__ = ["DescribedData", "HasTokenizer", "Origin", "PlannedData"]
+__all__ = ["DataOfOneKind", "DescribedData", "HasTokenizer", "Origin", "PlannedData"]
 
 
 class Origin(NamedTuple):
@@ -60,6 +60,18 @@ class PlannedData(Protocol):
 
     def reshard_progress(self, state: Mapping[str, Any], epoch: int, position: int, window: int) -> int:
         """Return how many batches of each rank are done, for the present number of ranks and accumulation window."""
+
+
+@runtime_checkable
+class DataOfOneKind(Protocol):
+    """A data module that knows what its rows are, which a model's objective has to learn from."""
+
+    @property
+    def hparams(self) -> Any:
+        """The hyper-parameters that Lightning keeps; what decides the size of batches is read."""
+
+    def first_rows(self) -> Mapping[Any, tuple[str, str]]:
+        """Return kind (``chat``, ``pair`` or ``labelled``) and place of a row of each split, where they are known."""
 
 
 @runtime_checkable

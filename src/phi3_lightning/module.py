@@ -2,12 +2,11 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import Any, Literal, Self, cast
 
-import torch
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
@@ -21,24 +20,23 @@ from phi3_lightning.adapters.coverage import Coverage, coverage
 from phi3_lightning.adapters.statistics import Statistics
 from phi3_lightning.adapters.targets import describe_adapter
 from phi3_lightning.batch import Batch, PromptBatch
-from phi3_lightning.build import Base, build, check_trainer, detach, sharding_of
+from phi3_lightning.build import Base, build, check_trainer, describe_training, detach, sharding_of
 from phi3_lightning.checkpoint import resume
 from phi3_lightning.checkpoint.identity import identity
-from phi3_lightning.checkpoint.mixin import TrainableStateMixin
-from phi3_lightning.config import Generation, LoRA, Optimizer, Schedule
-from phi3_lightning.config.checks import Given, require, require_choice, section
-from phi3_lightning.errors import ModelError
+from phi3_lightning.config import Generation, LoRA, Objective, Optimizer, Schedule
+from phi3_lightning.config.checks import Given, plain, require, require_choice, section
+from phi3_lightning.errors import CheckpointError, ModelError
 from phi3_lightning.generation.decode import generate
-from phi3_lightning.metrics import TokenMetrics
-from phi3_lightning.model import activation_checkpointing, loss, packed_attention, precision
+from phi3_lightning.model import activation_checkpointing, packed_attention, precision
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model.compile import Compilation, choose_compilation
+from phi3_lightning.model.compile import Compilation
 from phi3_lightning.model.neftune import noisy_embeddings
+from phi3_lightning.objective_mixin import ObjectiveMixin
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.renamed import translated
 
 
-class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
+class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
     """Fine-tunes any ``Phi3ForCausalLM`` with a LoRA adapter on batches of :class:`~phi3_lightning.batch.Batch`.
 
     Nothing is loaded before :meth:`configure_model`. Base weights stay as they are, to the bit; adapters and their
@@ -65,6 +63,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
         optimizer: How the adapter is updated.
         schedule: How the learning rate moves.
         generation: How 'predict' writes answers.
+        objective: What a batch teaches.
     """
 
     def __init__(
@@ -83,6 +82,7 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
         optimizer: Given[Optimizer] = Optimizer(),
         schedule: Given[Schedule] = Schedule(),
         generation: Given[Generation] = Generation(),
+        objective: Given[Objective] = Objective(),
     ) -> None:
         super().__init__()
         if (alpha := neftune_noise_alpha) is not None:
@@ -102,35 +102,36 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
         self.optimizer_config = section(Optimizer, optimizer)
         self.schedule = section(Schedule, schedule)
         self.generation = section(Generation, generation)
+        self.set_objective(section(Objective, objective))
         loaded = None if isinstance(base, str) else base
         self._base = Base(self.base, self.base_id, revision, init, dtype, attn_implementation, quantization, loaded)
-        plain = {
+        options = {
             "neftune_noise_alpha": neftune_noise_alpha,
             "gradient_checkpointing": gradient_checkpointing,
             "torch_compile": torch_compile,
-            "lora": {**asdict(self.lora), "init_from": None},  # a checkpoint holds what it started from already
-            "optimizer": {**asdict(self.optimizer_config), "betas": list(self.optimizer_config.betas)},
-            "schedule": asdict(self.schedule),
-            "generation": asdict(self.generation),
+            "lora": {**plain(self.lora), "init_from": None},  # a checkpoint holds what it started from already
+            "optimizer": plain(self.optimizer_config),
+            "schedule": plain(self.schedule),
+            "generation": plain(self.generation),
+            "objective": plain(self.objective),
         }
-        self.save_hyperparameters(self._base.hyper_parameters() | plain)
+        self.save_hyperparameters(self._base.hyper_parameters() | options)
         self.model: Phi3ForCausalLM | None = None
         self.adapter: Adapter | None = None
         self._fingerprint = ""
-        self.val_metrics, self.test_metrics = TokenMetrics(), TokenMetrics()
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
         """As Lightning's, also for checkpoints whose options had other names."""
         return super().load_from_checkpoint(translated(checkpoint_path), *args, **kwargs)
 
-    def check_base(self) -> None:
-        """Raise what :meth:`configure_model` would raise, without loading a weight."""
-        self._base.check(self.lora)
+    def check_base(self, *, restored: bool = False) -> None:
+        """Raise what :meth:`configure_model` would raise, without loading a weight or reading a restored adapter."""
+        self._base.check(replace(self.lora, init_from=None) if restored else self.lora)
 
     def spec(self) -> RunSpec:
         """Return what decides how much memory and time training takes, under the Trainer if there is one."""
-        spec = self._base.spec(self.lora, self.optimizer_config, self.gradient_checkpointing)
+        spec = self._base.spec(self.lora, self.optimizer_config, self.gradient_checkpointing, self.objective)
         return spec if self._trainer is None else spec.under(self._trainer)
 
     def configure_model(self) -> None:
@@ -141,10 +142,11 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
             ModelError: If the base is no ``Phi3ForCausalLM``, or a target names no layer of it.
         """
         if self.model is None:
-            sharding = sharding_of(self._trainer, self._base, self.lora, self.optimizer_config)
-            self.model, self.adapter, self._fingerprint = build(
-                self._base, self.lora, self.gradient_checkpointing, self.device, sharding
-            )
+            sharding = sharding_of(self._trainer, self._base, self.lora, self.optimizer_config, self.objective)
+            options = self.gradient_checkpointing, self.device, sharding
+            built = self.start_from(self.lora, lambda lora: build(self._base, lora, *options))
+            self.model, self.adapter, self._fingerprint = built
+            self.keep_reference(self.lora)
 
     def detach_adapter(self) -> Phi3ForCausalLM:
         """Return the base model, without the adapter and bit-identical to what was loaded; the module loses both.
@@ -159,6 +161,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
     def _configured(self) -> tuple[Phi3ForCausalLM, Adapter]:
         if self.model is None or self.adapter is None:
             raise ModelError("the base model is not loaded yet: call configure_model() first")
+        if self.start_error is not None:
+            raise CheckpointError(self.start_error)
         return self.model, self.adapter
 
     @property
@@ -209,14 +213,9 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
     def on_fit_start(self) -> None:
         """Put the model into training mode, which loading and predicting may have left, and compile its layers."""
         super().on_fit_start()
-        model, _ = self._configured()
-        model.train()
+        model = self.loaded_model.train()
         with self.trainer.precision_plugin.train_step_context(), self.autocast():
-            micro_batches = self.trainer.estimated_stepping_batches * self.trainer.accumulate_grad_batches
-            layers = choose_compilation(model, self.compilation, micro_batches, dora=self.lora.use_dora)
-            attention = packed_attention.describe(model)
-        mode = activation_checkpointing.mode_of(model)
-        rank_zero_info(f"attention: {attention}; layers: {layers}; gradient checkpointing: {mode}")
+            rank_zero_info(describe_training(model, self.trainer, self.compilation, dora=self.lora.use_dora))
 
     def on_train_start(self) -> None:
         """Apply the present configuration to what a checkpoint has restored: learning rate, decay, betas."""
@@ -233,7 +232,8 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
         model, _ = self._configured()
         packed_attention.check_lengths(batch["document_lengths"], model.config, self.base)
         alpha = self.neftune_noise_alpha if model.training else None
-        with noisy_embeddings(model.get_input_embeddings(), batch["document_lengths"], alpha):
+        shared = packed_attention.shared_lengths(model, batch)
+        with noisy_embeddings(model.get_input_embeddings(), batch["document_lengths"], alpha, shared):
             return packed_attention.last_hidden_state(model, batch)
 
     def compute_loss(self, hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -241,34 +241,34 @@ class Phi3LoRAModule(TokenWeightedModule, TrainableStateMixin):
 
         Override it to train another loss. Sum and weight, not a mean, make the gradient independent of how a window is
         split into batches. ``hidden`` has the shape (rows, length, hidden size); full logits are ``head(hidden)``;
-        labels are unshifted, and position t predicts token t + 1.
+        labels are unshifted, and position t predicts token t + 1. The weight is the number of supervised tokens, or of
+        pairs with a preference objective, or of answers with KTO.
         """
-        return loss.cross_entropy(hidden, head, batch)
+        return self.objective_loss(self._configured()[1], hidden, head, batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the mean loss of the micro-batch; :meth:`backward` weights it by its tokens."""
         resume.seed_by_position(self.current_epoch, batch_idx, self.global_rank)
         with self.autocast():
             loss_sum, count = self.compute_loss(self(batch), self.head, batch)
-        return self.weighted_mean(loss_sum, count, list(chain.from_iterable(batch["document_ids"])))
+        self.measure_training(loss_sum, count)
+        return self.weighted_mean(loss_sum, count, list(dict.fromkeys(chain.from_iterable(batch["document_ids"]))))
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Add a batch to ``val/loss``, ``val/perplexity`` and ``val/token_accuracy``."""
-        self._evaluate("val", self.val_metrics, batch)
+        """Add a batch to the metrics of ``val/``: of tokens, or with a preference objective of preferences."""
+        self._evaluate("val", batch)
 
     def test_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Add a batch to the metrics of ``test/``; return the hidden states, from which a report measures documents."""
-        return self._evaluate("test", self.test_metrics, batch)
+        return self._evaluate("test", batch)
 
-    def _evaluate(self, stage: str, metrics: TokenMetrics, batch: Batch) -> Tensor:
+    def _evaluate(self, stage: Literal["val", "test"], batch: Batch) -> Tensor:
         with self.autocast():
             hidden: Tensor = self(batch)
             loss_sum, count = self.compute_loss(hidden, self.head, batch)
-            correct, supervised = loss.correct_tokens(hidden, self.head, batch)
-        metrics.update(loss_sum, torch.as_tensor(count), correct, supervised)
-        self.log(f"{stage}/loss", metrics.loss, prog_bar=True)
-        self.log(f"{stage}/perplexity", metrics.perplexity)
-        self.log(f"{stage}/token_accuracy", metrics.token_accuracy)
+            metrics = self.val_metrics if stage == "val" else self.test_metrics
+            self.measure_evaluation(metrics, loss_sum, count, hidden, self.head, batch)
+        metrics.log(self.log, stage)
         return hidden
 
     def predict_step(self, batch: PromptBatch, batch_idx: int) -> list[list[int]]:

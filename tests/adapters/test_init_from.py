@@ -336,3 +336,11 @@ def test_a_checkpoint_of_another_origin_is_refused(tiny_base, tmp_path):
     torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
     with pytest.raises(CheckpointError, match=r"^model\.lora\.init_from: .*a\.ckpt: .*not written by phi3_lightning"):
         attach(frozen_base(tiny_base), section(init_from=str(tmp_path / "a.ckpt")))
+
+
+@pytest.mark.parametrize("run", ["fit", "validate", "test"])
+def test_a_missing_start_is_refused_where_no_checkpoint_brings_its_values(tiny_base, tmp_path, run):
+    module = Phi3LoRAModule(tiny_base, dtype="float32", lora=SMALL | {"init_from": str(tmp_path / "nowhere.ckpt")})
+    batch = synthetic.batch_of([[synthetic.document(9, 4, 0)]])
+    with pytest.raises(CheckpointError, match=r"^model\.lora\.init_from: .*nowhere\.ckpt"):
+        getattr(synthetic.trainer(tmp_path), run)(module, synthetic.loader([batch]))

@@ -1,6 +1,7 @@
 """Both backends over a 4-bit and an 8-bit base."""
 
 import importlib.util
+import math
 
 import pytest
 import torch
@@ -115,6 +116,17 @@ def test_validation_leaves_the_base_unchanged_and_gradients_intact(base, backend
             loss, _ = module.compute_loss(module(BATCH), module.head, BATCH)
         modules.append([loss, *torch.autograd.grad(loss, list(module.trained_parameters()))])
     assert all(map(torch.equal, *modules))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reference_of_a_fresh_adapter_is_the_quantised_base(base, kind):
+    batch = synthetic.pairs_of([[synthetic.pair(9, 4, 3, seed) for seed in range(2)]])
+    module = Phi3LoRAModule(base, quantization=kind, lora={"lora_dropout": 0.0}, objective={"name": "dpo"})
+    module.configure_model()
+    with module.train().autocast():
+        loss, _ = module.compute_loss(module(batch), module.head, batch)
+    assert loss.item() == pytest.approx(2 * math.log(2), rel=1e-3)
+    assert all(gradient.isfinite().all() for gradient in torch.autograd.grad(loss, list(module.trained_parameters())))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,6 +10,7 @@ import synthetic
 from callbacks.test_samples import TINY
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import BadRows, RunCheckpoint
+from phi3_lightning.callbacks.bad_rows import find_bad_documents
 from phi3_lightning.checkpoint.io import SafeCheckpointIO
 from phi3_lightning.errors import DivergenceError
 
@@ -119,3 +120,18 @@ def test_validation_warns_of_its_bad_row_and_continues(tmp_path):
     assert len([w for w in caught if "not finite" in str(w.message)]) == 2  # once per validation
     assert not checkpoint.best_path.exists()
     assert checkpoint.last_path.exists()
+
+
+@pytest.mark.parametrize("name", ["dpo", "kto"])
+def test_preferences_whose_loss_is_not_finite_are_found(tmp_path, tiny_base, name):
+    pairs = [synthetic.pair(9, 4, 5, seed) for seed in range(4)]
+    if name == "dpo":
+        batch = synthetic.pairs_of([pairs[:2], pairs[2:]])
+    else:
+        batch = synthetic.labelled_of([[pair[0] for pair in pairs]], [[True, False, True, False]])
+    first = batch["document_lengths"][0]
+    batch["input_ids"][0, first[0] + first[1] if name == "dpo" else first[0]] = 2
+    module = Poisoned(tiny_base, dtype="float32", objective={"name": name})
+    module.token = 2  # which is in no other document
+    module.configure_model()
+    assert find_bad_documents(synthetic.trainer(tmp_path), module.eval(), batch) == [1]

@@ -149,6 +149,26 @@ def test_the_best_value_survives_a_restart(fit):
     assert fit.checkpoint.best_score == 0.5
 
 
+@pytest.mark.parametrize(
+    ("monitor", "best"),
+    [
+        ("val/loss", 0.4),
+        ("val/preference_accuracy", 0.9),
+        ("val/ranking_accuracy", 0.9),
+        ("val/reward_margin", 0.9),
+        ("val/chosen_logp", 0.9),
+        ("val/rejected_logp", 0.4),
+    ],
+)
+def test_the_best_value_of_each_metric_of_preferences_is_kept(fit, monitor, best):
+    class Preferences(Scripted):
+        def log(self, name, value, **options):
+            super().log(monitor if name == "val/loss" else name, value, **options)
+
+    fit(Preferences(0.5, 0.9, math.nan, 0.4), max_epochs=4, checkpoint={"monitor": monitor})
+    assert fit.checkpoint.best_score == pytest.approx(best)
+
+
 def test_another_monitor_starts_a_new_best(fit):
     fit(Scripted(1.0), max_epochs=1)
     fit(Scripted(), max_epochs=2, resume="last.ckpt", checkpoint={"monitor": None})

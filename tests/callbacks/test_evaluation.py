@@ -366,3 +366,57 @@ def test_data_without_a_trained_token_are_refused(tmp_path, batches):
 def test_ranges_are_checked(wrong):
     with pytest.raises(ConfigError, match=f"evaluation.{next(iter(wrong))}"):
         EvaluationReport(**wrong)
+
+
+def test_pairs_are_ranked_by_both_models(tmp_path):
+    pairs = [synthetic.pair(5 + seed, 2 + seed % 5, 1 + seed % 4, seed) for seed in range(9)]
+    loader = synthetic.loader([synthetic.pairs_of([pairs[:2], pairs[2:5]]), synthetic.pairs_of([pairs[5:]], 5)])
+    report = EvaluationReport(tmp_path / "run", rows=0, resamples=100)
+    trainer = synthetic.trainer(tmp_path, callbacks=[report])
+    tested = module(objective={"name": "dpo"})
+    (logged,) = trainer.test(tested, loader, verbose=False)
+    content = json.loads((tmp_path / "run/test.json").read_text(encoding="utf-8"))
+    assert {found["rows"] for found in content["metrics"].values()} == {9}
+
+    def means(model, side: int) -> list[tuple[float, int]]:
+        outputs = [
+            model(torch.tensor([ids]), labels=torch.tensor([labels])) for ids, labels in (p[side] for p in pairs)
+        ]
+        return [(output.loss.item(), p[side][1].count(-100)) for output, p in zip(outputs, pairs, strict=True)]
+
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    for name, model in (("base", base), ("tuned", tested.model.eval())):
+        with torch.no_grad():
+            chosen, rejected = (means(model, side) for side in (0, 1))
+        expected = sum(c < r for (c, _), (r, _) in zip(chosen, rejected, strict=True)) / 9
+        assert values(content, name)["ranking_accuracy"] == pytest.approx(expected)
+        tokens = [len(pair[0][0]) - prompt for pair, (_, prompt) in zip(pairs, chosen, strict=True)]
+        loss = sum(c * count for (c, _), count in zip(chosen, tokens, strict=True)) / sum(tokens)
+        assert values(content, name)["loss"] == pytest.approx(loss, rel=1e-5)  # of the chosen answers
+    assert logged["test/ranking_accuracy"] == pytest.approx(values(content, "tuned")["ranking_accuracy"])
+    interval = content["metrics"]["ranking_accuracy"]["difference"]
+    assert interval["low"] <= interval["value"] <= interval["high"]
+
+
+@pytest.mark.parametrize("good", [[True, False, True, False, True], [True] * 5])
+def test_labelled_answers_are_compared_where_they_are_good_and_ranked_by_label(tmp_path, good):
+    documents = [synthetic.document(9 + seed, 4, seed) for seed in range(5)]
+    batches = [synthetic.labelled_of([documents[:2], documents[2:]], [good[:2], good[2:]])]
+    filler = synthetic.batch_of([[]]) | {"preferred": [[]]}
+    report = EvaluationReport(tmp_path / "run", rows=0, resamples=100)
+    trainer = synthetic.trainer(tmp_path, callbacks=[report])
+    tested = module(objective={"name": "kto"})
+    (logged,) = trainer.test(tested, synthetic.loader([*batches, filler]), verbose=False)
+    content = json.loads((tmp_path / "run/test.json").read_text(encoding="utf-8"))
+    assert content["metrics"]["loss"]["rows"] == sum(good)
+    if all(good):
+        assert "ranking_accuracy" not in content["metrics"]
+        return
+    assert content["metrics"]["ranking_accuracy"]["rows"] == 5
+    base = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32).eval()
+    for name, model in (("base", base), ("tuned", tested.model.eval())):
+        with torch.no_grad():
+            losses = [model(torch.tensor([ids]), labels=torch.tensor([labels])).loss for ids, labels in documents]
+        ahead = [losses[i] < losses[j] for i in range(5) for j in range(5) if good[i] and not good[j]]
+        assert values(content, name)["ranking_accuracy"] == pytest.approx(sum(ahead).item() / len(ahead))
+    assert logged["test/ranking_accuracy"] == pytest.approx(values(content, "tuned")["ranking_accuracy"])

@@ -1,5 +1,6 @@
 """Answers of base and tuned model during training."""
 
+import json
 import re
 from pathlib import Path
 
@@ -26,15 +27,8 @@ def _wide(monkeypatch):
 
 
 def chats(tmp_path, **options) -> ChatDataModule:
-    return ChatDataModule(
-        train=str(TINY / "chats_val.jsonl"),
-        val_fraction=0.05,
-        tokenizer=str(TINY),
-        max_length=256,
-        num_workers=0,
-        cache_dir=str(tmp_path / "cache"),
-        **options,
-    )
+    small = {"tokenizer": str(TINY), "max_length": 256, "num_workers": 0, "cache_dir": str(tmp_path / "cache")}
+    return ChatDataModule(**{"train": str(TINY / "chats_val.jsonl"), "val_fraction": 0.05} | small | options)
 
 
 def tiny(**options) -> Phi3LoRAModule:
@@ -92,6 +86,16 @@ def test_prompts_come_from_the_validation_data_where_there_are_no_others(tmp_pat
     first = batch["labels"][0, : batch["document_lengths"][0][0]]
     prompt = batch["input_ids"][0, : int((first != -100).nonzero()[0])]
     assert " ".join(data.tokenizer.decode(prompt, skip_special_tokens=True).split()) in text
+
+
+def test_both_answers_of_a_pair_have_one_prompt(tmp_path, capsys):
+    rows = [{"prompt": f"Is it {hour} o'clock?", "chosen": "Yes.", "rejected": "No."} for hour in range(8)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data, module = chats(tmp_path, train=str(path), val_fraction=0.25), tiny(objective={"name": "orpo"})
+    fit(tmp_path, module, data, Samples(prompts=4), max_steps=1, val_check_interval=1)
+    table = printed_text(capsys).split("prompt base tuned")[-1]
+    assert [table.count(f"Is it {hour} o'clock?") for hour in range(8)].count(1) == 2
 
 
 def test_the_base_answers_once_and_every_validation_is_kept(tmp_path, monkeypatch):

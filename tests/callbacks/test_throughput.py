@@ -116,6 +116,12 @@ def test_padding_fraction_and_packing_efficiency(tmp_path, clock):
     assert (window["speed/padding_fraction"], window["speed/packing_efficiency"]) == pytest.approx((20 / 84, 64 / 120))
 
 
+def test_a_packed_row_of_pairs_holds_twice_as_many_tokens(tmp_path, clock):
+    pairs = BATCHES[1] | {"shared_lengths": [[0, 2]]}
+    (step,) = recorded(tmp_path, Slow(clock), [pairs], row_length=20)
+    assert step["speed/packing_efficiency"] == pytest.approx(24 / 40)
+
+
 def test_unpacked_rows_have_no_packing_efficiency(tmp_path, clock):
     assert "speed/packing_efficiency" not in recorded(tmp_path, Slow(clock), BATCHES)[0]
 
@@ -132,3 +138,17 @@ def test_mfu_follows_from_flops_speed_and_peak(tmp_path, tiny_base, monkeypatch)
         needed = flops.per_token * step["speed/tokens_per_second"]
         needed += flops.per_supervised_token * step["speed/supervised_tokens_per_second"]
         assert step["speed/mfu"] == pytest.approx(needed / 1e9, rel=1e-5)
+
+
+def test_shared_prompts_and_the_pass_of_a_reference_count_as_they_are_computed(tmp_path, tiny_base, monkeypatch):
+    monkeypatch.setattr("phi3_lightning.callbacks.throughput.peak_flops", lambda *_: 1e9)
+    module = Phi3LoRAModule(tiny_base, dtype="float32", objective={"name": "dpo"})
+    batch = synthetic.pairs_of([[synthetic.pair(20, 3, 5, 0)]])
+    (step,) = recorded(tmp_path, module, [batch])
+    plain = step_flops(module.loaded_model)
+    weights = sum(p.numel() for name, p in module.named_parameters() if "norm" not in name and "embed" not in name)
+    head = module.head.weight.numel()
+    computed = (23 + 25 - 19) / (23 + 25) * step["speed/tokens_per_second"]
+    needed = (plain.per_token + 2 * (weights - head)) * computed
+    needed += (plain.per_supervised_token + 2 * head) * step["speed/supervised_tokens_per_second"]
+    assert step["speed/mfu"] == pytest.approx(needed / 1e9, rel=1e-5)

@@ -48,6 +48,18 @@ def test_bad_input_is_one_clear_error(cli, options, message):
     assert "Traceback" not in refused.text
 
 
+def test_a_run_goes_on_without_the_file_that_it_started_from(cli, tmp_path):
+    source = tmp_path / "start.ckpt"
+    cli("fit", *QUICK, "--trainer.max_steps=1", "--run=first")
+    next((tmp_path / "runs/first").rglob("last.ckpt")).rename(source)
+    options = (*QUICK, f"--model.lora.init_from={source}", "--run=second")
+    assert f"adapter: starting from {source}" in cli("fit", *options, "--trainer.max_steps=1").text
+    source.unlink()
+    assert "resuming after step 1" in cli("fit", *options, "--trainer.max_steps=2").text
+    refused = cli("fit", *options, "--trainer.max_steps=1", "--run=third", code=1)
+    assert f"error: model.lora.init_from: {source}: there is no such checkpoint" in refused.text
+
+
 def adapter_folder(folder: Path, **keys) -> Path:
     """Write a PEFT adapter folder with changed keys in its configuration."""
     LoraConfig(r=4, target_modules=["o_proj"], base_model_name_or_path=str(TINY)).save_pretrained(str(folder))

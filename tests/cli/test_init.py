@@ -17,7 +17,7 @@ import yaml
 from cli.conftest import QUICK, REPOSITORY
 from phi3_lightning.commands.init import render
 from phi3_lightning.commands.translation.script import Translation, translate
-from phi3_lightning.config import LoRA
+from phi3_lightning.config import LoRA, Objective
 from phi3_lightning.errors import ConfigError
 
 SETUP = """\
@@ -166,6 +166,74 @@ def test_a_wheel_brings_the_configurations_along(tmp_path):
 
 
 # ---------------------------------------------------------------- a script
+
+
+DPO = """
+from trl import DPOConfig, DPOTrainer
+
+args = DPOConfig(
+    output_dir="dpo", loss_type=["robust"], beta=0.2, label_smoothing=0.1, learning_rate=1e-5, padding_free=True,
+    disable_dropout=True, max_steps=5,
+)
+DPOTrainer(
+    "microsoft/Phi-3-mini-4k-instruct", args=args, peft_config=LoraConfig(r=8, lora_dropout=0.05),
+    train_dataset=load_dataset("trl-lib/ultrafeedback_binarized", split="train"),
+)
+"""
+
+
+def test_a_script_of_preferences_becomes_a_configuration(cli, tmp_path):
+    (tmp_path / "script.py").write_text(DPO)
+    report = cli("init", "conf", "--from=script.py").text
+    assert re.findall(r"^  line \d+, (.*)$", report, re.MULTILINE) == [
+        "DPOConfig: padding_free = True: not translated; `fit --help` has every option",
+        "LoraConfig: lora_dropout = 0.05: not taken; TRL's preference trainers switch dropout off",
+    ]
+    printed = yaml.safe_load(cli("fit", "--config=conf/script.yaml", "--print_config").text)
+    objective = {"name": "dpo", "beta": 0.2, "label_smoothing": 0.1}
+    assert objective.items() <= printed["model"]["objective"].items()
+    lora = {"r": 8, "lora_dropout": 0.0, "init_from": None}
+    assert lora.items() <= printed["model"]["lora"].items()
+    assert (printed["data"]["train"], printed["data"]["batch_size"]) == ("trl-lib/ultrafeedback_binarized:train", 1)
+
+
+@pytest.mark.parametrize(
+    ("source", "settings", "notes"),
+    [
+        ("DPOConfig()", {"name": "dpo"}, []),
+        ("DPOConfig(loss_type='ipo', beta=0.3)", {"name": "ipo", "beta": 0.3}, []),
+        ("DPOConfig(label_smoothing=0.1)", {"name": "dpo"}, ["TRL uses it with loss_type robust alone"]),
+        ("DPOConfig(loss_type=['sigmoid', 'sft'])", {}, ["not taken; see model.objective.name"]),
+        ("c = DPOConfig()\nc.loss_type = 'ipo'", {}, ["no literal; set model.objective.name by hand"]),
+        ("DPOConfig(loss_type=chosen)", {}, ["no literal; set model.objective.name by hand"]),
+        ("KTOConfig(desirable_weight=1, undesirable_weight=1.5)", {
+            "name": "kto", "desirable_weight": 1, "undesirable_weight": 1.5,
+        }, []),
+        ("ORPOConfig(beta=0.2)", {"name": "orpo", "beta": 0.2}, []),
+        ("CPOConfig(loss_type='simpo', simpo_gamma=0.3, cpo_alpha=0.0)", {
+            "name": "simpo", "simpo_gamma": 0.3, "sft_weight": 0.0,
+        }, []),
+        ("CPOConfig()", {}, ["CPOConfig: loss_type = 'sigmoid': not taken; see model.objective.name"]),
+        ("DPOConfig(seed=1)\nDPOConfig(seed=1, loss_type='ipo')", {}, ["not alike in all such calls"] * 2),
+        ("DPOConfig()\nKTOConfig()", {}, ["several values for model.objective.name"] * 2),
+        ("SFTConfig(loss_type='dft')", {}, ["not translated"]),
+    ],
+)  # fmt: skip
+def test_preference_trainers_become_objectives(tmp_path, source, settings, notes):
+    translation = translated(tmp_path, source)
+    found = {path.removeprefix("model.objective."): value for path, value in translation.settings.items()}
+    dropout = found.pop("model.lora.lora_dropout", None)
+    assert dropout == 0 or not settings
+    found.pop("seed_everything", None)
+    assert found == settings
+    assert len(translation.notes) == len(notes)
+    assert all(part in note for part, note in zip(notes, translation.notes, strict=True))
+    Objective(**settings)
+
+
+def test_dropout_stays_where_the_script_leaves_it_on(tmp_path):
+    found = translated(tmp_path, "DPOConfig(disable_dropout=False)\nLoraConfig(lora_dropout=0.05)")
+    assert found == ({"model.objective.name": "dpo", "model.lora.lora_dropout": 0.05}, [])
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
@@ -374,7 +442,7 @@ def test_slices_of_fused_layers_select_the_loralib_backend(tmp_path, targets, se
 @pytest.mark.parametrize(
     ("text", "error"),
     [
-        ("x = 1", "has none of TrainingArguments, SFTConfig, SFTTrainer"),
+        ("x = 1", "has none of TrainingArguments, SFTConfig, DPOConfig"),
         ("SFTConfig(", "cannot be read"),
         ("SFTConfig()\0", "cannot be read"),
         ("a = {**a}\nSFTConfig(**a)", "cannot be read"),

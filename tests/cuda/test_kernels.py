@@ -79,3 +79,25 @@ def test_larger_chunks_of_the_head_change_nothing(base, monkeypatch):
     monkeypatch.setattr(loss, "GPU_CHUNK", 16)
     # float32 sums of at most 1,000 terms in another order
     assert error(gradient(base, "float32"), one) < 1000 * torch.finfo(torch.float32).eps
+
+
+def test_shared_prompts_round_no_more_than_two_documents(base):
+    """The last query is on the last key in flash attention too, with fewer queries than keys and in a window."""
+
+    def gradient_of(dtype: str, shared: bool) -> torch.Tensor:
+        options = {"dtype": dtype, "lora": {"r": 8, "lora_dropout": 0.0}, "objective": {"name": "simpo"}}
+        module = synthetic.randomised(Phi3LoRAModule(base, **options).cuda()).cuda()
+        pairs = [synthetic.pair(200, 60, 90, 0), synthetic.pair(40, 5, 130, 1)]
+        found = synthetic.pairs_of([pairs])
+        if not shared:
+            found["shared_lengths"] = [[0] * 4]
+        found = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+        with module.autocast():
+            summed, count = module.compute_loss(module(found), module.head, found)
+        (summed / count).backward()
+        return torch.cat([parameter.grad.flatten() for parameter in module.trained_parameters()])
+
+    truth = gradient_of("float32", False)
+    apart, once = (error(gradient_of("bfloat16", shared), truth) for shared in (False, True))
+    assert apart < 0.1
+    assert once < 1.5 * apart

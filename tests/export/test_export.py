@@ -83,6 +83,14 @@ def test_exports_have_the_logits_of_the_live_model(base_folder, tmp_path, shape,
     assert exported.certificate.adapter.max_logit > 100 * exported.certificate.export.max_logit
 
 
+def test_the_card_has_the_objective(base_folder, tmp_path):
+    write(live(base_folder(), objective={"name": "ipo", "beta": 0.3}), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "`model.objective.name` | `ipo`" in card
+    assert "`model.objective.beta` | `0.3`" in card
+    assert "label_smoothing" not in card  # which ipo does not use
+
+
 @pytest.mark.parametrize("kind", ["peft", "merged"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_the_certificate_holds_in_bfloat16(base_folder, tmp_path, kind, dtype):

@@ -152,7 +152,67 @@ def test_each_document_has_its_own_loss(head, monkeypatch):
     assert found[:, 0].sum().item() == pytest.approx(loss.cross_entropy(hidden, head, batch)[0].item(), rel=TOLERANCE)
 
 
+def test_the_losses_of_documents_have_the_gradient_of_each_times_its_factor(head, monkeypatch):
+    """Packed and padded rows, in chunks that end within documents, with a document that has no label."""
+    monkeypatch.setattr(loss, "CHUNK", 7)
+    silent = ([5, 6, 7], [IGNORE_INDEX] * 3)
+    batch = synthetic.batch_of([[DOCUMENTS[0], silent, DOCUMENTS[1]], [DOCUMENTS[2]]])
+    factors = torch.tensor([0.3, 5.0, -2.0, 0.0])
+    hidden, reference = hidden_of(batch), hidden_of(batch)
+    losses, counts = loss.document_losses(hidden, head, batch)
+    assert (losses.dtype, counts.tolist()) == (torch.float32, [5, 0, 29, 1])
+    (losses * factors).sum().backward()
+    places = [(0, slice(0, 12)), (0, slice(12, 15)), (0, slice(15, 45)), (1, slice(0, 7))]
+    expected = []
+    for (row, tokens), document in zip(places, [DOCUMENTS[0], silent, *DOCUMENTS[1:]], strict=True):
+        expected.append(plain_loss(reference[row : row + 1, tokens], head, synthetic.batch_of([[document]])))
+    expected = torch.stack(expected)
+    (expected * factors).sum().backward()
+    torch.testing.assert_close(losses, expected, rtol=TOLERANCE, atol=0)
+    torch.testing.assert_close(hidden.grad, reference.grad, rtol=0, atol=TOLERANCE * reference.grad.abs().max())
+    assert not hidden.grad[1].any()  # of the document whose factor is 0
+
+
+def test_losses_of_documents_add_up_to_that_of_all(head):
+    batch = synthetic.batch_of(ROWS)
+    losses, counts = loss.document_losses(hidden_of(batch), head, batch)
+    total, count = loss.cross_entropy(hidden_of(batch), head, batch)
+    assert losses.sum().item() == pytest.approx(total.item(), rel=TOLERANCE)
+    assert counts.sum().item() == count.item()
+
+
+def test_full_logits_of_documents_never_exist_at_once(head, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 4)
+    seen = []
+    handle = head.register_forward_hook(lambda module, inputs, output: seen.append(tuple(output.shape)))
+    batch = synthetic.batch_of(ROWS)
+    loss.document_losses(hidden_of(batch), head, batch)[0].sum().backward()
+    handle.remove()
+    assert len(seen) == -(-SUPERVISED // 4) * (2 if head.weight.requires_grad else 1)
+    assert max(rows for rows, _ in seen) == 4
+
+
+def test_factors_are_not_rounded_with_the_states():
+    """In bfloat16 the factor would be 1: a token's gradient is rounded once, after the product."""
+    factor = 1 + 3 * 2**-10
+    torch.manual_seed(0)
+    head = nn.Linear(16, synthetic.VOCABULARY, bias=False).bfloat16().requires_grad_(False)
+    batch = synthetic.batch_of(ROWS)
+    gradients = []
+    for each in (1.0, factor):
+        hidden = hidden_of(batch).detach().bfloat16().requires_grad_()
+        (loss.document_losses(hidden, head, batch)[0] * each).sum().backward()
+        gradients.append(hidden.grad.float())
+    assert torch.equal((gradients[0] * factor).bfloat16().float(), gradients[1])
+    assert not torch.equal(*gradients)
+
+
 def test_a_filler_batch_has_no_document(head):
     batch = synthetic.batch_of([[([5, 5], [IGNORE_INDEX] * 2)]])
     batch["document_lengths"], batch["document_ids"] = [[]], [[]]
     assert loss.by_document(hidden_of(batch), head, batch).shape == (0, 3)
+    hidden = hidden_of(batch)
+    losses, counts = loss.document_losses(hidden, head, batch)
+    assert losses.shape == counts.shape == (0,)
+    losses.sum().backward()
+    assert torch.equal(hidden.grad, torch.zeros_like(hidden))

@@ -44,6 +44,28 @@ def test_training_is_noisy_and_validation_is_not(tmp_path):
     assert noisy[1] == pytest.approx(plain[1], rel=1e-5)  # after one step at 1e-8
 
 
+def test_the_rest_of_a_pair_has_the_noise_of_its_whole_document(tiny_base):
+    options = {"dtype": "float32", "lora": {"lora_dropout": 0.0}, "objective": {"name": "dpo"}}
+    module = Phi3LoRAModule(tiny_base, neftune_noise_alpha=5.0, gradient_checkpointing="none", **options)
+    module.configure_model()
+    module.model.train()
+    batch = synthetic.pairs_of([[synthetic.pair(9, 4, 6, 0), synthetic.pair(5, 2, 3, 1)]])
+    seen = []
+    handle = module.model.model.layers[0].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        module(batch)
+        module.model.eval()
+        module(batch)
+    handle.remove()
+    noise = (seen[0] - seen[1])[0]
+    lengths, shared = batch["document_lengths"][0], batch["shared_lengths"][0]
+    parts = noise.split([length - common for length, common in zip(lengths, shared, strict=True)])
+    for part, length in zip(parts, lengths, strict=True):
+        bound = 5.0 / (length * 32) ** 0.5
+        assert 0.9 * bound < part.abs().max() <= bound * (1 + 1e-5)
+
+
 @pytest.mark.parametrize("alpha", [0, -1.0])
 def test_an_invalid_noise_alpha_is_refused(alpha):
     with pytest.raises(ConfigError, match=r"model\.neftune_noise_alpha"):

@@ -65,6 +65,17 @@ def test_the_bound_is_above_every_plan(tmp_path, options):
             assert upper_bound(run.spec, shape) > needed(run, "none", shape)
 
 
+@pytest.mark.parametrize("start", [True, False])
+def test_the_bound_is_above_every_plan_of_pairs(tmp_path, start):
+    limits = {"max_position_embeddings": 2048, "original_max_position_embeddings": 2048}
+    base = synthetic.save_tiny(tmp_path / "base", torch.bfloat16, **WIDE | limits)
+    run = MemoryPredictor(spec(base, objective={"name": "dpo"}, lora={"init_lora_weights": start, "r": 2}))
+    for prompt, answer in ((0, 512), (100, 100), (2000, 48), (1, 2)):  # with weights of attention, and without
+        length = prompt + answer
+        shape = BatchShape([[length, length]], 2 * answer, [[0, prompt]])
+        assert upper_bound(run.spec, shape) > needed(run, "none", shape)
+
+
 def test_attention_with_a_mask_has_no_upper_bound(wide):
     assert upper_bound(spec(wide, attn_implementation="eager"), SHAPE) == math.inf
 

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.batch import Batch
 from phi3_lightning.planning import dry_run
 from phi3_lightning.planning.dry_run import FakeModule
 from phi3_lightning.planning.step import BatchShape
@@ -41,15 +42,16 @@ class PeakLiveBytes(TorchDispatchMode):
         return result
 
 
-def real_step(module: Phi3LoRAModule) -> tuple[int, int]:
+def real_step(module: Phi3LoRAModule, batch: Batch | None = None) -> tuple[int, int]:
     """Bytes kept for the backward pass, and peak bytes, of a real step on real tensors."""
     module.configure_model()
     module.model.train()
-    batch = synthetic.batch_of(ROWS)
+    batch = batch or synthetic.batch_of(ROWS)
     for parameter in module.trained_parameters():
         parameter.grad = torch.zeros_like(parameter)
-    gradients = [parameter.grad for parameter in module.trained_parameters()]
-    with PeakLiveBytes([*module.parameters(), *module.buffers(), *gradients]) as alive:
+    before = [parameter.grad for parameter in module.trained_parameters()]
+    before += [*module.parameters(), *module.buffers(), *module.reference.state_dict().values()]
+    with PeakLiveBytes(before) as alive:
         with module.autocast():
             loss, _ = module.compute_loss(module(batch), module.head, batch)
         kept = alive.now()
@@ -86,6 +88,38 @@ def test_a_dry_run_has_the_memory_of_a_real_step(shallow, options, checkpointing
     places = 200 * 32
     assert found.stored == pytest.approx(kept, abs=places)
     assert found.stored + max(found.head, found.layer) == pytest.approx(peak, abs=places)
+
+
+PAIRS = [[synthetic.pair(50, 30, 20, 0)], [synthetic.pair(20, 40, 30, 1), synthetic.pair(10, 10, 5, 2)]]
+
+
+@pytest.mark.parametrize(
+    ("name", "checkpointing", "lora"),
+    [("dpo", "full", {"init_lora_weights": False}), ("simpo", "none", {}), ("kto", "selective", {})],
+)
+def test_a_dry_run_of_preferences_has_the_memory_of_a_real_step(base, name, checkpointing, lora):
+    batch = synthetic.pairs_of(PAIRS)
+    if name == "kto":
+        documents = [[document for pair in row for document in pair] for row in PAIRS]
+        batch = synthetic.labelled_of(documents, [[True, False] * len(row) for row in PAIRS])
+    options = {"objective": {"name": name}, "lora": lora, "gradient_checkpointing": checkpointing}
+    found = fake(base, mixed=False, **options).activations(BatchShape.of(batch), checkpointing)
+    kept, peak = real_step(Phi3LoRAModule(base, **options), batch)
+    places = 2 * batch["input_ids"].numel() * 32  # of the masks and indices of two answers
+    assert found.stored == pytest.approx(kept, abs=places)
+    assert found.peak == pytest.approx(peak, abs=places)
+    assert (found.reference > 0) == (name != "simpo")
+
+
+def test_the_pass_of_a_reference_has_no_backward_pass_and_computes_shared_tokens_once(base):
+    shape = BatchShape.of(synthetic.pairs_of([[synthetic.pair(200, 10, 10, 0)]]))
+    dpo, simpo = (fake(base, objective={"name": name}).activations(shape, "none") for name in ("dpo", "simpo"))
+    assert dpo.stored == simpo.stored
+    assert 0 < dpo.reference < dpo.stored
+    twice = fake(base, objective={"name": "dpo"}).activations(replace(shape, shared=[[0, 0]]), "none")
+    assert dpo.stored < 0.7 * twice.stored
+    assert shape.computed_tokens(Phi3LoRAModule(base).spec()) == 2 * 210 - 199
+    assert shape.computed_tokens(Phi3LoRAModule(base, attn_implementation="sdpa").spec()) == 2 * 210
 
 
 @pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])

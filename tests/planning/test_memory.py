@@ -17,7 +17,7 @@ from phi3_lightning.planning.memory import (
 )
 from phi3_lightning.planning.speed import timed_seconds
 from phi3_lightning.planning.step import BatchShape
-from phi3_lightning.planning.suggestions import suggestions
+from phi3_lightning.planning.suggestions import _changes, suggestions
 
 SHAPE = BatchShape([[70, 30], [60]], 110)
 
@@ -44,6 +44,42 @@ def test_weights_gradients_and_moments_are_those_of_a_real_run(tmp_path, tied):
     assert memory.adapter == 2 * size(trained)
     state = module.trainer.optimizers[0].state
     assert memory.optimizer == size(state[p][name] for p in trained for name in ("exp_avg", "exp_avg_sq"))
+
+
+PAIRS = BatchShape([[60, 40, 30, 20], [50, 50]], 110, [[0, 25, 0, 9], [0, 30]])
+
+
+def test_a_reference_that_is_a_copy_of_the_adapter_takes_its_bytes_once_more(tiny_base):
+    fresh, copy = (
+        predictor(tiny_base, objective={"name": "dpo"}, lora={"init_lora_weights": start}).memory(PAIRS)
+        for start in (True, False)
+    )
+    assert copy.adapter == 1.5 * fresh.adapter
+    orpo = predictor(tiny_base, objective={"name": "orpo"}, lora={"init_lora_weights": False}).memory(PAIRS)
+    assert (orpo.adapter, orpo.reference) == (fresh.adapter, 0)
+    four = predictor(tiny_base, ranks=4, sharded=True, objective={"name": "orpo"}).memory(PAIRS)
+    assert four.reference == 0
+
+
+def tried(run: MemoryPredictor, shape: BatchShape) -> dict:
+    """The changes that are tried, with what predicts the memory of each."""
+    return dict(_changes(run, shape, None))
+
+
+def test_suggestions_for_pairs_bound_each_answer(tiny_base, monkeypatch):
+    run = predictor(tiny_base, objective={"name": "simpo"})
+    monkeypatch.setattr(MemoryPredictor, "memory", lambda self, shape, mode=None: shape)
+    predictions = tried(run, PAIRS)
+    # a row holds two conversations of data.max_length, which is 75 here
+    halved = BatchShape([[30, 20, 15, 10], [25, 25]], 55, [[0, 12, 0, 4], [0, 15]])
+    assert predictions["data.max_length: 37"]() == halved
+    assert predictions["data.batch_size: 1"]() == BatchShape([[60, 40, 30, 20]], 66, [[0, 25, 0, 9]])
+
+
+def test_kto_is_not_left_with_one_answer(tiny_base):
+    run = predictor(tiny_base, objective={"name": "kto"})
+    assert "data.batch_size: 1" in tried(run, SHAPE)
+    assert "data.batch_size: 1" not in tried(run, BatchShape([[70], [60]], 110))
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
@@ -126,7 +162,7 @@ def test_the_time_of_a_step_is_extrapolated_from_shallow_models(tmp_path, monkey
     """By a clock that the test moves: a second for the head, and half a second for each layer."""
     now = [0.0]
 
-    def step(model, spec, shape, **_):
+    def step(model, adapter, spec, shape, **_):
         again = model.model.layers[0].gradient_checkpointing
         now[0] += 1 + (0.75 if again else 0.5) * model.config.num_hidden_layers
 
@@ -142,6 +178,13 @@ def test_the_time_of_a_step_is_extrapolated_from_shallow_models(tmp_path, monkey
     assert timed(3) == pytest.approx(7 + (10 - 7) / 3)  # every third layer
     # a slow device is timed on the fewest tokens, and the time per token is the same for more
     assert timed("none", peak=1.0) == pytest.approx(7 * SHAPE.tokens / speed.MIN_TIMED_TOKENS)
+
+
+def test_whole_pairs_are_timed_or_one_that_is_made_shorter():
+    assert speed._first_pairs(PAIRS, 120) == BatchShape([[60, 40]], 44, [[0, 25]])
+    assert speed._first_pairs(PAIRS, 150) == BatchShape([[60, 40, 30, 20]], 66, [[0, 25, 0, 9]])
+    assert speed._first_pairs(PAIRS, 50) == BatchShape([[30, 20]], 22, [[0, 12]])
+    assert speed._first_pairs(PAIRS, 2) == BatchShape([[2, 2]], 1, [[0, 0]])
 
 
 def test_a_gpu_has_larger_head_chunks_and_no_fragmentation(tiny_base):

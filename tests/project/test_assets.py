@@ -45,11 +45,19 @@ def chats() -> dict[str, list]:
     }
 
 
+@pytest.fixture(scope="module")
+def pairs() -> dict[str, list]:
+    return {
+        part: [json.loads(line) for line in (ASSETS / f"pairs_{part}.jsonl").read_text().splitlines()]
+        for part in ("train", "val")
+    }
+
+
 @pytest.fixture
 def scripts(monkeypatch) -> None:
     monkeypatch.syspath_prepend(REPOSITORY / "scripts")
     yield
-    for name in ("build_tiny_phi3", "tiny_phi3_chats", "tiny_phi3_corpus"):
+    for name in ("build_tiny_phi3", "tiny_phi3_chats", "tiny_phi3_corpus", "tiny_phi3_pairs"):
         sys.modules.pop(name, None)
 
 
@@ -181,10 +189,22 @@ def test_the_base_has_much_to_learn(model, tokenizer, chats) -> None:
     assert all(2 < loss < 10 for loss in losses)
 
 
-def test_the_files_come_from_the_script(scripts, chats) -> None:
+def test_pairs_differ_in_their_answers_alone(pairs) -> None:
+    assert {part: len(rows) for part, rows in pairs.items()} == {"train": 120, "val": 32}
+    asked = {part: {row["prompt"][-1]["content"] for row in rows} for part, rows in pairs.items()}
+    assert asked["train"].isdisjoint(asked["val"])
+    for rows in pairs.values():
+        assert all(row.keys() == {"prompt", "chosen", "rejected"} and row["chosen"] != row["rejected"] for row in rows)
+        shorter = [len(row["chosen"][0]["content"]) < len(row["rejected"][0]["content"]) for row in rows]
+        assert sum(shorter) == len(rows) / 2  # length alone tells nothing
+
+
+def test_the_files_come_from_the_script(scripts, chats, pairs) -> None:
     from tiny_phi3_chats import build_chats
+    from tiny_phi3_pairs import build_pairs
 
     assert build_chats()._asdict() == chats
+    assert build_pairs()._asdict() == pairs
 
 
 def test_the_corpus_follows_from_its_seed(scripts) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, Phi3ForCausalLM
 
+import preferences
 import synthetic
 from contenders import chats, clock, heldout
 from contenders.catalogue import CONTENDERS, OURS, Contender
@@ -18,6 +19,7 @@ from contenders.clock import Clock, Step
 from contenders.report import COLUMNS, Measured, alternating, cells, markdown
 from contenders.servers import Servers
 from contenders.task import IGNORE_INDEX, TARGETS, Row, Task, read_rows, write_rows
+from phi3_lightning import ChatDataModule
 
 TINY = Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3"
 
@@ -134,6 +136,25 @@ def test_rows_are_read_as_they_were_written(tmp_path):
     rows = [Row([1, 2, 3], [IGNORE_INDEX, 2, 3]), Row([4], [4])]
     write_rows(tmp_path / "rows.jsonl", rows)
     assert read_rows(tmp_path / "rows.jsonl") == rows
+
+
+@pytest.mark.parametrize("name", preferences.SETS)
+def test_a_packed_row_holds_the_pairs_of_a_step(tmp_path, shared, name):
+    lengths = preferences.SETS[name]
+    folder = str(shared / "phi3-mini-4k-instruct")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    preferences.write_pairs(tmp_path / "pairs.jsonl", 5 * preferences.PAIRS, lengths, tokenizer)
+    ours = next(contender for contender in preferences.contenders(lengths.row_tokens) if contender.runner == "ours")
+    data = ChatDataModule(
+        train=str(tmp_path / "pairs.jsonl"), tokenizer=folder, batch_size=1, val_fraction=0.0, num_workers=0,
+        cache_dir=str(tmp_path), **ours.options["data"],
+    )  # fmt: skip
+    data.prepare_data()
+    data.setup("fit")
+    batches = list(data.train_dataloader())
+    assert [len(batch["shared_lengths"][0]) for batch in batches] == [2 * preferences.PAIRS] * 5
+    near = pytest.approx(lengths.prompt, rel=2 * preferences.VARIATION)
+    assert all(shared == near for batch in batches for shared in batch["shared_lengths"][0][1::2])
 
 
 # ---------------------------------------------------------------------- the table

@@ -57,3 +57,16 @@ def test_memory_of_short_packed_documents_is_predicted_within_a_tenth(tmp_path, 
         f"--data.cache_dir={tmp_path}/cache", "--model.gradient_checkpointing=none",
     )  # fmt: skip
     assert abs(found) <= WITHIN
+
+
+@pytest.mark.slow
+def test_memory_of_pairs_with_a_long_prompt_is_predicted_within_a_tenth(tmp_path, shared):
+    words = "a question about the hours of the shop and the price of a lamp " * 40
+    pairs = [{"prompt": f"{n} {words}", "chosen": f"yes {words[:300]}", "rejected": words[: 200 + n]} for n in range(4)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    found = relative_error(
+        tmp_path, SMOLLM2 | {"vocab_size": 32064}, f"--data.train={tmp_path}/pairs.jsonl", "--data.val_fraction=0",
+        f"--data.tokenizer={shared}/phi3-mini-4k-instruct", "--data.max_length=1024", "--model.objective.name=dpo",
+        f"--data.cache_dir={tmp_path}/cache", "--model.gradient_checkpointing=none",
+    )  # fmt: skip
+    assert abs(found) <= WITHIN

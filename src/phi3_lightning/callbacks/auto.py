@@ -65,10 +65,11 @@ class AutoBatchSize(pl.Callback):
             self._trainer, self._configured_accumulation = trainer, trainer.accumulate_grad_batches
         step = data.hparams["batch_size"] * self._configured_accumulation
         _, total = _memory(trainer)
-        row = BatchShape.of(data.largest_train_row())
+        largest = data.largest_train_row()
+        row = BatchShape.of(largest)
         fitting, mode = rows_that_fit(pl_module.spec(), row, PLANNED_SHARE_OF_MEMORY * total)
         trainer.accumulate_grad_batches, rows = share_step(step, fitting)
-        tokens = rows * data.hparams["max_length"]
+        tokens = rows * data.hparams["max_length"] * (2 if "shared_lengths" in largest else 1)
         rank_zero_info(
             f"{fitting} rows fit into {PLANNED_SHARE_OF_MEMORY:.0%} of {total / 1e9:.1f} GB "
             f"with gradient_checkpointing {mode}"
@@ -77,6 +78,8 @@ class AutoBatchSize(pl.Callback):
             f"data.max_tokens_per_batch: auto is {tokens}: {rows} rows, {trainer.accumulate_grad_batches} such "
             f"micro-batches to an optimiser step of {step} rows"
         )
+        if pl_module.objective.name == "kto":
+            rank_zero_info("model.objective.name: kto has a baseline of each micro-batch, whose size this decides")
         data.set_tokens_per_batch(tokens)
 
 

@@ -85,5 +85,5 @@ def find_bad_documents(trainer: pl.Trainer, module: Phi3LoRAModule, batch: Batch
         with torch.no_grad(), trainer.precision_plugin.val_step_context(), module.autocast():
             loss, _ = module.compute_loss(module(document), module.head, document)
         if not loss.isfinite():
-            bad += document["document_ids"][0]
+            bad.append(document["document_ids"][0][0])
     return bad

@@ -20,6 +20,9 @@ from phi3_lightning.errors import CheckpointError
 from phi3_lightning.files import local_path
 from phi3_lightning.renamed import check_metric
 
+HIGHER_IS_BETTER = ("accuracy", "/reward_margin", "/chosen_logp")
+"""What the names of metrics end with of which the highest value is the best."""
+
 
 class RunCheckpoint(ModelCheckpoint):
     """Writes ``last.ckpt``, from which the same command resumes, and ``best.ckpt``.
@@ -33,7 +36,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: Folder of the two files; null: ``checkpoints`` in the run's folder.
-        monitor: The metric, lower is better, that decides which checkpoint is the best; null: only the newest is kept.
+        monitor: The metric that decides which checkpoint is the best; null: only the newest is kept. Lower is better,
+            but for accuracies, reward_margin and chosen_logp.
         every_n_steps: Optimiser steps after which ``last.ckpt`` is written; null: by time alone.
         every_n_minutes: Minutes since the last time after which ``last.ckpt`` is written.
         on_mismatch: Whether a checkpoint of another base, tokenizer or adapter is refused, or loaded with a warning.
@@ -57,7 +61,8 @@ class RunCheckpoint(ModelCheckpoint):
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.on_mismatch = on_mismatch
-        self.best_score = math.inf
+        self._higher_is_better = (monitor or "").endswith(HIGHER_IS_BETTER)
+        self.best_score = -math.inf if self._higher_is_better else math.inf
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._validation_interrupted = False
@@ -139,7 +144,7 @@ class RunCheckpoint(ModelCheckpoint):
         if self.monitor is None or trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         score = trainer.callback_metrics.get(self.monitor)
-        if score is not None and score.item() < self.best_score:  # false for NaN
+        if score is not None and self._is_better(score.item()):
             self.best_score, self.best_model_score = score.item(), score.detach().clone()
             self._save(trainer, self.best_path)
             self.best_model_path = str(self.best_path)
@@ -149,6 +154,9 @@ class RunCheckpoint(ModelCheckpoint):
                 f"checkpoint.monitor: {self.monitor} is not logged (there are "
                 f"{', '.join(sorted(trainer.callback_metrics))}), and no best.ckpt is kept"
             )
+
+    def _is_better(self, score: float) -> bool:  # false for NaN
+        return score > self.best_score if self._higher_is_better else score < self.best_score
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

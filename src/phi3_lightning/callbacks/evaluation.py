@@ -18,7 +18,7 @@ from phi3_lightning.config.checks import require
 from phi3_lightning.contracts import DescribedData, HasTokenizer, data_module, origins
 from phi3_lightning.distributed.collectives import all_gather_dict, all_gather_object
 from phi3_lightning.errors import ConfigError, DataError, ModelError
-from phi3_lightning.evaluate import cases, page
+from phi3_lightning.evaluate import cases, page, ranking
 from phi3_lightning.evaluate.answering import Answering, live_progress
 from phi3_lightning.evaluate.bootstrap import Comparison, Statistics
 from phi3_lightning.evaluate.report import TOKEN_SCORES, AnswerPair, Report, measure_answers, measure_tokens, table
@@ -33,8 +33,9 @@ from phi3_lightning.module import Phi3LoRAModule
 class EvaluationReport(pl.Callback):
     """Compares base and tuned model on the test data, and writes ``test.json``, ``test.md`` and ``test.html``.
 
-    Token losses are measured on all rows. For some rows both models generate an answer, whose reference is the last
-    trained turn; intervals are by the bootstrap. After an interruption, the answers so far stay in
+    Token losses are measured on all rows: of preferences on chosen or good answers, and also how often each model ranks
+    them above rejected or bad ones. For some rows both models generate an answer, whose reference is the last trained
+    turn; intervals are by the bootstrap. After an interruption, the answers so far stay in
     ``test.partial.RANK.jsonl``. It needs a Phi3LoRAModule, and for answers a datamodule with a ``tokenizer``.
 
     Args:
@@ -57,6 +58,8 @@ class EvaluationReport(pl.Callback):
         self.resamples = resamples
         self._checkpoint: dict[str, Any] = {}
         self._tokens: dict[int, Statistics] = {}
+        self._ranks: dict[int, Statistics] = {}
+        self._labelled: dict[int, Statistics] = {}
         self._cases: dict[int, cases.Case] = {}
         self._left_out: dict[int, str] = {}
         self._partial = PartialJsonl(Path("test"), 0)
@@ -92,7 +95,7 @@ class EvaluationReport(pl.Callback):
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._partial = PartialJsonl(cast("Path", self.folder) / "test", trainer.global_rank)
-        self._tokens, self._cases, self._left_out = {}, {}, {}
+        self._tokens, self._ranks, self._labelled, self._cases, self._left_out = {}, {}, {}, {}, {}
 
     @override
     def on_test_batch_end(  # type: ignore[override]
@@ -109,8 +112,17 @@ class EvaluationReport(pl.Callback):
             with pl_module.base_answers():
                 base = loss.by_document(pl_module(batch), pl_module.head, batch)
         document_ids = [document_id for row in batch["document_ids"] for document_id in row]
-        self._tokens |= dict(zip(document_ids, torch.cat([base, tuned], dim=-1).cpu().numpy(), strict=True))
-        for case in cases.cases(batch) if self.rows != 0 else []:
+        measured = torch.cat([base, tuned], dim=-1).cpu().numpy()
+        shown = ranking.reference_documents(batch)
+        self._tokens |= {document_ids[index]: measured[index] for index in shown}
+        if "shared_lengths" in batch:
+            self._ranks |= dict(zip(document_ids[::2], ranking.ranks(measured), strict=True))
+        elif "preferred" in batch:
+            good = np.array([flag for row in batch["preferred"] for flag in row], dtype=np.float64)
+            means = ranking.mean_logps(measured)
+            self._labelled |= dict(zip(document_ids, np.column_stack([means, good]), strict=True))
+        answered = cases.cases(batch) if self.rows != 0 else []
+        for case in (answered[index] for index in shown if answered):
             reason = cases.unusable(case, data_module(trainer).tokenizer)
             if reason is None:
                 self._cases[case.document_id] = case
@@ -126,10 +138,13 @@ class EvaluationReport(pl.Callback):
         base, tuned = tokens[:, :3], tokens[:, 3:]
         # the tuned model's are logged by test_step
         _log(pl_module, "test_base", {name: value(base.sum(0).tolist()) for name, value in TOKEN_SCORES.items()})
+        ranked = ranking.measure_ranking(_all_rows(trainer, self._ranks), self.resamples)
+        ranked |= ranking.measure_ranking_by_label(_all_rows(trainer, self._labelled), self.resamples)
+        _log(pl_module, "test_base", {name: comparison.base.value for name, comparison in ranked.items()})
         answers = self._answer(trainer, pl_module) if self.rows != 0 else []
         left_out = all_gather_dict(trainer, self._left_out)
         if trainer.is_global_zero and not cast("Any", trainer).fast_dev_run:
-            metrics = measure_tokens(base, tuned, self.resamples) | measure_answers(answers, self.resamples)
+            metrics = measure_tokens(base, tuned, self.resamples) | ranked | measure_answers(answers, self.resamples)
             self._write(trainer, pl_module, metrics, len(tokens), answers, Counter(left_out.values()))
         self._partial.remove()
 
@@ -189,6 +204,12 @@ class EvaluationReport(pl.Callback):
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         self._partial.log_path()
+
+
+def _all_rows(trainer: pl.Trainer, statistics: Mapping[int, Statistics]) -> Statistics:
+    """The statistics of all ranks, in the order of their rows."""
+    by_row = all_gather_dict(trainer, statistics)
+    return np.array([by_row[row] for row in sorted(by_row)])
 
 
 def _log(module: Phi3LoRAModule, stage: str, values: Mapping[str, float]) -> None:

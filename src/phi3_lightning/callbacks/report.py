@@ -15,7 +15,9 @@ from phi3_lightning.module import Phi3LoRAModule
 MIN_EFFECTIVE_CHANGE = 1e-3
 """Total change of an adapter value, about the learning rate times steps, below which a LoRA changes no answer."""
 
-VALIDATION_METRICS = ("val/loss", "val/token_accuracy")
+VALIDATION_METRICS = (
+    "val/loss", "val/token_accuracy", "val/preference_accuracy", "val/ranking_accuracy", "val/reward_margin",
+)  # fmt: skip
 
 
 class RunReport(pl.Callback):

@@ -147,14 +147,14 @@ def _prompts_to_predict(data: Any) -> tuple[list[list[int]], list[int]]:
 
 
 def _validation_prompts(batch: Batch, tokenizer: Any) -> tuple[list[list[int]], list[int]]:
-    """The tokens before the first supervised one of each document, and the stop tokens."""
-    prompts = []
-    for row, tokens, _ in document_spans(batch):
+    """The tokens before the first supervised one of each document, of a pair once, and the stop tokens."""
+    prompts: dict[int, list[int]] = {}
+    for row, tokens, document_id in document_spans(batch):
         supervised = (batch["labels"][row, tokens] != IGNORE_INDEX).nonzero()
         if len(supervised):
-            prompts.append(batch["input_ids"][row, tokens][: int(supervised[0])].tolist())
+            prompts.setdefault(document_id, batch["input_ids"][row, tokens][: int(supervised[0])].tolist())
     usable = [case for case in cases.cases(batch) if cases.unusable(case, tokenizer) is None]
-    return prompts, cases.stop_ids(usable, tokenizer)
+    return list(prompts.values()), cases.stop_ids(usable, tokenizer)
 
 
 def _as_markdown(samples: list[Sample]) -> str:

@@ -16,7 +16,7 @@ IRRELEVANT = (
 )  # fmt: skip
 """Options that do not influence what is learnt."""
 
-SECTIONS = ("model", "data", "model.lora", "model.optimizer", "model.schedule")
+SECTIONS = ("model", "data", "model.lora", "model.objective", "model.optimizer", "model.schedule")
 """Sections that are compared key by key; any other dictionary is one value."""
 
 

@@ -78,7 +78,8 @@ class TrainableStateMixin(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Refuse frozen weights that differ between ranks: each rank reads its own, and nothing synchronises them."""
         if self._trainer is not None and self.trainer.world_size > 1:
-            own = self.checkpoint_identity()["fingerprint"]
+            identity_block = self._identity()
+            own = [identity_block["fingerprint"], identity_block.get("reference")]
             if self.trainer.strategy.broadcast(own) != own:
                 raise ModelError(
                     f"rank {self.global_rank} has other frozen weights than rank 0; give every node the same files, or "

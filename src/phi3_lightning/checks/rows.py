@@ -7,17 +7,20 @@ import json
 from collections import Counter
 from dataclasses import dataclass, field
 from importlib.resources import files
-from itertools import islice, pairwise
+from itertools import islice
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phi3_lightning.config.data import DataConfig
+from phi3_lightning.config.data import DataConfig, RowOptions
+from phi3_lightning.data.chunk import Chunk, Job, note_kinds
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.context_length import ContextLength
-from phi3_lightning.data.conversation import BadRowError, Conversation
-from phi3_lightning.data.encode import Chunk, Job
+from phi3_lightning.data.conversation import Conversation, Kind
+from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.formats import parse_row
+from phi3_lightning.data.pairs import conversations
 from phi3_lightning.data.readers import decode_line
 from phi3_lightning.data.sources import Source, find_sources
 from phi3_lightning.data.splits import make_encoder
@@ -41,23 +44,27 @@ class Row:
     """Where it came from."""
     document: Document
     """Its tokens and supervised spans."""
-    conversation: Conversation | None
-    """Its turns; None for plain texts and ready-made ids, which have none."""
+    conversations: list[Conversation]
+    """Its conversation, or both of a pair; none for plain texts and ready-made ids."""
+
+    @property
+    def _better(self) -> Document:
+        return self.document.sides()[0]
 
     @property
     def _answer_start(self) -> int:
-        start, end = map(int, self.document.spans[-2:])
+        start, end = map(int, self._better.spans[-2:])
         return start if start > 1 else max(end // 2, 1)  # of a text that is trained whole, the second half
 
     @property
     def question(self) -> list[int]:
-        """The tokens before the last answer."""
-        return list(map(int, self.document.input_ids[: self._answer_start]))
+        """The tokens before the last answer, or the chosen one."""
+        return list(map(int, self._better.input_ids[: self._answer_start]))
 
     @property
     def answer(self) -> list[int]:
-        """The tokens of the last answer, with the one that ends it."""
-        return list(map(int, self.document.input_ids[self._answer_start : self.document.spans[-1]]))
+        """The tokens of the last answer, or the chosen one, with the token that ends it."""
+        return list(map(int, self._better.input_ids[self._answer_start : self._better.spans[-1]]))
 
 
 @dataclass
@@ -80,29 +87,34 @@ class Sample:
     tokens: int = 0
     supervised: int = 0
     """Supervised ones among the tokens of the documents."""
+    kinds: dict[Kind, str] = field(default_factory=dict)
+    """The kind of the rows, with the place of the first."""
+    labels: Counter[bool] = field(default_factory=Counter)
+    """Good and bad answers, of answers with a label."""
 
     def add(self, chunk: Chunk, source: Source, stop_ids: list[int]) -> list[tuple[int, Document]]:
         """Count a chunk of tokenised rows, and return number and document of each that training would use."""
         self.read += chunk.read
         self.dropped.update(chunk.dropped)
         self.bad += [f"{source.place(number)}: {why}" for number, why in chunk.bad]
-        tokens = _split(chunk.input_ids, chunk.lengths)
-        spans = _split(chunk.spans, chunk.span_lengths)
-        documents = []
-        for number, ids, edges in zip(chunk.rows.tolist(), tokens, spans, strict=True):
-            supervised = np.concatenate([ids[max(a, 1) : b] for a, b in edges.reshape(-1, 2).tolist()])
-            ends = np.isin(supervised, stop_ids)
-            self.endless += not ends.any()
-            self.empty += bool(ends.all())
-            self.tokens += len(ids)
-            self.supervised += len(supervised)
-            documents.append((number, Document(self.documents, ids, edges)))
-            self.documents += 1
-        return documents
+        note_kinds(self.kinds, chunk, source)
+        numbers = chunk.rows.tolist()
+        documents = chunk.documents(range(self.documents, self.documents + len(numbers)))
+        for document in documents:
+            trained = [_supervised(side) for side in document.sides()]
+            self.endless += not all(np.isin(tokens, stop_ids).any() for tokens in trained)
+            self.empty += any(np.isin(tokens, stop_ids).all() for tokens in trained)
+            if document.kind == "labelled":
+                self.labels[bool(document.preferred)] += 1
+            self.tokens += len(document.input_ids)
+            self.supervised += sum(map(len, trained))
+        self.documents += len(documents)
+        return list(zip(numbers, documents, strict=True))
 
 
-def _split(values: NDArray[np.int32], lengths: NDArray[np.int32]) -> list[NDArray[np.int32]]:
-    return [values[start:end] for start, end in pairwise(np.cumsum([0, *lengths]).tolist())]
+def _supervised(document: Document) -> NDArray[np.int32]:
+    ids = document.input_ids
+    return np.concatenate([ids[max(start, 1) : end] for start, end in document.spans.reshape(-1, 2).tolist()])
 
 
 def read_sample(options: DataConfig, template: ChatTemplate, context_length: ContextLength | None) -> Sample:
@@ -111,7 +123,7 @@ def read_sample(options: DataConfig, template: ChatTemplate, context_length: Con
     These differ in their questions, since one question with two answers cannot be overfitted.
 
     Raises:
-        DataError: If a file cannot be read.
+        DataError: If a file cannot be read, or rows are of two kinds.
     """
     encoder = make_encoder("train", options, template, context_length)
     sources = find_sources(options.files("train") or [], streaming=True)
@@ -123,7 +135,7 @@ def read_sample(options: DataConfig, template: ChatTemplate, context_length: Con
         for number, document in sample.add(encoder.encode(Job(index, numbered)), source, template.stop_ids):
             raw = contents[number]
             parsed = parse_row(decode_line(raw) if isinstance(raw, bytes) else raw, encoder.options)
-            rows.append(Row(source.place(number), document, parsed if isinstance(parsed, Conversation) else None))
+            rows.append(Row(source.place(number), document, conversations(parsed)))
         if sample.read >= SAMPLED_ROWS:
             break
     sample.rows = _shortest(rows)
@@ -141,8 +153,10 @@ def _shortest(rows: list[Row]) -> list[Row]:
     return list(by_question.values())
 
 
-def packaged_rows(template: ChatTemplate) -> list[Row]:
+def packaged_rows(template: ChatTemplate, kind: Kind = "chat") -> list[Row]:
     """Return rows that are known to be good: the first exchanges of the package's chats, in the user's template.
+
+    The worse answer of a pair is that of another chat, and so is every second labelled answer, which is a bad one.
 
     Raises:
         DataError: If the template cannot render them.
@@ -150,12 +164,28 @@ def packaged_rows(template: ChatTemplate) -> list[Row]:
     text = (files("phi3_lightning") / "assets/tiny_phi3/chats_train.jsonl").read_text(encoding="utf-8")
     chats = [json.loads(line)["messages"] for line in text.splitlines()]
     chats = [chat[:2] for chat in chats if chat[0]["role"] == "user"]  # not every template knows system messages
-    conversations = [Conversation(chat, [False, True]) for chat in chats]
-    rows = []
-    for number, (chat, encoded) in enumerate(zip(conversations, template.encode(conversations), strict=True), start=1):
-        if isinstance(encoded, BadRowError):
-            raise DataError(f"a chat of the package cannot be rendered: {encoded}")
-        spans = np.array([edge for span in encoded.spans for edge in span], dtype=np.int32)
-        document = Document(number, np.array(encoded.input_ids, dtype=np.int32), spans)
-        rows.append(Row(f"packaged chat {number}", document, chat))
-    return _shortest(rows)
+    rows = _shortest(_encoded([{"messages": chat} for chat in chats], template))
+    if kind == "chat":
+        return rows
+    shortest = [[message["content"] for message in row.conversations[0].messages] for row in rows]
+    changed: list[dict[str, Any]] = []
+    for index, (question, answer) in enumerate(shortest):
+        other = next(text for _, text in [*shortest[index:], *shortest[:index]] if text != answer)
+        if kind == "pair":
+            changed.append({"prompt": question, "chosen": answer, "rejected": other})
+        else:
+            good = index % 2 == 0
+            changed.append({"prompt": question, "completion": answer if good else other, "label": good})
+    return _encoded(changed, template)
+
+
+def _encoded(rows: list[dict[str, Any]], template: ChatTemplate) -> list[Row]:
+    encoder = Encoder(template, RowOptions())
+    chunk = encoder.encode(Job(0, list(enumerate(rows, start=1))))
+    if chunk.bad:
+        raise DataError(f"a chat of the package cannot be rendered: {chunk.bad[0][1]}")
+    documents = chunk.documents(range(len(rows)))
+    return [
+        Row(f"packaged chat {number}", document, conversations(parse_row(row, encoder.options)))
+        for number, (row, document) in enumerate(zip(rows, documents, strict=True), start=1)
+    ]

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 import torch
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning.config import Schedule
+from phi3_lightning.config import Objective, Optimizer, Schedule
 from phi3_lightning.errors import ModelError
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -38,6 +38,16 @@ class SharedBase:
         if self._base is None:
             raise ModelError("the base is lent to another module")
         return self._base
+
+    @property
+    def objective(self) -> Objective:
+        """What the user's batches teach."""
+        return self._user_module.objective
+
+    @property
+    def optimizer(self) -> Optimizer:
+        """The user's section ``model.optimizer``."""
+        return self._user_module.optimizer_config
 
     @contextmanager
     def module(self, **changes: Any) -> Iterator[Phi3LoRAModule]:

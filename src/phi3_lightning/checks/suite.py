@@ -10,7 +10,7 @@ import numpy as np
 from phi3_lightning.checks import numerics
 from phi3_lightning.checks.overfit_diagnosis import OverfitDiagnosis
 from phi3_lightning.checks.result import Result
-from phi3_lightning.checks.rows import Row, Sample, packaged_rows, read_sample
+from phi3_lightning.checks.rows import SAMPLED_ROWS, Row, Sample, packaged_rows, read_sample
 from phi3_lightning.checks.shared_base import SharedBase
 from phi3_lightning.checks.supervision import find_faults
 from phi3_lightning.config.data import DataConfig, Split
@@ -28,6 +28,7 @@ from phi3_lightning.data.splits import (
 )
 from phi3_lightning.errors import DataError
 from phi3_lightning.hardware import program
+from phi3_lightning.preferences import learns_from
 
 MY_ROWS = "my rows"
 REPEATED_ROWS = "rows that are there twice"
@@ -70,7 +71,8 @@ class Suite:
             DataError: If a file cannot be read.
         """
         self.on_begin(MY_ROWS)
-        sample, good = read_sample(self.options, self.template, self.context_length), packaged_rows(self.template)
+        kind = learns_from(self.shared_base.objective)
+        sample, good = read_sample(self.options, self.template, self.context_length), packaged_rows(self.template, kind)
         first_rows = self._my_rows(sample)
         yield first_rows
         self.on_begin(REPEATED_ROWS)
@@ -82,14 +84,18 @@ class Suite:
             self.shared_base, self.template, self.clip, self.folder, self.on_begin, self.on_step
         )
         own = diagnosis.case(sample.rows, self._planned(sample.rows)) if sample.rows else None
-        size, indices = self.options.batch_size, [[index] for index in range(len(good))]
+        # KTO compares the answers of a micro-batch
+        size = self.options.batch_size if kind != "labelled" else len(good)
+        indices = [[index] for index in range(len(good))]
         batches = [indices[start : start + size] for start in range(0, len(good), size)]
         yield from diagnosis.run(own, diagnosis.case(good, batches))
 
     def _planned(self, rows: list[Row]) -> list[list[list[int]]]:
         """The rows in batches, as a run would lay them out."""
         lengths = np.array([len(row.document.input_ids) for row in rows], dtype=np.int64)
-        plan = plan_split("train", lengths, self.options, self.context_length, seed=0)
+        chosen = np.array([row.document.chosen_length for row in rows], dtype=np.int64)
+        pairs = chosen if chosen.any() else None
+        plan = plan_split("train", lengths, self.options, self.context_length, seed=0, chosen_lengths=pairs)
         return [plan[batch] for batch in range(len(plan))]
 
     def _my_rows(self, sample: Sample) -> Result:
@@ -98,6 +104,9 @@ class Suite:
         figure += "".join(f"; {count} dropped ({reason})" for reason, count in sample.dropped.items())
         look = f"look at them: {program()} preview with the same options"
         remedy = f"{look}; messages with weight 0 or train false are not trained, nor rows longer than data.max_length"
+        one_sided = len(sample.labels) == 1 and sample.read < SAMPLED_ROWS  # of more rows, others may follow
+        if sample.labels:
+            figure += f"; {sample.labels[True]} good answers and {sample.labels[False]} bad ones"
         refused = bool(sample.bad) and self.options.on_bad_row == "raise"
         if refused:
             remedy = f"fix {sample.bad[0]}, or set data.on_bad_row: skip"
@@ -107,9 +116,11 @@ class Suite:
         elif sample.empty:
             figure += f"; {sample.empty} with empty answers"
             remedy = f"{look}; an empty answer teaches to say nothing"
+        elif one_sided:
+            remedy = "kto learns from what sets good answers apart from bad ones: give rows of both labels"
         unusable = sample.endless + sample.empty > (1 - MIN_USABLE_FRACTION) * sample.documents
         enough = sample.documents >= MIN_USABLE_FRACTION * sample.read
-        holds = bool(sample.rows) and not refused and not unusable and enough
+        holds = bool(sample.rows) and not refused and not unusable and enough and not one_sided
         return Result.of(MY_ROWS, holds, figure, remedy)
 
     def _copies(self, *, known_fault: bool) -> Iterator[Result]:
@@ -151,7 +162,7 @@ class Suite:
         return parts
 
     def _template(self, rows: list[Row]) -> Result:
-        chats = [row for row in rows if row.conversation is not None and self._whole(row.conversation)]
+        chats = [row for row in rows if row.conversations and all(map(self._whole, row.conversations))]
         if not chats:
             return Result.skipped(TEMPLATE, "no whole rows with turns" if rows else "no rows of yours to look at")
         faults = find_faults(chats, self.template)
@@ -169,8 +180,11 @@ class Suite:
 
     def _numerics(self, rows: list[Row]) -> Iterator[Result]:
         documents = [row.document for row in rows]
-        single = self.shared_base.strategy.batch_to_device(collate([[document] for document in documents], self.pad))
-        packed = self.shared_base.strategy.batch_to_device(collate([documents], self.pad))
+        packed = collate([documents], self.pad)
+        single = collate([[side] for document in documents for side in document.sides()], self.pad)
+        if "shared_lengths" in packed:  # each answer of a pair with a prompt of its own
+            single["shared_lengths"] = [[0] for _ in single["document_ids"]]
+        single, packed = map(self.shared_base.strategy.batch_to_device, (single, packed))
         with self.shared_base.module() as module:
             numerics.leave_no_half_zero(module)
             module.to(self.shared_base.strategy.root_device)

@@ -5,20 +5,25 @@ from typing import Any
 
 from phi3_lightning.batch import IGNORE_INDEX
 from phi3_lightning.checks.rows import Row
-from phi3_lightning.data.collate import collate
+from phi3_lightning.data.collate import Document, collate
 from phi3_lightning.data.conversation import BadRowError, Conversation
 from phi3_lightning.data.template import ChatTemplate
 
 
 def find_faults(rows: list[Row], template: ChatTemplate) -> list[str]:
     """Return place and fault of each row, of those with turns, whose supervision differs from the template."""
-    faults = [(row.place, _fault(row.conversation, row, template)) for row in rows if row.conversation is not None]
+    faults = [
+        (row.place, _fault(chat, document, template))
+        for row in rows
+        if row.conversations
+        for chat, document in zip(row.conversations, row.document.sides(), strict=True)
+    ]
     return [f"{place}: {fault}" for place, fault in faults if fault is not None]
 
 
-def _fault(chat: Conversation, row: Row, template: ChatTemplate) -> str | None:
-    ids = row.document.input_ids.tolist()
-    spans = _labelled(row)
+def _fault(chat: Conversation, document: Document, template: ChatTemplate) -> str | None:
+    ids = document.input_ids.tolist()
+    spans = _labelled(document)
     contents = [message["content"] for message, on in zip(chat.messages, chat.trained, strict=True) if on]
     render: Any = template.tokenizer.apply_chat_template  # its annotations know no TypedDict
     if not _special_text(chat, template) and ids != render(chat.messages, tokenize=True, return_dict=False):
@@ -53,9 +58,9 @@ def _prompt_fault(
     return None
 
 
-def _labelled(row: Row) -> list[tuple[int, int]]:
+def _labelled(document: Document) -> list[tuple[int, int]]:
     """The supervised ranges, read from the labels that the model gets."""
-    labels = collate([[row.document]], pad_token_id=0)["labels"][0]
+    labels = collate([[document]], pad_token_id=0)["labels"][0]
     marks = "".join("x" if label != IGNORE_INDEX else "." for label in labels.tolist())
     return [match.span() for match in re.finditer("x+", marks)]
 

@@ -24,6 +24,7 @@ from phi3_lightning.commands.quiet import quieten_trainers
 from phi3_lightning.commands.single_device import single_device_trainer
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.preferences import check_data
 from phi3_lightning.progress import phase_progress
 
 DESCRIPTION = "Prove on your own model, data, settings and device that training will do what it should."
@@ -54,6 +55,7 @@ def main(args: list[str]) -> None:
     ):
         on_begin("loading the base")
         classes.data.validate_sources()
+        check_data(classes.model.objective, classes.data)
         shared_base = SharedBase(classes.model, partial(single_device_trainer, config.trainer, folder))
         suite = Suite(classes.data.options, shared_base, clip, Path(folder), on_begin, on_step)
         results = list(suite.run())

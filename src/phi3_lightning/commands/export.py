@@ -61,6 +61,7 @@ def main(args: list[str]) -> None:
     # the checkpoint's options are defaults: options of this call win
     options.set_defaults(model_defaults(checkpoint["hyper_parameters"]))
     config = options.parse_args(args)
+    config.model.lora.init_from = None  # the checkpoint has what it held
     request = _request(config)
     target = local_path("--output_dir", config.output_dir).resolve()
     _check_target(target, overwrite=config.overwrite)

@@ -17,8 +17,13 @@ from phi3_lightning.hardware import program
 DESCRIPTION = "Write the configurations that come with the package, and translate a training script into one."
 
 PACKAGE = Path(__file__).parent.parent
-RECIPE = "phi3_mini_4k_lora.yaml"
-"""The start of a translation: options that the script leaves open are as in it."""
+RECIPES = {
+    "supervised": "phi3_mini_4k_lora.yaml",
+    "dpo": "phi3_mini_4k_dpo.yaml",
+    "orpo": "phi3_mini_4k_orpo.yaml",
+    "kto": "phi3_mini_4k_kto.yaml",
+}
+"""The start of a translation by its objective, of another one that of dpo; what the script leaves open is as in it."""
 
 _ONE_LINE = dict.fromkeys(map(ord, "\n\r\v\f\x1c\x1d\x1e\x85\u2028\u2029"), " ")
 """A line break in a key of the script would end the comment."""
@@ -31,7 +36,7 @@ def parser() -> LightningArgumentParser:
     result.add_argument(
         "--from", type=str | None, default=None,
         help="A Python script that trains with TRL. What it passes in literals to TrainingArguments, SFTConfig, "
-        "SFTTrainer, LoraConfig and the like becomes a configuration; it is read and never run.",
+        "DPOConfig, SFTTrainer, LoraConfig and the like becomes a configuration; it is read and never run.",
     )  # fmt: skip
     result.add_argument(
         "--overwrite", action="store_true", help="Write into a folder in use; files of the same names are replaced."
@@ -90,7 +95,9 @@ def _installed(text: str, folder: Path) -> str:
 
 def render(translation: Translation, source: str) -> str:
     """Return the translation of a script as one whole configuration in YAML, with its notes in comments at the head."""
-    config: dict[str, Any] = yaml.safe_load(shipped()[RECIPE])
+    objective = translation.settings.get("model.objective.name", "supervised")
+    config: dict[str, Any] = yaml.safe_load(shipped()[RECIPES.get(objective, RECIPES["dpo"])])
+    config["model"]["lora"].pop("init_from", None)
     trainer = config["trainer"]
     trainer.pop("callbacks", None)  # TrainingArguments stop nothing early
     for path, value in translation.settings.items():

@@ -52,6 +52,8 @@ def open_module(options: LightningArgumentParser, args: list[str]) -> LoadedRun:
         checkpoint = read_checkpoint(source)
         options.set_defaults(model_defaults(checkpoint.get("hyper_parameters", {})))
     config = options.parse_args(args)
+    if checkpoint is not None:
+        config.model.lora.init_from = None  # the checkpoint has what it held
     seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
     origin = f"{source}: taken" if source else "no checkpoint: the base answers, or the adapter of model.lora.init_from"
     if source is not None and source.suffix == ".pt" and not source.with_suffix(".json").is_file():

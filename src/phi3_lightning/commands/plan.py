@@ -20,6 +20,8 @@ from phi3_lightning.commands.quiet import quieten_trainers
 from phi3_lightning.commands.single_device import device_list, single_device_trainer
 from phi3_lightning.config import Schedule
 from phi3_lightning.data.datamodule import ChatDataModule
+from phi3_lightning.data.plans import row_capacity
+from phi3_lightning.distributed.fsdp2 import check_shardable
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.hardware import check_accelerator, device_memory, peak_flops, resident_memory
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode
@@ -32,6 +34,7 @@ from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.speed import least_seconds, timed_seconds
 from phi3_lightning.planning.step import BatchShape
 from phi3_lightning.planning.suggestions import suggestions
+from phi3_lightning.preferences import learns_from
 from phi3_lightning.progress import phase_progress
 
 DESCRIPTION = "Predict memory, speed and hours of a run from its configuration, and what would help most."
@@ -70,21 +73,26 @@ class Plan:
         self.on_gpu = _on_gpu(str(config.trainer.accelerator))
         self.model_options = self._readable_base(config.model.as_dict())
         strategy = config.trainer.strategy
+        module = Phi3LoRAModule(**self.model_options)
+        self.objective = module.objective
         spec = replace(
-            Phi3LoRAModule(**self.model_options).spec(),
+            module.spec(),
             mixed=str(config.trainer.precision) in ("16-mixed", "bf16-mixed", "16", "bf16"),
             ranks=_ranks(config.trainer, self.on_gpu),
             sharded=isinstance(strategy, Namespace) and str(strategy.class_path).endswith("FSDP2Strategy"),
             process=None if self.on_gpu else resident_memory(),
         )
+        if spec.sharded:
+            check_shardable(False, spec.quantization, spec.lora, spec.optimizer, spec.objective)
         on_begin("measuring the device")
         dtype = torch.float32 if spec.dtype == "float32" else torch.bfloat16
         self.peak = None if self._device is None else peak_flops(self._device, dtype)
         on_begin("reading the data")
         options = config.data.as_dict()
         if config.data.max_tokens_per_batch == "auto":
-            options["max_tokens_per_batch"] = self._rows_that_fit(spec, options) * config.data.max_length
-        self.rows: PlannedRows = planned_rows(ChatDataModule(**options))
+            capacity = row_capacity(ChatDataModule(**options).options, learns_from(self.objective))
+            options["max_tokens_per_batch"] = self._rows_that_fit(spec, options) * capacity
+        self.rows: PlannedRows = planned_rows(ChatDataModule(**options), self.objective)
         self.predictor, self.choice = self._with_mode(MemoryPredictor(spec))
         self.spec = self.predictor.spec
 
@@ -114,7 +122,8 @@ class Plan:
     def _rows_that_fit(self, spec: RunSpec, options: dict[str, Any]) -> int:
         if self._device is None:
             raise ConfigError("data.max_tokens_per_batch: auto needs the GPU, and there is none here; give a number")
-        row = planned_rows(ChatDataModule(**options | {"max_tokens_per_batch": None, "batch_size": 1})).shape
+        data = ChatDataModule(**options | {"max_tokens_per_batch": None})
+        row = BatchShape.of(planned_rows(data, self.objective).largest_row)
         rows, _ = rows_that_fit(spec, row, PLANNED_SHARE_OF_MEMORY * device_memory(self._device)[1])
         trainer = self.config.trainer
         trainer.accumulate_grad_batches, rows = share_step(
@@ -162,13 +171,9 @@ class Plan:
         memory = self.predictor.memory(shape)
         helpful = suggestions(self.predictor, shape, memory, lambda change: self.on_begin(f"with {change}"))
         seconds = self._seconds(shape)
-        documents = sum(map(len, shape.lengths))
-        console.print(
-            f"micro-batch: {shape.tokens:,} tokens, {documents:,} documents, {len(shape.lengths):,} rows "
-            f"({self.rows.source}), {self.config.trainer.accumulate_grad_batches} to an optimiser step",
-            soft_wrap=True,
-            markup=False,
-        )
+        console.print(f"micro-batch: {self._describe_batch()}", soft_wrap=True, markup=False)
+        if self.objective.name == "kto":
+            console.print(self._describe_baseline(), soft_wrap=True, markup=False)
         if self.choice is not None:
             console.print(self.choice, soft_wrap=True, markup=False)
         console.print(memory_table(memory, "a GPU" if self.on_gpu else "this process"))
@@ -181,6 +186,23 @@ class Plan:
             seconds = measurement.seconds
         self._print_length(console, None if seconds is None else self.spec.ranks * shape.tokens / seconds)
 
+    def _describe_batch(self) -> str:
+        shape = self.rows.shape
+        documents = sum(map(len, shape.lengths))
+        size = f"{shape.tokens:,} tokens, {documents:,} documents"
+        if shape.shared is not None:
+            once = shape.tokens - shape.computed_tokens(self.spec)
+            size = f"{shape.tokens:,} tokens, {once:,} of them computed once for two answers, {documents // 2:,} pairs"
+        rows = f"{size}, {len(shape.lengths):,} rows ({self.rows.source})"
+        return f"{rows}, {self.config.trainer.accumulate_grad_batches} to an optimiser step"
+
+    def _describe_baseline(self) -> str:
+        line = "kto: its baseline is a mean over the answers of a micro-batch, so that a change of data.batch_size, "
+        line += "data.max_tokens_per_batch or the devices changes what is learnt"
+        if self.rows.single:
+            line += f"; {self.rows.single:,} micro-batches hold one answer, which is then its own baseline"
+        return line
+
     def _print_speed(self, console: Console, seconds: float | None) -> None:
         if seconds is None:
             why = "there is no GPU here" if self._device is None else "layers carry different adapters; use --measure"
@@ -189,7 +211,7 @@ class Plan:
         tokens = self.rows.shape.tokens
         line = f"speed: {tokens / seconds:,.0f} tokens/s a device, {1e3 * seconds / tokens:.3f} ms a token"
         if self.peak is not None:
-            share = least_seconds(self.predictor.fake.model, self.rows.shape, self.peak) / seconds
+            share = least_seconds(self.predictor.fake.model, self.spec, self.rows.shape, self.peak) / seconds
             line += f"; its products with weights alone take {share:.0%} of it, at {self.peak / 1e12:.3g} TFLOP/s"
         console.print(line, soft_wrap=True)
 

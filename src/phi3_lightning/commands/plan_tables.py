@@ -23,13 +23,15 @@ def memory_table(memory: Memory, where: str) -> Table:
         "activations kept for the backward pass": memory.stored,
         "head: logits and their gradients": memory.head,
         "a layer's pass": memory.layer,
+        **({"a pass without a gradient": memory.reference} if memory.reference else {}),
         "process and libraries": memory.process,
         "what the allocator cannot use": memory.fragmentation,
     }
-    not_at_peak = "a layer's pass" if memory.head > memory.layer else "head: logits and their gradients"
+    working = ("head: logits and their gradients", "a layer's pass", "a pass without a gradient")
+    at_peak = max(working, key=lambda name: rows.get(name, 0))
     for name, size in rows.items():
         number = f"{size / 1e9:.2f}"
-        table.add_row(name, f"({number})" if name == not_at_peak else number)
+        table.add_row(name, f"({number})" if name in working and name != at_peak else number)
     table.caption = "in parentheses: needed at another moment, and less of it"
     return table
 

@@ -1,8 +1,8 @@
-"""Options of the Trainer that Lightning refuses, in one line that names the option."""
+"""Options of the Trainer and its callbacks that cannot work, in one line that names the option."""
 
 import inspect
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from traceback import walk_tb
 from types import FrameType
@@ -10,9 +10,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
+from phi3_lightning.callbacks import RunCheckpoint
+from phi3_lightning.config import Objective
 from phi3_lightning.config.checks import require
 from phi3_lightning.errors import ConfigError, Phi3LightningError
+from phi3_lightning.metrics import PreferenceMetrics, TokenMetrics
 
 _LEAST = {
     "accumulate_grad_batches": (1, "1 steps after each micro-batch"),
@@ -117,3 +121,20 @@ def _first(message: str, words: Mapping[str, list[str]]) -> str | None:
         if (match := re.search(rf"(?<![a-zA-Z]){re.escape(word)}(?![a-zA-Z])", message))
     }
     return places[min(places)] if places else None
+
+
+def check_monitors(callbacks: Iterable[pl.Callback], objective: Objective) -> None:
+    """Refuse to watch a metric of validation that the objective does not measure.
+
+    Raises:
+        ConfigError: It names the metrics that there are.
+    """
+    supervised, paired = TokenMetrics(), PreferenceMetrics(paired=objective.name != "kto")
+    own, others = (supervised, paired) if objective.name == "supervised" else (paired, supervised)
+    names, other_names = ([f"val/{name}" for name, _ in metrics.named_children()] for metrics in (own, others))
+    for callback in callbacks:
+        if isinstance(callback, ModelCheckpoint | EarlyStopping):
+            key = "checkpoint.monitor" if isinstance(callback, RunCheckpoint) else f"{type(callback).__name__}.monitor"
+            measured = callback.monitor in names or callback.monitor not in other_names
+            remedy = f"model.objective.name {objective.name} measures {', '.join(names)}"
+            require(measured, key, callback.monitor, remedy)

@@ -20,7 +20,7 @@ from typing_extensions import override
 
 from phi3_lightning.checkpoint.identity import plain_name
 from phi3_lightning.checkpoint.mixin import TrainableStateMixin
-from phi3_lightning.config import LoRA
+from phi3_lightning.config import LoRA, Objective
 from phi3_lightning.config import Optimizer as OptimizerConfig
 from phi3_lightning.config.checks import require
 from phi3_lightning.distributed.sharding import Sharding, distribute_like, reshard_all
@@ -46,7 +46,13 @@ def check_launcher(strategy: Strategy) -> None:
         )
 
 
-def check_shardable(loaded: bool, quantization: str | None, lora: LoRA, optimizer: OptimizerConfig) -> None:
+def check_shardable(
+    loaded: bool,
+    quantization: str | None,
+    lora: LoRA,
+    optimizer: OptimizerConfig,
+    objective: Objective = Objective(),
+) -> None:
     """Refuse options that cannot work on a base whose shards are read after the adapter is attached."""
     later = "it begins with the base's weights, which FSDP2 reads later;"
     start = lora.init_lora_weights
@@ -56,6 +62,12 @@ def check_shardable(loaded: bool, quantization: str | None, lora: LoRA, optimize
         (not lora.use_dora, "lora.use_dora", lora.use_dora, later),
         (not lora.modules_to_save, "lora.modules_to_save", lora.modules_to_save, later),
         (start != "eva", "lora.init_lora_weights", start, "ranks would gather layers out of step;"),
+        (
+            not (objective.has_reference and lora.starts_with_effect),
+            "objective.name",
+            objective.name,
+            "its reference is a copy of the adapter that the run starts from, and FSDP2 computes with its own shards;",
+        ),
         (optimizer.name == "adamw", "optimizer.name", optimizer.name, "bitsandbytes takes no shards;"),
     ):
         require(allowed, f"model.{key}", value, f"{reason} use trainer.strategy: ddp")

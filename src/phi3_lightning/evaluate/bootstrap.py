@@ -58,13 +58,28 @@ def compare(
         value: The metric, from the sum of the statistics.
         resamples: Number of bootstrap draws.
     """
+
+    def measure(times: Statistics) -> tuple[float, float]:
+        return value((times @ base).tolist()), value((times @ tuned).tolist())
+
+    return compare_weighted(measure, len(base), resamples, seed)
+
+
+def compare_weighted(
+    measure: Callable[[Statistics], tuple[float, float]], rows: int, resamples: int, seed: int = 0
+) -> Comparison:
+    """Compare two models by any metric of rows.
+
+    Args:
+        measure: The metrics of base and tuned model, from how often each row counts, shape (rows,). Draws for which
+            they are NaN are left out.
+        rows: Number of rows, at least one.
+        resamples: Number of bootstrap draws.
+    """
     rng = np.random.default_rng(seed)
-    rows = len(base)
-    draws = np.empty((resamples, 2))
-    for index in range(resamples):
-        times = rng.multinomial(rows, np.full(rows, 1 / rows)).astype(np.float64)
-        draws[index] = value((times @ base).tolist()), value((times @ tuned).tolist())
-    values = value(base.sum(0).tolist()), value(tuned.sum(0).tolist())
+    times = (rng.multinomial(rows, np.full(rows, 1 / rows)).astype(np.float64) for _ in range(resamples))
+    draws = np.array([measure(each) for each in times])
+    values = measure(np.ones(rows))
     return Comparison(
         base=_estimate(values[0], draws[:, 0]),
         tuned=_estimate(values[1], draws[:, 1]),
@@ -74,5 +89,5 @@ def compare(
 
 
 def _estimate(value: float, draws: Statistics) -> Estimate:
-    low, high = np.percentile(draws, [50 - LEVEL_PERCENT / 2, 50 + LEVEL_PERCENT / 2])
+    low, high = np.nanpercentile(draws, [50 - LEVEL_PERCENT / 2, 50 + LEVEL_PERCENT / 2])
     return Estimate(value, float(low), float(high))

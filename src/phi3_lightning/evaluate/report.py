@@ -28,6 +28,7 @@ TITLES = {
     "loss": "token loss",
     "perplexity": "perplexity",
     "token_accuracy": "token accuracy",
+    "ranking_accuracy": "ranking accuracy",
     "rouge1": "ROUGE-1",
     "rouge2": "ROUGE-2",
     "rougeL": "ROUGE-L",

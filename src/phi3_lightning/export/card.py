@@ -9,13 +9,18 @@ from typing import Any
 from huggingface_hub import ModelCardData
 
 from phi3_lightning.checkpoint.identity import read_identity
+from phi3_lightning.config import Objective
+from phi3_lightning.config.objective import USED
 from phi3_lightning.event_files import Series, read_scalars
 from phi3_lightning.export.certificate import ROUNDINGS, Certificate
 from phi3_lightning.pages import render, statistics
 from phi3_lightning.pages.curves import draw
 
 PICTURE = "loss.svg"
-METRICS = ("val/loss", "val/perplexity", "val/token_accuracy", "train/loss")
+METRICS = (
+    *("val/loss", "val/perplexity", "val/token_accuracy", "val/ranking_accuracy", "val/preference_accuracy"),
+    *("val/reward_margin", "train/loss"),
+)
 DATA_OPTIONS = ("max_length", "packing", "batch_size", "max_tokens_per_batch", "train_on", "truncation", "mixture")
 """Options of the data that shape the training; names of files and folders are not published."""
 
@@ -78,6 +83,8 @@ def _settings(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
         for section in ("lora", "optimizer", "schedule")
         for key, value in module[section].items()
     }
+    objective = Objective(**module.get("objective", {}))  # a checkpoint of a supervised run may have none
+    options |= {f"model.objective.{key}": getattr(objective, key) for key in ("name", *USED[objective.name])}
     options |= {f"model.{key}": module[key] for key in ("dtype", "quantization")}
     options |= {f"data.{key}": data.get(key) for key in DATA_OPTIONS}
     packages: dict[str, str] = read_identity(checkpoint)["packages"]

@@ -1,5 +1,8 @@
 """Metrics that add up over tokens, so that neither batch size nor ranks change them."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
@@ -53,3 +56,9 @@ class TokenMetrics(nn.Module):
         self.loss.update(loss_sum, count)
         self.perplexity.update(loss_sum, count)
         self.token_accuracy.update(correct, supervised)
+
+    def log(self, log: Callable[..., Any], stage: str) -> None:
+        """Log each metric by the method of a LightningModule, under ``stage/``."""
+        log(f"{stage}/loss", self.loss, prog_bar=True)
+        log(f"{stage}/perplexity", self.perplexity)
+        log(f"{stage}/token_accuracy", self.token_accuracy)

@@ -46,6 +46,35 @@ def cross_entropy(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor
     return summed_loss(states, targets, head), torch.tensor(targets.numel(), device=hidden.device)
 
 
+def document_losses(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Return the summed token losses of each document, float32 with a graph, and its supervised tokens, int64.
+
+    Both have the shape (documents,), in the order of ``document_ids``. A batch without a document has a graph too.
+    """
+    states, targets = supervised_positions(hidden, batch)
+    supervised = (batch["labels"] != IGNORE_INDEX).cpu()  # once, and not for each document
+    counts = [int(supervised[row, tokens].sum()) for row, tokens, _ in document_spans(batch)]
+    losses = token_losses(states, targets, head)
+    sums = [part.sum() for part in losses.split(counts)] if counts else []
+    return torch.stack(sums) if sums else losses, torch.tensor(counts, dtype=torch.int64, device=hidden.device)
+
+
+def token_losses(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+    """Return the loss of each token, shape (tokens,), float32 with a graph; arguments as in :func:`summed_loss`."""
+    if not _is_trained_or_sharded(head):
+        return cast("Tensor", _FrozenHeadByToken.apply(states, targets, head))  # type: ignore[no-untyped-call]
+    size = _chunk(states)
+    losses = [
+        checkpoint(_chunk_loss, head, chunk, labels, "none", use_reentrant=False)
+        for chunk, labels in zip(states.split(size), targets.split(size), strict=True)
+    ]
+    return torch.cat(losses)
+
+
+def _is_trained_or_sharded(head: nn.Module) -> bool:
+    return any(parameter.requires_grad or isinstance(parameter, DTensor) for parameter in head.parameters())
+
+
 def summed_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     """Return the sum of token losses, a float32 scalar with a graph, also where there is no token.
 
@@ -53,7 +82,7 @@ def summed_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
         states: Hidden states that predict the tokens, shape (tokens, hidden size).
         targets: The tokens, shape (tokens,), int64.
     """
-    if not any(parameter.requires_grad or isinstance(parameter, DTensor) for parameter in head.parameters()):
+    if not _is_trained_or_sharded(head):
         return cast("Tensor", _FrozenHead.apply(states, targets, head))  # type: ignore[no-untyped-call]
     loss_sum = torch.zeros((), dtype=torch.float32, device=states.device)
     size = _chunk(states)
@@ -89,18 +118,44 @@ class _FrozenHead(torch.autograd.Function):
         return gradient * factor.to(gradient.dtype), None, None
 
 
-def _loss_and_gradient(head: nn.Module, states: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+class _FrozenHeadByToken(torch.autograd.Function):
+    """The same for the loss of each token, of which the state's gradient is a multiple."""
+
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
+        losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
+        gradient = torch.empty_like(states) if states.requires_grad else None
+        size = _chunk(states)
+        for start in range(0, len(targets), size):
+            part = slice(start, start + size)
+            chunk, labels = states[part].detach(), targets[part]
+            if gradient is None:
+                losses[part] = _chunk_loss(head, chunk, labels, "none")
+            else:
+                losses[part], gradient[part] = _loss_and_gradient(head, chunk, labels, "none")
+        ctx.save_for_backward(gradient)
+        return losses
+
+    @staticmethod
+    def backward(ctx: Any, factors: Tensor) -> tuple[Tensor, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * factors[:, None]).to(gradient.dtype), None, None  # float32 factors are not rounded first
+
+
+def _loss_and_gradient(
+    head: nn.Module, states: Tensor, labels: Tensor, reduction: str = "sum"
+) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
         logits = head(states.requires_grad_())
     log_probs = logits.detach().float().log_softmax(-1)
-    loss = F.nll_loss(log_probs, labels, reduction="sum")
+    loss = F.nll_loss(log_probs, labels, reduction=reduction)
     residuals = log_probs.exp_()  # less one at the targets: by hand in half of the passes over the vocabulary
     residuals[torch.arange(len(labels), device=labels.device), labels] -= 1
     return loss, torch.autograd.grad(logits, states, residuals.to(logits.dtype))[0]
 
 
-def _chunk_loss(head: nn.Module, states: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(head(states).float(), labels, reduction="sum")
+def _chunk_loss(head: nn.Module, states: Tensor, labels: Tensor, reduction: str = "sum") -> Tensor:
+    return F.cross_entropy(head(states).float(), labels, reduction=reduction)
 
 
 @torch.no_grad()

@@ -1,7 +1,8 @@
 """Attention within each document of a batch, without padding and without a mask over the row.
 
 A mask over a packed row of T tokens has T x T entries, and all of them are computed. Attention within one document at a
-time costs what the documents cost, however they are packed; padding is never computed at all.
+time costs what the documents cost, however they are packed; padding is never computed at all, and what the answers of a
+pair share is computed once. The last query of a document is its last key's token, also where it has fewer queries.
 """
 
 from typing import Any, cast
@@ -16,6 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.model.shared_prompts import ComputedRow, computed_row, with_shared
 
 PACKED = "documents"
 """The name of the kernel, as ``config._attn_implementation`` has it."""
@@ -23,6 +25,10 @@ PACKED = "documents"
 SHORT_DOCUMENT_TOKENS = 256
 """Longest document, in tokens, for which a CPU is faster by plain products: the backward pass of its flash kernel takes
 three times as long on documents of 128 tokens."""
+
+MAX_MASKED_SCORES = 4 * SHORT_DOCUMENT_TOKENS**2
+"""Most products of a query and a key of a document with fewer queries than keys for which a CPU is faster by plain
+products: its flash kernel needs a mask there, and takes 1.2 to 2 times as long."""
 
 
 def attend(
@@ -36,8 +42,12 @@ def attend(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     documents: list[int] | None = None,
+    shared: list[int] | None = None,
     cu_seq_lens_q: Tensor | None = None,
+    cu_seq_lens_k: Tensor | None = None,
     max_length_q: int = 0,
+    max_length_k: int = 0,
+    sources: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each document: an attention function of transformers, which returns (1, tokens, heads, head size).
@@ -48,38 +58,54 @@ def attend(
         attention_mask: Used where no documents are given, as in generation.
         sliding_window: How many tokens back a token sees, itself included; None: all.
         documents: Tokens of each document, which make up the row; attended one after the other.
+        shared: Tokens of the document before that each begins with besides; None: none.
         cu_seq_lens_q: Where documents begin and end, int32, shape (documents + 1,); attended by one kernel.
+        cu_seq_lens_k: The same in the row of keys.
+        sources: The token of the row that each key is of, shape (keys,); None: the keys are those of the row.
     """
-    if cu_seq_lens_q is not None:
-        return _varlen(query, key, value, cu_seq_lens_q, max_length_q, scaling, sliding_window), None
+    if cu_seq_lens_q is not None and cu_seq_lens_k is not None:
+        if sources is not None:
+            key, value = (states.index_select(2, sources) for states in (key, value))
+        bounds, longest = (cu_seq_lens_q, cu_seq_lens_k), (max_length_q, max_length_k)
+        return _varlen(query, key, value, bounds, longest, scaling, sliding_window), None
     if documents is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    queries, keys, values = (states.split(documents, dim=2) for states in (query, key, value))
+    if shared is not None:
+        keys, values = with_shared(keys, shared), with_shared(values, shared)
     outputs = [
-        _attend_one(q, k, v, scaling, dropout, sliding_window)
-        for q, k, v in zip(*(states.split(documents, dim=2) for states in (query, key, value)), strict=True)
+        _attend_one(q, k, v, scaling, dropout, sliding_window) for q, k, v in zip(queries, keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=2).transpose(1, 2).contiguous(), None
 
 
 def _varlen(
-    q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, longest: int, scaling: float, window: int | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    bounds: tuple[Tensor, Tensor],
+    longest: tuple[int, int],
+    scaling: float,
+    window: int | None,
 ) -> Tensor:
     if q.shape[1] != k.shape[1]:  # torch 2.11 takes no groups here
         k, v = (states.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for states in (k, v))
     q, k, v = (states[0].transpose(0, 1) for states in (q, k, v))
-    span = (-1, 0) if window is None or longest <= window else (window - 1, 0)
-    out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scaling, window_size=span)
+    span = (-1, 0) if window is None or longest[1] <= window else (window - 1, 0)
+    out = varlen_attn(q, k, v, *bounds, *longest, scale=scaling, window_size=span)
     return cast("Tensor", out)[None]
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None) -> Tensor:
-    length = q.shape[2]
-    all_seen = window is None or length <= window
-    if q.device.type == "cpu" and length <= SHORT_DOCUMENT_TOKENS and all_seen and dropout == 0:
+    queries, keys = q.shape[2], k.shape[2]
+    all_seen = window is None or keys <= window
+    short = queries * keys <= (SHORT_DOCUMENT_TOKENS**2 if queries == keys else MAX_MASKED_SCORES)
+    if q.device.type == "cpu" and short and all_seen and dropout == 0:
         return _products(q[0], k[0], v[0], scaling)[None]
-    mask = None if all_seen else _band(length, cast("int", window), q.device)
+    # `is_causal` puts the first query on the first key, and not the last on the last
+    mask = None if all_seen and queries == keys else _band(queries, keys, keys if window is None else window, q.device)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
@@ -105,17 +131,18 @@ class _Scores(torch.autograd.Function):
 def _products(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
     """Causal attention by two products a head; scores and their softmax in float32, as flash kernels have them."""
     heads, length, size = q.shape
+    keys = k.shape[1]
     grouped = q.reshape(len(k), heads // len(k) * length, size)
-    future = torch.full((length, length), float("-inf"), dtype=torch.float32, device=q.device).triu_(1)
+    future = torch.full((length, keys), float("-inf"), dtype=torch.float32, device=q.device).triu_(keys - length + 1)
     with torch.autocast(q.device.type, enabled=False):
         scores: Tensor = _Scores.apply(grouped, k, future.repeat(heads // len(k), 1), scaling)  # type: ignore[no-untyped-call]
         return (scores.softmax(-1).to(v.dtype) @ v).view(heads, length, size)
 
 
-def _band(length: int, window: int, device: torch.device) -> Tensor:
-    """True where a token sees another: not ahead, and less than ``window`` tokens back."""
-    seen = torch.ones(length, length, dtype=torch.bool, device=device)
-    return seen.tril().triu(1 - window)
+def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:
+    """True where a token sees another: not ahead, and less than ``window`` tokens back; the last is in both."""
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=device)
+    return seen.tril(keys - queries).triu(keys - queries + 1 - window)
 
 
 AttentionInterface.register(PACKED, attend)
@@ -189,18 +216,39 @@ def last_hidden_state(model: Phi3ForCausalLM, batch: Batch) -> Tensor:
     if kernel not in (PACKED, "flash_attention_2"):
         return _run(model, batch["input_ids"], batch["position_ids"])
     places, documents = one_row(batch)
-    options: dict[str, Any] = {}
-    if kernel == PACKED:  # a mask of four dimensions is taken as it is: none is built
-        options["attention_mask"] = torch.empty(1, 1, 0, 0, device=places.device)
-        if takes_varlen(model, places.device):
-            bounds = F.pad(torch.tensor(documents).cumsum(0, dtype=torch.int32), (1, 0))
-            options |= {"cu_seq_lens_q": bounds.to(places.device), "max_length_q": max(documents)}
-        else:
-            options["documents"] = documents
-    input_ids, position_ids = (batch[name].flatten()[places][None] for name in ("input_ids", "position_ids"))
+    row = computed_row(batch) if shared_lengths(model, batch) is not None else None
+    options = _kernel_options(model, documents, row, places.device) if kernel == PACKED else {}
+    computed = places if row is None else row.places
+    input_ids, position_ids = (batch[name].flatten()[computed][None] for name in ("input_ids", "position_ids"))
     hidden = _run(model, input_ids, position_ids, **options)[0]
     everywhere = hidden.new_zeros(batch["input_ids"].numel(), hidden.shape[1])
+    hidden = hidden if row is None else hidden.index_select(0, row.sources)
     return everywhere.index_copy(0, places, hidden).view(*batch["input_ids"].shape, -1)
+
+
+def shared_lengths(model: Phi3ForCausalLM, batch: Batch) -> list[list[int]] | None:
+    """Return the shared tokens of each document that a model computes once, row by row; None where there are none."""
+    shared = batch.get("shared_lengths")
+    once = shared is not None and model.config._attn_implementation == PACKED and any(map(any, shared))
+    return shared if once else None
+
+
+def _kernel_options(
+    model: Phi3ForCausalLM, documents: list[int], row: ComputedRow | None, device: torch.device
+) -> dict[str, Any]:
+    """What :func:`attend` gets; a mask of four dimensions is taken as it is, so that none is built."""
+    options: dict[str, Any] = {"attention_mask": torch.empty(1, 1, 0, 0, device=device)}
+    computed = documents if row is None else row.lengths
+    if not takes_varlen(model, device):
+        return options | {"documents": computed} | ({} if row is None else {"shared": row.shared})
+    bounds = [F.pad(torch.tensor(lengths).cumsum(0, dtype=torch.int32), (1, 0)) for lengths in (computed, documents)]
+    return options | {
+        "cu_seq_lens_q": bounds[0].to(device),
+        "cu_seq_lens_k": bounds[1].to(device),
+        "max_length_q": max(computed),
+        "max_length_k": max(documents),
+        "sources": None if row is None else row.sources,
+    }
 
 
 def _run(model: Phi3ForCausalLM, input_ids: Tensor, position_ids: Tensor, **options: Any) -> Tensor:

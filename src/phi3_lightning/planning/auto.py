@@ -22,7 +22,7 @@ MODES_ON_GPU: list[CheckpointingMode | int] = ["none", 4, 2, "full"]
 
 MAX_ROWS = 4096
 """Rows of a micro-batch at the most."""
-PARTS_THAT_GROW_WITH_ROWS = ("stored", "head", "layer", "fragmentation")
+PARTS_THAT_GROW_WITH_ROWS = ("stored", "head", "layer", "reference", "fragmentation")
 
 
 def fastest_mode(predictor: MemoryPredictor, shape: BatchShape, room: float) -> tuple[CheckpointingMode | int, str]:
@@ -53,12 +53,14 @@ def upper_bound(spec: RunSpec, shape: BatchShape) -> float:
     config = spec.config
     rank = max([spec.lora.r, *spec.lora.rank_pattern.values()])
     width = config.hidden_size + config.intermediate_size
-    weights = SHORT_DOCUMENT_TOKENS * config.num_attention_heads  # of attention, which longer documents do not keep
+    # of attention, which longer documents do not keep; with a shared prompt twice as long ones do
+    weights = SHORT_DOCUMENT_TOKENS * config.num_attention_heads * (1 if shape.shared is None else 2)
     layer = 16 * config.hidden_size + 12 * config.intermediate_size + 4 * weights + 32 * rank
     head = 4 * GPU_CHUNK * config.vocab_size + 4 * shape.tokens * config.hidden_size
     adapter = 4 * config.num_hidden_layers * 8 * rank * width
     whole = 4 * len(spec.lora.modules_to_save or []) * config.vocab_size * config.hidden_size
-    values = shape.tokens * config.num_hidden_layers * layer + head + adapter + whole
+    layers = config.num_hidden_layers + bool(spec.objective.extra_forward_passes)
+    values = shape.tokens * layers * layer + head + (adapter + whole) * (2 if spec.copies_adapter else 1)
     return FIRST_STEP_LIBRARY_BYTES + 1.5 * 4 * values
 
 
@@ -75,9 +77,7 @@ def rows_that_fit(spec: RunSpec, shape: BatchShape, room: float) -> tuple[int, C
     for mode in _modes(spec) if spec.gradient_checkpointing == "auto" else [spec.mode]:
         if (needed := predictor.memory(shape, mode).total) > room:
             continue
-        two, three = (
-            predictor.memory(BatchShape(shape.lengths * rows, shape.supervised * rows), mode) for rows in (2, 3)
-        )
+        two, three = (predictor.memory(shape.times(rows), mode) for rows in (2, 3))
         rows = 1
         while rows < MAX_ROWS and _with_rows(two, three, rows + 1).total <= room:
             rows += 1

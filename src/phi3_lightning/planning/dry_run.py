@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import Phi3ForCausalLM
 
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode, checkpoint_activations, recomputed_share
 from phi3_lightning.planning.spec import RunSpec
@@ -35,11 +34,13 @@ class Activations:
     """Logits and their gradients at the peak, besides ``stored``."""
     layer: float
     """A layer's pass, forward or backward, at the peak, besides ``stored``."""
+    reference: float
+    """A forward pass without a gradient at the peak, besides ``stored``; 0 where the objective takes none."""
 
     @property
     def peak(self) -> float:
         """All at the peak."""
-        return self.stored + max(self.head, self.layer)
+        return self.stored + max(self.head, self.layer, self.reference)
 
 
 class FakeModule:
@@ -52,7 +53,7 @@ class FakeModule:
     def __init__(self, spec: RunSpec) -> None:
         self.spec = spec
         self._cache: dict[str, Activations] = {}
-        self.model: Phi3ForCausalLM = build_meta_model(spec)
+        self.model, self._adapter = build_meta_model(spec)
         """The model; it runs on fake batches alone."""
         self._fake_tensors = FakeTensorMode(allow_non_fake_inputs=True)  # what is on the meta device becomes fake
         with self._fake_tensors:
@@ -86,7 +87,9 @@ class FakeModule:
             share = recomputed_share(mode, depth)
             none, full = (self.activations(shape, each) for each in ("none", "full"))
             mixture = (1 - share) * none.stored + share * full.stored
-            return Activations(mixture, max(none.head, full.head), max(none.layer, full.layer))
+            return Activations(
+                mixture, *(max(getattr(none, name), getattr(full, name)) for name in ("head", "layer", "reference"))
+            )
         if mode == "offload":
             states = shape.tokens * self.model.config.hidden_size * self.model.dtype.itemsize
             full = self.activations(shape, "full")
@@ -113,9 +116,17 @@ class FakeModule:
                 parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
         gradients = [parameter.grad for parameter in self.trained]
         with self._fake_tensors, _Storages([*self.model.parameters(), *self.model.buffers(), *gradients]) as storages:
-            take_step(self.model, self.spec, shape, on_phase=lambda: phases.append((storages.restart(), storages.live)))
-        (forward, _), (head, stored), (backward, _) = phases
-        return Activations(stored, max(head - stored, 0), max(forward - stored, backward - stored, 0))
+            take_step(
+                self.model,
+                self._adapter,
+                self.spec,
+                shape,
+                on_phase=lambda: phases.append((storages.restart(), storages.live)),
+            )
+        (forward, _), (head, _), (reference, stored), (backward, _) = phases
+        if not self.spec.objective.extra_forward_passes:
+            reference = 0
+        return Activations(stored, *(max(peak - stored, 0) for peak in (head, max(forward, backward), reference)))
 
 
 class _Storages(TorchDispatchMode):
@@ -164,7 +175,7 @@ def _extrapolated(shallow: Activations, deeper: Activations, depth: int) -> Acti
         return first + (second - first) / (end - start) * (depth - start)
 
     stored = at(shallow.stored, deeper.stored)
-    head, layer = (
-        at(shallow.stored + getattr(shallow, name), deeper.stored + getattr(deeper, name)) for name in ("head", "layer")
-    )
-    return Activations(stored, max(head - stored, 0), max(layer - stored, 0))
+    names = ("head", "layer", "reference") if shallow.reference else ("head", "layer")
+    peaks = (at(shallow.stored + getattr(shallow, name), deeper.stored + getattr(deeper, name)) for name in names)
+    above = {name: max(peak - stored, 0) for name, peak in zip(names, peaks, strict=True)}
+    return replace(shallow, stored=stored, **above)

@@ -38,7 +38,7 @@ class Memory:
     base: float
     """The frozen weights."""
     adapter: float
-    """The trained weights, their gradients, and what the strategy needs to sum these."""
+    """The trained weights, their gradients, what the strategy needs to sum these, and a reference's frozen copy."""
     optimizer: float
     """Its moments."""
     stored: float
@@ -47,6 +47,8 @@ class Memory:
     """Logits and their gradients."""
     layer: float
     """A layer's pass: forward before the head runs, or backward after it."""
+    reference: float
+    """A forward pass without a gradient, as by a reference; 0 where the objective takes none."""
     process: float
     """Python and its libraries on a CPU; the driver on a GPU."""
     fragmentation: float
@@ -54,8 +56,8 @@ class Memory:
 
     @property
     def working(self) -> float:
-        """The larger of head and layer."""
-        return max(self.head, self.layer)
+        """The largest of head, layer and reference."""
+        return max(self.head, self.layer, self.reference)
 
     @property
     def total(self) -> float:
@@ -89,13 +91,15 @@ class MemoryPredictor:
         activations = self.fake.activations(shape, mode or spec.mode)
         moments = 2 if spec.optimizer.name == "paged_adamw_8bit" else 8  # two, in 8 bits or float32
         buckets = 4 if spec.ranks > 1 and not spec.sharded else 0  # of DistributedDataParallel
+        copy = 4 if spec.copies_adapter else 0
         memory = Memory(
             base=sum(map(_bytes, frozen)),
-            adapter=(8 + buckets) * trained,
+            adapter=(8 + buckets + copy) * trained,
             optimizer=moments * trained,
             stored=activations.stored,
             head=activations.head * (_chunks_of_a_gpu(shape.supervised) if spec.on_gpu else 1),
             layer=activations.layer,
+            reference=activations.reference,
             process=CUDA_CONTEXT_BYTES if spec.process is None else spec.process,
             fragmentation=0 if spec.on_gpu else self._fragmentation(shape, activations.peak),
         )
@@ -124,7 +128,8 @@ def quantized(memory: Memory, model: nn.Module, kind: Quantization) -> Memory:
     else:
         small = sum(weight.numel() * INT8_BYTES_PER_WEIGHT + 4 * len(weight) for weight in weights)
     largest = max(map(_bytes, weights))  # is unpacked where it is multiplied
-    return replace(memory, base=memory.base - full + small, layer=memory.layer + largest)
+    reference = memory.reference + largest if memory.reference else 0
+    return replace(memory, base=memory.base - full + small, layer=memory.layer + largest, reference=reference)
 
 
 def sharded(memory: Memory, model: nn.Module, ranks: int) -> Memory:
@@ -136,7 +141,8 @@ def sharded(memory: Memory, model: nn.Module, ranks: int) -> Memory:
     # whole at one time: the head, a layer, and the next one's buffer and copy
     units = (head + 3 * layer) if ranks > 1 else 0
     shares = {name: getattr(memory, name) / ranks for name in ("adapter", "optimizer")}
-    return replace(memory, base=memory.base / ranks, head=memory.head + units, layer=memory.layer + units, **shares)
+    gathered = {name: size + units for name in ("head", "layer", "reference") if (size := getattr(memory, name)) > 0}
+    return replace(memory, base=memory.base / ranks, **shares, **gathered)
 
 
 def _bytes(tensor: Tensor) -> int:

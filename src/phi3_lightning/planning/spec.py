@@ -7,7 +7,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.plugins import MixedPrecision
 from transformers import Phi3Config
 
-from phi3_lightning.config import LoRA, Optimizer
+from phi3_lightning.config import LoRA, Objective, Optimizer
 from phi3_lightning.distributed.fsdp2 import FSDP2Strategy
 from phi3_lightning.model.activation_checkpointing import Checkpointing, CheckpointingMode
 from phi3_lightning.model.base import Attention, DType, Quantization
@@ -29,6 +29,8 @@ class RunSpec:
     optimizer: Optimizer
     gradient_checkpointing: Checkpointing
     """What the backward pass recomputes; ``auto`` until that is decided."""
+    objective: Objective = Objective()
+    """What the batches teach, which may take further forward passes."""
     mixed: bool = False
     """Whether the Trainer's precision is a mixed one, in 16 bits."""
     ranks: int = 1
@@ -47,6 +49,16 @@ class RunSpec:
     def on_gpu(self) -> bool:
         """Whether the run uses GPUs."""
         return self.process is None
+
+    @property
+    def copies_adapter(self) -> bool:
+        """Whether the reference is a frozen copy of the adapter."""
+        return self.objective.has_reference and self.lora.starts_with_effect
+
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether the kernel computes once what both answers of a pair begin with."""
+        return self.attn_implementation in ("auto", "documents")
 
     def under(self, trainer: pl.Trainer) -> Self:
         """Return the spec of a run under a Trainer; a CPU's process is left out, since it may hold the model by now."""

@@ -26,10 +26,10 @@ TIMING_SECONDS = 0.5
 """Seconds for which a model is timed, or one step where that takes longer."""
 
 
-def least_seconds(model: Phi3ForCausalLM, shape: BatchShape, peak: float) -> float:
+def least_seconds(model: Phi3ForCausalLM, spec: RunSpec, shape: BatchShape, peak: float) -> float:
     """Return the time of a micro-batch's products with weights alone, at a peak of operations a second."""
-    flops = step_flops(model)
-    return (flops.per_token * shape.tokens + flops.per_supervised_token * shape.supervised) / peak
+    flops = step_flops(model, spec.objective.extra_forward_passes)
+    return (flops.per_token * shape.computed_tokens(spec) + flops.per_supervised_token * shape.supervised) / peak
 
 
 def timed_seconds(spec: RunSpec, shape: BatchShape, *, device: str, peak: float | None) -> float:
@@ -38,33 +38,51 @@ def timed_seconds(spec: RunSpec, shape: BatchShape, *, device: str, peak: float 
     Each layer of the run carries the same adapter; the copies of ``offload`` take no time here. ``peak`` is the
     device's operations a second, if they are known.
     """
-    model = build_meta_model(spec, layers=max(TIMED_LAYERS))
+    model, adapter = build_meta_model(spec, layers=max(TIMED_LAYERS))
     model.to_empty(device=device)
     model.tie_weights()
     with torch.no_grad():
         for tensor in chain(model.parameters(), model.buffers()):
             tensor.fill_(0.01)  # not zero, nor what memory held: some values are slow
-    tokens = MAX_TIMED_TOKENS if peak is None else int(TIMED_STEP_SECONDS * peak / step_flops(model).per_token)
+    flops = step_flops(model, spec.objective.extra_forward_passes)
+    tokens = MAX_TIMED_TOKENS if peak is None else int(TIMED_STEP_SECONDS * peak / flops.per_token)
     part = _first_tokens(shape, min(max(tokens, MIN_TIMED_TOKENS), MAX_TIMED_TOKENS))
     depth = spec.config.num_hidden_layers
-    step = partial(take_step, model, spec, part, device=device)
+    step = partial(take_step, model, adapter, spec, part, device=device)
     seconds = partial(_step_seconds, model, step, depth)
     if isinstance(spec.mode, int):
         share = recomputed_share(spec.mode, depth)
         total = (1 - share) * seconds("none") + share * seconds("full")
     else:
         total = seconds(spec.mode)
-    return total * shape.tokens / part.tokens
+    return total * shape.computed_tokens(spec) / part.computed_tokens(spec)
 
 
 def _first_tokens(shape: BatchShape, tokens: int) -> BatchShape:
     """The first tokens of a micro-batch, in one row."""
+    if shape.shared is not None:
+        return _first_pairs(shape, tokens)
     row: list[int] = []
     for length in chain.from_iterable(shape.lengths):
         row.append(min(length, tokens - sum(row)))
         if sum(row) == tokens:
             break
     return BatchShape([row], max(shape.supervised * sum(row) // shape.tokens, 1))
+
+
+def _first_pairs(shape: BatchShape, tokens: int) -> BatchShape:
+    """The first whole pairs of a micro-batch, in one row, or the first one made shorter."""
+    lengths, shared = (list(chain.from_iterable(rows)) for rows in (shape.lengths, shape.shared or []))
+    count = 2
+    while count < len(lengths) and sum(lengths[: count + 2]) <= tokens:
+        count += 2
+    lengths, shared = lengths[:count], shared[:count]
+    factor = min(tokens / sum(lengths), 1)
+    row = [max(int(factor * length), 2) for length in lengths]
+    common = [
+        min(int(factor * part), own - 1, other - 1) for part, own, other in zip(shared, row, [2, *row], strict=False)
+    ]
+    return BatchShape([row], max(shape.supervised * sum(row) // shape.tokens, 1), [common])
 
 
 def _step_seconds(model: Phi3ForCausalLM, step: Callable[[], None], depth: int, mode: CheckpointingMode) -> float:

@@ -42,13 +42,16 @@ def _changes(
     spec = predictor.spec
     for mode in _leaner_modes(spec):
         yield f"model.gradient_checkpointing: {mode}", partial(predictor.memory, shape, mode)
-    longest = max(shape.lengths, key=sum)
+    index = max(range(len(shape.lengths)), key=lambda row: sum(shape.lengths[row]))
+    longest = shape.lengths[index]
     length = sum(longest)
-    if len(shape.lengths) > 1:
-        row = BatchShape([longest], shape.supervised * length // shape.tokens)
+    if len(shape.lengths) > 1 and (spec.objective.name != "kto" or len(longest) > 1):  # which needs several answers
+        shared = None if shape.shared is None else [shape.shared[index]]
+        row = BatchShape([longest], shape.supervised * length // shape.tokens, shared)
         yield "data.batch_size: 1", partial(predictor.memory, row)
     if length > 1:
-        yield f"data.max_length: {length // 2}", partial(predictor.memory, _halved(shape))
+        side = length if shape.shared is None else length // 2
+        yield f"data.max_length: {side // 2}", partial(predictor.memory, _halved(shape))
     if spec.quantization is None and not spec.sharded:
         yield "model.quantization: nf4", partial(quantized, memory, predictor.fake.model, "nf4")
     half = _half_rank(spec.lora)
@@ -78,7 +81,11 @@ def _half_rank(lora: LoRA) -> LoRA | None:
 
 
 def _halved(shape: BatchShape) -> BatchShape:
-    """Each row cut in the middle."""
+    """Each row cut in the middle, or, of pairs, each document."""
+    supervised = -(-shape.supervised // 2)
+    if shape.shared is not None:
+        lengths = [[-(-length // 2) for length in row] for row in shape.lengths]
+        return BatchShape(lengths, supervised, [[length // 2 for length in row] for row in shape.shared])
     rows = []
     for row in shape.lengths:
         left, half = -(-sum(row) // 2), []
@@ -87,12 +94,12 @@ def _halved(shape: BatchShape) -> BatchShape:
                 half.append(min(length, left))
                 left -= length
         rows.append(half)
-    return BatchShape(rows, -(-shape.supervised // 2))
+    return BatchShape(rows, supervised)
 
 
 def _shardable(spec: RunSpec) -> bool:
     try:
-        check_shardable(False, spec.quantization, spec.lora, spec.optimizer)
+        check_shardable(False, spec.quantization, spec.lora, spec.optimizer, spec.objective)
     except ConfigError:
         return False
     return True

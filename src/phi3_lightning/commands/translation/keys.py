@@ -48,12 +48,30 @@ TABLE: Final[dict[str, tuple[str, type | Mapping[Any, Any]]]] = {
     "bnb_4bit_quant_type": ("model.quantization", {"nf4": None}),
     "bnb_4bit_use_double_quant": ("model.quantization", {True: None}),
     **{field.name: (f"model.lora.{field.name}", object) for field in fields(LoRA)},  # PEFT's names
+    "DPOConfig.loss_type": ("model.objective.name", {"sigmoid": "dpo", "robust": "dpo", "ipo": "ipo"}),
+    "KTOConfig.loss_type": ("model.objective.name", {"kto": "kto"}),
+    "ORPOConfig.loss_type": ("model.objective.name", {"orpo": "orpo"}),  # which is implied
+    "CPOConfig.loss_type": ("model.objective.name", {"simpo": "simpo"}),
+    "DPOConfig.label_smoothing": ("model.objective.label_smoothing", float),
+    **{
+        key: (f"model.objective.{key}", float)
+        for key in ("beta", "simpo_gamma", "desirable_weight", "undesirable_weight")
+    },
+    "cpo_alpha": ("model.objective.sft_weight", float),
+    "disable_dropout": ("model.lora.lora_dropout", {True: None, False: None}),  # 0 unless it is false
 }
-"""The option that an argument sets, and its type or the option's value for each of its values (None: as it is)."""
+"""The option that an argument sets, and its type or the option's value for each of its values (None: as it is).
+
+A key may name its call; then it stands for that call's argument alone.
+"""
+
+LOSSES: Final = {"DPOConfig": "sigmoid", "KTOConfig": "kto", "ORPOConfig": "orpo", "CPOConfig": "sigmoid"}
+"""TRL's preference trainers: the configuration of each, and its ``loss_type`` by default."""
 
 CALLS: Final = {
-    **dict.fromkeys(("TrainingArguments", "SFTConfig"), "output_dir"),
-    **dict.fromkeys(("SFTTrainer", "FastLanguageModel.get_peft_model"), "model"),
+    **dict.fromkeys(("TrainingArguments", "SFTConfig", *LOSSES), "output_dir"),
+    **dict.fromkeys(("SFTTrainer", "DPOTrainer", "KTOTrainer", "ORPOTrainer", "CPOTrainer"), "model"),
+    "FastLanguageModel.get_peft_model": "model",
     "LoraConfig": "argument 1",
     "BitsAndBytesConfig": "load_in_8bit",
     **{f"{name}.from_pretrained": "model" for name in ("AutoModelForCausalLM", "Phi3ForCausalLM", "FastLanguageModel")},

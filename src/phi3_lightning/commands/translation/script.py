@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path, PurePath
 from typing import Any, Final, NamedTuple
 
-from phi3_lightning.commands.translation.keys import CALLS, TABLE
+from phi3_lightning.commands.translation.keys import CALLS, LOSSES, TABLE
 from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 from phi3_lightning.errors import ConfigError
 
 _NOT_LITERAL: Final = object()
+_DROPOUT: Final = "model.lora.lora_dropout"
 _SPLITS: Final = {"train": "data.train", "val": "data.val", "dev": "data.val", "eval": "data.val", "test": "data.test"}
 
 
@@ -49,13 +50,18 @@ def translate(path: Path) -> Translation:
             values[option].append((arguments[0], value))
         for argument in [a for a in arguments if not data or a.key not in ("path", "data_files", "split", "[]")]:
             try:
-                option, value = _setting(argument)
+                option, value = _setting(argument, arguments)
                 if not all(any(a[2:] == argument[2:] for a in others) for other, others in calls if other == name):
                     raise ValueError(f"not alike in all such calls; set {option} by hand")
                 values[option] += [] if value is None else [(argument, value)]
             except ValueError as reason:
                 notes.add((argument.line, f"{argument.text}: {reason}"))
     settings = {option: pairs[0][1] for option, pairs in values.items() if pairs}
+    switches = [a.value for _, arguments in calls for a in arguments if a.key == "disable_dropout"]
+    if "model.objective.name" in settings and False not in switches:
+        ignored = [argument for argument, value in values.pop(_DROPOUT, []) if value]
+        notes |= {(a.line, f"{a.text}: not taken; TRL's preference trainers switch dropout off") for a in ignored}
+        settings[_DROPOUT] = 0.0
     for option, pairs in values.items():
         if any(value != settings[option] for _, value in pairs):
             del settings[option]
@@ -84,13 +90,19 @@ class _Reader:
         return self.resolved(self.values[node.id]) if isinstance(node, ast.Name) and node.id in self.values else node
 
     def arguments(self, call: ast.Call, name: str) -> Iterator[_Argument]:
+        losses = {f"{name}.loss_type"} if name in LOSSES else set()  # by default
         for key, node in dict(self.pairs(call)).items():  # of two keys in a dictionary the later wins
             origin = self.resolved(node)
             if (self.resolved(origin.value) if isinstance(origin, ast.Subscript) else origin) in self.calls:
                 continue  # read where it is made
             word = CALLS[name] if key == "argument 1" else key
             value = _NOT_LITERAL if word in self.attributes else self.value(node)  # set later: config.max_steps = 5
-            yield _Argument(node.lineno, f"{name}: {word} = {ast.unparse(node)}", word, value)
+            own = f"{name}.{word}"
+            losses.discard(own)
+            yield _Argument(node.lineno, f"{name}: {word} = {ast.unparse(node)}", own if own in TABLE else word, value)
+        for own in losses:
+            value = _NOT_LITERAL if "loss_type" in self.attributes else LOSSES[name]
+            yield _Argument(call.lineno, f"{name}: loss_type = {LOSSES[name]!r}", own, value)
         for item in self.subscripts:
             if self.resolved(item.value) is call and isinstance(item.slice, ast.Constant):
                 yield _Argument(item.lineno, f"{name}: {ast.unparse(item)}", "[]", item.slice.value)
@@ -132,13 +144,20 @@ def _assignments(node: ast.AST) -> Iterator[tuple[str, ast.expr]]:
             yield from ((name.id, value) for name in names if isinstance(name, ast.Name))
 
 
-def _setting(argument: _Argument) -> tuple[str, Any]:
-    """Return the option that an argument sets and its value, None for the default; a ValueError tells why not."""
+def _setting(argument: _Argument, call: list[_Argument]) -> tuple[str, Any]:
+    """Return the option that an argument of a call sets and its value, None for the default.
+
+    Raises:
+        ValueError: If it sets none.
+    """
     if argument.key not in TABLE:
         raise ValueError("not translated; `fit --help` has every option")
     (option, kind), value = TABLE[argument.key], argument.value
     if value is _NOT_LITERAL:
         raise ValueError(f"no literal; set {option} by hand")
+    robust = any(other.value in ("robust", ["robust"]) for other in call)
+    if option == "model.objective.label_smoothing" and not robust:
+        raise ValueError("not taken; TRL uses it with loss_type robust alone")
     if isinstance(kind, Mapping):
         value = value[0] if isinstance(value, list) and len(value) == 1 else value  # report_to=["tensorboard"]
         if isinstance(value, str | bool) and value in kind:
