@@ -18,7 +18,7 @@ SCRIPTS: dict[str, str | None] = {
     "step_profile": None, "cost_per_token": None, "adapters": None, "checkpoints": None, "restart": None,
     "distributed": None, "data_preparation": "trl",
 }  # fmt: skip
-"""What runs before ``training.py``, which writes its own file, and the peer whose environment it needs."""
+"""What runs before the comparisons with peers, which write their own files, and the peer whose environment it needs."""
 
 
 def run(script: str, python: Path) -> tuple[int, str]:
@@ -44,7 +44,7 @@ def write(script: str, text: str, facts: dict[str, str], python: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--peers", type=Path, default=environments.FOLDER, help="where peers' environments are kept")
-    parser.add_argument("--real", type=Path, help="folder of the real model for training.py; else it is converted")
+    parser.add_argument("--real", type=Path, help="folder of the real model; else it is converted")
     given = parser.parse_args()
     failed = []
     for script, peer in SCRIPTS.items():
@@ -61,10 +61,11 @@ def main() -> None:
             failed.append(script)
             continue
         write(script, text, facts | {"took": f"{time.perf_counter() - start:.0f} s"}, python)
-    print("== training", flush=True)
     options = ["--peers", str(given.peers)] + (["--real", str(given.real)] if given.real else [])
-    if subprocess.run([sys.executable, str(HERE / "training.py"), *options], check=False).returncode != 0:
-        failed.append("training")
+    for script in ("training", "preferences"):
+        print(f"== {script}", flush=True)
+        if subprocess.run([sys.executable, str(HERE / f"{script}.py"), *options], check=False).returncode != 0:
+            failed.append(script)
     if failed:
         sys.exit(f"these benchmarks failed: {', '.join(failed)}")
 

@@ -1,4 +1,4 @@
-"""Builds the embedded default: a tiny pretrained Phi-3, its tokenizer and the chats that the quickstart trains on.
+"""Builds the embedded default: a tiny pretrained Phi-3, its tokenizer, and the chats and pairs of the quickstart.
 
 Usage: python scripts/build_tiny_phi3.py [--out FOLDER]. Everything follows from fixed seeds and runs on the
 CPU in one thread, whose sums are the same on every number of cores, in a few minutes.
@@ -10,12 +10,14 @@ import random
 import string
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from tiny_phi3_chats import Messages, build_chats
 from tiny_phi3_corpus import pretraining_documents
+from tiny_phi3_pairs import build_pairs
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -169,9 +171,9 @@ def pretrain(model: Phi3ForCausalLM, rows: torch.Tensor) -> None:
             progress.update(task, advance=1, loss=f"loss {loss.item():.3f}")
 
 
-def write_rows(path: Path, chats: list[Messages]) -> None:
-    """Write chats in OpenAI's `messages` format, one a line."""
-    path.write_text("".join(json.dumps({"messages": messages}) + "\n" for messages in chats))
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Write rows as JSON lines."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def main() -> None:
@@ -184,7 +186,9 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     chats, documents = build_chats(SEED), pretraining_documents(SEED, DOCUMENTS)
     for name, part in (("chats_train", chats.train), ("chats_val", chats.val), ("prompts", chats.prompts)):
-        write_rows(folder / f"{name}.jsonl", part)
+        write_rows(folder / f"{name}.jsonl", ({"messages": messages} for messages in part))
+    for name, pairs in build_pairs(SEED)._asdict().items():
+        write_rows(folder / f"pairs_{name}.jsonl", pairs)
     conversations = [document for document in documents if not isinstance(document, str)] + chats.train
     texts = [document for document in documents if isinstance(document, str)]
     texts += [message["content"] for messages in conversations for message in messages]

@@ -13,25 +13,36 @@ from phi3_lightning.export import adapter_files
 
 
 class Count(pl.Callback):
-    """Tells the clock what each batch holds."""
+    """Tells the clock what each batch holds; of pairs it has a task's number, whose prompts may be computed twice."""
 
-    def __init__(self, clock: Clock) -> None:
+    def __init__(self, clock: Clock, pairs: int, share_prompts: bool) -> None:
         self.clock = clock
+        self.pairs = pairs
+        self.share_prompts = share_prompts
 
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Batch, batch_idx: int
     ) -> None:
         self.clock.count(batch["input_ids"], batch["labels"])
+        if "shared_lengths" in batch:
+            documents = sum(map(len, batch["shared_lengths"]))
+            if documents != 2 * self.pairs:
+                raise RuntimeError(f"a batch holds {documents} answers, and {2 * self.pairs} are a step")
+            if not self.share_prompts:
+                batch["shared_lengths"] = [[0] * len(row) for row in batch["shared_lengths"]]
 
 
-def run(task: Task, options: dict[str, dict[str, Any]], clock: Clock) -> None:
-    """Train with ``options``: arguments of the module (``model``), the data module (``data``) and the Trainer."""
+def run(task: Task, options: dict[str, Any], clock: Clock) -> None:
+    """Train with ``options``: arguments of the module (``model``), the data module (``data``) and the Trainer.
+
+    With ``share_prompts`` false, the prompt of a pair is computed for each of its answers.
+    """
     pl.seed_everything(task.seed)
     rows = {"max_length": task.row_tokens, "packing": True, "batch_size": 1, "num_workers": 0, "seed": task.seed}
+    rows["format"] = "tokens"
     data = ChatDataModule(
         train=task.rows,
         tokenizer=task.base,
-        format="tokens",
         val_fraction=0.0,
         cache_dir=task.out,
         **rows | options.get("data", {}),
@@ -51,7 +62,7 @@ def run(task: Task, options: dict[str, dict[str, Any]], clock: Clock) -> None:
         max_epochs=-1,
         max_steps=task.steps,
         default_root_dir=task.out,
-        callbacks=[Count(clock)],
+        callbacks=[Count(clock, task.micro_batch, options.get("share_prompts", True))],
         **plain | options.get("trainer", {}),
     )
     trainer.fit(module, data)
