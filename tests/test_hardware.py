@@ -89,6 +89,7 @@ def test_peak_memory_is_that_of_the_process():
     assert peak_memory(torch.device("cpu")) == pytest.approx(peak, rel=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="elsewhere the peak is that of getrusage")
 def test_peak_memory_excludes_that_of_the_parent():
     child = (

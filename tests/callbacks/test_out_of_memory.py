@@ -75,6 +75,7 @@ def chats(tmp_path) -> ChatDataModule:
     )
 
 
+@pytest.mark.slow
 def test_the_largest_batch_is_tried_before_the_first_step(tmp_path):
     data = chats(tmp_path)
     data.prepare_data()

@@ -48,6 +48,7 @@ def test_a_plan_from_real_lengths_is_complete(cli, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_without_data_the_largest_rows_are_planned(cli):
     text = cli("plan", *QUICKSTART, "--data.train=nowhere.jsonl", "--data.max_length=256").text
     assert "512 tokens, 2 documents, 2 rows" in text
@@ -76,6 +77,7 @@ def test_fit_decides_what_is_auto(cli, tmp_path):
     assert "gradient checkpointing: none" in text
 
 
+@pytest.mark.slow
 def test_auto_without_the_planned_gpu_is_full_or_refused(cli):
     options = (*QUICKSTART, "--data.train=null", "--trainer.accelerator=gpu", "--model.gradient_checkpointing=auto")
     text = cli("plan", *options).text

@@ -184,6 +184,7 @@ def held_out_loss(run: Run) -> str:
     return found[1]
 
 
+@pytest.mark.slow
 def test_a_requested_checkpoint_is_used_or_the_command_fails(cli, tmp_path):
     base = held_out_loss(cli("validate", *QUICK))
     cli("fit", *QUICK, "--trainer.max_steps=20", "--trainer.val_check_interval=10")
@@ -250,6 +251,7 @@ def callback(name: str, **options: object) -> str:
     return f"--trainer.callbacks={json.dumps([entry])}"
 
 
+@pytest.mark.slow
 def test_early_stopping_follows_the_options_of_this_start(cli):
     # a model that does not change: no validation improves on the first
     still = (*QUICK, "--model.optimizer.lr=0.0000000001", "--trainer.max_epochs=9", "--trainer.limit_train_batches=2")
@@ -268,6 +270,7 @@ def test_early_stopping_follows_the_options_of_this_start(cli):
     assert not fit("--trainer.callbacks=[]")[1]
 
 
+@pytest.mark.slow
 def test_each_start_has_its_own_time(cli, tmp_path):
     steps = [0]
     for _ in range(2):
@@ -334,6 +337,7 @@ def test_batches_have_the_size_that_the_tuner_tries(cli):
     assert int(size[1]) > 2
 
 
+@pytest.mark.slow
 def test_equal_answers_have_the_best_score_in_every_script(cli, tmp_path):
     rows = [
         [{"role": "user", "content": "A?"}, {"role": "assistant", "content": "我们九点开门"}],

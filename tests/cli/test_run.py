@@ -172,6 +172,7 @@ def test_sigterm_saves_a_checkpoint_before_stopping(tmp_path):
     assert torch.load(tmp_path / "runs/phi3-lora/checkpoints/last.ckpt", weights_only=True)["global_step"] > 0
 
 
+@pytest.mark.slow
 def test_sigterm_within_a_validation_repeats_it(cli, tmp_path):
     options = (*QUICK, "--trainer.max_steps=8", "--trainer.val_check_interval=4", "--checkpoint.every_n_steps=1")
     cli("fit", *options, "--run=whole")

@@ -56,6 +56,7 @@ def alone(chats, tmp_path_factory) -> tuple[dict, str]:
     return found, (folder / "predictions.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_two_and_three_ranks_give_what_one_gives(chats, tmp_path, alone, strategy):
     for world in (2, 3):

@@ -128,6 +128,7 @@ def test_a_base_that_differs_between_ranks_is_refused(base, batches, tmp_path):
         assert "rank 1 has other frozen weights than rank 0; give every node the same files" in last_lines(rank)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_rank_that_vanishes_is_named(base, batches, tmp_path, monkeypatch, failing):
     monkeypatch.setattr(Trouble, "rank", failing)

@@ -107,6 +107,7 @@ def test_rows_that_fit_is_the_largest_number_that_fits(wide, cached_predictions,
         assert rows_that_fit(run, row, room) == (target, mode)  # the extrapolation equals a plan of these rows
 
 
+@pytest.mark.slow
 def test_auto_chooses_the_fastest_mode_for_one_row(wide, cached_predictions):
     run = spec(wide)
     none, full = (MemoryPredictor(run).memory(SHAPE, mode).total for mode in ("none", "full"))

@@ -113,6 +113,7 @@ def test_suggestions_are_sorted_and_each_helps(tiny_base):
     assert "model.lora.r: 8" in changed_options
 
 
+@pytest.mark.slow
 def test_the_memory_of_a_suggestion_is_the_plan_of_a_run_with_it(tiny_base):
     run = predictor(tiny_base)
     found = changes(run)
@@ -187,6 +188,7 @@ def test_whole_pairs_are_timed_or_one_that_is_made_shorter():
     assert speed._first_pairs(PAIRS, 2) == BatchShape([[2, 2]], 1, [[0, 0]])
 
 
+@pytest.mark.slow
 def test_a_gpu_has_larger_head_chunks_and_no_fragmentation(tiny_base):
     cpu, gpu = predictor(tiny_base), predictor(tiny_base, process=None)
     for supervised, times in ((100, 1), (512, 2), (5000, 4)):

@@ -294,6 +294,7 @@ assert "phi3_lightning.cli" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_a_foreign_script_loads_a_checkpoint_and_gets_the_same_logits(tmp_path, tiny_base):
     module = small(tiny_base)
     trainer = synthetic.trainer(tmp_path)
