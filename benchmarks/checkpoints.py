@@ -96,7 +96,7 @@ def exported(folder: Path, kind: str) -> dict[str, float]:
     import shutil
 
     from phi3_lightning.checkpoint.identity import IDENTITY
-    from phi3_lightning.export.card import Origin
+    from phi3_lightning.export.card import Provenance
     from phi3_lightning.export.chat_files import Chat
     from phi3_lightning.export.export import Export, export
 
@@ -105,7 +105,7 @@ def exported(folder: Path, kind: str) -> dict[str, float]:
     ready = time.perf_counter()
     content = {"global_step": 0, "hyper_parameters": dict(module.hparams), IDENTITY: module.checkpoint_identity()}
     chat = Chat(str(folder), None, None, [2], [list(range(10, 40)), list(range(50, 60))])
-    made = export(module, chat, Origin("random/base", content, None), Export(kind), folder.parent / "out")  # type: ignore[arg-type]
+    made = export(module, chat, Provenance("random/base", content, None), Export(kind), folder.parent / "out")  # type: ignore[arg-type]
     end = time.perf_counter()
     size = sum(path.stat().st_size for path in (folder.parent / "out").iterdir()) / 1e6
     shutil.rmtree(folder.parent / "out")
