@@ -3,8 +3,8 @@
 All train the same pairs with the same LoRA (rank 16 on the four projections) and the same AdamW, in bfloat16, four
 pairs a step, with the base as the reference; ours in a packed row, TRL's in a padded micro-batch. Each run is a process
 of its own that takes a few optimiser steps; importing, loading, the first step and TRL's pass that computes the
-reference beforehand are not timed. Set A has prompts of about 100 tokens and answers of 150, set B prompts of 600 and
-answers of 100.
+reference beforehand are not timed. We compute the reference in the first epoch, and later epochs have a row of their
+own. Set A has prompts of about 100 tokens and answers of 150, set B prompts of 600 and answers of 100.
 """
 
 import argparse
@@ -36,7 +36,7 @@ PAIRS = 4
 VARIATION = 0.06
 """How much lengths vary: so little that a packed row always holds ``PAIRS`` pairs and never one more."""
 
-COLUMNS = ("contender", "pairs/s", "lowest to highest", "times TRL's defaults", "peak GB")
+COLUMNS = ("contender", "pairs/s", "lowest to highest", "times TRL's defaults", "times TRL's best", "peak GB")
 OBJECTIVE = {"objective": {"name": "dpo", "beta": 0.1}}
 DEFAULTS = "TRL, defaults"
 
@@ -56,13 +56,15 @@ class Set(NamedTuple):
 SETS = {"A": Set(100, 150), "B": Set(600, 100)}
 
 
-def contenders(row_tokens: int) -> list[Contender]:
-    """Return who runs, and with which settings."""
+def contenders(row_tokens: int, rows_of_a_step: Path) -> list[Contender]:
+    """Return who runs, and with which settings; an epoch of the pairs of one step has one step."""
     data = {"format": "preference", "max_length": row_tokens // 2}  # of each answer of a pair
     plain = {"model": OBJECTIVE | {"gradient_checkpointing": "none"}, "data": data}
     checkpointed = {"model": OBJECTIVE | {"gradient_checkpointing": "full"}, "data": data}
+    later = plain | {"data": data | {"train": str(rows_of_a_step)}}
     return [
         Contender("phi3_lightning", "ours", None, plain),
+        Contender("phi3_lightning, later epochs", "ours", None, later),
         Contender("phi3_lightning, checkpointing", "ours", None, checkpointed),
         Contender("phi3_lightning, each prompt twice", "ours", None, plain | {"share_prompts": False}),
         Contender(DEFAULTS, "trl_dpo", "trl"),
@@ -95,12 +97,13 @@ def write_pairs(path: Path, count: int, lengths: Set, tokenizer: PreTrainedToken
 def measure(name: str, base: Path, given: argparse.Namespace, servers: Servers, work: Path) -> dict[str, Measured]:
     """Run all contenders in turn on a set, as often as asked."""
     lengths = SETS[name]
-    write_pairs(work / "rows.jsonl", PAIRS * given.steps, lengths, chats.tokenizer_of(str(base)))
+    for file, steps in (("rows.jsonl", given.steps), ("rows_of_a_step.jsonl", 1)):
+        write_pairs(work / file, PAIRS * steps, lengths, chats.tokenizer_of(str(base)))
     task = Task(
         base=str(base), rows=str(work / "rows.jsonl"), pad=-1, row_tokens=lengths.row_tokens, micro_batch=PAIRS,
         accumulate=1, steps=given.steps, warmup=given.warmup, device=given.device, out=str(work), dropout=0.0, lr=5e-6,
     )  # fmt: skip
-    chosen = contenders(lengths.row_tokens)
+    chosen = contenders(lengths.row_tokens, work / "rows_of_a_step.jsonl")
     if given.only:
         chosen = [contender for contender in chosen if any(word in contender.name for word in given.only)]
     console = Console(stderr=True)
@@ -123,29 +126,34 @@ def measure(name: str, base: Path, given: argparse.Namespace, servers: Servers, 
     return measured
 
 
-def cells(name: str, measured: Measured, defaults: float | None) -> list[str]:
-    """Return a row of the table: medians over the steps of all runs; ``defaults`` are TRL's pairs a second."""
+def speeds(measured: Measured) -> list[float]:
+    """Return the pairs a second of each timed step."""
+    return [PAIRS / step.seconds for step in measured.steps if step.seconds]
+
+
+def cells(name: str, measured: Measured, peers: tuple[float, ...]) -> list[str]:
+    """Return a row of the table: medians over the steps of all runs; ``peers`` are TRL's pairs a second."""
     if measured.error is not None:
         return [name, f"did not run: {measured.error}", *[""] * (len(COLUMNS) - 2)]
-    speeds = [PAIRS / step.seconds for step in measured.steps if step.seconds]
-    median = statistics.median(speeds)
-    return [
-        name, f"{median:.3f}", f"{min(speeds):.3f} to {max(speeds):.3f}",
-        "" if defaults is None else f"{median / defaults:.2f}", f"{statistics.median(measured.peak_bytes) / 1e9:.2f}",
-    ]  # fmt: skip
+    own = speeds(measured)
+    median = statistics.median(own)
+    ratios = [f"{median / peer:.2f}" for peer in peers] or ["", ""]
+    memory = f"{statistics.median(measured.peak_bytes) / 1e9:.2f}"
+    return [name, f"{median:.3f}", f"{min(own):.3f} to {max(own):.3f}", *ratios, memory]
 
 
 def compare(name: str, base: Path, given: argparse.Namespace, servers: Servers, work: Path) -> str:
     """Measure all contenders on a set; print a table and return it in Markdown."""
     results = measure(name, base, given, servers, work)
-    steps = results[DEFAULTS].steps if DEFAULTS in results else []
-    defaults = statistics.median(PAIRS / step.seconds for step in steps) if steps else None
-    rows = [cells(contender, measured, defaults) for contender, measured in results.items()]
+    trl = {name: statistics.median(speeds(measured)) for name, measured in results.items()
+           if name.startswith("TRL") and measured.error is None}  # fmt: skip
+    peers = (trl[DEFAULTS], max(trl.values())) if DEFAULTS in trl else ()
+    rows = [cells(contender, measured, peers) for contender, measured in results.items()]
     title = f"Set {name}: prompts of about {SETS[name].prompt} tokens, answers of {SETS[name].answer}"
     table = Table(*COLUMNS, title=title)
     for row in rows:
         table.add_row(*map(escape, row))
-    Console(width=140).print(table)
+    Console(width=150).print(table)
     return f"## {title}\n\n{markdown(rows, COLUMNS)}"
 
 
@@ -171,9 +179,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sets", nargs="+", default=list(SETS), choices=SETS, help="lengths of prompts and answers")
     parser.add_argument("--only", nargs="+", metavar="NAME", help="contenders whose names hold one of these")
     parser.add_argument("--real", type=Path, help="folder of the real model; else it is converted")
-    parser.add_argument("--steps", type=int, default=3, help="optimiser steps of a run")
+    parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a run")
     parser.add_argument("--warmup", type=int, default=1, help="the first of them, which are not timed")
-    parser.add_argument("--repeats", type=int, default=3, help="runs of each contender")
+    parser.add_argument("--repeats", type=int, default=2, help="runs of each contender")
     parser.add_argument("--peers", type=Path, default=environments.FOLDER, help="where peers' environments are kept")
     parser.add_argument("--cache", type=Path, default=environments.CACHE / "models", help="where base models are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))

@@ -1,6 +1,7 @@
 """Preferences from the rows of a file to an adapter."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from phi3_lightning.config import Objective
 from phi3_lightning.config.objective import USED
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.preferences import check_data
-from phi3_lightning.reference import trained_weights
+from phi3_lightning.reference import Reference, trained_weights
 
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 QUESTIONS = [f"Is it {hour} o'clock{', please' * (hour % 3)}?" for hour in range(1, 13)]
@@ -59,6 +60,65 @@ def test_an_objective_learns_from_the_rows_of_a_file(tmp_path, name):
     assert all(value.isfinite() for value in metrics.values())
     assert metrics["val/ranking_accuracy"] == 1
     assert metrics["val/reward_margin"] > 0
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """A list that grows with every pass of a reference over a batch."""
+    made = []
+
+    @contextmanager
+    def counted(reference, *args):
+        made.append(reference)
+        with active(reference, *args):
+            yield
+
+    active = Reference.active
+    monkeypatch.setattr(Reference, "active", counted)
+    return made
+
+
+def trained_by(folder: Path, name: str, epochs: int) -> dict[str, torch.Tensor]:
+    tuned, rows = module(name), data(folder, kind_of(name))
+    synthetic.trainer(folder, max_epochs=epochs, num_sanity_val_steps=0).fit(tuned, rows)
+    return {key: value.detach().clone() for key, value in trained_weights(tuned).items()}
+
+
+@pytest.mark.parametrize(("name", "of_a_batch"), [("dpo", 1), ("kto", 2), ("simpo", 0)])
+def test_the_reference_computes_each_batch_once(tmp_path, passes, monkeypatch, name, of_a_batch):
+    """Of KTO also the prompts with answers of others. Later epochs and validations have what the first ones had."""
+    torch.manual_seed(1)
+    trained_by(tmp_path, name, 1)
+    first_epoch = len(passes)
+    assert bool(first_epoch) == bool(of_a_batch)
+    assert first_epoch % max(of_a_batch, 1) == 0
+    passes.clear()
+    torch.manual_seed(1)
+    weights = trained_by(tmp_path, name, 3)
+    assert len(passes) == first_epoch
+
+    monkeypatch.setattr(Reference, "losses", lambda self, batch, compute: compute())
+    passes.clear()
+    torch.manual_seed(1)
+    every_time = trained_by(tmp_path, name, 3)
+    assert len(passes) == 3 * first_epoch
+    assert all(torch.equal(weights[key], every_time[key]) for key in weights)
+
+
+def test_another_fit_of_the_same_module_computes_the_reference_again(tmp_path, passes):
+    tuned, rows = module("dpo"), data(tmp_path, "pairs")
+    counts = []
+    for _ in range(2):
+        synthetic.trainer(tmp_path, max_epochs=2, num_sanity_val_steps=0).fit(tuned, rows)
+        counts.append(len(passes))
+    assert counts == [counts[0], 2 * counts[0]]
+
+
+def test_nothing_is_kept_of_a_stream(tmp_path, passes):
+    trainer = synthetic.trainer(tmp_path, max_epochs=-1, max_steps=6)
+    trainer.fit(module("dpo"), data(tmp_path, "pairs", streaming=True, val_fraction=0.0))
+    assert len(passes) == 6
+    assert not passes[0]._losses
 
 
 def test_early_stopping_follows_any_metric(tmp_path):

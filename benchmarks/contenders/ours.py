@@ -38,11 +38,11 @@ def run(task: Task, options: dict[str, Any], clock: Clock) -> None:
     With ``share_prompts`` false, the prompt of a pair is computed for each of its answers.
     """
     pl.seed_everything(task.seed)
-    rows = {"max_length": task.row_tokens, "packing": True, "batch_size": 1, "num_workers": 0, "seed": task.seed}
-    rows["format"] = "tokens"
+    rows = {"train": task.rows, "format": "tokens", "max_length": task.row_tokens, "packing": True, "batch_size": 1}
     data = ChatDataModule(
-        train=task.rows,
         tokenizer=task.base,
+        num_workers=0,
+        seed=task.seed,
         val_fraction=0.0,
         cache_dir=task.out,
         **rows | options.get("data", {}),

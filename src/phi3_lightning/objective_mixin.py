@@ -3,10 +3,12 @@
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import chain
+from math import isinf
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from phi3_lightning import preferences
@@ -109,9 +111,19 @@ class ObjectiveMixin(TrainableStateMixin):
         losses, tokens = loss.document_losses(hidden, head, batch)
         if not self.objective.has_reference:
             return Answers(-losses, tokens)
-        with self.reference.active(self, adapter):
-            reference_losses, _ = loss.document_losses(self(batch), head, batch)
-        return Answers(-losses, tokens, -reference_losses)
+        return Answers(-losses, tokens, -self._reference_losses(adapter, head, batch))
+
+    def _reference_losses(self, adapter: Adapter, head: nn.Module, batch: Batch) -> Tensor:
+        def compute() -> Tensor:
+            with self.reference.active(self, adapter):
+                return loss.document_losses(self(batch), head, batch)[0]
+
+        # a stream does not come to its rows again, and ranks with shards of one model pass through it together
+        sharded = any(isinstance(parameter, DTensor) for parameter in adapter.parameters())
+        fitting = self._trainer is not None and self.trainer.state.fn == "fit"
+        if sharded or not fitting or isinf(self.trainer.num_training_batches):
+            return compute()
+        return self.reference.losses(batch, compute)
 
     def measure_training(self, loss_sum: Tensor, count: Tensor | float) -> None:
         """Add a training batch to the metrics of preferences under ``train/``, which the next optimiser step logs."""
@@ -137,6 +149,16 @@ class ObjectiveMixin(TrainableStateMixin):
         """The scores of the last :meth:`objective_loss`, once; None for a loss of a subclass."""
         scores, self._scores = self._scores, None
         return scores
+
+    def on_fit_start(self) -> None:
+        """Compute the reference's losses anew: data and precision may be others than in the fit before."""
+        super().on_fit_start()
+        self.reference.forget_losses()
+
+    def on_train_epoch_start(self) -> None:
+        """Give each rank the reference's losses of the batches that the others have had."""
+        super().on_train_epoch_start()
+        self.reference.share_losses(self.trainer)
 
     def on_train_start(self) -> None:
         """Forget the batches of an accumulation window that an earlier run has left."""

@@ -1,14 +1,18 @@
 """The reference of a preference objective: the model as the run began."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from xxhash import xxh3_128_digest
 
 from phi3_lightning.adapters.adapter import Adapter
+from phi3_lightning.batch import Batch
 from phi3_lightning.checkpoint.identity import check_state
+from phi3_lightning.distributed.collectives import all_gather_object
 from phi3_lightning.errors import CheckpointError
 
 
@@ -21,6 +25,7 @@ class Reference:
 
     def __init__(self) -> None:
         self._copy: dict[str, nn.Parameter] = {}
+        self._losses: dict[bytes, Tensor] = {}
         self.fingerprint: str | None = None
         """A hash of every bit of the copy; None where the reference is the base."""
 
@@ -30,6 +35,7 @@ class Reference:
             name: nn.Parameter(tensor.detach().clone(), requires_grad=False) for name, tensor in state.items()
         }
         self.fingerprint = _hash(state)
+        self.forget_losses()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the copied tensors; empty where the reference is the base."""
@@ -49,6 +55,26 @@ class Reference:
                 "another checkpoint, such as best.ckpt beside it"
             )
         self.set(state)
+
+    def losses(self, batch: Batch, compute: Callable[[], Tensor]) -> Tensor:
+        """Return what ``compute`` does, the loss of each document of a batch by the reference, but call it once.
+
+        Batches are composed once, and later epochs and validations bring the same ones again. What is kept is what
+        would be computed, to the bit, so checkpoints do not need it.
+        """
+        key = _content(batch)
+        if key not in self._losses:
+            self._losses[key] = compute().cpu()
+        return self._losses[key].to(batch["input_ids"].device)
+
+    def share_losses(self, trainer: pl.Trainer) -> None:
+        """Give each rank what the others have computed; every rank calls this."""
+        for losses in all_gather_object(trainer, self._losses):
+            self._losses |= losses
+
+    def forget_losses(self) -> None:
+        """Compute the losses of each batch again."""
+        self._losses = {}
 
     @contextmanager
     def active(self, module: nn.Module, adapter: Adapter) -> Iterator[None]:
@@ -100,6 +126,13 @@ def _swap(module: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str
         others[name] = owner.get_parameter(last)
         setattr(owner, last, parameter)
     return others
+
+
+def _content(batch: Batch) -> bytes:
+    """A hash of the documents of a batch, and of how they lie in it."""
+    tensors = (batch["input_ids"], batch["labels"])
+    bits = b"".join(tensor.cpu().contiguous().numpy().tobytes() for tensor in tensors)
+    return xxh3_128_digest(bits + repr((batch["document_lengths"], batch.get("shared_lengths"))).encode())
 
 
 def _hash(state: Mapping[str, Tensor]) -> str | None:

@@ -3,6 +3,7 @@
 import lightning.pytorch as pl
 import pytest
 import torch
+from torch.utils.data import DataLoader, Sampler
 
 import synthetic
 from phi3_lightning.config import LoRA, Objective, Optimizer
@@ -74,6 +75,36 @@ def test_ranks_with_other_references_are_refused(base, tmp_path):
 
     _, second = ranks.run(tmp_path, 2, start)
     assert "rank 1 has other frozen weights than rank 0" in second
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_batch_that_another_rank_has_had_needs_no_reference_again(base, tmp_path, strategy):
+    """The two ranks exchange their batches after the first epoch. Shards of a model are passed through together."""
+
+    class Alternating(Sampler):
+        def __init__(self, rank: int) -> None:
+            self.rank = rank
+
+        def __len__(self) -> int:
+            return 1
+
+        def __iter__(self):
+            yield self.rank
+            self.rank = 1 - self.rank
+
+    def count() -> int:
+        import os
+
+        rank, passes = int(os.environ["LOCAL_RANK"]), []
+        module = cases.module(base, objective={"name": "dpo"})
+        active = module.reference.active
+        module.reference.active = lambda *args: passes.append(1) or active(*args)
+        chosen = cases.fsdp2() if strategy == "fsdp2" else "ddp"
+        trainer = cases.trainer(tmp_path, chosen, 2, use_distributed_sampler=False, max_epochs=4)
+        trainer.fit(module, DataLoader(WINDOWS["dpo"], batch_size=None, sampler=Alternating(rank)))
+        return len(passes)
+
+    assert ranks.run(tmp_path, 2, count) == ([1, 1] if strategy == "ddp" else [4, 4])
 
 
 def test_fsdp2_takes_the_base_for_a_reference_and_no_copy():

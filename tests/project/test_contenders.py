@@ -144,7 +144,7 @@ def test_a_packed_row_holds_the_pairs_of_a_step(tmp_path, shared, name):
     folder = str(shared / "phi3-mini-4k-instruct")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     preferences.write_pairs(tmp_path / "pairs.jsonl", 5 * preferences.PAIRS, lengths, tokenizer)
-    ours = next(contender for contender in preferences.contenders(lengths.row_tokens) if contender.runner == "ours")
+    ours, *_ = preferences.contenders(lengths.row_tokens, tmp_path)
     data = ChatDataModule(
         train=str(tmp_path / "pairs.jsonl"), tokenizer=folder, batch_size=1, val_fraction=0.0, num_workers=0,
         cache_dir=str(tmp_path), **ours.options["data"],
