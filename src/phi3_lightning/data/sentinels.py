@@ -4,6 +4,7 @@ A template may leave thoughts, ``<think>...</think>``, out of earlier answers, a
 Sentinels behind contents still show where these end.
 """
 
+import json
 import re
 from itertools import islice
 from typing import Final, NamedTuple
@@ -24,11 +25,15 @@ class Rendered(NamedTuple):
     """Where in the text each message's content is, as half-open ranges of characters."""
     without_thoughts: frozenset[int] = frozenset()
     """The messages whose range holds the content except its thoughts, which are left out or rewritten."""
+    with_calls: frozenset[int] = frozenset()
+    """The messages whose range holds all that the assistant says, tool calls and the template's tokens in them."""
 
 
 def unused_sentinels(chat: list[Message]) -> tuple[str, str]:
     """Return an opening and a closing sentinel that a chat does not hold."""
-    text = "".join(message["content"] for message in chat)
+    text = "".join(
+        message["content"] + json.dumps(message.get("tool_calls", ""), ensure_ascii=False) for message in chat
+    )
     opening, closing = islice((sentinel for sentinel in _SENTINELS if sentinel not in text), 2)
     return opening, closing
 
@@ -40,7 +45,7 @@ def insert_sentinels(chat: list[Message], opening: str, closing: str, *, strip: 
         content = message["content"]
         inner = content.strip() if strip else content
         head, _, tail = content.partition(inner) if inner else (content, "", "")
-        result.append({"role": message["role"], "content": f"{head}{opening}{inner}{closing}{tail}"})
+        result.append({**message, "content": f"{head}{opening}{inner}{closing}{tail}"})
     return result
 
 
@@ -93,7 +98,7 @@ def describe_loss(chat: list[Message], text: str) -> BadRowError:
     """Return the error of a chat whose contents cannot be found in the text that the template makes of it."""
     for index, message in enumerate(chat):
         if message["content"].strip() not in text:
-            return BadRowError(
-                "the chat template loses text", f"messages[{index}] of role {message['role']!r} is not rendered"
-            )
+            fault = f"messages[{index}] of role {message['role']!r} is not rendered"
+            remedy = "; data.system: merge_into_user puts it before the first question" * (message["role"] == "system")
+            return BadRowError("the chat template loses text", fault + remedy)
     return BadRowError("the chat template changes text", "contents are moved or rewritten, so they cannot be trained")
