@@ -165,6 +165,21 @@ def test_a_prompt_is_what_a_server_renders_and_the_prefix_of_training() -> None:
         assert whole[: ends_with_a_tool.lengths[0]] == ends_with_a_tool.input_ids.tolist()
 
 
+def test_thoughts_beside_calls_that_a_template_leaves_out_of_earlier_answers() -> None:
+    stripping = OBJECTS.replace("{% if m.content %}{{ m.content }}{% endif %}", "{% set c = m.content or '' %}"
+        "{{ c if loop.last else c.split('</think>')[-1].strip() }}")  # fmt: skip
+    tokenizer = phi4_mini_tokenizer(stripping, special=True)
+    thinking = CALLS | {"reasoning_content": "Look it up."}
+    row = {"messages": [QUESTION, thinking, RESULT, ANSWER]}
+    assert "data.train_on: last" in why(encode(tokenizer, row))
+    ids, trained = ids_and_trained(tokenizer, row, train_on="last")
+    assert trained == ["It rains.<|end|>"]
+    thought = CALLS | {"content": "<think>\nLook it up.\n</think>\n\nI look."}
+    assert ids == served(tokenizer, [QUESTION, thought, RESULT, ANSWER])
+    whole = {"messages": [QUESTION, thinking]}
+    assert "Look it up." in ids_and_trained(tokenizer, whole)[1][0]
+
+
 def test_rows_without_tools_are_not_changed_by_rows_with_them() -> None:
     tokenizer = phi4_mini_tokenizer()
     plain = {"messages": [SYSTEM, QUESTION, ANSWER]}

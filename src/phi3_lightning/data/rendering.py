@@ -14,6 +14,7 @@ from phi3_lightning.data.sentinels import (
     remove_end_sentinels,
     remove_sentinels,
     unused_sentinels,
+    without_thoughts,
 )
 
 _PLAIN: Final = {"role", "content"}
@@ -91,6 +92,7 @@ class ChatRenderer:
         if isinstance(rendered, BadRowError) or not with_calls:
             return rendered
         answers = {}
+        stripped = set()
         for index in with_calls:
             try:
                 [before] = self._apply([chat.messages[:index]], "generation prompt", chat.tools)
@@ -105,7 +107,9 @@ class ChatRenderer:
                 )
             message, said = chat.messages[index], rendered.text[start:end]
             names = [call["function"]["name"] for call in message["tool_calls"]]
-            if not all(text in said for text in (message["content"].strip(), *names)):
+            if message["content"].strip() not in said:
+                stripped.add(index)
+            if not all(text in said for text in (without_thoughts(message["content"]).strip(), *names)):
                 return BadRowError(
                     "the chat template loses text",
                     f"messages[{index}] has text and tool calls, and not both are rendered",
@@ -116,7 +120,7 @@ class ChatRenderer:
         return Rendered(
             rendered.text,
             [contents[index] for index in range(len(chat.messages))],
-            frozenset(others[position] for position in rendered.without_thoughts),
+            frozenset(others[position] for position in rendered.without_thoughts) | stripped,
             frozenset(with_calls),
         )
 

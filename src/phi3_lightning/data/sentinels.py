@@ -29,6 +29,11 @@ class Rendered(NamedTuple):
     """The messages whose range holds all that the assistant says, tool calls and the template's tokens in them."""
 
 
+def without_thoughts(content: str) -> str:
+    """Return a content without ``<think>...</think>``."""
+    return _THOUGHTS.sub("", content)
+
+
 def unused_sentinels(chat: list[Message]) -> tuple[str, str]:
     """Return an opening and a closing sentinel that a chat does not hold."""
     text = "".join(
@@ -77,21 +82,21 @@ def remove_end_sentinels(chat: list[Message], plain: str, with_sentinels: str, c
     if len(parts) != len(chat) + 1 or "".join(parts) != plain:
         return None
     contents = []
-    without_thoughts = set()
+    stripped = set()
     position = 0
     for index, (message, part) in enumerate(zip(chat, parts, strict=False)):
         position += len(part)
         content = message["content"]
-        answer = _THOUGHTS.sub("", content)
+        answer = without_thoughts(content)
         # as it is, or without outer white space, which a template trims or which is outside of the sentinels
         endings = (content, content.lstrip(), content.rstrip(), content.strip(), answer, answer.strip())
         ending = next((ending for ending in endings if part.endswith(ending)), None)
         if ending is None:
             return None
         if ending.strip() != content.strip():
-            without_thoughts.add(index)
+            stripped.add(index)
         contents.append((position - len(ending), position))
-    return Rendered(plain, contents, frozenset(without_thoughts))
+    return Rendered(plain, contents, frozenset(stripped))
 
 
 def describe_loss(chat: list[Message], text: str) -> BadRowError:

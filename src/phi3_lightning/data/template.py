@@ -81,7 +81,7 @@ class ChatTemplate:
         self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
         self._native_tools = NativeTools(tokenizer, self._special_text)
         self._end_of_turn = self._check()
-        self._renderer.end_of_turn = tokenizer.convert_ids_to_tokens(self._end_of_turn)
+        self._renderer.end_of_turn = added[self._end_of_turn].content
         parts = [definition, str(tokenizer.chat_template), repr(tokenizer.special_tokens_map)]
         self.fingerprint = hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
         """A hash of the whole tokenizer and the template."""
@@ -214,6 +214,8 @@ class ChatTemplate:
                     f"another form; {earlier}write the block as the template does, or give data.chat_template a file "
                     "with a template that keeps it",
                 )
+            if index in rendered.with_calls:  # whose special text is refused
+                continue
             # The place of the rest of the content is unknown, and leaving out thoughts may have joined special text.
             if special := self._special_text.search(f"{chat.messages[index]['content']}\n{rendered.text[start:end]}"):
                 return _refuse(special.group())
