@@ -22,7 +22,10 @@ MODELS = {
     "phi3_mini_128k_lora": "Phi-3-mini 128k",
     "phi35_mini_lora": "Phi-3.5-mini",
     "phi4_mini_lora": "Phi-4-mini",
+    "phi4_mini_reasoning_lora": "Phi-4-mini-reasoning",
     "phi3_medium_4k_lora": "Phi-3-medium 4k",
+    "phi4_lora": "Phi-4",
+    "phi4_reasoning_lora": "Phi-4-reasoning",
 }
 OVERLAYS = {"gpu_8gb": 8, "gpu_16gb": 16, "gpu_24gb": 24, "gpu_80gb": 80, "gpus_8": 80, "cpu": 0}
 """Overlays, and the GB of a GPU that each is for."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 BARE = Path(__file__).with_name("check_bare_install.py")
+CONSTRAINTS = Path(__file__).resolve().parents[1] / "constraints.txt"
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         # the dependencies come once, with the wheel: they are the same for both, and take longer than all the rest
         for built, options in ((wheel, []), (sdist, ["--no-deps", "--force-reinstall"])):
             console.print(f"== {built.name} in an empty environment")
-            pip = [f"{place}/venv/bin/python", "-m", "pip", "install", "--quiet"]
+            pip = [f"{place}/venv/bin/python", "-m", "pip", "install", "--quiet", "--constraint", str(CONSTRAINTS)]
             subprocess.run([*pip, *options, str(built)], check=True)
             use(Path(place), built.name)
     console.print(f"{wheel.name} and {sdist.name} work where nothing else is")

@@ -164,9 +164,13 @@ def test_a_template_that_strips_reasoning_names_the_remedy(cli, tmp_path):
     assert "<think>greet</think>Hey." in preview(cli, *thoughts, "--data.train_on=last")
 
 
-def test_a_template_that_renders_tools_itself_is_used_or_refused(cli):
+def test_a_template_that_renders_tools_itself_is_used_or_refused(cli, tmp_path):
     assert "data.tools: render" in refusal(preview(cli, *TOOLS, code=1))
     assert "weather" in preview(cli, *TOOLS, "--data.tools=render")
+    row = json.loads((CASES / "f26.row.jsonl").read_text())
+    row["messages"][2] = {"role": "assistant", "content": "It rains."}  # that template writes tools, but no calls
+    (tmp_path / "row.jsonl").write_text(json.dumps(row))
+    assert '<|tool|>[{"type": "function"' in preview(cli, *TOOLS, f"--data.train={tmp_path}/row.jsonl")
 
 
 @pytest.mark.parametrize("name", ["owner/name/config:train", "owner/name@revision:train"])

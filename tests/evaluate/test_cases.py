@@ -11,8 +11,9 @@ END, EOS, PLAIN = 90, 91, 40
 
 
 class Token:
-    def __init__(self, special: bool) -> None:
+    def __init__(self, special: bool, content: str = "") -> None:
         self.special = special
+        self.content = content
 
 
 class FakeTokenizer:
@@ -63,6 +64,13 @@ def test_answers_stop_where_references_do_and_at_the_end_of_text():
     found = [Case(0, [5, 6], [7, END]), Case(1, [5, 6], [8, END])]
     assert stop_ids(found, FakeTokenizer()) == [END, EOS]
     assert stop_ids([], FakeTokenizer()) == [EOS]
+
+
+def test_answers_of_phi4_also_stop_at_the_end_of_text_that_is_not_its_own():
+    tokenizer = FakeTokenizer()
+    tokenizer.eos_token_id = END
+    tokenizer.added_tokens_decoder = {END: Token(True, "<|im_end|>"), EOS: Token(True, "<|endoftext|>")}
+    assert stop_ids([Case(0, [5, 6], [7, END])], tokenizer) == [END, EOS]
 
 
 def test_rows_are_chosen_alike_whatever_their_order():

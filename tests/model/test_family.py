@@ -58,6 +58,8 @@ FAMILY = {
     "phi35_mini": published(4, 4, **longrope("longrope", 8)),
     "phi3_medium_4k": published(8, 2, sliding_window=24),
     "phi4_mini": published(6, 2, tie_word_embeddings=True, partial_rotary_factor=0.75, **longrope("longrope", 6)),
+    "phi4": published(8, 2, rope_theta=250000.0, sliding_window=None),
+    "phi4_reasoning": published(8, 2, rope_theta=500000.0, sliding_window=None),
 }
 LONG = [name for name, fields in FAMILY.items() if fields["rope_scaling"]]
 

@@ -26,10 +26,15 @@ def test_the_guide_has_the_table_that_the_script_prints():
 
 
 def test_each_overlay_says_what_the_script_calculates(memory):
-    shown = {"Phi-3-mini": "phi3_mini_4k_lora", "Phi-4-mini": "phi4_mini_lora", "Phi-3-medium": "phi3_medium_4k_lora"}
+    shown = {
+        "Phi-3-mini": "phi3_mini_4k_lora",
+        "Phi-3-medium": "phi3_medium_4k_lora",
+        "Phi-4-mini": "phi4_mini_lora",
+        "Phi-4": "phi4_lora",
+    }
     for overlay, size in memory["OVERLAYS"].items():
         text = (OVERLAYS / f"{overlay}.yaml").read_text()
-        said = re.findall(r"(Phi-\d-\w+)( with --model.quantization nf4)? (\d+\.\d) GB", text.replace("\n#", ""))
+        said = re.findall(r"(Phi-\d(?:-\w+)?)( with --model.quantization nf4)? (\d+\.\d) GB", text.replace("\n#", ""))
         assert len(said) >= 2
         for model, quantized, number in said:
             config = memory["settings"](shown[model], f"overlays/{overlay}")

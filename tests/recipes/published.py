@@ -43,12 +43,26 @@ PHI4_MINI = {
     "vocab_size": 200064, "bos_token_id": 199999, "eos_token_id": 199999, "pad_token_id": 199999,
 }  # fmt: skip
 
+MEDIUM = {
+    "hidden_size": 5120, "intermediate_size": 17920, "num_attention_heads": 40, "num_hidden_layers": 40,
+    "num_key_value_heads": 10,
+}  # fmt: skip
+
+
+def _phi4(length: int, theta: float) -> dict:
+    """As microsoft/phi-4 and Phi-4-reasoning have them; LitGPT's config.py gives the same shapes."""
+    tokens = {"vocab_size": 100352, "bos_token_id": 100257, "eos_token_id": 100265, "pad_token_id": 100349}
+    lengths = {"max_position_embeddings": length, "original_max_position_embeddings": length}
+    return _config(**MEDIUM, **tokens, **lengths, rope_theta=theta, sliding_window=None)
+
+
 PUBLISHED = {
     "phi3_mini_4k_lora": _config(),
     "phi3_mini_128k_lora": _config(**_long("su")),
     "phi35_mini_lora": _config(**_long("longrope")),
-    "phi3_medium_4k_lora": _config(
-        hidden_size=5120, intermediate_size=17920, num_attention_heads=40, num_hidden_layers=40, num_key_value_heads=10
-    ),
+    "phi3_medium_4k_lora": _config(**MEDIUM),
     "phi4_mini_lora": _config(**_long("longrope"), **PHI4_MINI),
+    "phi4_mini_reasoning_lora": _config(**_long("longrope"), **PHI4_MINI),
+    "phi4_lora": _phi4(16384, 250000.0),
+    "phi4_reasoning_lora": _phi4(32768, 500000.0),
 }

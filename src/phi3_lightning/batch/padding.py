@@ -1,6 +1,7 @@
-"""Left padding of prompts."""
+"""Prompts in a batch: left padding, and the tokens that end an answer."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,3 +38,11 @@ def prompt_batch(
 def unpadded(batch: PromptBatch) -> list[list[int]]:
     """Return the token ids of each prompt, without padding."""
     return [ids[mask.bool()].tolist() for ids, mask in zip(batch["input_ids"], batch["attention_mask"], strict=True)]
+
+
+def end_of_text_ids(tokenizer: Any) -> list[int]:
+    """Return the tokens that end a text: the tokenizer's own, and ``<|endoftext|>``, which Phi-4 has beside its own."""
+    added = tokenizer.added_tokens_decoder.items()
+    others = [index for index, token in added if token.special and token.content == "<|endoftext|>"]
+    own = tokenizer.eos_token_id
+    return others if own is None else list(dict.fromkeys([own, *others]))

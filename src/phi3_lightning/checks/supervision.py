@@ -24,15 +24,22 @@ def find_faults(rows: list[Row], template: ChatTemplate) -> list[str]:
 def _fault(chat: Conversation, document: Document, template: ChatTemplate) -> str | None:
     ids = document.input_ids.tolist()
     spans = _labelled(document)
-    contents = [message["content"] for message, on in zip(chat.messages, chat.trained, strict=True) if on]
+    adapted = template.adapt_tools(chat)
+    if isinstance(adapted, BadRowError):
+        return str(adapted)
+    trained = [message for message, on in zip(chat.messages, chat.trained, strict=True) if on]
     render: Any = template.tokenizer.apply_chat_template  # its annotations know no TypedDict
-    if not _special_text(chat, template) and ids != render(chat.messages, tokenize=True, return_dict=False):
+    rendered = render(adapted.messages, tools=adapted.tools, tokenize=True, return_dict=False)
+    if not _special_text(chat, template) and ids != rendered:
         return "its tokens are not those of tokenizer.apply_chat_template"
-    if len(spans) != len(contents):
-        return f"{len(spans)} spans are trained, and {len(contents)} messages should be"
-    for content, (start, end) in zip(contents, spans, strict=True):
+    if len(spans) != len(trained):
+        return f"{len(spans)} spans are trained, and {len(trained)} messages should be"
+    for message, (start, end) in zip(trained, spans, strict=True):
+        content = message["content"]
         if ids[end - 1] not in template.stop_ids:
             return f"the answer {_short(content)} is trained without a token that ends it"
+        if "tool_calls" in message:  # in the template's own words
+            continue
         text = _decoded(ids[start : end - 1], template)
         encoded = template.tokenizer.backend_tokenizer.encode(content.strip(), add_special_tokens=False)
         if text not in (content.strip(), _decoded(encoded.ids, template)):
@@ -48,7 +55,7 @@ def _prompt_fault(
     for index, (start, _) in zip(trained, spans, strict=True):
         if chat.messages[index]["role"] != "assistant":
             continue
-        before = Conversation(chat.messages[:index], [False] * index)
+        before = Conversation(chat.messages[:index], [False] * index, chat.tools)
         [prompt] = template.encode([before], add_generation_prompt=True)
         if isinstance(prompt, BadRowError):
             return f"the template makes no prompt of the messages before messages[{index}] ({prompt})"

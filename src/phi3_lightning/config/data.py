@@ -77,9 +77,9 @@ class RowOptions:
     system: Literal["keep", "merge_into_user", "refuse"] = "keep"
     """What becomes of system messages, which some templates do not support."""
     tools: Literal["auto", "render", "native", "refuse", "drop"] = "auto"
-    """What becomes of tools, their calls and results, and of reasoning. render: text by the convention of Hermes;
-    refuse: a bad row; drop: left out. auto: render, but rows with tools are bad ones where the chat template has a way
-    of its own to write tools; native, that way, is not supported yet."""
+    """What becomes of tools, their calls and results, and of reasoning. native: the chat template writes tools in its
+    own way, and reasoning is text; render: text by the convention of Hermes; refuse: a bad row; drop: left out. auto:
+    native where the chat template has a way of its own, else render."""
     special_text: Literal["plain", "refuse"] = "plain"
     """Whether the text of a special token within a content is plain text or a bad row. It is never a turn."""
     train_on: Literal["assistant", "last", "all"] = "assistant"
@@ -185,11 +185,6 @@ class DataConfig(RowOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.tools == "native":
-            raise ConfigError(
-                "data.tools: native, as the chat template itself writes tools, is not supported yet; set data.tools: "
-                "render to write them as text by the convention of Hermes, or drop or refuse"
-            )
         for name in ("cache_dir", "chat_template"):
             if getattr(self, name) is not None:
                 local_path(f"data.{name}", getattr(self, name))

@@ -2,11 +2,12 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Final, Literal, TypedDict
+from typing import Any, Final, Literal, NotRequired, TypedDict
 
 from phi3_lightning.errors import DataError
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
+"""Who speaks; ``tool`` under ``data.tools: native`` alone."""
 Kind = Literal["chat", "pair", "labelled"]
 """What a row is: a chat (also a text or tokens), a chosen and a rejected answer, or an answer with a label."""
 KIND_NAMES: Final[dict[Kind, str]] = {
@@ -18,10 +19,15 @@ KIND_NAMES: Final[dict[Kind, str]] = {
 
 
 class Message(TypedDict):
-    """One message of a chat, as ``apply_chat_template`` takes it."""
+    """One message of a chat, as ``apply_chat_template`` takes it; all but role and content is for native tools."""
 
     role: Role
     content: str
+    tool_calls: NotRequired[list[dict[str, Any]]]
+    tool_call_id: NotRequired[str]
+    name: NotRequired[str]
+    tools: NotRequired[list[Any] | str]
+    """The functions, in the system message of templates that read them there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +37,8 @@ class Conversation:
     messages: list[Message]
     trained: list[bool]
     """For each message, whether its content is supervised."""
+    tools: list[Any] | str | None = None
+    """The functions that may be called, perhaps as JSON, under ``data.tools: native``."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +54,7 @@ class PreferencePair:
     def prompt(self) -> Conversation:
         """The messages with which both begin."""
         count = common_length(self.chosen.messages, self.rejected.messages)
-        return Conversation(self.chosen.messages[:count], [False] * count)
+        return Conversation(self.chosen.messages[:count], [False] * count, self.chosen.tools)
 
 
 @dataclass(frozen=True, slots=True)

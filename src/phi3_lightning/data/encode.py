@@ -38,6 +38,7 @@ from phi3_lightning.data.readers import decode_line
 from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.data.truncation import split, truncate_turns
 from phi3_lightning.data.word_cache import VERIFIED_CHATS
+from phi3_lightning.errors import ConfigError
 
 _Item = ParsedRow | BadRowError
 
@@ -55,6 +56,11 @@ class Encoder:
     def __init__(self, template: ChatTemplate, options: RowOptions, *, prompts: bool = False) -> None:
         self.template = template
         self.options = options
+        if options.tools == "native" and not template.writes_tools:
+            raise ConfigError(
+                "data.tools: native is given, and the chat template writes no tools; set data.tools: render to write "
+                "them as text by the convention of Hermes, or give data.chat_template a file with a template that does"
+            )
         if options.tools == "auto":
             self.options = replace(options, tools="native" if template.writes_tools else "render")
         self.prompts = prompts

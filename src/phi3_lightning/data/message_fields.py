@@ -7,6 +7,8 @@ in the message                      read as
 ``data.message_keys``               the names that it maps them to
 ``reasoning``, ``thinking``         ``reasoning_content``
 a flag, such as ``loss: false``     whether the message is trained, see ``FLAGS``
+``tools`` of a system message       the functions of the row
+``tool_call_id``, ``name``          of a tool's result, for the chat template under ``data.tools: native``
 anything else                       counted as ``messages[].name``
 ==================================  ================================================================================
 """
@@ -33,6 +35,7 @@ SPEAKERS: Final = {
 }
 """ShareGPT's names of the roles, as FastChat, LLaMA-Factory and ms-swift read them."""
 
+TOOL_ROLES: Final = frozenset(("tool", "function"))
 REASONING: Final = ("reasoning_content", "reasoning", "thinking")
 CALLS: Final = ("tool_calls", "function_call")
 FLAGS: Final = (
@@ -52,6 +55,7 @@ CONTENT_PARTS: Final = {"text": "text", "reasoning": "reasoning", "thinking": "r
 
 _PARTIAL_FLAGS: Final = ("train_detail", "training_detail")  # Axolotl: ranges of characters
 _ALL_FLAGS: Final = frozenset((*FLAGS, *_PARTIAL_FLAGS))
+_NATIVE_KEYS: Final = frozenset(("tool_call_id", "name"))
 _MESSAGE_KEYS: Final = _ALL_FLAGS | {"role", "content", *REASONING, *CALLS}
 _PART_KEYS: Final = frozenset(("type", "value", *CONTENT_PARTS))
 _CALL_KEYS: Final = frozenset(("type", "function", "name", "arguments", "parameters"))
@@ -74,13 +78,22 @@ def read_message(item: object, where: str, options: RowOptions, unused: set[str]
         item = _from_sharegpt(item, where, options)
     field = where.partition("[")[0]  # of the row, such as messages
     if displaced or not _MESSAGE_KEYS.issuperset(item):
-        unused.update(f"{field}[].{key}" for key in displaced + _other_keys(item, _MESSAGE_KEYS))
+        unused.update(f"{field}[].{key}" for key in displaced + _other_keys(item, _keys_of(item, options)))
     if "tool_calls" in item or not isinstance(item.get("content"), str):
-        for name, keys in (("content", _PART_KEYS), ("tool_calls", _CALL_KEYS)):
+        call_keys = _CALL_KEYS | {"id"} if options.tools == "native" else _CALL_KEYS
+        for name, keys in (("content", _PART_KEYS), ("tool_calls", call_keys)):
             parts = item[name] if isinstance(item.get(name), list) else []
             others = {key for part in parts if isinstance(part, dict) for key in _other_keys(part, keys)}
             unused.update(f"{field}[].{name}[].{key}" for key in others)
     return item
+
+
+def _keys_of(message: dict[str, Any], options: RowOptions) -> frozenset[str]:
+    """The keys that are read of a message."""
+    role = role_of(message, options)
+    if role in ("system", "developer"):
+        return _MESSAGE_KEYS | {"tools"}
+    return _MESSAGE_KEYS | _NATIVE_KEYS if role in TOOL_ROLES and options.tools == "native" else _MESSAGE_KEYS
 
 
 def _other_keys(fields: dict[str, Any], known: frozenset[str]) -> list[str]:

@@ -14,6 +14,7 @@ lists that begin with a system or user message    whole conversations; the messa
 import json
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from phi3_lightning.config.data import FIELDS, SYSTEM, TOOLS, RowOptions
@@ -83,10 +84,10 @@ def trained_answer(conversation: Conversation, turns: list[Turn], options: RowOp
 def _train_answer(conversation: Conversation, count: int, name: str) -> Conversation:
     """A conversation with nothing supervised within its first ``count`` messages."""
     answers = [message for message in conversation.messages[count:] if message["role"] == "assistant"]
-    if not any(message["content"].strip() for message in answers):
+    if not any(message["content"].strip() or "tool_calls" in message for message in answers):
         raise BadRowError("empty answer", f"{name} is empty; remove the row")
     trained = [flag and index >= count for index, flag in enumerate(conversation.trained)]
-    return Conversation(conversation.messages, trained)
+    return replace(conversation, trained=trained)
 
 
 def _conversation(fields: Mapping[str, Any], side: str, options: RowOptions, unread: set[str]) -> Conversation:

@@ -4,6 +4,7 @@ A template may leave thoughts, ``<think>...</think>``, out of earlier answers, a
 Sentinels behind contents still show where these end.
 """
 
+import json
 import re
 from itertools import islice
 from typing import Final, NamedTuple
@@ -24,11 +25,20 @@ class Rendered(NamedTuple):
     """Where in the text each message's content is, as half-open ranges of characters."""
     without_thoughts: frozenset[int] = frozenset()
     """The messages whose range holds the content except its thoughts, which are left out or rewritten."""
+    with_calls: frozenset[int] = frozenset()
+    """The messages whose range holds all that the assistant says, tool calls and the template's tokens in them."""
+
+
+def without_thoughts(content: str) -> str:
+    """Return a content without ``<think>...</think>``."""
+    return _THOUGHTS.sub("", content)
 
 
 def unused_sentinels(chat: list[Message]) -> tuple[str, str]:
     """Return an opening and a closing sentinel that a chat does not hold."""
-    text = "".join(message["content"] for message in chat)
+    text = "".join(
+        message["content"] + json.dumps(message.get("tool_calls", ""), ensure_ascii=False) for message in chat
+    )
     opening, closing = islice((sentinel for sentinel in _SENTINELS if sentinel not in text), 2)
     return opening, closing
 
@@ -40,7 +50,7 @@ def insert_sentinels(chat: list[Message], opening: str, closing: str, *, strip: 
         content = message["content"]
         inner = content.strip() if strip else content
         head, _, tail = content.partition(inner) if inner else (content, "", "")
-        result.append({"role": message["role"], "content": f"{head}{opening}{inner}{closing}{tail}"})
+        result.append({**message, "content": f"{head}{opening}{inner}{closing}{tail}"})
     return result
 
 
@@ -72,28 +82,28 @@ def remove_end_sentinels(chat: list[Message], plain: str, with_sentinels: str, c
     if len(parts) != len(chat) + 1 or "".join(parts) != plain:
         return None
     contents = []
-    without_thoughts = set()
+    stripped = set()
     position = 0
     for index, (message, part) in enumerate(zip(chat, parts, strict=False)):
         position += len(part)
         content = message["content"]
-        answer = _THOUGHTS.sub("", content)
+        answer = without_thoughts(content)
         # as it is, or without outer white space, which a template trims or which is outside of the sentinels
         endings = (content, content.lstrip(), content.rstrip(), content.strip(), answer, answer.strip())
         ending = next((ending for ending in endings if part.endswith(ending)), None)
         if ending is None:
             return None
         if ending.strip() != content.strip():
-            without_thoughts.add(index)
+            stripped.add(index)
         contents.append((position - len(ending), position))
-    return Rendered(plain, contents, frozenset(without_thoughts))
+    return Rendered(plain, contents, frozenset(stripped))
 
 
 def describe_loss(chat: list[Message], text: str) -> BadRowError:
     """Return the error of a chat whose contents cannot be found in the text that the template makes of it."""
     for index, message in enumerate(chat):
         if message["content"].strip() not in text:
-            return BadRowError(
-                "the chat template loses text", f"messages[{index}] of role {message['role']!r} is not rendered"
-            )
+            fault = f"messages[{index}] of role {message['role']!r} is not rendered"
+            remedy = "; data.system: merge_into_user puts it before the first question" * (message["role"] == "system")
+            return BadRowError("the chat template loses text", fault + remedy)
     return BadRowError("the chat template changes text", "contents are moved or rewritten, so they cannot be trained")

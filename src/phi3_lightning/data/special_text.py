@@ -42,9 +42,10 @@ def encode_contents_as_text(
         whole: The encoding of the chat, in which the special text of contents has become special tokens too.
         encode: Encodes texts; with ``plain`` special text becomes ordinary tokens.
     """
+    contents = [place for index, place in enumerate(rendered.contents) if index not in rendered.with_calls]
     cuts = [0]
     for token, (start, end) in zip(whole.ids, whole.offsets, strict=True):
-        if token in special_ids and not any(a <= start < b for a, b in rendered.contents):
+        if token in special_ids and not any(a <= start < b for a, b in contents):
             cuts += [start, end]
     cuts.append(len(rendered.text))
     pieces = [rendered.text[start:end] for start, end in pairwise(cuts)]  # ordinary and special text alternate

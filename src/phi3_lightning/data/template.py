@@ -11,7 +11,9 @@ from typing import Literal
 from tokenizers import Encoding
 from transformers import PreTrainedTokenizerFast
 
+from phi3_lightning.batch.padding import end_of_text_ids
 from phi3_lightning.data.conversation import BadRowError, Conversation, Message, TokenizedDocument
+from phi3_lightning.data.native_tools import NativeTools
 from phi3_lightning.data.rendering import ChatRenderer
 from phi3_lightning.data.sentinels import Rendered
 from phi3_lightning.data.special_text import JoinedEncoding, encode_contents_as_text
@@ -77,16 +79,17 @@ class ChatTemplate:
         self._special_ids = {index for index, token in added.items() if token.special}
         specials = sorted((added[index].content for index in self._special_ids), key=len, reverse=True)
         self._special_text = re.compile("|".join(map(re.escape, specials)) or r"(?!)")
+        self._native_tools = NativeTools(tokenizer, self._special_text)
         self._end_of_turn = self._check()
+        self._renderer.end_of_turn = added[self._end_of_turn].content
         parts = [definition, str(tokenizer.chat_template), repr(tokenizer.special_tokens_map)]
         self.fingerprint = hashlib.blake2b("\0".join(parts).encode(), digest_size=16).hexdigest()
         """A hash of the whole tokenizer and the template."""
 
     @property
     def stop_ids(self) -> list[int]:
-        """The tokens that end an answer: the template's end of turn, and the tokenizer's end of text."""
-        eos = self.tokenizer.eos_token_id
-        return [self._end_of_turn] if eos in (None, self._end_of_turn) else [self._end_of_turn, eos]
+        """The tokens that end an answer: the template's end of turn, and the ends of text."""
+        return list(dict.fromkeys([self._end_of_turn, *end_of_text_ids(self.tokenizer)]))
 
     @cached_property
     def identity(self) -> dict[str, str]:
@@ -101,6 +104,10 @@ class ChatTemplate:
         """Whether the template has a way of its own to write tools, their calls or their results."""
         return any(map(writes_tools, templates_of(self.tokenizer)))
 
+    def adapt_tools(self, conversation: Conversation) -> Conversation | BadRowError:
+        """Return a conversation with tools as ``apply_chat_template`` takes it, or why the template cannot write it."""
+        return self._native_tools.adapt(conversation)
+
     def verify_word_cache(self) -> None:
         """Compare the next ``VERIFIED_CHATS`` chats with the tokenizer's own tokens, as a new template does."""
         self._unverified = VERIFIED_CHATS
@@ -113,9 +120,13 @@ class ChatTemplate:
         Args:
             add_generation_prompt: Whether to end with the beginning of the assistant's turn.
         """
-        messages = [conversation.messages for conversation in conversations]
-        rendered = self._renderer.render(messages, add_generation_prompt=add_generation_prompt)
-        chats = list(zip(conversations, rendered, strict=True))
+        adapted = [self.adapt_tools(conversation) for conversation in conversations]
+        usable = [chat for chat in adapted if isinstance(chat, Conversation)]
+        rendered = iter(self._renderer.render(usable, add_generation_prompt=add_generation_prompt))
+        chats: list[_RenderedChat] = [
+            (conversation, chat) if isinstance(chat, BadRowError) else (chat, next(rendered))
+            for conversation, chat in zip(conversations, adapted, strict=True)
+        ]
         if self._word_cache is None or not self._unverified:
             return self._tokenise(chats, self._word_cache)
         first, rest = chats[: self._unverified], chats[self._unverified :]
@@ -155,7 +166,7 @@ class ChatTemplate:
 
     def _tokenise(self, chats: list[_RenderedChat], cache: WordCache | None) -> list[TokenizedDocument | BadRowError]:
         items = [item for _, item in chats if isinstance(item, Rendered)]
-        by_words = [cache and cache.encode(item) for item in items]
+        by_words = [None if cache is None or item.with_calls else cache.encode(item) for item in items]
         others = [item.text for item, pieces in zip(items, by_words, strict=True) if pieces is None]
         whole = iter(self._encode_texts(others))
         encodings = iter([pieces or next(whole) for pieces in by_words])
@@ -167,7 +178,8 @@ class ChatTemplate:
     def _supervise(
         self, chat: Conversation, rendered: Rendered, encoding: Encoding | Pieces | JoinedEncoding
     ) -> TokenizedDocument | BadRowError:
-        matches = filter(None, (self._special_text.search(message["content"]) for message in chat.messages))
+        contents = (m["content"] for index, m in enumerate(chat.messages) if index not in rendered.with_calls)
+        matches = filter(None, map(self._special_text.search, contents))
         if not self._allows_special_text and (special := next(matches, None)):
             return _refuse(special.group())
         if rendered.without_thoughts and (fault := self._check_thoughts(chat, rendered)):
@@ -202,6 +214,8 @@ class ChatTemplate:
                     f"another form; {earlier}write the block as the template does, or give data.chat_template a file "
                     "with a template that keeps it",
                 )
+            if index in rendered.with_calls:  # whose special text is refused
+                continue
             # The place of the rest of the content is unknown, and leaving out thoughts may have joined special text.
             if special := self._special_text.search(f"{chat.messages[index]['content']}\n{rendered.text[start:end]}"):
                 return _refuse(special.group())
@@ -212,13 +226,14 @@ class ChatTemplate:
 
     def _check(self) -> int:
         """Try the template on a small chat, and return its end-of-turn token."""
-        chat: list[Message] = [
+        messages: list[Message] = [
             {"role": "user", "content": "first question"},
             {"role": "assistant", "content": "first answer"},
             {"role": "user", "content": "second question"},
             {"role": "assistant", "content": "second answer"},
         ]
-        [encoded] = self.encode([Conversation(chat, [False, True, False, True])])
+        chat = Conversation(messages, [False, True, False, True])
+        [encoded] = self.encode([chat])
         [rendered] = self._renderer.render([chat], add_generation_prompt=False)
         if isinstance(encoded, BadRowError) or isinstance(rendered, BadRowError):
             raise ConfigError(f"data.tokenizer: the chat template cannot be used for training ({encoded})")

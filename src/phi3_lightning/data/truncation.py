@@ -1,6 +1,7 @@
 """Truncating documents that are too long. An end-of-turn token is never added."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from phi3_lightning.data.conversation import BadRowError, Conversation, TokenizedDocument
 from phi3_lightning.data.messages import TOOL_RESPONSE
@@ -55,4 +56,4 @@ def truncate_turns(
 def _without(start: int, end: int, conversation: Conversation) -> Conversation:
     """A conversation without the messages of a range."""
     messages, trained = conversation.messages, conversation.trained
-    return Conversation(messages[:start] + messages[end:], trained[:start] + trained[end:])
+    return replace(conversation, messages=messages[:start] + messages[end:], trained=trained[:start] + trained[end:])

@@ -2,23 +2,23 @@
 
 Each odd order has one answer:
 
-=====================================  ========================================================================
+=====================================  ==========================================================================
 in the row                             answer
-=====================================  ========================================================================
-a tool's result beside a user's turn   one user turn
+=====================================  ==========================================================================
+a tool's result beside a user's turn   one user turn; under ``data.tools: native`` each is a turn of its own
 two turns of one role                  a bad row; ``data.repeated_role: merge`` joins them with a blank line
 the assistant speaks first             a bad row
 the last turn is not the assistant's   a bad row; in a prompt, the turn to answer
 an empty answer                        a turn: only its end-of-turn token is trained
 an empty question or system message    a turn like any other
 no assistant turn is to be trained     dropped and counted
-=====================================  ========================================================================
+=====================================  ==========================================================================
 """
 
 from dataclasses import replace
 
 from phi3_lightning.config.data import RowOptions
-from phi3_lightning.data.conversation import BadRowError, Conversation
+from phi3_lightning.data.conversation import BadRowError, Conversation, Message
 from phi3_lightning.data.messages import Turn
 
 
@@ -41,7 +41,7 @@ def training_turns(turns: list[Turn], options: RowOptions) -> Conversation:
 
 
 def prompt_turns(turns: list[Turn], options: RowOptions) -> Conversation:
-    """Put turns in order for generation: the conversation ends with a user's turn; an answer at the end is left out.
+    """Put turns in order for generation: a user or a tool has spoken last; an answer at the end is left out.
 
     Raises:
         BadRowError: If there is no turn to answer.
@@ -49,13 +49,24 @@ def prompt_turns(turns: list[Turn], options: RowOptions) -> Conversation:
     turns = order_turns(turns, options)
     if turns[-1].role == "assistant":
         turns = turns[:-1]
-    if not turns or turns[-1].role != "user":
+    if not turns or turns[-1].role not in ("user", "tool"):
         raise BadRowError("no question", "a prompt has a user's message before the assistant's turn")
     return _conversation(turns, [False] * len(turns))
 
 
 def _conversation(turns: list[Turn], trained: list[bool]) -> Conversation:
-    return Conversation([{"role": turn.role, "content": turn.content} for turn in turns], trained)
+    return Conversation([_message(turn) for turn in turns], trained, turns[0].tools)
+
+
+def _message(turn: Turn) -> Message:
+    message: Message = {"role": turn.role, "content": turn.content}
+    if turn.calls:
+        message["tool_calls"] = turn.calls
+    if turn.tool_call_id is not None:
+        message["tool_call_id"] = turn.tool_call_id
+    if turn.name is not None:
+        message["name"] = turn.name
+    return message
 
 
 def order_turns(turns: list[Turn], options: RowOptions) -> list[Turn]:
@@ -77,18 +88,19 @@ def _merge(turns: list[Turn], options: RowOptions) -> list[Turn]:
     merged: list[Turn] = []
     for turn in turns:
         before = next((other for other in reversed(merged) if other.role != "system"), None)
-        if before is None or turn.role == "system" or before.role != turn.role:
+        if before is None or turn.role in ("system", "tool") or before.role != turn.role:
             merged.append(turn)
             continue
         tools = before.is_tool_result or turn.is_tool_result
-        if merged[-1] is not before or not (tools or options.repeated_role == "merge"):
+        mergeable = merged[-1] is before and not before.calls  # text would go before the calls
+        if not mergeable or not (tools or options.repeated_role == "merge"):
             raise BadRowError(
                 f"two {turn.role} turns in a row", f"at {turn.where}; data.repeated_role: merge joins neighbours"
             )
         if (before.trained is False) != (turn.trained is False):
             raise BadRowError("merged turns differ in weight", f"{turn.where} and the one before it")
         content = before.content + ("\n" if tools else "\n\n") + turn.content
-        merged[-1] = replace(before, content=content, is_tool_result=turn.is_tool_result)
+        merged[-1] = replace(before, content=content, is_tool_result=turn.is_tool_result, calls=turn.calls)
     return merged
 
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.batch.documents import document_spans
+from phi3_lightning.batch.padding import end_of_text_ids
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,8 @@ def unusable(case: Case, tokenizer: Any) -> str | None:
 
 
 def stop_ids(cases: Iterable[Case], tokenizer: Any) -> list[int]:
-    """Return the tokens that end an answer: the last ones of all references, and the tokenizer's end of text."""
-    ends = {case.reference[-1] for case in cases}
-    return sorted(ends | ({tokenizer.eos_token_id} if tokenizer.eos_token_id is not None else set()))
+    """Return the tokens that end an answer: the last ones of all references, and the tokenizer's ends of text."""
+    return sorted({case.reference[-1] for case in cases} | set(end_of_text_ids(tokenizer)))
 
 
 def choose(document_ids: Iterable[int], count: int | None) -> list[int]:

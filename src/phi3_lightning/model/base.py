@@ -51,7 +51,7 @@ def read_config(base: str, revision: str | None = None) -> Phi3Config:
         reason = RELATIVES.get(str(kind), "it has another architecture")
         raise ModelError(
             f"model.base: {base} is a {kind!r} model ({', '.join(architectures)}): {reason}. "
-            "Phi3ForCausalLM models work: Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4-mini"
+            "Phi3ForCausalLM models work: Phi-3-mini, Phi-3-medium, Phi-3.5-mini, Phi-4, Phi-4-mini"
         )
     rope = config.get("rope_scaling") or {}
     if rope.get("type") == "su":
