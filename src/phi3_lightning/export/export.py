@@ -193,9 +193,10 @@ def _write_gguf_model(
     record = gguf_model.record_name(name, tokenizer)
     gguf_model.convert(converter, merged, written, record, file)
     exported = _load(merged, module, dtype, attention)
-    shutil.rmtree(merged)
-    gguf_model.check_metadata(exported, tokenizer, record, file)
     gguf_model.load_weights(exported, file)
+    gguf_model.check_metadata(exported, tokenizer, record, file)
+    gguf_model.warn_of_white_space(tokenizer, record)
+    shutil.rmtree(merged)
     return reference.certify(logits(exported, chat.prompts, nullcontext()))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import gguf
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi3_lightning.errors import ConfigError, ModelError
@@ -103,13 +104,23 @@ def record_name(name: str, tokenizer: PreTrainedTokenizerFast) -> str:
     Phi-3's role tokens swallow the white space that follows them. No key of GGUF records that, and llama.cpp does it
     for models whose name has ``phi-3`` or ``phi3`` in it; it cannot load such a name without Phi-3's vocabulary.
     """
-    if stripping_tokens(tokenizer) and tokenizer.get_vocab().keys() >= PHI3_TOKENS:
+    if _stripping_tokens(tokenizer) and tokenizer.get_vocab().keys() >= PHI3_TOKENS:
         return name if PHI3_NAME.search(name) else f"{name} phi-3"
     return PHI3_NAME.sub("phi 3", name)
 
 
-def stripping_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
-    """Return the special tokens that swallow the white space after them."""
+def warn_of_white_space(tokenizer: PreTrainedTokenizerFast, name: str) -> None:
+    """Warn where llama.cpp keeps white space that the tokenizer drops."""
+    tokens = _stripping_tokens(tokenizer)
+    if tokens and not PHI3_NAME.search(name):
+        rank_zero_warn(
+            f"llama.cpp keeps the white space after {', '.join(tokens[:4])}, which this tokenizer drops: a chat gets "
+            "other ids there than in training; render it without white space after these tokens"
+        )
+
+
+def _stripping_tokens(tokenizer: PreTrainedTokenizerFast) -> list[str]:
+    """The special tokens that swallow the white space after them."""
     return [token.content for token in tokenizer.added_tokens_decoder.values() if token.rstrip and token.special]
 
 
@@ -127,7 +138,7 @@ def load_weights(model: Phi3ForCausalLM, file: Path) -> None:
         raise ModelError(f"{file.name}: the converter wrote other tensors than the model has: {', '.join(wrong[:4])}")
     for name, parameter in model.named_parameters():
         tensor = tensors[names[name]]
-        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type))
+        values = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
         if values.shape != parameter.shape:
             shapes = f"{tuple(values.shape)}, and in the model {tuple(parameter.shape)}"
             raise ModelError(f"{file.name}: {tensor.name} has shape {shapes}; take a newer llama.cpp")
