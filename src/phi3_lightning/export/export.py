@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftModel
@@ -254,7 +254,7 @@ def _llama_cpp_hint(module: Phi3LoRAModule, file: str, *, whole: bool) -> str:
     """Return how llama.cpp runs a GGUF file."""
     model = f"-m {file}" if whole else f"-m BASE.gguf --lora {file}"
     config = base_model.read_config(module.base, module.revision)
-    if config.rope_parameters.get("rope_type") != "longrope":
+    if cast("dict[str, Any]", config.rope_parameters).get("rope_type") != "longrope":
         return f"llama-cli {model} --jinja"
     return (
         f"llama-cli {model} --jinja -c {config.original_max_position_embeddings} (with a longer context llama.cpp "

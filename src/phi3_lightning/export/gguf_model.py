@@ -5,10 +5,9 @@ import math
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gguf
 import torch
@@ -147,7 +146,7 @@ def load_weights(model: Phi3ForCausalLM, file: Path) -> None:
 
 def _rope_factors(model: Phi3ForCausalLM) -> dict[str, list[float]]:
     """Longrope's factors, by the names of their tensors."""
-    rope: Mapping[str, Any] = model.config.rope_parameters
+    rope = cast("dict[str, Any]", model.config.rope_parameters)
     kinds = [kind for kind in ("long", "short") if f"{kind}_factor" in rope]
     return {f"rope_factors_{kind}.weight": rope[f"{kind}_factor"] for kind in kinds}
 
@@ -181,7 +180,7 @@ def check_metadata(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, n
 
 
 def _hyper_parameters(model: Phi3ForCausalLM) -> dict[str, Any]:
-    config, rope = model.config, model.config.rope_parameters
+    config, rope = model.config, cast("dict[str, Any]", model.config.rope_parameters)
     rotated = int(rope.get("partial_rotary_factor", 1.0) * config.hidden_size) // config.num_attention_heads
     values = {
         gguf.Keys.LLM.BLOCK_COUNT: config.num_hidden_layers,
