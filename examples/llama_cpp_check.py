@@ -45,18 +45,17 @@ CHAT = (
 
 
 @dataclass(frozen=True)
-class Result:
-    """One prompt on both sides."""
+class Reference:
+    """Prompts of one kind in transformers and PEFT."""
 
-    text: str
-    ids: list[int]
-    theirs: list[int]
-    """The ids that llama.cpp makes of the text."""
-    max_logit: float
-    same: int
-    """Tokens before the first that differs."""
-    gap: float
-    """Distance of transformers' two best logits at that token."""
+    texts: list[str]
+    ids: list[list[int]]
+    continuations: list[list[int]]
+    gaps: list[list[float]]
+    """Distance of the two best logits at each token of the continuations."""
+    logits: list[torch.Tensor]
+    tolerance: float
+    """How far other logits may be."""
 
 
 def convert_base(base: Path, llama_cpp_folder: str, dtype: torch.dtype, folder: Path) -> Path:
@@ -75,15 +74,31 @@ def convert_base(base: Path, llama_cpp_folder: str, dtype: torch.dtype, folder: 
     return file
 
 
+def best(scores: torch.Tensor) -> int:
+    """The token with the largest logit; of equal ones, as copied embeddings have, the first."""
+    return int((scores == scores.max()).nonzero()[0])
+
+
 @torch.inference_mode()
 def continue_greedily(model: nn.Module, ids: list[int], count: int) -> tuple[list[int], list[float]]:
     """The tokens that transformers takes, and the distance of the two best logits at each."""
     tokens, gaps = list(ids), []
     for _ in range(count):
-        best = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].float().topk(2)
-        gaps.append((best.values[0] - best.values[1]).item())
-        tokens.append(int(best.indices[0]))
+        scores = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0, -1].float()
+        first, second = scores.topk(2).values.tolist()
+        gaps.append(first - second)
+        tokens.append(best(scores))
     return tokens[len(ids) :], gaps
+
+
+def measure(model: PeftModel, layers: list[str], texts: list[str], ids: list[list[int]], count: int) -> Reference:
+    """Let transformers and PEFT continue prompts, and derive the tolerance."""
+    live = [logits(model, [each], torch.inference_mode()) for each in ids]
+    with rounded(model.base_model.model, layers, torch.float16):
+        moved = [logits(model, [each], torch.inference_mode()) for each in ids]
+    continuations, gaps = zip(*(continue_greedily(model, each, count) for each in ids), strict=True)
+    tolerance = ROUNDINGS * difference(torch.cat(live), torch.cat(moved)).max_logit
+    return Reference(texts, ids, list(continuations), list(gaps), live, tolerance)
 
 
 class LlamaCpp:
@@ -104,20 +119,37 @@ class LlamaCpp:
     def continue_greedily(self, ids: list[int], count: int) -> list[int]:
         scores, tokens = self.logits(ids), []
         for _ in range(count):
-            tokens.append(int(scores[-1].argmax()))
+            tokens.append(best(scores[-1]))
             self.model.eval(tokens[-1:])
             scores = torch.from_numpy(self.model.scores[: len(ids) + len(tokens)].copy())
         return tokens
 
 
-def compare(theirs: LlamaCpp, ours: nn.Module, text: str, ids: list[int], count: int) -> Result:
-    """Compare logits and continuation of one prompt, from the same ids."""
-    expected, gaps = continue_greedily(ours, ids, count)
-    found = theirs.continue_greedily(ids, count)
-    live = logits(ours, [ids], torch.inference_mode())
-    same = next((n for n, pair in enumerate(zip(expected, found, strict=True)) if pair[0] != pair[1]), count)
-    gap = gaps[same] if same < count else 0.0
-    return Result(text, ids, theirs.tokenize(text), difference(live, theirs.logits(ids)).max_logit, same, gap)
+def compare(kind: str, theirs: LlamaCpp, alone: LlamaCpp, expected: Reference) -> dict:
+    """Compare logits and continuations of prompts, from the same ids, and print the figures."""
+    count, same, agree, worst, effect = len(expected.continuations[0]), 0, 0, 0.0, 0.0
+    for text, ids, tokens, gaps, live in zip(
+        expected.texts, expected.ids, expected.continuations, expected.gaps, expected.logits, strict=True
+    ):
+        worst = max(worst, difference(live, theirs.logits(ids)).max_logit)
+        effect = max(effect, difference(live, alone.logits(ids)).max_logit)
+        found = theirs.continue_greedily(ids, count)
+        first = next((n for n, pair in enumerate(zip(tokens, found, strict=True)) if pair[0] != pair[1]), count)
+        same += first == count
+        agree += first == count or gaps[first] < 2 * expected.tolerance
+        if first < count:
+            print(f"  {text!r}: {first} tokens, then {tokens[first]} or {found[first]}, {gaps[first]:.4f} apart")
+        if theirs.tokenize(text) != ids:
+            print(f"  {text!r}\n    tokenizer: {ids}\n    llama.cpp: {theirs.tokenize(text)}")
+    print(
+        f"{kind}: {same} of {len(expected.ids)} continuations of {count} tokens are the same, {agree} agree; logits "
+        f"differ by up to {worst:.4f}, tolerance {expected.tolerance:.4f}, the adapter's effect {effect:.1f}",
+        flush=True,
+    )
+    # an adapter without effect shows nothing
+    holds = agree == len(expected.ids) and worst <= expected.tolerance < effect / 10
+    return {"kind": kind, "same": same, "agree": agree, "max_logit": worst, "tolerance": expected.tolerance,
+            "effect": effect, "holds": holds}  # fmt: skip
 
 
 def main() -> None:
@@ -139,46 +171,21 @@ def main() -> None:
     layers = [name for name, module in base.named_modules() if isinstance(module, nn.Linear)]
     ours = PeftModel.from_pretrained(base, str(options.peft)).eval()
     [adapter] = options.gguf.glob("*.gguf")
+    references = {
+        kind: measure(ours, layers, texts, [tokenizer(text).input_ids for text in texts], options.tokens)
+        for kind, texts in prompts.items()
+    }
     figures = []
     with tempfile.TemporaryDirectory() as folder:
         for dtype in (torch.float32, torch.float16):
             file = convert_base(options.base, options.llama_cpp, dtype, Path(folder))
             theirs, alone = (LlamaCpp(file, lora, context=256) for lora in (adapter, None))
-            for kind, texts in prompts.items():
-                ids = [tokenizer(text).input_ids for text in texts]
-                live = logits(ours, ids, torch.inference_mode())
-                with rounded(ours.base_model.model, layers, torch.float16):
-                    tolerance = ROUNDINGS * difference(live, logits(ours, ids, torch.inference_mode())).max_logit
-                effect = difference(live, torch.cat([alone.logits(each) for each in ids])).max_logit
-                results = [compare(theirs, ours, *each, options.tokens) for each in zip(texts, ids, strict=True)]
-                figures.append(summarise(f"{dtype}, {kind}", results, tolerance, effect, options.tokens))
+            for kind, reference in references.items():
+                figures.append(compare(f"base in {dtype}, {kind}", theirs, alone, reference))
     if options.json is not None:
         options.json.write_text(json.dumps(figures, indent=2), encoding="utf-8")
     if not all(figure["holds"] for figure in figures):
         sys.exit("llama.cpp does not continue as transformers does")
-
-
-def summarise(kind: str, results: list[Result], tolerance: float, effect: float, tokens: int) -> dict:
-    """Print the figures of five prompts, and return them."""
-    worst = max(result.max_logit for result in results)
-    same = sum(result.same == tokens for result in results)
-    agree = sum(result.same == tokens or result.gap < 2 * tolerance for result in results)
-    print(
-        f"{kind}: {same} of {len(results)} continuations of {tokens} tokens are the same, {agree} agree; logits "
-        f"differ by up to {worst:.4f}, tolerance {tolerance:.4f}, the adapter's effect {effect:.1f}"
-    )
-    for result in results:
-        report(result, tokens)
-    holds = agree == len(results) and worst <= tolerance < effect / 10  # an adapter without effect shows nothing
-    return {"kind": kind, "same": same, "agree": agree, "max_logit": worst, "tolerance": tolerance, "effect": effect,
-            "holds": holds}  # fmt: skip
-
-
-def report(result: Result, tokens: int) -> None:
-    if result.same < tokens:
-        print(f"  {result.text!r}: {result.same} tokens, then two logits {result.gap:.4f} apart")
-    if result.theirs != result.ids:
-        print(f"  {result.text!r}\n    tokenizer: {result.ids}\n    llama.cpp: {result.theirs}")
 
 
 if __name__ == "__main__":
