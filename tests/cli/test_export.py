@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import pytest
 import torch
 
@@ -55,7 +56,7 @@ print(json.dumps(found))
 def test_a_checkpoint_is_exported_in_all_formats_and_read_without_this_package(cli, tmp_path):
     pytest.importorskip("loralib")
     cli("fit", *QUICK, "--trainer.max_steps=6", "--trainer.val_check_interval=3")
-    for kind in ("peft", "merged", "loralib"):
+    for kind in ("peft", "merged", "loralib", "gguf"):
         exported = cli("export", CHECKPOINT, f"--output_dir=out/{kind}", f"--format={kind}")
         assert f"written: {tmp_path}/out/{kind}" in exported.text
         assert "Traceback" not in exported.text
@@ -73,6 +74,8 @@ def test_a_checkpoint_is_exported_in_all_formats_and_read_without_this_package(c
     card = (tmp_path / "out/peft/README.md").read_text()
     for part in ("320", "`val/loss`", "![losses by optimiser step](loss.svg)", "`model.optimizer.lr` | `0.01`"):
         assert part in card
+    assert json.loads((tmp_path / "out/gguf/certificate.json").read_text())["holds"] is True
+    assert gguf.GGUFReader(tmp_path / "out/gguf/gguf-F32-LoRA.gguf").get_field("general.type").contents() == "adapter"
     assert (tmp_path / "out/peft/loss.svg").read_text().startswith("<svg")
     for path in (tmp_path / "out").rglob("*"):
         assert path.is_dir() or str(TINY).encode() not in path.read_bytes()  # a local path is useless elsewhere
@@ -117,7 +120,7 @@ def test_a_folder_in_use_is_kept(cli, tmp_path):
     [
         ((), "runs/phi3-lora: there is no checkpoint"),
         (("--ckpt_path=none.ckpt",), "none.ckpt: there is no such checkpoint"),
-        (("--ckpt_path=none.ckpt", "--format=gguf"), "--format"),
+        (("--ckpt_path=none.ckpt", "--format=onnx"), "--format"),
     ],
 )
 def test_missing_inputs_are_named(cli, options, message):
@@ -129,7 +132,14 @@ def test_missing_inputs_are_named(cli, options, message):
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [(("--dtype=float16",), "--dtype: adapters are written in float32"), (("--merge", "--format=loralib"), "--merge")],
+    [
+        (("--dtype=float16",), "--dtype: adapters are written in float32"),
+        (("--merge", "--format=loralib"), "--merge"),
+        (("--merge", "--dtype=f16"), "--format merged has bfloat16 or float16 or float32, and not f16"),
+        (("--format=gguf", "--dtype=float16"), "--format gguf has f32 or f16, and not float16"),
+        (("--format=gguf", "--merge"), "--format gguf --merge --llama_cpp FOLDER"),
+        (("--llama_cpp=.",), "--format gguf --merge --llama_cpp FOLDER"),
+    ],
 )
 def test_options_that_contradict_each_other_are_refused(cli, tmp_path, options, message):
     torch.save({"state_dict": {}, "hyper_parameters": {"base": str(TINY)}}, tmp_path / "a.ckpt")

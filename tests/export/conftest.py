@@ -1,5 +1,6 @@
 """Adapters with random trained values on tiny models, and their exports."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from transformers import Phi3ForCausalLM
 
 import synthetic
 from phi3_lightning.adapters.adapter import PeftForm
+from phi3_lightning.export.gguf_model import find_converter
 
 FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 
@@ -44,3 +46,12 @@ def base_folder(tmp_path) -> Callable[..., Path]:
         return Path(synthetic.save_tiny(tmp_path / "base", dtype, **changes))
 
     return write
+
+
+@pytest.fixture(scope="session")
+def llama_cpp() -> Path:
+    """The folder of llama.cpp's converters."""
+    folder = os.environ.get("PHI3_LIGHTNING_LLAMA_CPP")
+    if folder is None:
+        pytest.skip("PHI3_LIGHTNING_LLAMA_CPP does not name a folder of llama.cpp")
+    return find_converter(folder).parent

@@ -17,7 +17,7 @@ from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.export.card import Provenance
 from phi3_lightning.export.chat_files import Chat
-from phi3_lightning.export.export import Export, Exported, Format, export
+from phi3_lightning.export.export import Export, Exported, Format, GgufType, export
 from phi3_lightning.files import local_path, writing
 from phi3_lightning.model.base import DType
 from phi3_lightning.module import Phi3LoRAModule
@@ -40,10 +40,26 @@ def parser() -> Parser:
     result = command_parser("export", DESCRIPTION, {"model": Phi3LoRAModule}, sections)
     add_run(result, "last, best, or a path; null: the best of --run, or its newest.")
     result.add_argument("--output_dir", type=str, required=True, help="The folder to make.")
-    result.add_argument("--format", type=Format, default="peft", help="Adapter for PEFT, whole model, or loralib file.")
-    result.add_argument("--merge", action="store_true", help="The same as --format merged.")
     result.add_argument(
-        "--dtype", type=DType | None, default=None, help="Of a merged model; null: as the base's files."
+        "--format",
+        type=Format,
+        default="peft",
+        help="Adapter for PEFT, whole model, loralib file, or GGUF for llama.cpp.",
+    )
+    result.add_argument(
+        "--merge", action="store_true", help="The same as --format merged; with --format gguf, a whole model as GGUF."
+    )
+    result.add_argument(
+        "--llama_cpp",
+        type=str | None,
+        default=None,
+        help="Folder of llama.cpp, or of llama-cpp-python's source package, for --format gguf --merge.",
+    )
+    result.add_argument(
+        "--dtype",
+        type=DType | GgufType | None,
+        default=None,
+        help="Of a merged model, null: as the base's files; f32 or f16 of a GGUF file, null: f32 for an adapter.",
     )
     result.add_argument("--max_shard_size", type=str, default="1GB", help="Largest file of a merged model.")
     result.add_argument("--overwrite", action="store_true", help="Replace what the folder holds.")
@@ -88,12 +104,8 @@ def _checkpoint_path(options: LightningArgumentParser, args: list[str]) -> Path:
 
 
 def _request(config: Namespace) -> Export:
-    if config.merge and config.format == "loralib":
-        raise ConfigError("--merge: --format loralib holds the adapter alone; leave one of the two out")
-    kind: Format = "merged" if config.merge else config.format
-    if kind != "merged" and config.dtype is not None:
-        raise ConfigError(f"--dtype: adapters are written in float32, and {config.dtype} is for --format merged")
-    return Export(kind, config.dtype, config.max_shard_size)
+    kind: Format = "merged" if config.merge and config.format == "peft" else config.format
+    return Export(kind, config.dtype, config.max_shard_size, merge=config.merge, llama_cpp=config.llama_cpp)
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:

@@ -37,11 +37,19 @@ class Provenance:
 
 
 def write_card(
-    provenance: Provenance, kind: str, certificate: Certificate, serving: str | None, folder: Path, name: str
+    provenance: Provenance,
+    kind: str,
+    certificate: Certificate,
+    serving: str | None,
+    folder: Path,
+    name: str,
+    *,
+    whole: bool,
 ) -> None:
     """Write README.md, and a picture of the losses where the run has logged them, to a folder that will have ``name``.
 
-    ``kind`` is ``peft``, ``merged`` or ``loralib``; ``serving`` is what a server needs to know.
+    ``kind`` is ``peft``, ``merged``, ``loralib`` or ``gguf``; ``serving`` is what a server needs to know; ``whole``
+    says that the folder holds a whole model.
     """
     scalars = {} if provenance.run is None else read_scalars(provenance.run / "tensorboard")
     step = provenance.checkpoint["global_step"]
@@ -52,7 +60,7 @@ def write_card(
         (folder / PICTURE).write_text(draw(losses), encoding="utf-8")
     front_matter = ModelCardData(
         base_model=provenance.base if "/" in provenance.base else None,  # the hub knows no folders
-        library_name="peft" if kind == "peft" else "transformers",
+        library_name=kind if kind in ("peft", "gguf") else "transformers",
         pipeline_tag="text-generation",
         tags=["phi3_lightning", "lora"],
     )
@@ -62,6 +70,7 @@ def write_card(
         name=name,
         base=provenance.base,
         kind=kind,
+        whole=whole,
         step=step,
         serving=serving,
         statistics_columns=statistics.COLUMNS,

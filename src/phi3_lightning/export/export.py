@@ -1,6 +1,7 @@
 """A checkpoint's adapter as a folder for others, compared with the live model before it gets its name."""
 
 import gc
+import importlib.util
 import json
 import shutil
 import tempfile
@@ -8,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import torch
 from peft import PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, Phi3ForCausalLM
+from transformers import AutoModelForCausalLM, Phi3ForCausalLM, PreTrainedTokenizerFast
 
 from phi3_lightning.adapters.adapter import Adapter, PeftForm
 from phi3_lightning.errors import ConfigError
@@ -27,7 +28,8 @@ from phi3_lightning.export.merge import Merger, attach_by_peft, write_merged
 from phi3_lightning.model import base as base_model
 from phi3_lightning.module import Phi3LoRAModule
 
-Format = Literal["peft", "merged", "loralib"]
+Format = Literal["peft", "merged", "loralib", "gguf"]
+GgufType = Literal["f32", "f16"]
 
 
 @dataclass(frozen=True)
@@ -36,11 +38,46 @@ class Export:
 
     format: Format = "peft"
     """``peft``: the adapter, for PEFT and servers; ``merged``: a whole model; ``loralib``: a state dict of loralib's
-    layers."""
-    dtype: base_model.DType | None = None
-    """Type of a merged model's weights; None: that of the base's files."""
+    layers; ``gguf``: the adapter for llama.cpp, or with ``merge`` a whole model."""
+    dtype: base_model.DType | GgufType | None = None
+    """Type of the weights: of a merged model one of torch's, in a GGUF file ``f32`` or ``f16``; None: that of the
+    base's files, and float32 for an adapter."""
     max_shard_size: str = "1GB"
     """Largest file of a merged model."""
+    merge: bool = False
+    """Whether a GGUF file holds base and adapter as one model."""
+    llama_cpp: str | None = None
+    """Folder of llama.cpp, whose converter writes a whole model as GGUF."""
+
+    def __post_init__(self) -> None:
+        """Refuse options that the format has no use for."""
+        if self.dtype is not None and self.format not in ("merged", "gguf"):
+            raise ConfigError(
+                f"--dtype: adapters are written in float32, and {self.dtype} is for --format merged or gguf"
+            )
+        allowed = get_args(GgufType if self.format == "gguf" else base_model.DType)
+        if self.dtype is not None and self.dtype not in allowed:
+            raise ConfigError(f"--dtype: --format {self.format} has {' or '.join(allowed)}, and not {self.dtype}")
+        if self.merge and self.format not in ("merged", "gguf"):
+            raise ConfigError(f"--merge: --format {self.format} holds the adapter alone; leave one of the two out")
+        if (self.format == "gguf" and self.merge) != (self.llama_cpp is not None):
+            raise ConfigError(
+                "--llama_cpp: --format gguf --merge needs the folder of llama.cpp, and nothing else does; give "
+                "--format gguf --merge --llama_cpp FOLDER"
+            )
+        if self.format == "gguf" and importlib.util.find_spec("gguf") is None:
+            raise ConfigError("--format gguf: it needs pip install 'phi3-lightning[gguf]'")
+
+    @property
+    def whole(self) -> bool:
+        """Whether a whole model is written, and not an adapter."""
+        return self.format == "merged" or self.merge
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The type of the weights, as torch has it."""
+        names = {"f32": "float32", "f16": "float16"}
+        return None if self.dtype is None else getattr(torch, names.get(self.dtype, self.dtype))
 
 
 @dataclass(frozen=True)
@@ -62,20 +99,27 @@ def export(module: Phi3LoRAModule, chat: Chat, provenance: Provenance, what: Exp
     Raises:
         ModelError: If base and adapter cannot be merged, or the export does not answer as the live model does.
     """
-    if what.format == "merged" and module.init == "random":
-        raise ConfigError("--format merged: model.init: random has no files to merge into; export it as peft")
-    weights = BaseWeights(module.base, module.revision) if what.format == "merged" else None
+    if what.whole and module.init == "random":
+        raise ConfigError("--merge: model.init: random has no files to merge into; export the adapter alone")
+    weights = BaseWeights(module.base, module.revision) if what.whole else None
     form = _adapter(module).to_peft()
     with _new_folder(target) as folder:
-        chat_files.write_tokenizer(chat, folder, bare=weights is None)
+        chat_files.write_tokenizer(chat, folder, bare=what.format != "merged")
         if weights is None:
-            certificate = _write_adapter(module, form, chat, provenance.base, what.format, folder)
-        else:
+            certificate = _write_adapter(module, form, chat, provenance.base, what, folder, target.name)
+        elif what.format == "merged":
             certificate = _write_merged(module, form, chat, weights, what, folder)
-        serving = adapter_files.serving_hint(form, provenance.base, target.name) if what.format == "peft" else None
+        else:
+            certificate = _write_gguf_model(module, form, chat, weights, what, folder, target.name)
+        serving = None
+        if what.format == "peft":
+            serving = adapter_files.serving_hint(form, provenance.base, target.name)
+        elif what.format == "gguf":
+            [file] = folder.glob("*.gguf")
+            serving = _llama_cpp_hint(module, file.name, whole=what.whole)
         chat_files.write_generation_config(chat, fetch(module.base, module.revision, ["*.json"]), folder)
         (folder / "certificate.json").write_text(json.dumps(certificate.content(), indent=2), encoding="utf-8")
-        write_card(provenance, what.format, certificate, serving, folder, target.name)
+        write_card(provenance, what.format, certificate, serving, folder, target.name, whole=what.whole)
         certificate.check()
     return Exported(certificate, serving)
 
@@ -85,12 +129,15 @@ def _adapter(module: Phi3LoRAModule) -> Adapter:
 
 
 def _write_adapter(
-    module: Phi3LoRAModule, form: PeftForm, chat: Chat, base_id: str, kind: Format, folder: Path
+    module: Phi3LoRAModule, form: PeftForm, chat: Chat, base_id: str, what: Export, folder: Path, name: str
 ) -> Certificate:
+    if what.format == "gguf":
+        return _write_gguf_adapter(module, form, chat, base_id, what.torch_dtype or torch.float32, folder, name)
     targets = _adapter(module).targets
-    reference = _measure(module, chat, "adapter in PEFT" if kind == "peft" else kind, module.loaded_model.dtype)
+    compared = "adapter in PEFT" if what.format == "peft" else what.format
+    reference = _measure(module, chat, compared, module.loaded_model.dtype)
     base = module.detach_adapter()  # plain transformers, every weight as it was loaded
-    if kind == "peft":
+    if what.format == "peft":
         adapter_files.write_peft(form, base_id, module.revision, folder)
         exported = cast("nn.Module", PeftModel.from_pretrained(base, str(folder)))
     else:
@@ -99,14 +146,81 @@ def _write_adapter(
     return reference.certify(logits(exported, chat.prompts, nullcontext()))
 
 
+def _write_gguf_adapter(
+    module: Phi3LoRAModule, form: PeftForm, chat: Chat, base_id: str, dtype: torch.dtype, folder: Path, name: str
+) -> Certificate:
+    from phi3_lightning.export import gguf
+
+    config = base_model.read_config(module.base, module.revision)
+    names = gguf.weight_names(base_model.skeleton(config), config.num_hidden_layers)
+    gguf.check_adapter(form, names)
+    reference = _measure(module, chat, "adapter in GGUF", _coarsest(module.loaded_model.dtype, dtype))
+    base = module.detach_adapter()
+    file = folder / gguf.file_name(name, dtype, adapter=True)
+    gguf.write_adapter(form, names, dtype, name, base_id, file)
+    with tempfile.TemporaryDirectory() as read_back:
+        adapter_files.write_peft(gguf.read_adapter(file, names), base_id, module.revision, Path(read_back))
+        exported = cast("nn.Module", PeftModel.from_pretrained(base, read_back))
+    return reference.certify(logits(exported, chat.prompts, nullcontext()))
+
+
 def _write_merged(
     module: Phi3LoRAModule, form: PeftForm, chat: Chat, weights: BaseWeights, what: Export, folder: Path
 ) -> Certificate:
     dtype, attention = module.loaded_model.dtype, module.loaded_model.config._attn_implementation
-    written = dtype if what.dtype is None else getattr(torch, what.dtype)
-    coarsest = max(dtype, written, key=lambda kind: torch.finfo(kind).eps)
+    reference = _measure_whole(module, form, chat, what, "merged")
+    write_merged(weights, _merger(module, form), folder, what.torch_dtype, what.max_shard_size)
+    exported = _load(folder, module, dtype, attention)
+    return reference.certify(logits(exported, chat.prompts, nullcontext()))
+
+
+def _write_gguf_model(
+    module: Phi3LoRAModule, form: PeftForm, chat: Chat, weights: BaseWeights, what: Export, folder: Path, name: str
+) -> Certificate:
+    from phi3_lightning.export import gguf, gguf_model
+
+    converter = gguf_model.find_converter(cast("str", what.llama_cpp))
+    gguf_model.check_needs(converter, folder)
+    dtype, attention = module.loaded_model.dtype, module.loaded_model.config._attn_implementation
+    reference = _measure_whole(module, form, chat, what, "merged model in GGUF")
+    merged = folder / name
+    merged.mkdir()
+    chat_files.write_tokenizer(chat, merged, bare=False)
+    written = write_merged(weights, _merger(module, form), merged, what.torch_dtype, what.max_shard_size)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(str(merged))
+    gguf_model.prepare(merged, tokenizer)
+    file = folder / gguf.file_name(name, written, adapter=False)
+    record = gguf_model.record_name(name, tokenizer)
+    gguf_model.convert(converter, merged, written, record, file)
+    exported = _load(merged, module, dtype, attention)
+    gguf_model.load_weights(exported, file)
+    gguf_model.check_metadata(exported, tokenizer, record, file)
+    gguf_model.warn_of_white_space(tokenizer, record)
+    shutil.rmtree(merged)
+    return reference.certify(logits(exported, chat.prompts, nullcontext()))
+
+
+def _merger(module: Phi3LoRAModule, form: PeftForm) -> Merger:
+    return Merger(base_model.skeleton(base_model.read_config(module.base, module.revision)), form)
+
+
+def _load(folder: Path, module: Phi3LoRAModule, dtype: torch.dtype, attention: str) -> Phi3ForCausalLM:
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, attn_implementation=attention, device_map={"": module.device}
+    )
+    return cast("Phi3ForCausalLM", model)
+
+
+def _coarsest(*dtypes: torch.dtype) -> torch.dtype:
+    return max(dtypes, key=lambda kind: torch.finfo(kind).eps)
+
+
+def _measure_whole(module: Phi3LoRAModule, form: PeftForm, chat: Chat, what: Export, exported: str) -> Reference:
+    """Measure what a whole model is compared with, and detach the adapter."""
+    dtype = module.loaded_model.dtype
+    coarsest = _coarsest(dtype, what.torch_dtype or dtype)
     if module.quantization is None:
-        reference = _measure(module, chat, "merged", coarsest)
+        reference = _measure(module, chat, exported, coarsest)
         module.detach_adapter()
     else:
         paths = [target.path for target in _adapter(module).targets]
@@ -114,12 +228,7 @@ def _write_merged(
         gc.collect()
         reference = _measure_in_full(module, form, chat, paths, coarsest)
     gc.collect()
-    merger = Merger(base_model.skeleton(base_model.read_config(module.base, module.revision)), form)
-    write_merged(weights, merger, folder, None if what.dtype is None else written, what.max_shard_size)
-    exported = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, attn_implementation=attention, device_map={"": module.device}
-    )
-    return reference.certify(logits(exported, chat.prompts, nullcontext()))
+    return reference
 
 
 def _measure(module: Phi3LoRAModule, chat: Chat, exported: str, dtype: torch.dtype) -> Reference:
@@ -139,6 +248,18 @@ def _measure_in_full(
     inner = cast("Phi3ForCausalLM", model.base_model.model)
     compared = f"merged to the adapter on the base without {module.quantization}"
     return measure_reference(compared, inner, chat.prompts, paths, dtype, nullcontext, model.disable_adapter)
+
+
+def _llama_cpp_hint(module: Phi3LoRAModule, file: str, *, whole: bool) -> str:
+    """Return how llama.cpp runs a GGUF file."""
+    model = f"-m {file}" if whole else f"-m BASE.gguf --lora {file}"
+    config = base_model.read_config(module.base, module.revision)
+    if cast("dict[str, Any]", config.rope_parameters).get("rope_type") != "longrope":
+        return f"llama-cli {model} --jinja"
+    return (
+        f"llama-cli {model} --jinja -c {config.original_max_position_embeddings} (with a longer context llama.cpp "
+        "takes longrope's long factors for short chats too)"
+    )
 
 
 @contextmanager

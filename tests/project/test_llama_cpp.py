@@ -1,0 +1,67 @@
+"""llama.cpp itself, where it is installed: the same continuations as transformers and PEFT, and the same ids."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from cli.conftest import REPOSITORY
+from cli.conftest import cli as cli
+from export.conftest import llama_cpp as llama_cpp
+from phi3_lightning.export.gguf_model import record_name
+from real.test_pretrained import real_base as real_base
+
+pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+TEXT = "<|user|>\nWho wrote Hamlet?<|end|>\n<|assistant|>\n"
+
+
+@pytest.fixture
+def run(cli, real_base, real_chats):
+    """Export what a few steps on the real model have taught."""
+    files = f"[{real_chats}/messages_system.jsonl, {real_chats}/prompt_completion.jsonl]"
+    cli(
+        "fit", f"--config={REPOSITORY}/configs/phi3_mini_4k_lora.yaml", f"--model.base={real_base}", "--run=bot",
+        "--model.base_id=local/phi3-small", f"--data.train={files}", "--data.max_length=192", "--data.batch_size=1",
+        "--data.on_bad_row=skip", "--data.val_fraction=0.0", "--model.optimizer.lr=1e-3", "--trainer.accelerator=cpu",
+        "--trainer.max_steps=12", "--trainer.accumulate_grad_batches=1", "--trainer.callbacks=null",
+        "--model.gradient_checkpointing=none", "--monitor.base_drift=false", "--monitor.samples=0",
+    )  # fmt: skip
+    return lambda *options: cli("export", "--run=bot", *options)
+
+
+def test_it_continues_as_transformers_does(run, real_base, llama_cpp, tmp_path):
+    run("--output_dir=peft")
+    run("--output_dir=gguf", "--format=gguf")
+    whole = run("--output_dir=whole", "--format=gguf", "--merge", f"--llama_cpp={llama_cpp}")
+    assert "merged model in GGUF to" in whole.text
+    script = [sys.executable, str(REPOSITORY / "examples/llama_cpp_check.py"), "peft", "gguf", "--base", str(real_base)]
+    environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
+    subprocess.run(
+        [*script, "--llama_cpp", str(llama_cpp), "--json", "figures.json"], check=True, cwd=tmp_path, env=environment
+    )
+    assert all(figure["holds"] for figure in json.loads((tmp_path / "figures.json").read_text()))
+
+
+def ids(vocabulary: Path, name: str, folder: Path) -> list[int]:
+    """What llama.cpp makes of a chat with a vocabulary whose model has a name."""
+    import llama_cpp
+
+    file = folder / "vocabulary.gguf"
+    command = [sys.executable, "-m", "gguf.scripts.gguf_new_metadata", "--force", "--general-name", name]
+    subprocess.run([*command, str(vocabulary), str(file)], check=True, capture_output=True)
+    return llama_cpp.Llama(str(file), vocab_only=True, verbose=False).tokenize(TEXT.encode(), False, True)
+
+
+def test_it_drops_white_space_as_phi3_does_under_the_recorded_name_alone(shared, llama_cpp, tmp_path):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(shared / "phi3-mini-4k-instruct")
+    vocabulary = llama_cpp / "models/ggml-vocab-phi-3.gguf"
+    expected = [32010, 11644, 5456, 7904, 1026, 29973, 32007, 32001]
+    assert tokenizer(TEXT).input_ids == expected
+    assert ids(vocabulary, record_name("bot", tokenizer), tmp_path) == expected
+    # the name that the converter makes of Phi-3-mini-4k-instruct
+    found = ids(vocabulary, "Phi 3 Mini 4k Instruct", tmp_path)
+    assert found == [32010, 29871, 13, 22110, 5456, 7904, 1026, 29973, 32007, 29871, 13, 32001, 29871, 13]
