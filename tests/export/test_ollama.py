@@ -163,6 +163,27 @@ def test_an_empty_system_message_is_no_message_for_phi35(tmp_path):
     assert "{{ if .Content }}" not in go_template(tokenizer_of(PHI4_MINI), tmp_path)
 
 
+STRICT = (
+    "{% for m in messages %}{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('alternate') }}"
+    "{% endif %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% else %}{{ m.content + eos_token }}"
+    "{% endif %}{% endfor %}"
+)
+SPARSE = (
+    "{% for m in messages %}{% if m.content %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endif %}{% endfor %}"
+    "<|assistant|>"
+)
+
+
+@pytest.mark.parametrize("source", [STRICT, SPARSE])
+def test_templates_of_others(source, tmp_path):
+    """One that refuses system messages and a beginning with an answer, and one that writes no empty message."""
+    tokenizer = tokenizer_of(source)
+    template = go_template(tokenizer, tmp_path)
+    for chat in CHATS:
+        if source is SPARSE or chat[0][0] != S:
+            assert render_go(template, chat) == rendered(tokenizer, chat)
+
+
 def test_cuts_are_made_before_special_tokens(tmp_path):
     """As a person would write it: the fixed text, then each turn with its own tokens."""
     template = go_template(tokenizer_of(PHI4_REASONING), tmp_path)

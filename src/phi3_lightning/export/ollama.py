@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
@@ -30,7 +30,7 @@ _CONTENTS: Final = (
     *("a", "", " outer blanks \n", "two\nlines", '{{ .Content }} {% raw %} {"""} \\n', "<think>a thought</think>b"),
     *("opened by the prompt</think>b", "\N{NO-BREAK SPACE}é日本"),
 )
-"""Contents that a template may change, and that the text of a template may not hold as they are."""
+"""Contents that some templates change."""
 
 
 @dataclass(frozen=True)
@@ -146,15 +146,14 @@ def read_chat_form(tokenizer: PreTrainedTokenizerFast) -> ChatForm:
     empty = {"system": [("system", ""), ("user", "a")], "user": [("user", "")]}
     empty["assistant"] = [("user", "a"), ("assistant", ""), ("user", "a")]
     skipped = {role for role in form.before if _render(tokenizer, empty[role]) != form.render(empty[role])}
-    form = ChatForm(form.start, form.before, form.after, form.generation_prompt, frozenset(skipped))
+    form = replace(form, skips_empty=frozenset(skipped))
     for chat in _examples("system" in form.before):
         if _render(tokenizer, chat) != form.render(chat):
             contents = " and ".join(repr(content) for _, content in chat)
             raise ConfigError(f"the chat template changes contents or leaves them out in a chat of {contents}")
     bos = tokenizer.bos_token
     if bos and form.start.startswith(bos) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        start = form.start.removeprefix(bos)
-        form = ChatForm(start, form.before, form.after, form.generation_prompt, form.skips_empty)
+        return replace(form, start=form.start.removeprefix(bos))
     return form
 
 
@@ -175,7 +174,7 @@ def _read_separators(tokenizer: PreTrainedTokenizerFast) -> _Separators:
         text = _render(tokenizer, list(zip(roles, sentinels, strict=True)))
         parts = None if text is None else re.split(f"[{''.join(sentinels)}]", text)
         if parts is None or len(parts) != len(roles) + 1:
-            if "user" in roles and "system" not in roles and roles[0] == "user":
+            if roles[0] == "user":
                 raise ConfigError("the chat template loses or repeats the content of a message")
             continue  # a role that the template refuses or leaves out, or a beginning
         for pair, part in zip(pairwise((START, *roles, PROMPT)), parts, strict=True):
