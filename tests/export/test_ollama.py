@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
-from tokenizers import processors
+from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
 from export.ollama_peer import collate, parse_modelfile, render_go
@@ -89,8 +89,16 @@ CHATS = [
 ]
 
 
-def tokenizer_of(template: str | None, *, adds_bos: bool = False) -> PreTrainedTokenizerFast:
+def tokenizer_of(template: str | None, *, adds_bos: bool = False, drops: bool = False) -> PreTrainedTokenizerFast:
+    """The tiny model's tokenizer; ``drops``: with role tokens that drop the white space after them, as Phi-3's do."""
     tokenizer = PreTrainedTokenizerFast.from_pretrained(TINY)
+    if not drops:
+        definition = tokenizer.backend_tokenizer.to_str().replace('"rstrip":true', '"rstrip":false')
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=Tokenizer.from_str(definition),
+            chat_template=tokenizer.chat_template,
+            **tokenizer.special_tokens_map,
+        )
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_sep|>", "<|im_end|>"]})
     if template is not None:
         tokenizer.chat_template = template
@@ -136,13 +144,33 @@ def test_ollama_writes_each_chat_as_the_tokenizer_does(name, tmp_path):
         assert tokenizer(render_go(template, chat)).input_ids == ids_of_training(tokenizer, chat)
 
 
+@pytest.mark.parametrize("name", FAMILY)
+def test_white_space_that_the_tokenizer_drops_is_not_written(name, tmp_path):
+    """llama.cpp drops it only for files of some names, so that a line feed would be a token more than in training."""
+    tokenizer, keeps = tokenizer_of(FAMILY[name], drops=True), tokenizer_of(FAMILY[name])
+    template = go_template(tokenizer, tmp_path)
+    for chat in (chat for chat in CHATS if name not in NO_SYSTEM or chat[0][0] != S):
+        expected = ids_of_training(tokenizer, chat)
+        assert tokenizer(render_go(template, chat)).input_ids == expected
+        if not any(content.startswith(" ") for _, content in chat):
+            assert keeps(render_go(template, chat)).input_ids == expected
+    assert "|>\n" not in template
+
+
+def test_negative_control_a_line_feed_that_is_kept_is_a_token_more():
+    drops, keeps = tokenizer_of(None, drops=True), tokenizer_of(None)
+    text = rendered(drops, CHATS[0])
+    assert drops(text).input_ids == ids_of_training(drops, CHATS[0])
+    assert len(keeps(text).input_ids) > len(drops(text).input_ids)
+
+
 def test_ollama_writes_each_chat_as_the_real_phi3(shared, tmp_path):
     tokenizer = PreTrainedTokenizerFast.from_pretrained(shared / "phi3-mini-4k-instruct")
     template = go_template(tokenizer, tmp_path)
     assert template == (
-        '{{ range .Messages }}{{ if eq .Role "system" }}<|system|>\n{{ .Content }}<|end|>\n'
-        '{{ else if eq .Role "user" }}<|user|>\n{{ .Content }}<|end|>\n'
-        '{{ else if eq .Role "assistant" }}<|assistant|>\n{{ .Content }}<|end|>\n{{ end }}{{ end }}<|assistant|>\n'
+        '{{ range .Messages }}{{ if eq .Role "system" }}<|system|>{{ .Content }}<|end|>'
+        '{{ else if eq .Role "user" }}<|user|>{{ .Content }}<|end|>'
+        '{{ else if eq .Role "assistant" }}<|assistant|>{{ .Content }}<|end|>{{ end }}{{ end }}<|assistant|>'
     )
     for chat in CHATS:
         assert tokenizer(render_go(template, chat)).input_ids == ids_of_training(tokenizer, chat)
@@ -299,6 +327,13 @@ def test_an_adapter_is_on_its_base(tmp_path):
     assert commands[:2] == [("from", "phi3:3.8b"), ("adapter", "./bot.gguf")]
     _, commands = modelfile(tokenizer_of(None), tmp_path, adapter_of="o/n", ollama_from="../my bases/phi 3.gguf")
     assert commands[0] == ("from", "../my bases/phi 3.gguf")
+
+
+def test_a_longrope_model_keeps_the_factors_of_short_texts(tmp_path):
+    assert "num_ctx" not in modelfile(tokenizer_of(None), tmp_path)[0]
+    text, commands = modelfile(tokenizer_of(None), tmp_path, short_context=4096)
+    assert ("num_ctx", "4096") in commands
+    assert "rotary factors of long texts" in text
 
 
 @pytest.mark.parametrize(

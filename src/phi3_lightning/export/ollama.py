@@ -67,7 +67,13 @@ class ChatForm:
 
 
 def write_modelfile(
-    folder: Path, stop_ids: Sequence[int], gguf: str, *, adapter_of: str | None = None, ollama_from: str | None = None
+    folder: Path,
+    stop_ids: Sequence[int],
+    gguf: str,
+    *,
+    adapter_of: str | None = None,
+    ollama_from: str | None = None,
+    short_context: int | None = None,
 ) -> None:
     """Write the Modelfile to a folder with the tokenizer's files, beside a GGUF file.
 
@@ -78,6 +84,8 @@ def write_modelfile(
         gguf: The name of the file: a whole model, or an adapter.
         adapter_of: The name of an adapter's base; None if the file is a whole model.
         ollama_from: What FROM names for an adapter; None: a GGUF file of the base, to be put into the folder.
+        short_context: The context length up to which a longrope model has the factors of short texts; None: any other
+            model.
 
     Raises:
         ConfigError: If ``ollama_from`` cannot be part of a file for others.
@@ -98,6 +106,11 @@ def write_modelfile(
         if "system" not in form.before:
             template.insert(0, "# The chat template leaves system messages out, and so does TEMPLATE.")
     stops = [f'PARAMETER stop "{tokenizer.decode([index])}"' for index in dict.fromkeys(stop_ids)]
+    if short_context is not None:
+        stops += [
+            "# With a larger context llama.cpp takes the rotary factors of long texts for short ones, too.",
+            f"PARAMETER num_ctx {short_context}",
+        ]
     lines = [*_sources(gguf, adapter_of, ollama_from), *template, *stops]
     (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
 
@@ -134,7 +147,8 @@ def _sources(gguf: str, adapter_of: str | None, ollama_from: str | None) -> list
 def read_chat_form(tokenizer: PreTrainedTokenizerFast) -> ChatForm:
     """Find out what a tokenizer's chat template writes around contents, by rendering chats.
 
-    A beginning-of-text token that the tokenizer adds by itself is left out, since llama.cpp adds it, too.
+    What need not be written is left out: a beginning-of-text token that the tokenizer adds by itself, since llama.cpp
+    adds it, too; and white space that the tokenizer drops after its tokens, which llama.cpp keeps for some files.
 
     Raises:
         ConfigError: If this depends on more than the roles of the messages, or the template changes contents.
@@ -151,10 +165,21 @@ def read_chat_form(tokenizer: PreTrainedTokenizerFast) -> ChatForm:
         if _render(tokenizer, chat) != form.render(chat):
             contents = " and ".join(repr(content) for _, content in chat)
             raise ConfigError(f"the chat template changes contents or leaves them out in a chat of {contents}")
-    bos = tokenizer.bos_token
-    if bos and form.start.startswith(bos) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        return replace(form, start=form.start.removeprefix(bos))
-    return form
+    start, bos = form.start, tokenizer.bos_token
+    if bos and start.startswith(bos) and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        start = start.removeprefix(bos)
+    dropping = "|".join(re.escape(token.content) for token in tokenizer.added_tokens_decoder.values() if token.rstrip)
+
+    def shorten(text: str) -> str:
+        return re.sub(rf"({dropping})\s+", r"\1", text) if dropping else text
+
+    return replace(
+        form,
+        start=shorten(start),
+        before={role: shorten(text) for role, text in form.before.items()},
+        after={role: shorten(text) for role, text in form.after.items()},
+        generation_prompt=shorten(form.generation_prompt),
+    )
 
 
 def _render(tokenizer: PreTrainedTokenizerFast, chat: Sequence[_Turn]) -> str | None:
