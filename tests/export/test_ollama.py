@@ -8,9 +8,10 @@ import pytest
 from tokenizers import Tokenizer, processors
 from transformers import PreTrainedTokenizerFast
 
+import synthetic
 from export.ollama_peer import collate, parse_modelfile, render_go
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.export.ollama import check_ollama_from, read_chat_form, write_modelfile
+from phi3_lightning.export.ollama import check_ollama_from, read_chat_form, short_context, write_modelfile
 
 TINY = Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3"
 
@@ -331,8 +332,12 @@ def test_an_adapter_is_on_its_base(tmp_path):
 
 def test_a_longrope_model_keeps_the_factors_of_short_texts(tmp_path):
     assert "num_ctx" not in modelfile(tokenizer_of(None), tmp_path)[0]
-    text, commands = modelfile(tokenizer_of(None), tmp_path, short_context=4096)
-    assert ("num_ctx", "4096") in commands
+    factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "rope_theta": 10000.0}
+    config = synthetic.tiny_config(original_max_position_embeddings=64, rope_parameters=factors)
+    assert short_context(config) == 64
+    assert short_context(synthetic.tiny_config()) is None
+    text, commands = modelfile(tokenizer_of(None), tmp_path, context=short_context(config))
+    assert ("num_ctx", "64") in commands
     assert "rotary factors of long texts" in text
 
 

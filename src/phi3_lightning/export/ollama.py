@@ -5,11 +5,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from jinja2 import TemplateError
 from lightning.pytorch.utilities import rank_zero_warn
-from transformers import PreTrainedTokenizerFast
+from transformers import Phi3Config, PreTrainedTokenizerFast
 
 from phi3_lightning.errors import ConfigError
 
@@ -73,7 +73,7 @@ def write_modelfile(
     *,
     adapter_of: str | None = None,
     ollama_from: str | None = None,
-    short_context: int | None = None,
+    context: int | None = None,
 ) -> None:
     """Write the Modelfile to a folder with the tokenizer's files, beside a GGUF file.
 
@@ -84,8 +84,7 @@ def write_modelfile(
         gguf: The name of the file: a whole model, or an adapter.
         adapter_of: The name of an adapter's base; None if the file is a whole model.
         ollama_from: What FROM names for an adapter; None: a GGUF file of the base, to be put into the folder.
-        short_context: The context length up to which a longrope model has the factors of short texts; None: any other
-            model.
+        context: The context length to set, for a longrope model its ``short_context``; None: Ollama's own.
 
     Raises:
         ConfigError: If ``ollama_from`` cannot be part of a file for others.
@@ -106,10 +105,10 @@ def write_modelfile(
         if "system" not in form.before:
             template.insert(0, "# The chat template leaves system messages out, and so does TEMPLATE.")
     stops = [f'PARAMETER stop "{tokenizer.decode([index])}"' for index in dict.fromkeys(stop_ids)]
-    if short_context is not None:
+    if context is not None:
         stops += [
             "# With a larger context llama.cpp takes the rotary factors of long texts for short ones, too.",
-            f"PARAMETER num_ctx {short_context}",
+            f"PARAMETER num_ctx {context}",
         ]
     lines = [*_sources(gguf, adapter_of, ollama_from), *template, *stops]
     (folder / MODELFILE).write_text("\n".join(lines) + "\n", encoding="utf-8", newline="\n")
@@ -126,6 +125,12 @@ def check_ollama_from(name: str | None) -> None:
             f"--ollama_from: {name} is an absolute path, which nobody else has; give a model of Ollama's, such as "
             "phi3:3.8b, or a path relative to the folder of the export"
         )
+
+
+def short_context(config: Phi3Config) -> int | None:
+    """Return up to which length a longrope model has the factors of short texts; None for any other model."""
+    rope = cast("dict[str, Any]", config.rope_parameters)
+    return int(config.original_max_position_embeddings) if rope.get("rope_type") == "longrope" else None
 
 
 def _sources(gguf: str, adapter_of: str | None, ollama_from: str | None) -> list[str]:
