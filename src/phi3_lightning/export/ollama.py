@@ -139,7 +139,7 @@ def _sources(gguf: str, adapter_of: str | None, ollama_from: str | None) -> list
     base = adapter_of.rstrip("/").rpartition("/")[2]
     lines = [
         f"# FROM must be the base of the adapter, {base}, with the same weights.",
-        "# Ollama 0.34.1 and later are reported to refuse ADAPTER: for them, export the whole model with --merge.",
+        "# Ollama 0.34.1 and later are reported to refuse ADAPTER: export the whole model for them, with --merge.",
     ]
     if ollama_from is None:
         lines.append("# Put the base beside this file, converted by llama.cpp, or name a model of Ollama's.")
