@@ -27,6 +27,7 @@ from phi3_lightning.config import Generation, LoRA, Objective, Optimizer, Schedu
 from phi3_lightning.config.checks import Given, plain, require, require_choice, section
 from phi3_lightning.errors import CheckpointError, ModelError
 from phi3_lightning.generation.decode import generate
+from phi3_lightning.hub import split_revision
 from phi3_lightning.model import activation_checkpointing, packed_attention, precision
 from phi3_lightning.model import base as base_model
 from phi3_lightning.model.compile import Compilation
@@ -43,9 +44,10 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
     optimiser state are float32 under every precision of the Trainer; checkpoints hold only what can change.
 
     Args:
-        base: Folder or hub id of the base model; in a script also a loaded model, which is used as it is.
+        base: Folder or hub id of the base model, owner/name or owner/name@revision; in a script also a loaded model,
+            which is used as it is.
         base_id: Name of the base that adapters record; null: the hub id, never a local path.
-        revision: Branch, tag or commit of the base on the hub.
+        revision: Branch, tag or commit of the base on the hub, where base names none.
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
         attn_implementation: Attention kernel; 'auto' is 'documents', attention within documents that needs no mask:
@@ -89,7 +91,13 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
             require(alpha > 0, "model.neftune_noise_alpha", alpha, "above 0, or null for none")
         activation_checkpointing.check(gradient_checkpointing)
         require_choice("model.torch_compile", torch_compile, Compilation)
-        self.base = base if isinstance(base, str) else str(base.name_or_path)
+        if isinstance(base, str):
+            self.base, revision = split_revision("model.base", base, revision, "model.revision")
+        else:
+            self.base = str(base.name_or_path)
+        if base_id is not None:
+            named = "owner/name without @: the revision is recorded from model.revision"
+            require("@" not in base_id, "model.base_id", base_id, named)
         self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
         self.revision = revision
         self.init = init

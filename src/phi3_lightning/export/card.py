@@ -13,6 +13,7 @@ from phi3_lightning.config import Objective
 from phi3_lightning.config.objective import USED
 from phi3_lightning.event_files import Series, read_scalars
 from phi3_lightning.export.certificate import ROUNDINGS, Certificate
+from phi3_lightning.hub import is_repository
 from phi3_lightning.pages import render, statistics
 from phi3_lightning.pages.curves import draw
 
@@ -34,12 +35,14 @@ class Provenance:
     checkpoint: Mapping[str, Any]
     run: Path | None
     """The run's folder, with its event files; None where it is not known."""
+    revision: str | None = None
+    """Branch, tag or commit of the base on the hub."""
 
 
 def write_card(
     provenance: Provenance, kind: str, certificate: Certificate, serving: str | None, folder: Path, name: str
 ) -> None:
-    """Write README.md, and a picture of the losses where the run has logged them, to a folder that will have ``name``.
+    """Write README.md, and a picture of the losses where the run has logged them, to a folder that users call ``name``.
 
     ``kind`` is ``peft``, ``merged`` or ``loralib``; ``serving`` is what a server needs to know.
     """
@@ -51,7 +54,7 @@ def write_card(
     if losses:
         (folder / PICTURE).write_text(draw(losses), encoding="utf-8")
     front_matter = ModelCardData(
-        base_model=provenance.base if "/" in provenance.base else None,  # the hub knows no folders
+        base_model=provenance.base if is_repository(provenance.base) else None,  # the hub knows no folders
         library_name="peft" if kind == "peft" else "transformers",
         pipeline_tag="text-generation",
         tags=["phi3_lightning", "lora"],
@@ -61,6 +64,7 @@ def write_card(
         front_matter=front_matter.to_yaml(),
         name=name,
         base=provenance.base,
+        revision=provenance.revision,
         kind=kind,
         step=step,
         serving=serving,

@@ -20,7 +20,14 @@ from phi3_lightning.errors import ConfigError
 from phi3_lightning.export import adapter_files, chat_files
 from phi3_lightning.export.base_files import BaseWeights, fetch
 from phi3_lightning.export.card import Provenance, write_card
-from phi3_lightning.export.certificate import Certificate, Reference, logits, measure_reference
+from phi3_lightning.export.certificate import (
+    CERTIFICATE,
+    Certificate,
+    Reference,
+    file_hashes,
+    logits,
+    measure_reference,
+)
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.loralib_model import with_loralib
 from phi3_lightning.export.merge import Merger, attach_by_peft, write_merged
@@ -41,6 +48,8 @@ class Export:
     """Type of a merged model's weights; None: that of the base's files."""
     max_shard_size: str = "1GB"
     """Largest file of a merged model."""
+    name: str | None = None
+    """What its card calls it, such as the name of its repository on the hub; None: the name of the folder."""
 
 
 @dataclass(frozen=True)
@@ -66,16 +75,18 @@ def export(module: Phi3LoRAModule, chat: Chat, provenance: Provenance, what: Exp
         raise ConfigError("--format merged: model.init: random has no files to merge into; export it as peft")
     weights = BaseWeights(module.base, module.revision) if what.format == "merged" else None
     form = _adapter(module).to_peft()
+    name = what.name or target.name
     with _new_folder(target) as folder:
         chat_files.write_tokenizer(chat, folder, bare=weights is None)
         if weights is None:
             certificate = _write_adapter(module, form, chat, provenance.base, what.format, folder)
         else:
             certificate = _write_merged(module, form, chat, weights, what, folder)
-        serving = adapter_files.serving_hint(form, provenance.base, target.name) if what.format == "peft" else None
+        serving = adapter_files.serving_hint(form, provenance.base, name) if what.format == "peft" else None
         chat_files.write_generation_config(chat, fetch(module.base, module.revision, ["*.json"]), folder)
-        (folder / "certificate.json").write_text(json.dumps(certificate.content(), indent=2), encoding="utf-8")
-        write_card(provenance, what.format, certificate, serving, folder, target.name)
+        content = {**certificate.content(), "files": file_hashes(folder, (path.name for path in folder.iterdir()))}
+        (folder / CERTIFICATE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_card(provenance, what.format, certificate, serving, folder, name)
         certificate.check()
     return Exported(certificate, serving)
 
