@@ -46,10 +46,8 @@ class Repository:
 
     def commit(self, files: Files, branch: str = "main") -> str:
         """Add a commit with exactly these files."""
-        content = (
-            f"{len(self.commits)} {sorted((name, hashlib.sha1(data).hexdigest()) for name, data in files.items())}"
-        )
-        identity = hashlib.sha1(content.encode()).hexdigest()
+        hashes = sorted((name, _blob_id(data)) for name, data in files.items())
+        identity = hashlib.sha1(f"{len(self.commits)} {hashes}".encode()).hexdigest()
         self.commits[identity] = dict(files)
         self.branches[branch] = identity
         return identity
@@ -317,7 +315,7 @@ def serve() -> Iterator[Hub]:
 
 
 def use(hub: Hub, patch: pytest.MonkeyPatch, cache: Any) -> None:
-    """Let the libraries of this process, which read HF_ENDPOINT when they are imported, use a hub; nobody is logged in."""
+    """Let the libraries of this process, which read HF_ENDPOINT at import, use a hub; nobody is logged in."""
     constants = huggingface_hub.constants
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         patch.delenv(name, raising=False)

@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning import optim
+from phi3_lightning import hub, optim
 from phi3_lightning.accumulation import TokenWeightedModule
 from phi3_lightning.adapters import eva
 from phi3_lightning.adapters.adapter import Adapter
@@ -27,7 +27,6 @@ from phi3_lightning.config import Generation, LoRA, Objective, Optimizer, Schedu
 from phi3_lightning.config.checks import Given, plain, require, require_choice, section
 from phi3_lightning.errors import CheckpointError, ModelError
 from phi3_lightning.generation.decode import generate
-from phi3_lightning.hub import split_revision
 from phi3_lightning.model import activation_checkpointing, packed_attention, precision
 from phi3_lightning.model import base as base_model
 from phi3_lightning.model.compile import Compilation
@@ -44,8 +43,7 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
     optimiser state are float32 under every precision of the Trainer; checkpoints hold only what can change.
 
     Args:
-        base: Folder or hub id of the base model, owner/name or owner/name@revision; in a script also a loaded model,
-            which is used as it is.
+        base: Folder of the base model, owner/name or owner/name@revision; in a script also a loaded one, used as it is.
         base_id: Name of the base that adapters record; null: the hub id, never a local path.
         revision: Branch, tag or commit of the base on the hub, where base names none.
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
@@ -91,15 +89,9 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
             require(alpha > 0, "model.neftune_noise_alpha", alpha, "above 0, or null for none")
         activation_checkpointing.check(gradient_checkpointing)
         require_choice("model.torch_compile", torch_compile, Compilation)
-        if isinstance(base, str):
-            self.base, revision = split_revision("model.base", base, revision, "model.revision")
-        else:
-            self.base = str(base.name_or_path)
-        if base_id is not None:
-            named = "owner/name without @: the revision is recorded from model.revision"
-            require("@" not in base_id, "model.base_id", base_id, named)
+        name = base if isinstance(base, str) else str(base.name_or_path)
+        self.base, self.revision = hub.split_revision("model.base", name, revision, "model.revision")
         self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
-        self.revision = revision
         self.init = init
         self.dtype_name = dtype
         self.quantization = quantization
@@ -111,8 +103,8 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
         self.schedule = section(Schedule, schedule)
         self.generation = section(Generation, generation)
         self.set_objective(section(Objective, objective))
-        loaded = None if isinstance(base, str) else base
-        self._base = Base(self.base, self.base_id, revision, init, dtype, attn_implementation, quantization, loaded)
+        model = None if isinstance(base, str) else base
+        self._base = Base(self.base, self.base_id, self.revision, init, dtype, attn_implementation, quantization, model)
         options = {
             "neftune_noise_alpha": neftune_noise_alpha,
             "gradient_checkpointing": gradient_checkpointing,

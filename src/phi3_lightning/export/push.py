@@ -95,16 +95,18 @@ def push(folder: Path, destination: Destination) -> str:
     """
     files = _certified(folder)
     api, repository = HfApi(), destination.repository
-    removed = sorted(destination.files - files.keys())
-    operations = [CommitOperationDelete(name) for name in removed]
-    operations += [CommitOperationAdd(name, path) for name, path in files.items()]
+    deletions = [CommitOperationDelete(name) for name in sorted(destination.files - files.keys())]
+    additions = [CommitOperationAdd(name, path) for name, path in files.items()]
     state = f"a push is one commit, so nothing was published in part; {folder} is complete: try again with --overwrite"
     with _refused(repository, state):
         if destination.parent is None:
             api.create_repo(repository, private=destination.private)
         # not upload_folder, which makes several commits of a large folder
         api.create_commit(
-            repository, operations, commit_message="Export of phi3_lightning", parent_commit=destination.parent
+            repository,
+            [*deletions, *additions],
+            commit_message="Export of phi3_lightning",
+            parent_commit=destination.parent,
         )
     return destination.address
 
