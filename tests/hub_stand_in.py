@@ -19,6 +19,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import datasets
 import huggingface_hub
 import pytest
+import transformers.utils.hub
 import yaml
 
 Files = dict[str, bytes]
@@ -259,6 +260,7 @@ def _validate(card: str) -> dict[str, Any]:
 def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
+        wbufsize = 1 << 16  # head and body in one packet: two wait for each other
 
         def log_message(self, *args: Any) -> None:
             pass
@@ -327,6 +329,7 @@ def use(hub: Hub, patch: pytest.MonkeyPatch, cache: Any) -> None:
     patch.setattr(constants, "HF_TOKEN_PATH", str(cache / "no token"))
     patch.setattr(constants, "HF_HUB_CACHE", str(cache / "hub"))
     patch.setattr(huggingface_hub.hf_api.api, "endpoint", hub.endpoint)
+    patch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)  # which keeps the endpoint of its first use
     patch.setattr(datasets.config, "HF_ENDPOINT", hub.endpoint)
     patch.setattr(datasets.config, "HUB_DATASETS_URL", hub.endpoint + "/datasets/{repo_id}/resolve/{revision}/{path}")
     patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)

@@ -82,7 +82,9 @@ def export(module: Phi3LoRAModule, chat: Chat, provenance: Provenance, what: Exp
             certificate = _write_adapter(module, form, chat, provenance.base, what.format, folder)
         else:
             certificate = _write_merged(module, form, chat, weights, what, folder)
-        serving = adapter_files.serving_hint(form, provenance.base, name) if what.format == "peft" else None
+        serving = None
+        if what.format == "peft":
+            serving = adapter_files.serving_hint(form, provenance.base, name, provenance.revision)
         chat_files.write_generation_config(chat, fetch(module.base, module.revision, ["*.json"]), folder)
         content = {**certificate.content(), "files": file_hashes(folder, (path.name for path in folder.iterdir()))}
         (folder / CERTIFICATE).write_text(json.dumps(content, indent=2), encoding="utf-8")

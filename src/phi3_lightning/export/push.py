@@ -141,8 +141,9 @@ def _refused(repository: str, state: str) -> Iterator[None]:
 
 
 def _reason(error: Exception) -> str:
-    answer = next((each for each in chain(error) if isinstance(each, HfHubHTTPError)), None)
-    why = " ".join(str((answer and answer.server_message) or answer or error).split())
+    errors = list(chain(error))
+    answer = next((each for each in errors if isinstance(each, HfHubHTTPError)), None)
+    why = " ".join(str((answer and answer.server_message) or answer or errors[-1]).split())
     if answer is not None and answer.response is not None and answer.response.status_code in _REASONS:
         return f"{_REASONS[answer.response.status_code]} ({why})"
     if isinstance(answer, BadRequestError) or isinstance(error, ValueError):
