@@ -204,11 +204,11 @@ def test_the_module_uses_both_of_its_rooms():
     assert {"model", "adapters"} <= {room for room in ROOMS if f"{NAME}.module" in importers(room)}
 
 
-@pytest.mark.parametrize("base", ["errors", "config", "batch"])
+@pytest.mark.parametrize("base", ["errors", "hub", "config", "batch"])
 def test_shared_modules_import_no_room(base):
     files = graph(SOURCES)
     others = {file for name in files if within(name, base) for file in files[name] if not within(file, base)}
-    assert others <= {f"{NAME}.errors", f"{NAME}.files", f"{NAME}.renamed"}
+    assert others <= {f"{NAME}.errors", f"{NAME}.files", f"{NAME}.hub", f"{NAME}.renamed"}
 
 
 INSERTED = ("base_layer", "original_module", "lora_A", "lora_B", "lora_embedding", "lora_magnitude")

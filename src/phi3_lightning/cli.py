@@ -29,6 +29,7 @@ from phi3_lightning.distributed.fsdp2 import check_launcher
 from phi3_lightning.errors import DataError, Phi3LightningError
 from phi3_lightning.files import file_error, writing
 from phi3_lightning.hardware import check_accelerator, check_platform, program
+from phi3_lightning.hub import split_revision
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
@@ -97,7 +98,8 @@ class Phi3CLI(LightningCLI):
         check_accelerator(str(config.trainer.accelerator))
         check_ranges(config.trainer)
         if config.data.tokenizer is None:
-            config.data.tokenizer, config.data.revision = config.model.base, config.model.revision
+            base = split_revision("model.base", config.model.base, config.model.revision, "model.revision")
+            config.data.tokenizer, config.data.revision = base
         self.run_folder = RunFolder.of(config)
         self.newest: dict[str, Any] | None = None
         self.finished: str | None = None

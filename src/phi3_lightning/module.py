@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from transformers import Phi3ForCausalLM
 
-from phi3_lightning import optim
+from phi3_lightning import hub, optim
 from phi3_lightning.accumulation import TokenWeightedModule
 from phi3_lightning.adapters import eva
 from phi3_lightning.adapters.adapter import Adapter
@@ -43,9 +43,9 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
     optimiser state are float32 under every precision of the Trainer; checkpoints hold only what can change.
 
     Args:
-        base: Folder or hub id of the base model; in a script also a loaded model, which is used as it is.
+        base: Folder of the base model, owner/name or owner/name@revision; in a script also a loaded one, used as it is.
         base_id: Name of the base that adapters record; null: the hub id, never a local path.
-        revision: Branch, tag or commit of the base on the hub.
+        revision: Branch, tag or commit of the base on the hub, where base names none.
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
         attn_implementation: Attention kernel; 'auto' is 'documents', attention within documents that needs no mask:
@@ -89,9 +89,9 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
             require(alpha > 0, "model.neftune_noise_alpha", alpha, "above 0, or null for none")
         activation_checkpointing.check(gradient_checkpointing)
         require_choice("model.torch_compile", torch_compile, Compilation)
-        self.base = base if isinstance(base, str) else str(base.name_or_path)
+        name = base if isinstance(base, str) else str(base.name_or_path)
+        self.base, self.revision = hub.split_revision("model.base", name, revision, "model.revision")
         self.base_id = base_id or (None if Path(self.base).exists() else self.base or None)
-        self.revision = revision
         self.init = init
         self.dtype_name = dtype
         self.quantization = quantization
@@ -103,8 +103,8 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
         self.schedule = section(Schedule, schedule)
         self.generation = section(Generation, generation)
         self.set_objective(section(Objective, objective))
-        loaded = None if isinstance(base, str) else base
-        self._base = Base(self.base, self.base_id, revision, init, dtype, attn_implementation, quantization, loaded)
+        model = None if isinstance(base, str) else base
+        self._base = Base(self.base, self.base_id, self.revision, init, dtype, attn_implementation, quantization, model)
         options = {
             "neftune_noise_alpha": neftune_noise_alpha,
             "gradient_checkpointing": gradient_checkpointing,

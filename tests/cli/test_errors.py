@@ -49,8 +49,8 @@ def test_missing_and_empty_files_are_named(cli, tmp_path):
     [
         ("--data.cache_dir=file/cache", "data.cache_dir: file/cache/phi3_lightning cannot be written"),
         ("--data.cache_dir=/proc/cache", "data.cache_dir: /proc/cache/phi3_lightning cannot be written"),
-        ("--data.train=owner/name/config:train", "neither can be named here"),
-        ("--data.train=owner/name@main:train", "neither can be named here"),
+        ("--data.train=splits@main:train", "splits is a path here, and paths have no revisions"),
+        ("--data.tokenizer=splits@main", "data.tokenizer: splits@main: splits is a path here"),
         ("--data.val=splits", "no single split in it is for data.val: test: test.jsonl; train: train.jsonl"),
         ("--data.val=splits/*.jsonl", "no single split in it is for data.val"),
         ("--data.group_by=customer", "data.group_by: 'customer' only decides which training rows validate"),

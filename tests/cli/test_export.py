@@ -11,6 +11,7 @@ import gguf
 import pytest
 import torch
 
+import hub_stand_in
 from cli.conftest import QUICK, TINY
 from phi3_lightning.commands import export
 
@@ -90,7 +91,8 @@ def test_a_base_that_is_named_after_its_folder_is_a_warning():
 def test_what_is_typed_wins_over_the_checkpoint(cli, tmp_path):
     cli("fit", *QUICK, "--trainer.max_steps=1", "--run=bot")
     named = cli("export", "--run=bot", "--output_dir=out", "--model.base_id=owner/name", "--model.revision=v3")
-    assert "vllm serve owner/name --enable-lora" in named.text
+    assert "vllm serve owner/name --revision v3 --enable-lora" in named.text
+    assert 'from_pretrained("owner/name", revision="v3", dtype="auto")' in (tmp_path / "out/README.md").read_text()
     assert f"--lora-modules out={tmp_path}/out --max-lora-rank 16" in named.text
     config = json.loads((tmp_path / "out/adapter_config.json").read_text())
     assert (config["base_model_name_or_path"], config["revision"]) == ("owner/name", "v3")
@@ -113,6 +115,30 @@ def test_a_folder_in_use_is_kept(cli, tmp_path):
     cli("export", CHECKPOINT, "--output_dir=out", "--overwrite")
     assert (tmp_path / "out/adapter_config.json").is_file()
     assert not (tmp_path / "out/mine.txt").exists()
+
+
+@pytest.mark.slow
+def test_an_export_is_pushed(cli, tmp_path, monkeypatch):
+    with hub_stand_in.serve() as hub:
+        hub_stand_in.use(hub, monkeypatch, tmp_path / "cache")
+        cli("fit", *QUICK, "--trainer.max_steps=1")
+        options = ("export", CHECKPOINT, "--output_dir=out", "--push=ann/bot", "--model.base_id=owner/phi")
+        assert "--push: ann/bot: you are not logged in" in cli(*options, code=1).text
+        assert "--private: nothing is uploaded without --push" in cli(*options[:3], "--private=true", code=1).text
+        monkeypatch.setenv("HF_TOKEN", "hf_write")
+        unnamed = cli(*options[:4], code=1)
+        assert "--push: an adapter on the hub has to name its base there" in unnamed.text
+        assert not (tmp_path / "out").exists()
+        assert not hub.repositories
+        pushed = cli(*options, "--private=true")
+        assert f"pushed: {hub.endpoint}/ann/bot\n" in pushed.text
+        assert hub.repositories["model", "ann/bot"].private
+        files = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+        assert hub.repositories["model", "ann/bot"].files == {".gitattributes": b"", **files}
+        assert "hf_write" not in pushed.text
+        again = cli(*options[:2], "--output_dir=other", *options[3:], code=1)
+        assert "--push: ann/bot holds README.md, adapter_config.json" in again.text
+        assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(

@@ -307,7 +307,7 @@ def test_a_hub_set_is_read_by_datasets(
 
     requests = []
 
-    def load_dataset(name: str, split: str, streaming: bool) -> datasets.Dataset:
+    def load_dataset(name: str, configuration: None, *, split: str, **options: Any) -> datasets.Dataset:
         requests.append((name, split))
         return datasets.Dataset.from_list(CHATS)
 
@@ -323,9 +323,10 @@ def test_a_hub_set_that_is_not_there_is_named(
 ) -> None:
     import datasets
 
-    def load_dataset(name: str, split: str, streaming: bool) -> datasets.Dataset:
+    def load_dataset(name: str, *args: Any, **options: Any) -> datasets.Dataset:
         raise datasets.exceptions.DatasetNotFoundError(name)
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(DataError, match="neither a file nor a data set"):
         tokenise("someone/chats")

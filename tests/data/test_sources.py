@@ -157,37 +157,8 @@ def test_a_hub_set_defaults_to_the_split_of_the_option(option: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "call"),
-    [
-        ("owner/name/config:train", "load_dataset('owner/name', 'config', split='train')"),
-        ("owner/name/config", "load_dataset('owner/name', 'config', split='train')"),
-        ("owner/name@v1.0:train[:9]", "load_dataset('owner/name', split='train', revision='v1.0')"),
-        (
-            "owner/name@refs/convert/parquet",
-            "load_dataset('owner/name', split='train', revision='refs/convert/parquet')",
-        ),
-        ("owner/name/config@main:test", "load_dataset('owner/name', 'config', split='train', revision='main')"),
-    ],
-)
-def test_a_configuration_or_revision_is_refused_with_the_remedy(given: str, call: str) -> None:
-    with pytest.raises(DataError, match="neither can be named here") as caught:
-        find_sources(given)
-    assert str(caught.value).startswith(f"{given}: no such file or folder.")
-    assert f"{call}.to_parquet('train.parquet')" in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
     ("error", "parts"),
     [
-        (
-            ValueError("Config name is missing.\nPlease pick one among the available configs: ['main', 'socratic']"),
-            ["['main', 'socratic']", "load_dataset('owner/name', 'CONFIGURATION', split='train')"],
-        ),
-        (
-            ValueError("Unknown split \"train\". Should be one of ['sft', 'test']."),
-            ["['sft', 'test']", "'owner/name:SPLIT'"],
-        ),
         (ConnectionError("no route\nto host"), ["no route to host", "Check the spelling"]),
         (OSError(errno.ENOSPC, "No space left on device"), ["cannot be stored", "No space left", "HF_HOME"]),
         (PermissionError(errno.EACCES, "Permission denied", "/cache"), ["cannot be stored", "/cache", "HF_HOME"]),

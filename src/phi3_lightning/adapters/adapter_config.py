@@ -13,6 +13,7 @@ from peft import LoraConfig
 from phi3_lightning.config import LoRA
 from phi3_lightning.config.checks import section
 from phi3_lightning.errors import CheckpointError, ConfigError
+from phi3_lightning.hub import refusal, split_revision
 
 NAME = "adapter_config.json"
 
@@ -106,8 +107,9 @@ def read(source: str, option: str) -> AdapterConfig:
 
 
 def _content(source: str, option: str) -> dict[str, Any]:
+    name, revision = split_revision(option, source)
     try:
-        file = Path(source) / NAME if Path(source).is_dir() else Path(hf_hub_download(source, NAME))
+        file = Path(source) / NAME if Path(source).is_dir() else Path(hf_hub_download(name, NAME, revision=revision))
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         inside = sorted(path.parent for path in Path(source).glob(f"*/{NAME}")) if Path(source).is_dir() else []
@@ -115,9 +117,10 @@ def _content(source: str, option: str) -> dict[str, Any]:
             raise CheckpointError(
                 f"{option}: {source} holds adapters in folders of their own; give one: {', '.join(map(str, inside))}"
             ) from None
+        why = refusal(error, name, revision) or error
         raise CheckpointError(
             f"{option}: no adapter in PEFT's format in {source!r}: give a folder or hub id with {NAME} and "
-            f"adapter_model.safetensors, a loralib file .pt, or a checkpoint .ckpt ({error})"
+            f"adapter_model.safetensors, a loralib file .pt, or a checkpoint .ckpt ({why})"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{option}: {source}: {NAME} holds a {type(content).__name__} and no keys")

@@ -22,6 +22,7 @@ from phi3_lightning.checkpoint.identity import changed_adapter, changed_base, re
 from phi3_lightning.checkpoint.io import read_checkpoint
 from phi3_lightning.config import LoRA
 from phi3_lightning.errors import CheckpointError
+from phi3_lightning.hub import split_revision
 
 KEY = "model.lora.init_from"
 WEIGHTS = "adapter_model.safetensors"
@@ -155,9 +156,10 @@ def _peft_tensors(source: str) -> dict[str, Tensor]:
             f"{KEY}: {source} has {PICKLED}, which can run code when it is read. Where you trust it, write it again: "
             f"PeftModel.from_pretrained(BASE, {source!r}).save_pretrained({source!r}) of PEFT makes {WEIGHTS}"
         )
+    name, revision = split_revision(KEY, source)
     try:
         tensors: dict[str, Tensor] = load_file(
-            folder / WEIGHTS if folder.is_dir() else hf_hub_download(source, WEIGHTS)
+            folder / WEIGHTS if folder.is_dir() else hf_hub_download(name, WEIGHTS, revision=revision)
         )
     except (OSError, ValueError, SafetensorError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError) as error:
         raise CheckpointError(f"{KEY}: {source}: {WEIGHTS} cannot be read ({error})") from error

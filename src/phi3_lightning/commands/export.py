@@ -18,7 +18,9 @@ from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.export.card import Provenance
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.export import Export, Exported, Format, GgufType, export
+from phi3_lightning.export.push import Destination, check_destination, push
 from phi3_lightning.files import local_path, writing
+from phi3_lightning.hub import is_repository
 from phi3_lightning.model.base import DType
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import RunFolder
@@ -62,7 +64,13 @@ def parser() -> Parser:
         help="Of a merged model, null: as the base's files; f32 or f16 of a GGUF file, null: f32 for an adapter.",
     )
     result.add_argument("--max_shard_size", type=str, default="1GB", help="Largest file of a merged model.")
-    result.add_argument("--overwrite", action="store_true", help="Replace what the folder holds.")
+    result.add_argument(
+        "--overwrite", action="store_true", help="Replace what the folder, and the repository of --push, holds."
+    )
+    result.add_argument("--push", type=str | None, default=None, help="owner/name on the hub, to upload the folder to.")
+    result.add_argument(
+        "--private", type=bool | None, default=None, help="Visibility of that repository; null: the hub's default."
+    )
     result.accept_rest_of_run()
     return result
 
@@ -81,16 +89,23 @@ def main(args: list[str]) -> None:
     request = _request(config)
     target = local_path("--output_dir", config.output_dir).resolve()
     _check_target(target, overwrite=config.overwrite)
+    destination = _destination(config)
 
     module: Phi3LoRAModule = options.instantiate_classes(config).model
     module.on_load_checkpoint(checkpoint)
     module.load_state_dict(checkpoint["state_dict"])
     module.eval()
     chat = _chat(config, checkpoint)
-    provenance = Provenance(_base_name(module), checkpoint, path.resolve().parent.parent)
+    if destination is not None and request.format != "merged" and not is_repository(str(module.base_id)):
+        raise ConfigError(
+            "--push: an adapter on the hub has to name its base there; give it with --model.base_id owner/name"
+        )
+    provenance = Provenance(_base_name(module), checkpoint, path.resolve().parent.parent, module.revision)
     with writing(target):
         exported = export(module, chat, provenance, request, target)
     _report(exported, target)
+    if destination is not None:
+        print(f"pushed: {push(target, destination)}")
 
 
 def _checkpoint_path(options: LightningArgumentParser, args: list[str]) -> Path:
@@ -105,7 +120,17 @@ def _checkpoint_path(options: LightningArgumentParser, args: list[str]) -> Path:
 
 def _request(config: Namespace) -> Export:
     kind: Format = "merged" if config.merge and config.format == "peft" else config.format
-    return Export(kind, config.dtype, config.max_shard_size, merge=config.merge, llama_cpp=config.llama_cpp)
+    return Export(
+        kind, config.dtype, config.max_shard_size, config.push, merge=config.merge, llama_cpp=config.llama_cpp
+    )
+
+
+def _destination(config: Namespace) -> Destination | None:
+    if config.push is not None:
+        return check_destination(config.push, config.private, overwrite=config.overwrite)
+    if config.private is not None:
+        raise ConfigError("--private: nothing is uploaded without --push; give --push owner/name, or leave it out")
+    return None
 
 
 def _check_target(target: Path, *, overwrite: bool) -> None:

@@ -19,6 +19,7 @@ from phi3_lightning.commands.parser import model_defaults
 from phi3_lightning.commands.single_device import single_device_trainer
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError
+from phi3_lightning.hub import split_revision
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import RunFolder
 
@@ -91,10 +92,14 @@ def _adapter_defaults(path: Path) -> dict[str, Any]:
 
 def prompt_options(config: Namespace, checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options of prompts: those of this call, or else those of training, or else the base's."""
-    training = checkpoint.get("datamodule_hyper_parameters", {})
+    training = dict(checkpoint.get("datamodule_hyper_parameters", {}))
+    if config.data.get("tokenizer"):
+        training.pop("revision", None)  # of another tokenizer
     data: dict[str, Any] = {
         key: config.data.get(key) or training.get(key) or default for key, default in DATA_KEYS.items()
     }
     if data["tokenizer"] is None:
-        data |= {"tokenizer": config.model.base, "revision": config.model.revision}
-    return data
+        named = split_revision("model.base", config.model.base, config.model.revision, "model.revision")
+    else:
+        named = split_revision("data.tokenizer", data["tokenizer"], data["revision"], "data.revision")
+    return data | dict(zip(("tokenizer", "revision"), named, strict=True))

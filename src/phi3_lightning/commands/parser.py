@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from typing_extensions import override
 
 from phi3_lightning.hardware import program
+from phi3_lightning.hub import split_revision
 from phi3_lightning.renamed import OPTIONS
 
 # Lightning lets jsonargparse open each text that looks like an address
@@ -104,8 +105,10 @@ def add_run(parser: Parser, ckpt_path_help: str) -> None:
 
 def prepare(config: Namespace) -> None:
     """Use the base's tokenizer where no other is named, and set the seed."""
-    if config.data.tokenizer is None:
-        config.data.tokenizer, config.data.revision = config.model.get("base"), config.model.get("revision")
+    base = config.model.get("base")
+    if config.data.tokenizer is None and base is not None:
+        revised = split_revision("model.base", base, config.model.get("revision"), "model.revision")
+        config.data.tokenizer, config.data.revision = revised
     seed_everything(None if config.seed_everything is True else config.seed_everything, verbose=False)
 
 

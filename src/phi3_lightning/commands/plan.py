@@ -24,6 +24,7 @@ from phi3_lightning.data.plans import row_capacity
 from phi3_lightning.distributed.fsdp2 import check_shardable
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.hardware import check_accelerator, device_memory, peak_flops, resident_memory
+from phi3_lightning.hub import refusal
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step
@@ -102,7 +103,8 @@ class Plan:
         try:
             module.check_base()
         except ModelError as error:
-            if module.base in PUBLISHED and isinstance(error.__cause__, OSError):
+            unknown = module.revision is not None and refusal(error, module.base, module.revision)
+            if module.base in PUBLISHED and isinstance(error.__cause__, OSError) and not unknown:
                 self.on_begin(f"{module.base} cannot be reached; the shapes that it was published with are taken")
                 self._shapes = tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-")
                 write_config(module.base, Path(self._shapes.name))

@@ -6,6 +6,7 @@ from typing import Any, Final, Literal, get_args
 from phi3_lightning.config.checks import require, require_types
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.files import local_path
+from phi3_lightning.hub import split_revision
 
 Files = str | list[str]
 Split = Literal["train", "val", "test", "predict"]
@@ -141,8 +142,9 @@ class DataConfig(RowOptions):
     """
 
     train: Files | None = None
-    """Training data: a file, folder, glob pattern, data set on the hub (owner/name:split), or several. Of the splits in
-    a folder or pattern, each option takes its own."""
+    """Training data: a file, folder, glob pattern, data set on the hub (owner/name:split, or with a configuration and a
+    revision owner/name/configuration@revision:split), or several. Of the splits in a folder or pattern, each option
+    takes its own."""
     mixture: list[float] | None = None
     """The share of each of several train data. null: all their rows."""
     val: Files | None = None
@@ -154,9 +156,9 @@ class DataConfig(RowOptions):
     predict: Files | None = None
     """Prompts for predict; an answer at the end of a row is left out."""
     tokenizer: str | None = None
-    """Folder or hub id of the tokenizer. The command line fills in model.base."""
+    """Folder or hub id of the tokenizer, owner/name or owner/name@revision. The command line fills in model.base."""
     revision: str | None = None
-    """Branch, tag or commit of the tokenizer on the hub."""
+    """Branch, tag or commit of the tokenizer on the hub, where data.tokenizer names none."""
     chat_template: str | None = None
     """A file with a Jinja chat template, in UTF-8. null: the tokenizer's own."""
     packing: bool = True
@@ -185,6 +187,10 @@ class DataConfig(RowOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.tokenizer is not None:
+            name, revision = split_revision("data.tokenizer", self.tokenizer, self.revision, "data.revision")
+            object.__setattr__(self, "tokenizer", name)
+            object.__setattr__(self, "revision", revision)
         for name in ("cache_dir", "chat_template"):
             if getattr(self, name) is not None:
                 local_path(f"data.{name}", getattr(self, name))

@@ -69,8 +69,8 @@ class LoRA:
     task_type: Literal["CAUSAL_LM"] = "CAUSAL_LM"
     """PEFT's name of the task, accepted so that a peft_config of a script drops in."""
     init_from: str | None = None
-    """Start from this adapter: a folder or hub id of PEFT's format, a state file of loralib (.pt), or a checkpoint of
-    this package (.ckpt). Rank, scale and targets must be those written here."""
+    """Start from this adapter: a folder or hub id (owner/name or owner/name@revision) of PEFT's format, a state file of
+    loralib (.pt), or a checkpoint of this package (.ckpt). Rank, scale and targets must be those written here."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""

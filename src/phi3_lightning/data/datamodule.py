@@ -80,7 +80,8 @@ class ChatDataModule(LightningDataModule):
     def validate_sources(self) -> None:
         """Check, before anything is loaded, that every file can be read and that ``max_length`` fits the model."""
         for split in self.options.needed(None):
-            find_sources(self.options.files(split) or [], split)
+            streaming = self.options.streaming and split == "train"
+            find_sources(self.options.files(split) or [], split, streaming=streaming)
         model_context_length(self.options)
 
     def first_rows(self) -> dict[Split, FirstRow]:

@@ -4,7 +4,7 @@ import hashlib
 import re
 import zlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from glob import has_magic
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -12,17 +12,20 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from phi3_lightning.config.data import Split
 from phi3_lightning.data.arrow import plain_rows
 from phi3_lightning.data.decoding import BOM
-from phi3_lightning.data.files import Selection, select_by_pattern, select_in_folder
+from phi3_lightning.data.files import Selection, listing, select_by_pattern, select_in_folder
 from phi3_lightning.data.readers import SUFFIXES, Row, data_suffix, kind_of_file, open_file, read_rows
 from phi3_lightning.errors import DataError
 from phi3_lightning.files import local_path, remedy
+from phi3_lightning.hub import REVISION, check_access, refusal, split_revision, with_revision
 
 if TYPE_CHECKING:  # importing it takes half a second, for which `--help` need not wait
     import datasets
 
 _SLICE = r"\[-?\d*%?:-?\d*%?\]"
-_HUB = re.compile(rf"(?P<name>[\w-][\w.-]*(/[\w.-]+)?)(:(?P<split>[^:/*?\[]+({_SLICE})?))?")
-_FINER = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(/(?P<configuration>[\w.-]+))?(@(?P<revision>[\w./-]+))?(:[^/]+)?")
+_HUB = re.compile(
+    r"(?P<name>[\w-][\w.-]*(?P<owned>/[\w.-]+)?)(?(owned)(/(?P<configuration>[^/:@*?\[\]]+))?)"
+    rf"(@(?P<revision>{REVISION}))?(:(?P<split>[^:/*?\[]+({_SLICE})?))?"
+)
 _HUB_SPLITS: Final[dict[Split, str]] = {"train": "train", "val": "validation", "test": "test", "predict": "train"}
 """The split of a hub set where none is named; a set without splits has all of its rows in ``train``."""
 
@@ -80,14 +83,19 @@ class HubSource:
     """The index of the user's entry that it is."""
     streaming: bool = False
     """Whether rows are fetched as they are read, instead of downloaded first."""
+    configuration: str | None = None
+    """The configuration, which the hub also calls a subset; None: the set's only or default one."""
+    revision: str | None = None
+    """Branch, tag or commit; None: the main branch."""
 
     def fingerprint(self) -> str:
         """Return the hash that ``datasets`` has of the set's content, with its place among the user's data."""
         return f"{self.item}:{self.name()}:{self._load()._fingerprint}"
 
     def name(self) -> str:
-        """Return id and split, as the user calls the set."""
-        return f"{self.id}:{self.split}"
+        """Return ``owner/name/configuration@revision:split``, as the user calls the set."""
+        configuration = "" if self.configuration is None else f"/{self.configuration}"
+        return f"{with_revision(self.id + configuration, self.revision)}:{self.split}"
 
     def place(self, row: int) -> str:
         """Return the set's name and a row's number."""
@@ -102,19 +110,63 @@ class HubSource:
         import datasets
 
         try:
-            return datasets.load_dataset(self.id, split=self.split, streaming=self.streaming)
+            if self.revision is not None:
+                self._check_revision()
+            return datasets.load_dataset(
+                self.id, self.configuration, split=self.split, revision=self.revision, streaming=self.streaming
+            )
+        except DataError:
+            raise
         except Exception as error:  # load_dataset passes on whatever its many back ends raise
-            why, cure = " ".join(str(error).split()), f"Check the spelling, or name the split: '{self.id}:SPLIT'"
-            if remedy(error) is not None:
-                raise DataError(
-                    f"{self.id}: cannot be stored ({why}); set HF_HOME to a folder that can be written and has room"
-                ) from error
-            if "config" in why.lower():  # with the names that the hub offers
-                cure = _save_first(self.id, "CONFIGURATION")
+            raise DataError(f"{self.name()}: {self._explain(error)}") from error
+
+    def _check_revision(self) -> None:
+        """Refuse a cached copy of another revision, which ``datasets`` takes where it cannot reach the hub."""
+        import datasets
+        from datasets.packaged_modules.cache.cache import Cache
+
+        builder = datasets.load_dataset_builder(self.id, self.configuration, revision=self.revision)
+        if isinstance(builder, Cache) and builder.hash != self.revision:
             raise DataError(
-                f"{self.id}: neither a file nor a data set with a split {self.split!r} that can be loaded from the "
-                f"hub ({why}). {cure}"
-            ) from error
+                f"{self.name()}: the hub cannot be reached to look up {self.revision!r}, and the cache of datasets "
+                f"holds the commit {builder.hash}; name that one, or connect to the hub"
+            )
+
+    def _explain(self, error: Exception) -> str:
+        """Return in one line why the set cannot be loaded, with the names that the hub offers, and what to do."""
+        from datasets.exceptions import DatasetNotFoundError
+
+        why = " ".join(str(error).split())
+        if remedy(error) is not None:
+            return f"cannot be stored ({why}); set HF_HOME to a folder that can be written and has room"
+        try:
+            if isinstance(error, DatasetNotFoundError):  # which does not say whether the set is missing or private
+                check_access(self.id, self.revision, "dataset")
+            elif isinstance(error, ValueError) and (offered := self._offered()):
+                return offered
+        except Exception as refused:
+            if reason := refusal(refused, self.id, self.revision, "dataset"):
+                return f"no such file or folder, and {reason}"
+        return (
+            f"neither a file nor a data set with a split {self.split!r} that can be loaded from the hub ({why}). "
+            f"Check the spelling, or name the split: '{self.id}:SPLIT'"
+        )
+
+    def _offered(self) -> str | None:
+        """Return the configurations or splits of the set where the one that is named is not among them."""
+        import datasets
+
+        names = datasets.get_dataset_config_names(self.id, revision=self.revision)
+        default = datasets.get_dataset_default_config_name(self.id, revision=self.revision)
+        configuration = self.configuration or default
+        if configuration not in names:
+            example = replace(self, configuration=names[0]).name()
+            return f"the data set has the configurations {listing(names)}; name one of them, as in '{example}'"
+        splits = datasets.get_dataset_split_names(self.id, configuration, revision=self.revision)
+        if self.split.partition("[")[0] not in splits:
+            example = replace(self, split=splits[0]).name()
+            return f"the data set has the splits {listing(splits)}; name one of them, as in '{example}'"
+        return None
 
 
 Source = FileSource | HubSource
@@ -133,8 +185,8 @@ def select_sources(files: str | list[str], split: Split = "train", *, streaming:
     """Find the sources of a user's data, in the user's order, files of a folder or a pattern by name.
 
     Args:
-        files: A file, a folder, a glob pattern, a hub id (``owner/name``, ``owner/name:split`` or, with a part of a
-            split, ``owner/name:train[:100]``), or several of them.
+        files: A file, a folder, a glob pattern, a data set on the hub (``owner/name``, which may be followed by
+            ``/configuration``, ``@revision``, and ``:split`` or a part of it, ``:train[:100]``), or several of them.
         split: The split of the option: folders, patterns and hub ids may hold several.
         streaming: Whether rows of hub data sets are fetched as they are read.
 
@@ -161,18 +213,13 @@ def _select(text: str, split: Split, item: int, streaming: bool) -> Sources:
         is_folder, exists = path.is_dir(), path.exists()
     except (OSError, ValueError) as error:  # no permission, or a byte that no name has
         raise DataError(f"{text}: cannot be looked up ({error}); check the path and its permissions") from error
-    hub, finer = _HUB.fullmatch(text), _FINER.fullmatch(text)
+    hub = _HUB.fullmatch(text)
     if is_folder:
         return _files(select_in_folder(text, split), item)
     if exists or (hub and data_suffix(path) in SUFFIXES):
         return Sources([FileSource(path, item)], [])
     if hub is not None:
-        return Sources([HubSource(hub["name"], hub["split"] or _HUB_SPLITS[split], item, streaming)], [])
-    if finer is not None and data_suffix(path) not in SUFFIXES:
-        raise DataError(
-            f"{text}: no such file or folder. If it is a configuration or a revision of a data set on the hub: "
-            f"neither can be named here. {_save_first(finer['name'], finer['configuration'], finer['revision'])}"
-        )
+        return Sources([_hub_source(text, hub, split, item, streaming)], [])
     if has_magic(text):
         return _files(select_by_pattern(text, split), item)
     return Sources([FileSource(path, item)], [])
@@ -182,9 +229,11 @@ def _files(selection: Selection, item: int) -> Sources:
     return Sources([FileSource(path, item) for path in selection.files], selection.left_out)
 
 
-def _save_first(name: str, configuration: str | None, revision: str | None = None) -> str:
-    """Return the advice on how a configuration or a revision becomes a file."""
-    arguments = [repr(name), *([repr(configuration)] if configuration else []), "split='train'"]
-    arguments += [f"revision={revision!r}"] if revision else []
-    code = f"from datasets import load_dataset; load_dataset({', '.join(arguments)}).to_parquet('train.parquet')"
-    return f'Save it first, and give that file: python -c "{code}"'
+def _hub_source(text: str, match: re.Match[str], split: Split, item: int, streaming: bool) -> HubSource:
+    name, configuration, revision = match["name"], match["configuration"], match["revision"]
+    if revision is not None:
+        split_revision(f"data.{split}", f"{name}@{revision}")  # which refuses the name of a local folder
+    rows = match["split"] or _HUB_SPLITS[split]
+    if streaming and rows.endswith("]"):
+        raise DataError(f"{text}: a stream has no parts of a split; name a whole one, or set data.streaming: false")
+    return HubSource(name, rows, item, streaming, configuration, revision)

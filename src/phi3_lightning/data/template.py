@@ -20,6 +20,7 @@ from phi3_lightning.data.special_text import JoinedEncoding, encode_contents_as_
 from phi3_lightning.data.template_text import read_template, templates_of, writes_tools
 from phi3_lightning.data.word_cache import VERIFIED_CHATS, Pieces, WordCache, words_are_independent
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.hub import refusal, with_revision
 
 log = logging.getLogger(__name__)
 
@@ -41,8 +42,10 @@ def load_tokenizer(name: str, revision: str | None = None, chat_template: str | 
     try:
         tokenizer: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(name, revision=revision or "main")
     except (OSError, ValueError, KeyError, TypeError) as error:
+        why = refusal(error, name, revision) or error
         raise ConfigError(
-            f"data.tokenizer: cannot load {name!r} ({error}); give a folder with tokenizer.json, or a hub id"
+            f"data.tokenizer: cannot load {with_revision(name, revision)!r} ({why}); give a folder with "
+            "tokenizer.json, or a hub id"
         ) from error
     if chat_template is not None:
         tokenizer.chat_template = read_template(chat_template)

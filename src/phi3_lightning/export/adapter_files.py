@@ -83,7 +83,7 @@ def _loralib_layer(target: Target) -> dict[str, Any]:
     return {"layer": "MergedLinear", **scale, "enable_lora": list(target.enabled)}
 
 
-def serving_hint(form: PeftForm, base: str, folder: str) -> str:
+def serving_hint(form: PeftForm, base: str, folder: str, revision: str | None = None) -> str:
     """Return how vLLM serves the adapter, or why it does not."""
     options = {"DoRA": form.config.use_dora, "modules_to_save": form.config.modules_to_save}
     refused = [name for name, value in options.items() if value]
@@ -93,4 +93,5 @@ def serving_hint(form: PeftForm, base: str, folder: str) -> str:
         refused.append(f"rank {rank} (at most {VLLM_RANKS[-1]})")
     if refused:
         return f"vLLM takes no adapter with {' or '.join(refused)}: serve the merged model (--format merged)"
-    return f"vllm serve {base} --enable-lora --lora-modules {folder}={folder} --max-lora-rank {allowed}"
+    at = "" if revision is None else f" --revision {revision}"
+    return f"vllm serve {base}{at} --enable-lora --lora-modules {folder}={folder} --max-lora-rank {allowed}"

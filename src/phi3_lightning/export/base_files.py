@@ -10,6 +10,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from phi3_lightning.errors import ModelError
+from phi3_lightning.hub import refusal
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -22,7 +23,8 @@ def fetch(name: str, revision: str | None, patterns: list[str]) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError) as error:
-        raise ModelError(f"model.base: {name} is no folder and cannot be fetched from the hub ({error})") from error
+        why = refusal(error, name, revision) or error
+        raise ModelError(f"model.base: {name} is no folder and cannot be fetched from the hub ({why})") from error
 
 
 class BaseWeights:

@@ -13,6 +13,7 @@ from phi3_lightning.config import Objective
 from phi3_lightning.config.objective import USED
 from phi3_lightning.event_files import Series, read_scalars
 from phi3_lightning.export.certificate import ROUNDINGS, Certificate
+from phi3_lightning.hub import is_repository
 from phi3_lightning.pages import render, statistics
 from phi3_lightning.pages.curves import draw
 
@@ -34,6 +35,8 @@ class Provenance:
     checkpoint: Mapping[str, Any]
     run: Path | None
     """The run's folder, with its event files; None where it is not known."""
+    revision: str | None = None
+    """Branch, tag or commit of the base on the hub."""
 
 
 def write_card(
@@ -46,7 +49,7 @@ def write_card(
     *,
     whole: bool,
 ) -> None:
-    """Write README.md, and a picture of the losses where the run has logged them, to a folder that will have ``name``.
+    """Write README.md, and a picture of the losses where the run has logged them, to a folder that users call ``name``.
 
     ``kind`` is ``peft``, ``merged``, ``loralib`` or ``gguf``; ``serving`` is what a server needs to know; ``whole``
     says that the folder holds a whole model.
@@ -59,7 +62,7 @@ def write_card(
     if losses:
         (folder / PICTURE).write_text(draw(losses), encoding="utf-8")
     front_matter = ModelCardData(
-        base_model=provenance.base if "/" in provenance.base else None,  # the hub knows no folders
+        base_model=provenance.base if is_repository(provenance.base) else None,  # the hub knows no folders
         library_name=kind if kind in ("peft", "gguf") else "transformers",
         pipeline_tag="text-generation",
         tags=["phi3_lightning", "lora"],
@@ -69,6 +72,7 @@ def write_card(
         front_matter=front_matter.to_yaml(),
         name=name,
         base=provenance.base,
+        revision=provenance.revision,
         kind=kind,
         whole=whole,
         step=step,

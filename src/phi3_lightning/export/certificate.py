@@ -1,8 +1,10 @@
 """How far an exported model's logits are from the live model's, and how far they may be."""
 
+import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from phi3_lightning.errors import ModelError
+
+CERTIFICATE = "certificate.json"
 
 ROUNDINGS = 4.0
 """Tolerance of an export, in multiples of the effect of one rounding in each layer.
@@ -70,6 +74,15 @@ class Certificate:
                 f"{ROUNDINGS:g} x {self.rounding.max_logit:.3g}; nothing was written. The adapter itself moves logits "
                 f"by up to {self.adapter.max_logit:.3g}"
             )
+
+
+def file_hashes(folder: Path, names: Iterable[str]) -> dict[str, str]:
+    """Return the SHA-256 of files in a folder, by name."""
+    hashes = {}
+    for name in sorted(names):
+        with (folder / name).open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return hashes
 
 
 @torch.inference_mode()

@@ -10,6 +10,8 @@ from phi3_lightning.export.base_files import fetch
 
 COPIED = ("tokenizer.json", "tokenizer.model", "added_tokens.json", "special_tokens_map.json", "chat_template.jinja")
 TOKENIZER_CONFIG = "tokenizer_config.json"
+LOCAL = ("name_or_path", "special_tokens_map_file", "tokenizer_file", "vocab_file", "merges_file", "cache_dir")
+"""Keys of earlier releases of transformers, with paths on the machine that saved the tokenizer."""
 GENERATION_CONFIG = "generation_config.json"
 
 
@@ -43,7 +45,8 @@ def write_tokenizer(chat: Chat, folder: Path, *, bare: bool) -> None:
     config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     if bare or "tokenizer_class" not in config:
         config["tokenizer_class"] = "PreTrainedTokenizerFast"
-    config.pop("auto_map", None)  # code of the repository, which nothing needs
+    for key in ("auto_map", *LOCAL):  # the first is code of the repository, which nothing needs
+        config.pop(key, None)
     if chat.template is not None:
         config.pop("chat_template", None)
         (folder / "chat_template.jinja").write_text(chat.template, encoding="utf-8")

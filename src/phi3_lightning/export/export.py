@@ -21,7 +21,14 @@ from phi3_lightning.errors import ConfigError
 from phi3_lightning.export import adapter_files, chat_files
 from phi3_lightning.export.base_files import BaseWeights, fetch
 from phi3_lightning.export.card import Provenance, write_card
-from phi3_lightning.export.certificate import Certificate, Reference, logits, measure_reference
+from phi3_lightning.export.certificate import (
+    CERTIFICATE,
+    Certificate,
+    Reference,
+    file_hashes,
+    logits,
+    measure_reference,
+)
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.loralib_model import with_loralib
 from phi3_lightning.export.merge import Merger, attach_by_peft, write_merged
@@ -44,6 +51,8 @@ class Export:
     base's files, and float32 for an adapter."""
     max_shard_size: str = "1GB"
     """Largest file of a merged model."""
+    name: str | None = None
+    """What its card calls it, such as the name of its repository on the hub; None: the name of the folder."""
     merge: bool = False
     """Whether a GGUF file holds base and adapter as one model."""
     llama_cpp: str | None = None
@@ -103,6 +112,7 @@ def export(module: Phi3LoRAModule, chat: Chat, provenance: Provenance, what: Exp
         raise ConfigError("--merge: model.init: random has no files to merge into; export the adapter alone")
     weights = BaseWeights(module.base, module.revision) if what.whole else None
     form = _adapter(module).to_peft()
+    name = what.name or target.name
     with _new_folder(target) as folder:
         chat_files.write_tokenizer(chat, folder, bare=what.format != "merged")
         if weights is None:
@@ -113,13 +123,14 @@ def export(module: Phi3LoRAModule, chat: Chat, provenance: Provenance, what: Exp
             certificate = _write_gguf_model(module, form, chat, weights, what, folder, target.name)
         serving = None
         if what.format == "peft":
-            serving = adapter_files.serving_hint(form, provenance.base, target.name)
+            serving = adapter_files.serving_hint(form, provenance.base, name, provenance.revision)
         elif what.format == "gguf":
             [file] = folder.glob("*.gguf")
             serving = _llama_cpp_hint(module, file.name, whole=what.whole)
         chat_files.write_generation_config(chat, fetch(module.base, module.revision, ["*.json"]), folder)
-        (folder / "certificate.json").write_text(json.dumps(certificate.content(), indent=2), encoding="utf-8")
-        write_card(provenance, what.format, certificate, serving, folder, target.name, whole=what.whole)
+        content = {**certificate.content(), "files": file_hashes(folder, (path.name for path in folder.iterdir()))}
+        (folder / CERTIFICATE).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_card(provenance, what.format, certificate, serving, folder, name, whole=what.whole)
         certificate.check()
     return Exported(certificate, serving)
 

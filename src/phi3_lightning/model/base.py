@@ -13,6 +13,7 @@ from transformers import BitsAndBytesConfig, Phi3Config, Phi3ForCausalLM, PreTra
 from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_attn_2_available
 
 from phi3_lightning.errors import ModelError
+from phi3_lightning.hub import refusal, with_revision
 from phi3_lightning.model.packed_attention import PACKED
 
 DType = Literal["bfloat16", "float16", "float32"]
@@ -43,8 +44,10 @@ def read_config(base: str, revision: str | None = None) -> Phi3Config:
     try:
         config, _ = PreTrainedConfig.get_config_dict(base, revision=revision)
     except (OSError, ValueError) as error:
+        why = refusal(error, base, revision) or error
         raise ModelError(
-            f"model.base: no configuration for {base!r}; give a folder with config.json or a hub id ({error})"
+            f"model.base: no configuration for {with_revision(base, revision)!r}; give a folder with config.json or a "
+            f"hub id ({why})"
         ) from error
     kind, architectures = config.get("model_type"), config.get("architectures") or ["Phi3ForCausalLM"]
     if kind != "phi3" or architectures != ["Phi3ForCausalLM"]:

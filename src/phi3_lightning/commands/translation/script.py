@@ -11,9 +11,12 @@ from typing import Any, Final, NamedTuple
 from phi3_lightning.commands.translation.keys import CALLS, LOSSES, TABLE
 from phi3_lightning.config.lora import PHI3_FUSED_LAYERS
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.hub import with_revision
 
 _NOT_LITERAL: Final = object()
 _DROPOUT: Final = "model.lora.lora_dropout"
+_DATA: Final = ("path", "data_files", "split", "[]", "argument 2", "name", "revision")
+"""The arguments of load_dataset that name data."""
 _SPLITS: Final = {"train": "data.train", "val": "data.val", "dev": "data.val", "eval": "data.val", "test": "data.test"}
 
 
@@ -48,7 +51,7 @@ def translate(path: Path) -> Translation:
         data = _data(arguments) if name == "load_dataset" else {}
         for option, value in data.items():
             values[option].append((arguments[0], value))
-        for argument in [a for a in arguments if not data or a.key not in ("path", "data_files", "split", "[]")]:
+        for argument in [a for a in arguments if not data or a.key not in _DATA]:
             try:
                 option, value = _setting(argument, arguments)
                 if not all(any(a[2:] == argument[2:] for a in others) for other, others in calls if other == name):
@@ -174,12 +177,15 @@ def _data(arguments: list[_Argument]) -> dict[str, Any]:
     values = {argument.key: argument.value for argument in arguments}
     path, files, split = str(values.get("path", "")), values.get("data_files"), values.get("split")
     words = [str(split)] if split else [argument.value for argument in arguments if argument.key == "[]"]
-    data = {word: f"{path}:{word}" for word in words if not files and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)}
+    configuration, revision = values.get("argument 2", values.get("name")), values.get("revision")
+    name = with_revision(f"{path}/{configuration}" if configuration else path, revision)
+    data = {word: f"{name}:{word}" for word in words if not files and re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", path)}
+    unnamed = configuration and (files or "/" not in path)  # a configuration follows owner/name
     if path in ("json", "csv", "parquet", "arrow"):
         data = files if isinstance(files, dict) else {str(split or "train"): files} if files else {}
     options = {next((_SPLITS[s] for s in _SPLITS if str(word).startswith(s)), ""): data[word] for word in data}
     partly = _NOT_LITERAL in values.values() or "" in options or (split and list(data) != [split])
-    return {} if partly or values.keys() & {"argument 2", "name", "data_dir", "revision"} else options
+    return {} if partly or unnamed or "data_dir" in values or (files and revision) else options
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
