@@ -83,8 +83,8 @@ def test_the_file_says_what_it_is_and_holds_no_path(base_folder, tmp_path):
     }  # fmt: skip
     assert {key: fields[key] for key in expected} == expected
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "README.md", "certificate.json", "generation_config.json", "out-F32-LoRA.gguf", "special_tokens_map.json",
-        "tokenizer.json", "tokenizer_config.json",
+        "Modelfile", "README.md", "certificate.json", "generation_config.json", "out-F32-LoRA.gguf",
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     for path in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()

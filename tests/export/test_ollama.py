@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerFast
 
 import synthetic
 from export.ollama_peer import collate, parse_modelfile, render_go
+from export.test_export import live, write
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.export.export import Export
 from phi3_lightning.export.ollama import check_ollama_from, read_chat_form, short_context, write_modelfile
 
 TINY = Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3"
@@ -367,3 +369,23 @@ def test_the_template_of_the_export_counts(tmp_path):
     (tmp_path / "chat_template.jinja").write_text(PHI4)
     write_modelfile(tmp_path, [7], "bot.gguf")
     assert "<|im_sep|>" in (tmp_path / "Modelfile").read_text()
+
+
+# ---------------------------------------------------------------------- within an export
+
+
+def test_an_adapter_in_gguf_has_a_modelfile(base_folder, tmp_path):
+    pytest.importorskip("gguf")
+    write(live(base_folder()), tmp_path / "out", format="gguf", ollama_from="phi3:3.8b")
+    text = (tmp_path / "out/Modelfile").read_text()
+    commands = parse_modelfile(text)
+    assert commands[0] == ("from", "phi3:3.8b")
+    assert [(tmp_path / "out" / value).is_file() for name, value in commands if name == "adapter"] == [True]
+    assert str(tmp_path) not in text
+
+
+@pytest.mark.parametrize(("name", "options"), [("phi3", {}), ("/base.gguf", {"format": "gguf"})])
+def test_what_from_cannot_name_is_refused_before_the_work(name, options):
+    pytest.importorskip("gguf")
+    with pytest.raises(ConfigError, match="--ollama_from"):
+        Export(ollama_from=name, **options)

@@ -58,6 +58,12 @@ def parser() -> Parser:
         help="Folder of llama.cpp, or of llama-cpp-python's source package, for --format gguf --merge.",
     )
     result.add_argument(
+        "--ollama_from",
+        type=str | None,
+        default=None,
+        help="The base of an adapter in Ollama: one of its models, or a relative path; null: a GGUF file beside it.",
+    )
+    result.add_argument(
         "--dtype",
         type=DType | GgufType | None,
         default=None,
@@ -120,9 +126,8 @@ def _checkpoint_path(options: LightningArgumentParser, args: list[str]) -> Path:
 
 def _request(config: Namespace) -> Export:
     kind: Format = "merged" if config.merge and config.format == "peft" else config.format
-    return Export(
-        kind, config.dtype, config.max_shard_size, config.push, merge=config.merge, llama_cpp=config.llama_cpp
-    )
+    options = {key: config[key] for key in ("merge", "llama_cpp", "ollama_from")}
+    return Export(kind, config.dtype, config.max_shard_size, config.push, **options)
 
 
 def _destination(config: Namespace) -> Destination | None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from peft import PeftModel
@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, Phi3ForCausalLM, PreTrainedTokeni
 
 from phi3_lightning.adapters.adapter import Adapter, PeftForm
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.export import adapter_files, chat_files
+from phi3_lightning.export import adapter_files, chat_files, ollama
 from phi3_lightning.export.base_files import BaseWeights, fetch
 from phi3_lightning.export.card import Provenance, write_card
 from phi3_lightning.export.certificate import (
@@ -57,6 +57,8 @@ class Export:
     """Whether a GGUF file holds base and adapter as one model."""
     llama_cpp: str | None = None
     """Folder of llama.cpp, whose converter writes a whole model as GGUF."""
+    ollama_from: str | None = None
+    """What ``FROM`` names in an adapter's Modelfile: a model of Ollama's, or the relative path of a GGUF file."""
 
     def __post_init__(self) -> None:
         """Refuse options that the format has no use for."""
@@ -74,6 +76,11 @@ class Export:
                 "--llama_cpp: --format gguf --merge needs the folder of llama.cpp, and nothing else does; give "
                 "--format gguf --merge --llama_cpp FOLDER"
             )
+        if self.ollama_from is not None and (self.format != "gguf" or self.merge):
+            raise ConfigError(
+                "--ollama_from: it is the base of an adapter in GGUF; give --format gguf without --merge, or no base"
+            )
+        ollama.check_ollama_from(self.ollama_from)
         if self.format == "gguf" and importlib.util.find_spec("gguf") is None:
             raise ConfigError("--format gguf: it needs pip install 'phi3-lightning[gguf]'")
 
@@ -126,7 +133,12 @@ def export(module: Phi3LoRAModule, chat: Chat, provenance: Provenance, what: Exp
             serving = adapter_files.serving_hint(form, provenance.base, name, provenance.revision)
         elif what.format == "gguf":
             [file] = folder.glob("*.gguf")
-            serving = _llama_cpp_hint(module, file.name, whole=what.whole)
+            context = ollama.short_context(base_model.read_config(module.base, module.revision))
+            serving = _llama_cpp_hint(context, file.name, whole=what.whole)
+            base = None if what.whole else provenance.base
+            ollama.write_modelfile(
+                folder, chat.stop_ids, file.name, adapter_of=base, ollama_from=what.ollama_from, context=context
+            )
         chat_files.write_generation_config(chat, fetch(module.base, module.revision, ["*.json"]), folder)
         content = {**certificate.content(), "files": file_hashes(folder, (path.name for path in folder.iterdir()))}
         (folder / CERTIFICATE).write_text(json.dumps(content, indent=2), encoding="utf-8")
@@ -261,15 +273,14 @@ def _measure_in_full(
     return measure_reference(compared, inner, chat.prompts, paths, dtype, nullcontext, model.disable_adapter)
 
 
-def _llama_cpp_hint(module: Phi3LoRAModule, file: str, *, whole: bool) -> str:
-    """Return how llama.cpp runs a GGUF file."""
+def _llama_cpp_hint(context: int | None, file: str, *, whole: bool) -> str:
+    """Return how llama.cpp runs a GGUF file; ``context``: up to which length a longrope model has its short factors."""
     model = f"-m {file}" if whole else f"-m BASE.gguf --lora {file}"
-    config = base_model.read_config(module.base, module.revision)
-    if cast("dict[str, Any]", config.rope_parameters).get("rope_type") != "longrope":
+    if context is None:
         return f"llama-cli {model} --jinja"
     return (
-        f"llama-cli {model} --jinja -c {config.original_max_position_embeddings} (with a longer context llama.cpp "
-        "takes longrope's long factors for short chats too)"
+        f"llama-cli {model} --jinja -c {context} (with a longer context llama.cpp takes longrope's long factors for "
+        "short chats too)"
     )
 
 
