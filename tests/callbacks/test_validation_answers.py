@@ -45,13 +45,19 @@ def data(rows, cache):
 
 
 def module(**options) -> Phi3LoRAModule:
-    made = {"dtype": "float32", "lora": {"r": 4}, "optimizer": {"lr": 1e-2}, "generation": {"max_new_tokens": 12}}
+    made = {"dtype": "float32", "lora": {"r": 4}, "optimizer": {"lr": 1e-2}, "generation": {"max_new_tokens": 6}}
     return Phi3LoRAModule(str(TINY), gradient_checkpointing="none", **made | options)
 
 
-def validate(folder: Path, data, answers: ValidationAnswers, tuned=None, **options) -> dict[str, float]:
-    trainer = synthetic.trainer(folder, callbacks=[answers], **options)
-    [logged] = trainer.validate(tuned or module(), data, verbose=False)
+@pytest.fixture(scope="module")
+def tuned() -> Phi3LoRAModule:
+    """A module that no test changes."""
+    return synthetic.randomised(module())
+
+
+def validate(folder: Path, data, answers: ValidationAnswers, tuned) -> dict[str, float]:
+    trainer = synthetic.trainer(folder, callbacks=[answers])
+    [logged] = trainer.validate(tuned, data, verbose=False)
     return logged
 
 
@@ -66,8 +72,7 @@ def fit(folder: Path, data, *callbacks: pl.Callback, tuned=None, **options) -> p
 # ---------------------------------------------------------------------- what is measured
 
 
-def test_scores_are_those_of_the_libraries_over_the_answers_of_predict(tmp_path, data, rows):
-    tuned = synthetic.randomised(module())
+def test_scores_are_those_of_the_libraries_over_the_answers_of_predict(tmp_path, data, tuned):
     logged = validate(tmp_path, data(), ValidationAnswers(100), tuned)
     writer = PredictionWriter(tmp_path / "predictions.jsonl")
     prompts = tmp_path / "prompts.jsonl"
@@ -86,7 +91,7 @@ def test_scores_are_those_of_the_libraries_over_the_answers_of_predict(tmp_path,
     assert logged["speed/answering_seconds"] > 0
 
 
-def test_the_rows_are_the_same_whatever_the_batches_and_at_each_validation(tmp_path, data):
+def test_the_rows_are_the_same_whatever_the_batches_and_at_each_validation(tmp_path, data, tuned):
     asked = []
 
     def spy(answer, reference, row):
@@ -99,7 +104,6 @@ def test_the_rows_are_the_same_whatever_the_batches_and_at_each_validation(tmp_p
         ({"batch_size": 1}, ValidationAnswers(4, batch_size=1, metrics=[spy])),
         ({"packing": True}, ValidationAnswers(4, batch_size=3, metrics=[spy])),
     ):
-        tuned = synthetic.randomised(module())
         results.append(validate(tmp_path, data(**options), answers, tuned))
         assert results[-1]["val/answered_rows"] == 4
     assert sorted(asked[:4]) == sorted(asked[4:8]) == sorted(asked[8:])
@@ -114,6 +118,7 @@ def test_the_rows_are_the_same_whatever_the_batches_and_at_each_validation(tmp_p
     assert len(asked) == 8
 
 
+@pytest.mark.slow
 def test_every_nth_validation_answers_also_after_a_restart(tmp_path, data):
     def answered(folder: str, **options) -> list[str]:
         logger = CSVLogger(tmp_path, name=folder, version="")
@@ -172,17 +177,18 @@ def test_good_answers_alone_are_references_of_kto(tmp_path, data):
     assert (logged["val/answered_rows"], logged["val/good"]) == (3, 1.0)
 
 
-def test_without_a_usable_row_there_is_a_warning_and_no_metric(tmp_path, data):
+def test_without_a_usable_row_there_is_a_warning_and_no_metric(tmp_path, data, tuned):
     path = tmp_path / "texts.jsonl"
     path.write_text(json.dumps({"text": "A text without turns."}) + "\n")
     with pytest.warns(UserWarning, match=r"no validation row can be answered \(no prompt before the trained text\)"):
-        logged = validate(tmp_path, data(val=str(path)), ValidationAnswers(3))
+        logged = validate(tmp_path, data(val=str(path)), ValidationAnswers(3), tuned)
     assert not logged.keys() & set(NAMES)
 
 
 # ---------------------------------------------------------------------- training is as without
 
 
+@pytest.mark.slow
 def test_training_is_the_same_to_the_bit(tmp_path, data):
     generation = {"max_new_tokens": 4, "do_sample": True}
 
@@ -234,6 +240,7 @@ def test_averaged_weights_answer_wherever_the_callback_stands(tmp_path, data, av
 # ---------------------------------------------------------------------- what decides
 
 
+@pytest.mark.slow
 def test_a_score_of_answers_selects_checkpoints_and_stops(tmp_path, data):
     values = iter([30.0, 50.0, 40.0, 45.0])
 
@@ -300,17 +307,17 @@ def test_ranges_are_checked(wrong):
 # ---------------------------------------------------------------------- the user's own metrics
 
 
-def test_an_own_metric_has_the_row_in_validation_and_in_test(tmp_path, data, monkeypatch):
+def test_an_own_metric_has_the_row_in_validation_and_in_test(tmp_path, data, tuned, monkeypatch):
     (tmp_path / "shop.py").write_text(
         "def same_id(answer, reference, row):\n"
         "    assert reference.strip() == row['messages'][-1]['content']\n"
         "    return row['id'] == 'chat 3' or row['id'] == 'chat 4'\n"
     )
     monkeypatch.chdir(tmp_path)
-    logged = validate(tmp_path, data(), ValidationAnswers(100, metrics="shop:same_id"))
+    logged = validate(tmp_path, data(), ValidationAnswers(100, metrics="shop:same_id"), tuned)
     assert logged["val/same_id"] == pytest.approx(2 / 9)
     report = EvaluationReport(tmp_path / "run", rows=None, resamples=100, metrics=["shop:same_id"])
-    [logged] = synthetic.trainer(tmp_path, callbacks=[report]).test(module(), data(), verbose=False)
+    [logged] = synthetic.trainer(tmp_path, callbacks=[report]).test(tuned, data(), verbose=False)
     assert logged["test/same_id"] == logged["test_base/same_id"] == pytest.approx(2 / 9)
     content = json.loads((tmp_path / "run/test.json").read_text())
     interval = content["metrics"]["same_id"]["tuned"]
@@ -321,25 +328,25 @@ def test_an_own_metric_has_the_row_in_validation_and_in_test(tmp_path, data, mon
         assert "same_id" in (tmp_path / f"run/test.{suffix}").read_text()
 
 
-def test_an_error_of_an_own_metric_names_the_row_and_the_line(tmp_path, data, rows):
+def test_an_error_of_an_own_metric_names_the_row_and_the_line(tmp_path, data, rows, tuned):
     def price(answer, reference, row):
         return row["price"]
 
     named = rf"evaluation.metrics: .*:price: KeyError: 'price' \(.*{Path(__file__).name}:\d+\); the row is {rows}:\d"
     with pytest.raises(ConfigError, match=named):
-        validate(tmp_path, data(), ValidationAnswers(2, metrics=[price]))
+        validate(tmp_path, data(), ValidationAnswers(2, metrics=[price]), tuned)
     report = EvaluationReport(tmp_path / "run", resamples=100, metrics=[price])
     with pytest.raises(ConfigError, match=named):
-        synthetic.trainer(tmp_path, callbacks=[report]).test(module(), data(), verbose=False)
+        synthetic.trainer(tmp_path, callbacks=[report]).test(tuned, data(), verbose=False)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), None, "much"])
-def test_a_value_that_is_no_number_is_refused(tmp_path, data, value):
+def test_a_value_that_is_no_number_is_refused(tmp_path, data, tuned, value):
     def wrong(answer, reference, row):
         return value
 
     with pytest.raises(ConfigError, match=r"evaluation.metrics: .*wrong: .*; the row is .*:\d"):
-        validate(tmp_path, data(), ValidationAnswers(2, metrics=[wrong]))
+        validate(tmp_path, data(), ValidationAnswers(2, metrics=[wrong]), tuned)
 
 
 SOURCE = "LIMIT = 3\ndef one(answer): return 1\ndef chrf(answer, reference, row): return 1\nvalue = lambda a, b, c: 1\n"
@@ -387,18 +394,17 @@ class Theirs(pl.LightningDataModule):
         return synthetic.loader(self.batches)
 
 
-def test_a_foreign_data_module_with_a_tokenizer_gives_the_same_scores(tmp_path, data):
+def test_a_foreign_data_module_with_a_tokenizer_gives_the_same_scores(tmp_path, data, tuned):
     chats = data()
     chats.setup("validate")
     theirs = Theirs(list(chats.val_dataloader()))
     with pytest.raises(ConfigError, match=r"evaluation.val_rows: .*attribute tokenizer"):
-        validate(tmp_path, theirs, ValidationAnswers(3))
+        validate(tmp_path, theirs, ValidationAnswers(3), tuned)
     theirs.tokenizer = chats.tokenizer
 
     def place(answer, reference, row):
         return float(row["place"].removeprefix("row "))
 
-    tuned = synthetic.randomised(module())
     logged = validate(tmp_path, theirs, ValidationAnswers(3, metrics=[place]), tuned)
     ours = validate(tmp_path, data(), ValidationAnswers(3), tuned)
     assert [logged[name] for name in NAMES] == [ours[name] for name in NAMES]
