@@ -357,7 +357,10 @@ SOURCE = "LIMIT = 3\ndef one(answer): return 1\ndef chrf(answer, reference, row)
     [
         ("keywords", "write it as module:function"),
         ("own_metrics_file.py", "write it as module:function"),
-        ("absent_module:f", "absent_module cannot be imported: ModuleNotFoundError"),
+        (
+            "absent_module:f",
+            r"absent_module cannot be imported: ModuleNotFoundError: No module named 'absent_module'; write it",
+        ),
         ("broken_file:f", r"broken_file cannot be imported: ZeroDivisionError: .*broken_file.py:1"),
         ("own_file:absent", "own_file has no function absent; its functions: one, chrf, value"),
         ("own_file:LIMIT", "own_file has no function LIMIT"),

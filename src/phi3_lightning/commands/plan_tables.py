@@ -96,5 +96,5 @@ def run_line(length: Length, tokens_per_second: float | None, answers: PlannedAn
 
 def _time(seconds: float) -> str:
     if seconds < 100:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.{0 if seconds >= 10 else 1}f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

@@ -102,5 +102,6 @@ def _value(function: Measure, path: str, answer: Answer) -> float:
 def _described(error: Exception) -> str:
     """An error in one line, with the line of the user's code that raised it."""
     frame = extract_tb(error.__traceback__)[-1]
-    place = "" if frame.filename in (__file__, importlib.__file__) else f" ({frame.filename}:{frame.lineno})"
+    is_own = frame.filename not in (__file__, importlib.__file__) and not frame.filename.startswith("<frozen ")
+    place = f" ({frame.filename}:{frame.lineno})" if is_own else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())}{place}"
