@@ -90,8 +90,8 @@ def run_line(length: Length, tokens_per_second: float | None, answers: PlannedAn
     if answers is None:
         return f"{line}, {_time(seconds)} without validation and saving"
     times = answers.times(length.validations)
-    total = _time(seconds + times * answers.seconds)
-    return f"{line}, {total} with answers in {times:,.0f} validations, without the rest of validation and saving"
+    total, counts = _time(seconds + times * answers.seconds), f"{times:,.0f} of {length.validations:,.0f}"
+    return f"{line}, {total} with answers in {counts} validations, without the rest of validation and saving"
 
 
 def _time(seconds: float) -> str:
