@@ -13,7 +13,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from phi3_lightning import preferences
-from phi3_lightning.callbacks import EvaluationReport, Monitor, RunCheckpoint, SingleWriter
+from phi3_lightning.callbacks import Evaluation, Monitor, RunCheckpoint, SingleWriter
 from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.checkpoint.averaging import check_averaging
 from phi3_lightning.checkpoint.changed_options import changed_options
@@ -68,7 +68,7 @@ class Phi3CLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument("--run", type=str, default="phi3-lora", help="Name of the run: its folder is runs/NAME.")
         parser.add_class_arguments(RunCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(EvaluationReport, "evaluation")
+        parser.add_class_arguments(Evaluation, "evaluation")
         parser.add_class_arguments(Monitor, "monitor")
 
     @override
@@ -156,6 +156,7 @@ class Phi3CLI(LightningCLI):
                 preferences.check_data(self.model.objective, self.datamodule)
             if self.subcommand == "fit":
                 check_monitors(trainer.callbacks, self.model.objective)
+                self.answers.check_monitors(trainer.callbacks)
             try:
                 self.general.validate_sources()
             except DataError as error:
@@ -165,9 +166,8 @@ class Phi3CLI(LightningCLI):
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         section, monitor = self._get(self.config_init, "trainer"), self._get(self.config_init, "monitor")
-        evaluation: EvaluationReport = self._get(self.config_init, "evaluation")
-        if evaluation.folder is None:
-            evaluation.folder = self.run_folder.path
+        evaluation: Evaluation = self._get(self.config_init, "evaluation")
+        report, self.answers = evaluation.callbacks(self.run_folder.path)
         options = self.datamodule.options
         self.general = general_chats(monitor, options)
         self.writer = SingleWriter(self.run_folder.path)
@@ -175,7 +175,9 @@ class Phi3CLI(LightningCLI):
         monitoring = monitor.callbacks(self.general, row_length, from_predict=options.predict is not None)
         return super().instantiate_trainer(
             logger=run_logger(section, self.run_folder, fit=self.subcommand == "fit"),
-            callbacks=run_callbacks(section, self.run_folder, self.writer, *self._checkpoint(section), *monitoring),
+            callbacks=run_callbacks(
+                section, self.run_folder, self.writer, *self._checkpoint(section), report, self.answers, *monitoring
+            ),
             plugins=run_plugins(section),
             **kwargs | (without_extras(section) if section.barebones else {}),
         )

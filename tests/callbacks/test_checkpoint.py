@@ -158,9 +158,13 @@ def test_the_best_value_survives_a_restart(fit):
         ("val/reward_margin", 0.9),
         ("val/chosen_logp", 0.9),
         ("val/rejected_logp", 0.4),
+        ("val/rougeL", 0.9),
+        ("val/chrf", 0.9),
+        ("val/exact_match", 0.9),
+        ("val/stop_rate", 0.9),
     ],
 )
-def test_the_best_value_of_each_metric_of_preferences_is_kept(fit, monitor, best):
+def test_without_a_mode_the_best_value_follows_from_the_metric(fit, monitor, best):
     class Preferences(Scripted):
         def log(self, name, value, **options):
             super().log(monitor if name == "val/loss" else name, value, **options)
@@ -314,7 +318,34 @@ def test_every_hook_of_model_checkpoint_is_overridden(fit):
     assert hooks <= vars(RunCheckpoint).keys()
 
 
-def test_the_state_has_the_key_and_form_of_earlier_releases(fit):
+def test_the_state_has_the_key_of_earlier_releases_and_the_mode(fit):
     fit(Scripted(1.0), checkpoint={"every_n_steps": 2})
     states = torch.load(fit.folder / "kept" / "last.ckpt", weights_only=True)["callbacks"]
-    assert states["RunCheckpoint"] == {"monitor": "val/loss", "best_score": 1.0}
+    assert states["RunCheckpoint"] == {"monitor": "val/loss", "mode": "min", "best_score": 1.0}
+
+
+@pytest.mark.parametrize("former", [{"monitor": "val/chrf"}, {"monitor": "val/chrf", "mode": "max"}])
+def test_a_state_of_an_earlier_release_has_the_mode_of_its_metric(former):
+    checkpoint = RunCheckpoint(monitor="val/chrf", mode="max")
+    checkpoint.load_state_dict(former | {"best_score": 30.0})
+    assert checkpoint.best_score == 30.0
+
+
+def test_a_changed_mode_starts_a_new_best(fit):
+    fit(Scripted(1.0), max_epochs=1)
+    fit(Scripted(0.5), max_epochs=2, resume="last.ckpt", checkpoint={"mode": "max"})
+    assert fit.checkpoint.best_score == 0.5  # lower than the former best, which was the lowest
+    assert fit.step_of("best.ckpt") == 2 * EPOCH
+    fit(Scripted(0.4), max_epochs=3, resume="last.ckpt", checkpoint={"mode": "max"})
+    assert (fit.checkpoint.best_score, fit.step_of("best.ckpt")) == (0.5, 2 * EPOCH)
+
+
+@pytest.mark.parametrize(("mode", "best"), [("min", 0.4), ("max", 0.9), (None, 0.4)])
+def test_a_given_mode_decides_for_any_metric(fit, mode, best):
+    fit(Scripted(0.5, 0.9, 0.4), max_epochs=3, checkpoint={"mode": mode})
+    assert fit.checkpoint.best_score == pytest.approx(best)
+
+
+def test_another_mode_is_refused(fit):
+    with pytest.raises(ConfigError, match=r"checkpoint.mode: 'auto' cannot be used: choose min or max"):
+        RunCheckpoint(mode="auto")

@@ -3,6 +3,9 @@
 import json
 import signal
 
+import pytest
+import torch
+
 from cli.conftest import QUICK, TINY, start
 
 TESTED = ("--evaluation.rows=4", "--evaluation.resamples=100")
@@ -49,3 +52,38 @@ def test_a_killed_test_leaves_its_answers(tmp_path):
 
 def test_an_option_out_of_range_names_its_key(cli):
     assert "evaluation.rows: -1" in cli("test", *QUICK, "--evaluation.rows=-1", code=1).text
+
+
+@pytest.mark.slow
+def test_answers_of_validation_select_the_best_checkpoint_and_test_has_the_own_metric(cli, tmp_path):
+    (tmp_path / "shop.py").write_text("def short(answer, reference, row):\n    return -len(answer) + len(row) * 0\n")
+    options = ("--evaluation.val_rows=3", "--evaluation.metrics=[shop:short]")
+    decide = ("--checkpoint.monitor=val/short", "--checkpoint.mode=max")
+    run = cli("fit", *QUICK, *options, *decide, "--trainer.max_steps=2", "--trainer.val_check_interval=1")
+    assert run.text.count("3 validation rows answered in") == 2
+    assert "val/rougeL" in run.text  # in the table at the end
+    state = torch.load(tmp_path / "runs/phi3-lora/checkpoints/best.ckpt", weights_only=True)["callbacks"][
+        "RunCheckpoint"
+    ]
+    assert (state["monitor"], state["mode"]) == ("val/short", "max")
+    cli("test", "--config=runs/phi3-lora/config.yaml", *TESTED)  # of which the configuration has the metric
+    content = json.loads((tmp_path / "runs/phi3-lora/test.json").read_text(encoding="utf-8"))
+    assert content["metrics"]["short"]["tuned"]["value"] < 0
+
+
+@pytest.mark.parametrize(
+    ("options", "error"),
+    [
+        (("--checkpoint.monitor=val/chrf",), "checkpoint.monitor: 'val/chrf' cannot be used: no row is answered"),
+        (
+            ("--checkpoint.monitor=val/chrf", "--evaluation.val_rows=2", "--evaluation.every_n_validations=2"),
+            "evaluation.every_n_validations: 2 cannot be used: checkpoint.monitor val/chrf would keep its former value",
+        ),
+        (("--evaluation.metrics=absent:f",), "evaluation.metrics: absent:f: absent cannot be imported"),
+    ],
+)
+def test_what_cannot_be_monitored_or_imported_is_refused_before_a_base_is_loaded(cli, options, error):
+    text = cli("fit", *QUICK, *options, code=1).text
+    assert error in text
+    assert "Traceback" not in text
+    assert "LoRA by" not in text

@@ -37,9 +37,12 @@ def hub(tmp_path):
 
 
 def test_a_plan_from_real_lengths_is_complete(cli, tmp_path):
-    text = cli("plan", *QUICKSTART, "--data.max_length=256", f"--data.cache_dir={tmp_path}/cache").text
+    answers = ("--evaluation.val_rows=4", "--model.generation.max_new_tokens=8", "--evaluation.every_n_validations=2")
+    text = cli("plan", *QUICKSTART, "--data.max_length=256", *answers, f"--data.cache_dir={tmp_path}/cache").text
     assert "in data.train)" in text
-    assert "whole run: 150 optimiser steps" in text
+    assert "answers: 4 rows in one validation in 2, at most" in text
+    # two epochs of 54 batches end, and the first of them answers
+    assert re.search("whole run: 150 optimiser steps .* seconds with answers in 1 of 2 validations, without", text)
     assert re.search(r"speed: [\d,]+ tokens/s a device", text)
     assert all(part in text for part in PARTS)
     assert "model.gradient_checkpointing: full" in text

@@ -10,7 +10,16 @@ from lightning.pytorch.loggers import CSVLogger
 
 import synthetic
 from phi3_lightning import ChatDataModule
-from phi3_lightning.callbacks import AdapterStatistics, BaseDrift, EvaluationReport, PredictionWriter, Samples
+from phi3_lightning.callbacks import (
+    AdapterStatistics,
+    BaseDrift,
+    EvaluationReport,
+    PredictionWriter,
+    Samples,
+    ValidationAnswers,
+)
+from phi3_lightning.callbacks.validation_answers import MEASURED
+from phi3_lightning.errors import ConfigError
 
 from . import cases, ranks
 
@@ -96,6 +105,49 @@ def test_a_report_is_the_same_for_any_number_of_ranks(chats, tmp_path, strategy,
         assert content["answers"] == alone["answers"]  # bit-identical in bfloat16 too: the same batches on other ranks
         assert [found["row"] for found in content["answers"]] == list(range(ROWS))
         assert not list((folder / "run").glob("*partial*"))
+
+
+def answered(answer: str, reference: str, row: dict) -> float:
+    """Another value for each row, so that a row that counts twice changes the mean."""
+    return len(row["messages"][1]["content"]) + len(answer) / 1000
+
+
+def broken_for_one(answer: str, reference: str, row: dict) -> float:
+    if row["messages"][0]["content"] == "Say 0":  # the shortest prompts are in the last batch
+        raise ValueError("no number")
+    return 1.0
+
+
+def answers_of_validation(chats: Path, folder: Path, cache: Path, strategy, world: int) -> tuple[dict, str]:
+    """The metrics of a validation within a fit, and the error of one with a metric that fails for one row."""
+    strategy = cases.fsdp2(**strategy) if isinstance(strategy, dict) else strategy
+    module = cases.module(str(TINY), cases.Sgd, generation={"max_new_tokens": 12}, dtype="float32")
+    answers = ValidationAnswers(5, batch_size=2, metrics=[answered])
+    trainer = cases.trainer(folder, strategy, world, callbacks=[answers], max_steps=1, limit_train_batches=1)
+    trainer.fit(module, data(chats, cache, 8))
+    metrics = {
+        name: trainer.callback_metrics[f"val/{name}"].item() for name in (*MEASURED, "answered", "answered_rows")
+    }
+    trainer.callbacks[trainer.callbacks.index(answers)] = ValidationAnswers(
+        ROWS, batch_size=2, metrics=[broken_for_one]
+    )
+    with pytest.raises(ConfigError) as caught:
+        trainer.validate(module, data(chats, cache, 8), verbose=False)
+    return metrics, str(caught.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_answers_of_validation_count_each_row_once_for_any_number_of_ranks(chats, tmp_path, strategy):
+    """5 rows in batches of 2: two ranks take a batch each, then one has a batch and the other none."""
+    alone, _ = answers_of_validation(chats, tmp_path / "one", tmp_path / "cache", "auto", 1)
+    run = (chats, tmp_path / "two", tmp_path / "cache", STRATEGIES[strategy], 2)
+    for metrics, error in ranks.run(tmp_path / "two", 2, answers_of_validation, *run):
+        assert metrics == pytest.approx(alone, rel=1e-6)  # the same answers, and a mean of float32 over two ranks
+        assert metrics["answered_rows"] == 5
+        # on the rank that had the row, and on the other one
+        assert f"broken_for_one: ValueError: no number ({__file__}:" in error
+        assert error.endswith(f"the row is {chats}:1")
 
 
 def test_negative_control_a_mean_over_padded_ranks_differs(chats, tmp_path, alone):

@@ -2,6 +2,7 @@
 
 import math
 
+import lightning.pytorch as pl
 import pytest
 
 import synthetic
@@ -21,16 +22,31 @@ TOKENS = sum(sum(map(sum, batch["document_lengths"])) for batch in BATCHES)
         {"max_epochs": -1, "max_steps": 9},
         {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 3},
         {"max_epochs": 2, "max_steps": -1, "limit_train_batches": 0.5, "accumulate_grad_batches": 2},
+        {"max_epochs": 3, "max_steps": -1, "val_check_interval": 0.4},
+        {"max_epochs": 3, "max_steps": 18, "val_check_interval": 3},
+        {"max_epochs": 5, "max_steps": -1, "check_val_every_n_epoch": 2},
+        {"max_epochs": 2, "max_steps": -1, "val_check_interval": 5, "check_val_every_n_epoch": None},
     ],
 )
-def test_steps_are_those_of_the_trainer(tmp_path, tiny_base, options):
-    trainer = synthetic.trainer(tmp_path, **options)
-    trainer.fit(Phi3LoRAModule(tiny_base, dtype="float32"), synthetic.loader(BATCHES))
+def test_steps_and_validations_are_those_of_the_trainer(tmp_path, tiny_base, options):
+    class Count(pl.Callback):
+        validations = 0
+
+        def on_validation_end(self, trainer, pl_module):
+            self.validations += 1
+
+    count = Count()
+    trainer = synthetic.trainer(tmp_path, callbacks=[count], num_sanity_val_steps=0, **options)
+    loader = synthetic.loader(BATCHES)
+    trainer.fit(Phi3LoRAModule(tiny_base, dtype="float32"), loader, synthetic.loader(BATCHES[:1]))
     length = run_length(
         len(BATCHES), TOKENS, 1, accumulate=options.get("accumulate_grad_batches", 1),
         max_epochs=options["max_epochs"], max_steps=options["max_steps"], limit=options.get("limit_train_batches"),
+        check_val_every_n_epoch=options.get("check_val_every_n_epoch", 1),
+        val_check_interval=options.get("val_check_interval"),
     )  # fmt: skip
     assert length.steps == trainer.global_step
+    assert length.validations == count.validations
 
 
 def test_ranks_share_the_batches_of_an_epoch():

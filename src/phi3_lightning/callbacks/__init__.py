@@ -6,6 +6,7 @@ from phi3_lightning.callbacks.bad_rows import BadRows
 from phi3_lightning.callbacks.base_drift import BaseDrift
 from phi3_lightning.callbacks.checkpoint import RunCheckpoint
 from phi3_lightning.callbacks.evaluation import EvaluationReport
+from phi3_lightning.callbacks.evaluation_options import Evaluation
 from phi3_lightning.callbacks.failure import RankFailure
 from phi3_lightning.callbacks.monitor import Monitor
 from phi3_lightning.callbacks.out_of_memory import OutOfMemory
@@ -18,6 +19,7 @@ from phi3_lightning.callbacks.single_writer import SingleWriter
 from phi3_lightning.callbacks.stop import AgreedStop
 from phi3_lightning.callbacks.tensorboard_samples import TensorBoardSamples
 from phi3_lightning.callbacks.throughput import Throughput
+from phi3_lightning.callbacks.validation_answers import ValidationAnswers
 
 __all__ = [
     "AdapterStatistics",
@@ -26,6 +28,7 @@ __all__ = [
     "AutoCheckpointing",
     "BadRows",
     "BaseDrift",
+    "Evaluation",
     "EvaluationReport",
     "LineProgress",
     "Monitor",
@@ -39,4 +42,5 @@ __all__ = [
     "SingleWriter",
     "TensorBoardSamples",
     "Throughput",
+    "ValidationAnswers",
 ]

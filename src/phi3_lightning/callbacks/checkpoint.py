@@ -3,7 +3,7 @@
 import math
 import time
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
@@ -20,8 +20,12 @@ from phi3_lightning.errors import CheckpointError
 from phi3_lightning.files import local_path
 from phi3_lightning.renamed import check_metric
 
-HIGHER_IS_BETTER = ("accuracy", "/reward_margin", "/chosen_logp")
-"""What the names of metrics end with of which the highest value is the best."""
+HIGHER_IS_BETTER = (
+    "accuracy", "/reward_margin", "/chosen_logp", "/rougeL", "/chrf", "/exact_match", "/stop_rate",
+)  # fmt: skip
+"""What the names of metrics end with of which the highest value is the best, unless a mode is given."""
+
+Mode = Literal["min", "max"]
 
 
 class RunCheckpoint(ModelCheckpoint):
@@ -36,8 +40,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     Args:
         dirpath: Folder of the two files; null: ``checkpoints`` in the run's folder.
-        monitor: The metric that decides which checkpoint is the best; null: only the newest is kept. Lower is better,
-            but for accuracies, reward_margin and chosen_logp.
+        monitor: The metric that decides which checkpoint is the best; null: only the newest is kept.
+        mode: Whether the lowest value is the best (min) or the highest (max); null: the highest of accuracies,
+            reward_margin, chosen_logp, rougeL, chrf, exact_match and stop_rate, and the lowest of all others.
         every_n_steps: Optimiser steps after which ``last.ckpt`` is written; null: by time alone.
         every_n_minutes: Minutes since the last time after which ``last.ckpt`` is written.
         on_mismatch: Whether a checkpoint of another base, tokenizer or adapter is refused, or loaded with a warning.
@@ -47,22 +52,25 @@ class RunCheckpoint(ModelCheckpoint):
         self,
         dirpath: str | None = None,
         monitor: str | None = "val/loss",
+        mode: Mode | None = None,
         every_n_steps: int | None = None,
         every_n_minutes: float = 5.0,
         on_mismatch: Mismatch = "refuse",
     ) -> None:
         require_choice("checkpoint.on_mismatch", on_mismatch, Mismatch)
+        if mode is not None:
+            require_choice("checkpoint.mode", mode, Mode)
         check_metric("checkpoint.monitor", monitor)
         if every_n_steps is not None:
             require(every_n_steps >= 1, "checkpoint.every_n_steps", every_n_steps, "it is at least 1")
         require(every_n_minutes >= 0, "checkpoint.every_n_minutes", every_n_minutes, "it is 0 or more")
-        super().__init__(monitor=monitor)
+        super().__init__(monitor=monitor, mode=mode or _mode_of(monitor))
         self.dirpath = None if dirpath is None else local_path("checkpoint.dirpath", dirpath)
         self.every_n_steps = every_n_steps
         self.every_n_minutes = every_n_minutes
         self.on_mismatch = on_mismatch
-        self._higher_is_better = (monitor or "").endswith(HIGHER_IS_BETTER)
-        self.best_score = -math.inf if self._higher_is_better else math.inf
+        self.mode_by_name = mode is None
+        self.best_score = -math.inf if self.mode == "max" else math.inf
         self._saved_step = 0
         self._saved_at = time.monotonic()
         self._validation_interrupted = False
@@ -156,7 +164,7 @@ class RunCheckpoint(ModelCheckpoint):
             )
 
     def _is_better(self, score: float) -> bool:  # false for NaN
-        return score > self.best_score if self._higher_is_better else score < self.best_score
+        return score > self.best_score if self.mode == "max" else score < self.best_score
 
     @override
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -193,10 +201,16 @@ class RunCheckpoint(ModelCheckpoint):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"monitor": self.monitor, "best_score": self.best_score}
+        return {"monitor": self.monitor, "mode": self.mode, "best_score": self.best_score}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["monitor"] == self.monitor:
+        former = state_dict["monitor"], state_dict.get("mode") or _mode_of(state_dict["monitor"])
+        if former == (self.monitor, self.mode):
             self.best_score = state_dict["best_score"]
             self.best_model_score = torch.tensor(self.best_score)
+
+
+def _mode_of(monitor: str | None) -> Mode:
+    """The mode where none is given, and of checkpoints that were written before there was a choice."""
+    return "max" if (monitor or "").endswith(HIGHER_IS_BETTER) else "min"

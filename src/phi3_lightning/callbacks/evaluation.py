@@ -2,7 +2,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,14 +18,24 @@ from phi3_lightning.config.checks import require
 from phi3_lightning.contracts import DescribedData, HasTokenizer, data_module, origins
 from phi3_lightning.distributed.collectives import all_gather_dict, all_gather_object
 from phi3_lightning.errors import ConfigError, DataError, ModelError
-from phi3_lightning.evaluate import cases, page, ranking
-from phi3_lightning.evaluate.answering import Answering, live_progress
+from phi3_lightning.evaluate import page, ranking
+from phi3_lightning.evaluate.answering import Answering, ScoredAnswer, answering_progress, live_progress
 from phi3_lightning.evaluate.bootstrap import Comparison, Statistics
-from phi3_lightning.evaluate.report import TOKEN_SCORES, AnswerPair, Report, measure_answers, measure_tokens, table
+from phi3_lightning.evaluate.cases import Case, CaseCollector
+from phi3_lightning.evaluate.own_metrics import Measure, own_scores, rows_by_id
+from phi3_lightning.evaluate.report import (
+    TOKEN_SCORES,
+    AnswerPair,
+    Report,
+    answer_values,
+    measure_answers,
+    measure_tokens,
+    table,
+)
 from phi3_lightning.event_files import read_scalars
 from phi3_lightning.files import local_path
 from phi3_lightning.jsonl import PartialJsonl
-from phi3_lightning.metrics import AnswerMetrics
+from phi3_lightning.metrics.answers import Score, scores
 from phi3_lightning.model import loss
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -43,10 +53,17 @@ class EvaluationReport(pl.Callback):
         rows: How many rows both models answer, the same ones each time; null: all, 0: none. Needs the extra eval.
         batch_size: Prompts that are answered together: more are faster, and take more memory.
         resamples: Bootstrap draws of the rows for each interval.
+        metrics: The user's own metrics: import paths ``module:function`` of functions ``(answer, reference, row) ->
+            float``, or such functions.
     """
 
     def __init__(
-        self, folder: str | None = None, rows: int | None = 100, batch_size: int = 16, resamples: int = 1000
+        self,
+        folder: str | None = None,
+        rows: int | None = 100,
+        batch_size: int = 16,
+        resamples: int = 1000,
+        metrics: str | Sequence[str | Measure] = (),
     ) -> None:
         if rows is not None:
             require(rows >= 0, "evaluation.rows", rows, "it is 0 or more, or null for all")
@@ -56,12 +73,13 @@ class EvaluationReport(pl.Callback):
         self.rows = rows
         self.batch_size = batch_size
         self.resamples = resamples
+        self._own = own_scores(metrics)
+        self._scores: dict[str, Score] = {}
         self._checkpoint: dict[str, Any] = {}
         self._tokens: dict[int, Statistics] = {}
         self._ranks: dict[int, Statistics] = {}
         self._labelled: dict[int, Statistics] = {}
-        self._cases: dict[int, cases.Case] = {}
-        self._left_out: dict[int, str] = {}
+        self._collector = CaseCollector(rows)
         self._partial = PartialJsonl(Path("test"), 0)
 
     @override
@@ -85,7 +103,7 @@ class EvaluationReport(pl.Callback):
             self.folder = Path(trainer.default_root_dir)
         if self.rows == 0:
             return
-        AnswerMetrics()  # raises an error where the extra eval is not installed
+        self._scores = scores() | self._own
         if not isinstance(data_module(trainer), HasTokenizer):
             raise ConfigError(
                 "evaluation.rows: answers need a datamodule whose attribute tokenizer turns ids into text; give it "
@@ -95,7 +113,8 @@ class EvaluationReport(pl.Callback):
     @override
     def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         self._partial = PartialJsonl(cast("Path", self.folder) / "test", trainer.global_rank)
-        self._tokens, self._ranks, self._labelled, self._cases, self._left_out = {}, {}, {}, {}, {}
+        self._tokens, self._ranks, self._labelled = {}, {}, {}
+        self._collector = CaseCollector(self.rows)
 
     @override
     def on_test_batch_end(  # type: ignore[override]
@@ -121,13 +140,8 @@ class EvaluationReport(pl.Callback):
             good = np.array([flag for row in batch["preferred"] for flag in row], dtype=np.float64)
             means = ranking.mean_logps(measured)
             self._labelled |= dict(zip(document_ids, np.column_stack([means, good]), strict=True))
-        answered = cases.cases(batch) if self.rows != 0 else []
-        for case in (answered[index] for index in shown if answered):
-            reason = cases.unusable(case, data_module(trainer).tokenizer)
-            if reason is None:
-                self._cases[case.document_id] = case
-            else:
-                self._left_out[case.document_id] = reason
+        if self.rows != 0:
+            self._collector.add(batch, data_module(trainer).tokenizer)
 
     @override
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
@@ -142,23 +156,46 @@ class EvaluationReport(pl.Callback):
         ranked |= ranking.measure_ranking_by_label(_all_rows(trainer, self._labelled), self.resamples)
         _log(pl_module, "test_base", {name: comparison.base.value for name, comparison in ranked.items()})
         answers = self._answer(trainer, pl_module) if self.rows != 0 else []
-        left_out = all_gather_dict(trainer, self._left_out)
+        left_out = all_gather_dict(trainer, self._collector.left_out)
         if trainer.is_global_zero and not cast("Any", trainer).fast_dev_run:
-            metrics = measure_tokens(base, tuned, self.resamples) | ranked | measure_answers(answers, self.resamples)
+            metrics = measure_tokens(base, tuned, self.resamples) | ranked
+            metrics |= measure_answers(answers, self._scores, self.resamples)
             self._write(trainer, pl_module, metrics, len(tokens), answers, Counter(left_out.values()))
         self._partial.remove()
 
     def _answer(self, trainer: pl.Trainer, module: Phi3LoRAModule) -> list[AnswerPair]:
-        tokenizer = data_module(trainer).tokenizer
-        ids = cases.choose((row for share in all_gather_object(trainer, list(self._cases)) for row in share), self.rows)
-        chosen = all_gather_dict(trainer, {row: self._cases[row] for row in ids if row in self._cases})
-        answering = Answering(trainer, module, tokenizer, cases.stop_ids(chosen.values(), tokenizer))
-        own = answering.run([chosen[row] for row in ids], self.batch_size, self._partial)
+        chosen = self._collector.choose(trainer)
+        ids = [case.document_id for case in chosen]
+        rows = rows_by_id(data_module(trainer), "test", ids) if self._own else {}
+        answering = Answering(trainer, module, "test", chosen, self._scores, rows)
+        advance = answering_progress(trainer, -(-len(chosen) // (self.batch_size * trainer.world_size)))
+        own: list[AnswerPair] = []
+        for batch in answering.batches(self.batch_size):
+            with trainer.precision_plugin.predict_step_context():
+                tuned = answering.answer(batch)
+                with module.base_answers():
+                    base = answering.answer(batch)
+            for pair in self._pairs(batch, base, tuned, answering.tokenizer):
+                self._partial.add(pair.content())
+                own.append(pair)
+            advance()
         shares = all_gather_object(trainer, own)
-        if ids:
-            _log(module, "test", answering.tuned_metrics.compute())
-            _log(module, "test_base", answering.base_metrics.compute())
-        return sorted((pair for share in shares for pair in share), key=lambda pair: pair.row)
+        pairs = sorted((pair for share in shares for pair in share), key=lambda pair: pair.row)
+        if pairs:
+            _log(module, "test", answer_values(self._scores, [pair.tuned_statistics for pair in pairs]))
+            _log(module, "test_base", answer_values(self._scores, [pair.base_statistics for pair in pairs]))
+        return pairs
+
+    def _pairs(
+        self, batch: list[Case], base: list[ScoredAnswer], tuned: list[ScoredAnswer], tokenizer: Any
+    ) -> list[AnswerPair]:
+        return [
+            AnswerPair(
+                case.document_id, tokenizer.decode(case.prompt), base_answer, tuned_answer, base_counts, tuned_counts,
+                tuple(self._own),
+            )
+            for case, (base_answer, base_counts), (tuned_answer, tuned_counts) in zip(batch, base, tuned, strict=True)
+        ]  # fmt: skip
 
     def _write(
         self,
@@ -184,6 +221,7 @@ class EvaluationReport(pl.Callback):
             generation=module.hparams["generation"],
             resamples=self.resamples,
             answers=answers,
+            scores=self._scores,
             origins=dict(zip(answered_rows, sources, strict=True)),
             curves=read_scalars(folder / "tensorboard"),
             config=config.read_text(encoding="utf-8") if config.is_file() else "",

@@ -17,6 +17,7 @@ MIN_EFFECTIVE_CHANGE = 1e-3
 
 VALIDATION_METRICS = (
     "val/loss", "val/token_accuracy", "val/preference_accuracy", "val/ranking_accuracy", "val/reward_margin",
+    "val/rougeL", "val/chrf", "val/exact_match", "val/stop_rate",
 )  # fmt: skip
 
 
@@ -72,7 +73,7 @@ class RunReport(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._last = _validation_metrics(trainer)
-            self._first = self._first or self._last
+            self._first = self._last | self._first  # the sanity check answers nothing
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]

@@ -100,6 +100,15 @@ def averaged_weights(trainer: pl.Trainer, module: pl.LightningModule) -> Iterato
             callback._swap_models(module)
 
 
+def has_ended(trainer: pl.Trainer, callback: pl.Callback) -> bool:
+    """Return whether averaged weights have left the module before a callback's hook at the end of a validation epoch.
+
+    The averaging callback takes them out in that hook, and the hooks run in the order of the callbacks.
+    """
+    callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return any(callbacks.index(each) < callbacks.index(callback) for each in _averaging(trainer))
+
+
 def settle_averages(trainer: pl.Trainer, checkpoint: dict[str, Any]) -> None:
     """Put averaged and current weights where they belong in a checkpoint that is being written, in place."""
     # a validation exchanges them until it ends, and one that was interrupted does not end

@@ -12,9 +12,11 @@ import torch
 from jsonargparse import Namespace
 from rich.console import Console
 
+from phi3_lightning.callbacks import Evaluation
 from phi3_lightning.commands.measure import Measurement, measure
 from phi3_lightning.commands.parser import Parser, command_parser, prepare
-from phi3_lightning.commands.plan_tables import measured_table, memory_table, run_line, suggestion_table
+from phi3_lightning.commands.plan_tables import answers_line, measured_table, memory_table, run_line, suggestion_table
+from phi3_lightning.commands.planned_answers import PlannedAnswers, planned_answers
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
 from phi3_lightning.commands.quiet import quieten_trainers
 from phi3_lightning.commands.single_device import device_list, single_device_trainer
@@ -45,6 +47,7 @@ def parser() -> Parser:
     """Return the parser of ``plan``, which takes the configuration of ``fit`` as it is."""
     classes = {"model": Phi3LoRAModule, "data": ChatDataModule, "trainer": pl.Trainer}
     result = command_parser("plan", DESCRIPTION, classes, {})
+    result.add_class_arguments(Evaluation, "evaluation")
     result.add_argument(
         "--measure", action="store_true", help="Load the base, take three steps, and set them beside the prediction."
     )
@@ -75,7 +78,8 @@ class Plan:
         self.model_options = self._readable_base(config.model.as_dict())
         strategy = config.trainer.strategy
         module = Phi3LoRAModule(**self.model_options)
-        self.objective = module.objective
+        self.objective, self.generation = module.objective, module.generation
+        _, self.validation = Evaluation(**config.evaluation.as_dict()).callbacks(Path())
         spec = replace(
             module.spec(),
             mixed=str(config.trainer.precision) in ("16-mixed", "bf16-mixed", "16", "bf16"),
@@ -153,6 +157,13 @@ class Plan:
         self.on_begin("timing some layers")
         return timed_seconds(self.spec, shape, device=self._device.type, peak=self.peak)
 
+    def _answers(self, shape: BatchShape) -> PlannedAnswers | None:
+        """What answers in validation take; None without any, or where the device is not here."""
+        if self._device is None or self.validation.rows == 0:
+            return None
+        self.on_begin("timing answers")
+        return planned_answers(self.validation, self.spec, shape, self.generation, self._device.type)
+
     def _measure(self) -> Measurement | None:
         if not self.config.measure:
             return None
@@ -172,7 +183,7 @@ class Plan:
         self.on_begin("a step without values")
         memory = self.predictor.memory(shape)
         helpful = suggestions(self.predictor, shape, memory, lambda change: self.on_begin(f"with {change}"))
-        seconds = self._seconds(shape)
+        seconds, answers = self._seconds(shape), self._answers(shape)
         console.print(f"micro-batch: {self._describe_batch()}", soft_wrap=True, markup=False)
         if self.objective.name == "kto":
             console.print(self._describe_baseline(), soft_wrap=True, markup=False)
@@ -186,7 +197,9 @@ class Plan:
         if measurement is not None:
             console.print(measured_table(memory, measurement, shape, seconds, on_gpu=self.on_gpu))
             seconds = measurement.seconds
-        self._print_length(console, None if seconds is None else self.spec.ranks * shape.tokens / seconds)
+        if answers is not None:
+            console.print(answers_line(answers), soft_wrap=True)
+        self._print_length(console, None if seconds is None else self.spec.ranks * shape.tokens / seconds, answers)
 
     def _describe_batch(self) -> str:
         shape = self.rows.shape
@@ -217,11 +230,13 @@ class Plan:
             line += f"; its products with weights alone take {share:.0%} of it, at {self.peak / 1e12:.3g} TFLOP/s"
         console.print(line, soft_wrap=True)
 
-    def _print_length(self, console: Console, tokens_per_second: float | None) -> None:
+    def _print_length(self, console: Console, tokens_per_second: float | None, answers: PlannedAnswers | None) -> None:
         if self.rows.batches is None:
             console.print("whole run: unknown, since the data were not read")
             return
         trainer = self.config.trainer
+        interval = trainer.val_check_interval
+        counted = interval is None or isinstance(interval, int | float)  # else by the clock
         length = run_length(
             self.rows.batches,
             self.rows.tokens,
@@ -230,8 +245,10 @@ class Plan:
             max_epochs=trainer.max_epochs,
             max_steps=trainer.max_steps,
             limit=trainer.limit_train_batches,
+            check_val_every_n_epoch=trainer.check_val_every_n_epoch,
+            val_check_interval=interval if counted else None,
         )
-        console.print(run_line(length, tokens_per_second), soft_wrap=True)
+        console.print(run_line(length, tokens_per_second, answers if counted else None), soft_wrap=True)
 
 
 def _on_gpu(accelerator: str) -> bool:

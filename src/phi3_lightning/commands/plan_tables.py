@@ -5,6 +5,7 @@ import math
 from rich.table import Table
 
 from phi3_lightning.commands.measure import Measurement
+from phi3_lightning.commands.planned_answers import PlannedAnswers
 from phi3_lightning.planning.length import Length
 from phi3_lightning.planning.memory import Memory
 from phi3_lightning.planning.step import BatchShape
@@ -69,17 +70,31 @@ def measured_table(
     return table
 
 
-def run_line(length: Length, tokens_per_second: float | None) -> str:
+def answers_line(answers: PlannedAnswers) -> str:
+    """Return one line about the answers of a validation."""
+    every = "each validation" if answers.every == 1 else f"one validation in {answers.every}"
+    return (
+        f"answers: {answers.rows:,} rows in {every}, at most {_time(answers.seconds)} "
+        f"(model.generation.max_new_tokens {answers.new_tokens}, evaluation.val_rows)"
+    )
+
+
+def run_line(length: Length, tokens_per_second: float | None, answers: PlannedAnswers | None = None) -> str:
     """Return one line about the whole run; ``tokens_per_second`` is of all devices, None: unknown."""
     if math.isinf(length.steps):
         return "whole run: without an end; set trainer.max_epochs or trainer.max_steps"
     line = f"whole run: {length.steps:,.0f} optimiser steps over {length.tokens:,.0f} tokens"
     if tokens_per_second is None:
         return line
-    return f"{line}, {_time(length.tokens / tokens_per_second)} without validation and saving"
+    seconds = length.tokens / tokens_per_second
+    if answers is None:
+        return f"{line}, {_time(seconds)} without validation and saving"
+    times = answers.times(length.validations)
+    total, counts = _time(seconds + times * answers.seconds), f"{times:,.0f} of {length.validations:,.0f}"
+    return f"{line}, {total} with answers in {counts} validations, without the rest of validation and saving"
 
 
 def _time(seconds: float) -> str:
     if seconds < 100:
-        return f"{seconds:.0f} seconds"
+        return f"{seconds:.{0 if seconds >= 10 else 1}f} seconds"
     return f"{seconds / 60:.0f} minutes" if seconds < 6000 else f"{seconds / 3600:.1f} hours"

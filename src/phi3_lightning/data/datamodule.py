@@ -14,12 +14,14 @@ from phi3_lightning.contracts import Origin
 from phi3_lightning.data.collate import Document, collate, full_row, pad_id
 from phi3_lightning.data.kinds import FirstRow, check_one_kind, first_row
 from phi3_lightning.data.loaders import NoBatches, collate_function, stream_loader, worker_options
+from phi3_lightning.data.own_rows import own_rows
 from phi3_lightning.data.plans import SplitPlans
 from phi3_lightning.data.resume import ResumedOrder, position_of, ranks_of
 from phi3_lightning.data.sampler import BatchLoader, BatchOrder, PlannedBatches, RankAssignment
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.splits import (
     data_seed,
+    describe_tested,
     load_template,
     make_encoder,
     model_context_length,
@@ -259,19 +261,18 @@ class ChatDataModule(LightningDataModule):
 
     def test_facts(self) -> dict[str, Any]:
         """Return ``source``, a description of the test data, and the ``statistics`` of the splits as plain types."""
-        sources = {
-            "test": f"data.test: {self.options.test}",
-            "val": "the validation data, since data.test is not given; the best checkpoint was chosen by them",
-        }
-        return {"source": sources[self.options.tested], "statistics": self._plain_statistics()}
+        return {"source": describe_tested(self.options), "statistics": self._plain_statistics()}
 
     def _plain_statistics(self) -> dict[str, Any]:
         return {split: asdict(statistics) for split, statistics in self.statistics.items()}
 
     def origins(self, stage: Literal["validate", "test", "predict"], document_ids: list[int]) -> list[Origin]:
         """Return place and own id of the rows of documents in batches of a stage."""
-        splits: dict[str, Split] = {"validate": "val", "test": self.options.tested, "predict": "predict"}
-        return self.prepared[splits[stage]].origins(document_ids)
+        return self._splits.of_stage(stage).origins(document_ids)
+
+    def rows(self, stage: Literal["validate", "test", "predict"], document_ids: list[int]) -> list[dict[str, Any]]:
+        """Return the rows of documents in batches of a stage, with all the fields that their files have."""
+        return own_rows(self._splits.of_stage(stage), document_ids, self.options)
 
     def on_exception(self, exception: BaseException) -> None:
         """Name the rows in which training diverged."""

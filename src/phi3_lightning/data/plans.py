@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 
@@ -36,6 +36,11 @@ class SplitPlans:
         for share, documents in share_out(split, prepared, self.options, data_seed(self.options)).items():
             self.prepared[share] = prepared
             self._plan(share, documents)
+
+    def of_stage(self, stage: Literal["validate", "test", "predict"]) -> TokenizedDataset:
+        """Return the documents that a stage of the Trainer measures or answers."""
+        splits: dict[str, Split] = {"validate": "val", "test": self.options.tested, "predict": "predict"}
+        return self.prepared[splits[stage]]
 
     def replan(self, **changes: Any) -> None:
         """Change options, and plan the batches of all splits again."""

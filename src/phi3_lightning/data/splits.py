@@ -80,6 +80,13 @@ def report_rows(split: Split, prepared: TokenizedDataset) -> None:
         rank_zero_info(f"{split}: fields that are not used: {unused}")
 
 
+def describe_tested(options: DataConfig) -> str:
+    """Return where the rows that ``test`` measures come from."""
+    if options.tested == "test":
+        return f"data.test: {options.test}"
+    return "the validation data, since data.test is not given; the best checkpoint was chosen by them"
+
+
 def share_out(split: Split, prepared: TokenizedDataset, options: DataConfig, seed: int) -> dict[Split, Ints]:
     """Distribute the documents of a prepared split, by the seed: training documents may be mixed, and some validate.
 

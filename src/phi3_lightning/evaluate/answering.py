@@ -1,75 +1,112 @@
-"""Generates the answers of base and tuned model to the same prompts, over all ranks."""
+"""Generates and scores answers of a module, over all ranks."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import RichProgressBar
 from rich.progress import Progress
 
 from phi3_lightning.batch.padding import prompt_batch
-from phi3_lightning.evaluate.cases import Case
-from phi3_lightning.evaluate.report import AnswerPair
-from phi3_lightning.jsonl import PartialJsonl
-from phi3_lightning.metrics import Answer, AnswerMetrics
+from phi3_lightning.contracts import data_module, origins
+from phi3_lightning.distributed.collectives import all_gather_object
+from phi3_lightning.errors import ConfigError
+from phi3_lightning.evaluate.cases import Case, stop_ids
+from phi3_lightning.metrics import Answer
+from phi3_lightning.metrics.answers import Score
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.progress import LineCounter
 
 
-class Answering:
-    """Generates the answers of a module and of its base, with the ranks and precision of a Trainer."""
+class ScoredAnswer(NamedTuple):
+    """An answer, and the statistics of each score of it."""
 
-    def __init__(self, trainer: pl.Trainer, module: Phi3LoRAModule, tokenizer: Any, stop_ids: list[int]) -> None:
+    answer: Answer
+    statistics: Mapping[str, list[float]]
+
+
+class Answering:
+    """Generates and scores the answers of a module to cases, with the ranks and precision of a Trainer.
+
+    Which prompts share a batch follows from the prompts alone, and each batch draws its own random numbers, so that
+    answers are the same to the bit for any number of ranks. What torch draws afterwards is as if nothing had been
+    generated.
+
+    Args:
+        stage: What the cases are of, for their rows.
+        cases: The same on every rank.
+        scores: How answers are scored.
+        rows: The rows of the cases, for the user's own scores; empty where there are none.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: Phi3LoRAModule,
+        stage: Literal["validate", "test"],
+        cases: Sequence[Case],
+        scores: Mapping[str, Score],
+        rows: Mapping[int, Mapping[str, Any]],
+    ) -> None:
         self.trainer = trainer
         self.module = module
-        self.tokenizer = tokenizer
-        self.stop_ids = stop_ids
-        self.base_metrics = AnswerMetrics().to(module.device)
-        self.tuned_metrics = AnswerMetrics().to(module.device)
+        self.stage: Literal["validate", "test"] = stage
+        self.cases = sorted(cases, key=lambda case: (-len(case.prompt), case.document_id))
+        self.scores = scores
+        self.rows = rows
+        self.tokenizer = data_module(trainer).tokenizer
+        self.stop_ids = stop_ids(cases, self.tokenizer)
+        self._seed = 0
+        self._failure: str | None = None
 
-    def run(self, cases: list[Case], batch_size: int, partial: PartialJsonl) -> list[AnswerPair]:
-        """Answer this rank's share of cases, which are the same on every rank; all ranks call this.
+    def batches(self, batch_size: int) -> Iterator[list[Case]]:
+        """Yield this rank's share of the cases; all ranks call this, and get the same number of batches.
 
-        Which prompts share a batch follows from the prompts alone, so that greedy answers are the same to the bit for
-        any number of ranks. ``partial`` receives each answer as soon as it is generated.
+        Raises:
+            ConfigError: On every rank, if one of the user's metrics has failed on any.
         """
-        cases = sorted(cases, key=lambda case: (-len(case.prompt), case.document_id))
-        batches = [cases[start : start + batch_size] for start in range(0, len(cases), batch_size)]
-        own = batches[self.trainer.global_rank :: self.trainer.world_size]
-        steps = -(-len(batches) // self.trainer.world_size)
-        advance = _progress(self.trainer, steps)
-        pairs: list[AnswerPair] = []
-        for step in range(steps):
-            batch = own[step] if step < len(own) else []  # FSDP2 needs the same number of calls on each rank
-            for pair in self._answer(batch):
-                partial.add(pair.content())
-                pairs.append(pair)
-            advance()
-        return pairs
+        starts = range(0, len(self.cases), batch_size)
+        ranks = self.trainer.world_size
+        for first in range(0, len(starts), ranks):
+            self._seed = first + self.trainer.global_rank
+            # past the end: FSDP2 needs the same number of calls on each rank
+            start = starts[self._seed] if self._seed < len(starts) else len(self.cases)
+            yield self.cases[start : start + batch_size]
+            failures = [each for each in all_gather_object(self.trainer, self._failure) if each is not None]
+            if failures:
+                raise ConfigError(failures[0])
 
-    def _answer(self, cases: list[Case]) -> list[AnswerPair]:
-        rows, prompts = [case.document_id for case in cases], [case.prompt for case in cases]
-        batch = prompt_batch(prompts, rows, self.stop_ids, device=self.module.device)
-        with self.trainer.precision_plugin.predict_step_context():
-            tuned = self._decode(cases, self.module.predict_step(batch, 0))
-            with self.module.base_answers():
-                base = self._decode(cases, self.module.predict_step(batch, 0))
-        statistics = []
-        for metrics, answers in ((self.base_metrics, base), (self.tuned_metrics, tuned)):
-            by_name = {name: counts.tolist() for name, counts in metrics.update(answers).items()}
-            statistics.append([{name: counts[i] for name, counts in by_name.items()} for i in range(len(cases))])
-        texts = [self.tokenizer.decode(prompt) for prompt in prompts]
-        return [AnswerPair(*columns) for columns in zip(rows, texts, base, tuned, *statistics, strict=True)]
+    def answer(self, cases: list[Case]) -> list[ScoredAnswer]:
+        """Answer cases by the module as it is, and score the answers; all ranks call this."""
+        prompts, document_ids = [case.prompt for case in cases], [case.document_id for case in cases]
+        batch = prompt_batch(prompts, document_ids, self.stop_ids, device=self.module.device)
+        devices = [self.module.device] if self.module.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
+            torch.manual_seed(self._seed)
+            generated = self.module.predict_step(batch, 0)
+        answers = [self._decode(case, ids) for case, ids in zip(cases, generated, strict=True)]
+        return [ScoredAnswer(answer, self._count(case, answer)) for case, answer in zip(cases, answers, strict=True)]
 
-    def _decode(self, cases: list[Case], generated: list[list[int]]) -> list[Answer]:
-        answers = []
-        for case, ids in zip(cases, generated, strict=True):
-            finished = ids[-1] in self.stop_ids
-            content = ids[:-1] if finished else ids
-            text = self.tokenizer.decode(content, skip_special_tokens=True)
-            reference = self.tokenizer.decode(case.reference, skip_special_tokens=True)
-            answers.append(Answer(text, reference, len(content), finished))
-        return answers
+    def _decode(self, case: Case, ids: list[int]) -> Answer:
+        finished = ids[-1] in self.stop_ids
+        content = ids[:-1] if finished else ids
+        text = self.tokenizer.decode(content, skip_special_tokens=True)
+        reference = self.tokenizer.decode(case.reference, skip_special_tokens=True)
+        return Answer(text, reference, len(content), finished, self.rows.get(case.document_id, {}))
+
+    def _count(self, case: Case, answer: Answer) -> dict[str, list[float]]:
+        try:
+            return {name: score.count(answer) for name, score in self.scores.items()}
+        except ConfigError as error:  # of a user's metric
+            if self.trainer.world_size == 1:
+                raise ConfigError(self._named(error, case)) from error.__cause__
+            self._failure = self._failure or self._named(error, case)
+            return {}
+
+    def _named(self, error: ConfigError, case: Case) -> str:
+        [origin] = origins(data_module(self.trainer), self.stage, [case.document_id])
+        return f"{error}; the row is {origin.place}"
 
 
 def live_progress(trainer: pl.Trainer) -> Progress | None:
@@ -78,8 +115,8 @@ def live_progress(trainer: pl.Trainer) -> Progress | None:
     return bar.progress if isinstance(bar, RichProgressBar) else None
 
 
-def _progress(trainer: pl.Trainer, steps: int) -> Callable[[], None]:
-    """A task in Lightning's rich progress bar, or lines where the Trainer has another bar."""
+def answering_progress(trainer: pl.Trainer, steps: int) -> Callable[[], None]:
+    """Return what counts a batch, in Lightning's rich progress bar or by lines where the Trainer has another bar."""
     bar = live_progress(trainer)
     if bar is not None:
         task = bar.add_task("Answering", total=steps)

@@ -1,14 +1,18 @@
 """From held-out documents to prompts and references: the reference of a document is its last trained turn."""
 
+import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import lightning.pytorch as pl
 import numpy as np
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.batch.documents import document_spans
 from phi3_lightning.batch.padding import end_of_text_ids
+from phi3_lightning.distributed.collectives import all_gather_dict
+from phi3_lightning.evaluate.ranking import reference_documents
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,47 @@ def stop_ids(cases: Iterable[Case], tokenizer: Any) -> list[int]:
 
 
 def choose(document_ids: Iterable[int], count: int | None) -> list[int]:
-    """Choose at most ``count`` rows of all ranks (None: all) at random, but always the same; return sorted ids."""
-    ids = sorted(set(document_ids))
-    if count is None or count >= len(ids):
-        return ids
-    return sorted(np.random.default_rng(0).choice(ids, count, replace=False).tolist())
+    """Choose at most ``count`` rows (None: all) at random, but always the same; return sorted ids.
+
+    The choice from several shares is the choice from those of each share.
+    """
+    ids = sorted(set(document_ids), key=_draw)
+    return sorted(ids[:count])
+
+
+def _draw(document_id: int) -> bytes:
+    return hashlib.blake2b(str(document_id).encode(), digest_size=8).digest()
+
+
+class CaseCollector:
+    """Collects the cases of batches, of preferences those of chosen or good answers, of which some are to be answered.
+
+    Args:
+        count: How many rows are to be answered; None: all.
+    """
+
+    def __init__(self, count: int | None) -> None:
+        self.count = count
+        self.left_out: dict[int, str] = {}
+        """Rows that cannot be answered or scored, with the reason."""
+        self._cases: dict[int, Case] = {}
+
+    def add(self, batch: Batch, tokenizer: Any) -> None:
+        """Add the documents of a batch."""
+        documents = cases(batch)
+        for case in (documents[index] for index in reference_documents(batch) if documents):
+            reason = unusable(case, tokenizer)
+            if reason is None:
+                self._cases[case.document_id] = case
+            else:
+                self.left_out[case.document_id] = reason
+        if self.count is not None and len(self._cases) > 2 * self.count:  # not a copy of all rows
+            self._cases = self._chosen(self._cases)
+
+    def choose(self, trainer: pl.Trainer) -> list[Case]:
+        """Return the cases to be answered, the same on every rank, in the order of their rows; all ranks call this."""
+        chosen = self._chosen(all_gather_dict(trainer, self._chosen(self._cases)))
+        return list(chosen.values())
+
+    def _chosen(self, cases: dict[int, Case]) -> dict[int, Case]:
+        return {document_id: cases[document_id] for document_id in choose(cases, self.count)}

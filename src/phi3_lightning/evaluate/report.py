@@ -19,7 +19,7 @@ from phi3_lightning.evaluate.bootstrap import (
 )
 from phi3_lightning.event_files import Series
 from phi3_lightning.metrics import Answer
-from phi3_lightning.metrics.answers import Score, scores
+from phi3_lightning.metrics.answers import Score, total
 
 FORMAT_VERSION = 1
 """Version of the layout of test.json."""
@@ -39,7 +39,7 @@ TITLES = {
     "stop_rate": "stop rate",
     "answer_tokens": "answer length, tokens",
 }
-"""The metrics, in the order of the report."""
+"""The metrics, in the order of the report; the user's own follow by their names."""
 
 TOKEN_SCORES: dict[str, Callable[[list[float]], float]] = {
     "loss": lambda total: total[0] / total[2],
@@ -65,6 +65,8 @@ class AnswerPair:
     base_statistics: Mapping[str, list[float]]
     """Statistics of the base model's answer, by metric."""
     tuned_statistics: Mapping[str, list[float]]
+    own: Sequence[str] = ()
+    """Names of the user's own metrics."""
 
     @property
     def rouge(self) -> tuple[float, float]:
@@ -74,8 +76,12 @@ class AnswerPair:
     def content(self) -> dict[str, Any]:
         """Return the row for JSON."""
         models = {
-            name: {"answer": answer.text, "tokens": answer.tokens, "finished": answer.finished, "rougeL": rouge}
-            for name, answer, rouge in zip(("base", "tuned"), (self.base, self.tuned), self.rouge, strict=True)
+            model: {"answer": answer.text, "tokens": answer.tokens, "finished": answer.finished}
+            | {name: statistics[name][0] for name in ("rougeL", *self.own)}
+            for model, answer, statistics in (
+                ("base", self.base, self.base_statistics),
+                ("tuned", self.tuned, self.tuned_statistics),
+            )
         }
         return {"row": self.row, "prompt": self.prompt, "reference": self.tuned.reference} | models
 
@@ -104,6 +110,8 @@ class Report:
     """The rows that were answered, in order."""
     origins: Mapping[int, Origin]
     """Where these rows came from."""
+    scores: Mapping[str, Score] = field(default_factory=dict)
+    """How answers were scored, by the name of the metric."""
     curves: Mapping[str, Series] = field(default_factory=dict)
     """Steps and values that the run has logged, by tag."""
     config: str = ""
@@ -132,13 +140,17 @@ class Report:
         if self.answers:
             facts["generation"] = ", ".join(f"{name} {value}" for name, value in self.generation.items())
             # all kinds of ROUGE have one signature
-            facts |= {f"{TITLES[name].partition('-')[0]} by": signature for name, signature in signatures().items()}
+            facts |= {f"{_title(name).partition('-')[0]} by": text for name, text in self.signatures().items()}
         facts["intervals"] = (
             f"{LEVEL_PERCENT:g}% of {self.resamples} bootstrap draws of the rows, the same for both models"
         )
         if any(comparison.too_few for comparison in self.metrics.values()):
             facts["differences"] = f"too few rows to tell: with fewer than {MIN_SIGNIFICANT_ROWS} none is marked"
         return facts
+
+    def signatures(self) -> dict[str, str]:
+        """Return the library and tokenization, or the function, of the scores that have one, by name."""
+        return {name: score.signature for name, score in self.scores.items() if score.signature}
 
     def content(self) -> str:
         """Return test.json."""
@@ -149,7 +161,7 @@ class Report:
             "step": self.step,
             "data": dict(self.data),
             "metrics": {name: asdict(comparison) for name, comparison in self.metrics.items()},
-            "signatures": signatures() if self.answers else {},
+            "signatures": self.signatures() if self.answers else {},
             "interval": {"level": LEVEL_PERCENT / 100, "resamples": self.resamples},
             "left_out": dict(self.left_out),
             "generation": dict(self.generation),
@@ -164,16 +176,19 @@ def table(metrics: Mapping[str, Comparison], *, intervals: bool = True) -> list[
     Only the difference has an interval where ``intervals`` is false.
     """
     rows = []
-    for name, title in TITLES.items():
-        if name in metrics:
-            comparison = metrics[name]
-            base, tuned = (
-                _with_interval(estimate) if intervals else _number(estimate.value)
-                for estimate in (comparison.base, comparison.tuned)
-            )
-            mark = " *" if comparison.significant else ""
-            rows.append((title, base, tuned, _with_interval(comparison.difference, "+") + mark))
+    for name in [*(name for name in TITLES if name in metrics), *(name for name in metrics if name not in TITLES)]:
+        comparison = metrics[name]
+        base, tuned = (
+            _with_interval(estimate) if intervals else _number(estimate.value)
+            for estimate in (comparison.base, comparison.tuned)
+        )
+        mark = " *" if comparison.significant else ""
+        rows.append((_title(name), base, tuned, _with_interval(comparison.difference, "+") + mark))
     return rows
+
+
+def _title(name: str) -> str:
+    return TITLES.get(name, name)
 
 
 def measure_tokens(base: Statistics, tuned: Statistics, resamples: int) -> dict[str, Comparison]:
@@ -181,7 +196,12 @@ def measure_tokens(base: Statistics, tuned: Statistics, resamples: int) -> dict[
     return {name: compare(base, tuned, value, resamples) for name, value in TOKEN_SCORES.items()}
 
 
-def measure_answers(pairs: Sequence[AnswerPair], resamples: int) -> dict[str, Comparison]:
+def answer_values(scores: Mapping[str, Score], statistics: Sequence[Mapping[str, list[float]]]) -> dict[str, float]:
+    """Return every score of answers, from the statistics of each, at least one."""
+    return {name: score.value(total(each[name] for each in statistics)) for name, score in scores.items()}
+
+
+def measure_answers(pairs: Sequence[AnswerPair], scores: Mapping[str, Score], resamples: int) -> dict[str, Comparison]:
     """Compare answers by every score; without answers the result is empty."""
 
     def comparison(name: str, score: Score) -> Comparison:
@@ -189,12 +209,7 @@ def measure_answers(pairs: Sequence[AnswerPair], resamples: int) -> dict[str, Co
         tuned = np.array([pair.tuned_statistics[name] for pair in pairs])
         return compare(base, tuned, score.value, resamples)
 
-    return {name: comparison(name, score) for name, score in scores().items()} if pairs else {}
-
-
-def signatures() -> dict[str, str]:
-    """Return the library and tokenization of the scores that have one, by name."""
-    return {name: score.signature for name, score in scores().items() if score.signature}
+    return {name: comparison(name, score) for name, score in scores.items()} if pairs else {}
 
 
 def _with_interval(estimate: Estimate, sign: str = "") -> str:

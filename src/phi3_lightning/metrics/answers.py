@@ -1,7 +1,7 @@
 """Metrics of generated answers against references, by rouge_score and sacrebleu, from statistics that add up."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -27,6 +27,8 @@ class Answer:
     """Number of tokens of the answer, without the stop token."""
     finished: bool
     """Whether the answer ended with a stop token."""
+    row: Mapping[str, Any] = field(default_factory=dict)
+    """The row of the reference, for metrics that read more of it; empty where none does."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,16 @@ class AnswerMetrics(nn.Module):
         return {name: metric.compute().item() for name, metric in self.by_name.items()}
 
 
-def scores() -> dict[str, Score]:
+def total(statistics: Iterable[Sequence[float]]) -> list[float]:
+    """Return the sum of the statistics of some answers, at least one."""
+    return [sum(column) for column in zip(*statistics, strict=True)]
+
+
+def scores(option: str = "evaluation.rows") -> dict[str, Score]:
     """Return all scores, by name.
+
+    Args:
+        option: What asks for answers, for the error.
 
     Raises:
         ConfigError: If the extra eval is not installed.
@@ -117,25 +127,26 @@ def scores() -> dict[str, Score]:
         from sacrebleu.metrics.chrf import CHRF
     except ImportError as error:
         raise ConfigError(
-            f"evaluation.rows: answers are scored with {error.name}, which is not installed; install the extra eval "
-            "(pip install 'phi3-lightning[eval]'), or set evaluation.rows: 0 to measure token losses alone"
+            f"{option}: answers are scored with {error.name}, which is not installed; install the extra eval "
+            f"(pip install 'phi3-lightning[eval]'), or set {option}: 0 to measure token losses alone"
         ) from None
     return {
         **{name: _rouge(RougeScorer([name], tokenizer=WordTokenizer()), name) for name in ROUGE},
         "bleu": _corpus(BLEU(force=True), spaced, f", {UNSPACED_NOTE}"),  # force: an answer may end in " ."
         "chrf": _corpus(CHRF(), str),
-        "exact_match": _mean(lambda answer: float(answer.text.strip() == answer.reference.strip())),
-        "stop_rate": _mean(lambda answer: float(answer.finished)),
-        "answer_tokens": _mean(lambda answer: float(answer.tokens)),
+        "exact_match": mean_score(lambda answer: float(answer.text.strip() == answer.reference.strip())),
+        "stop_rate": mean_score(lambda answer: float(answer.finished)),
+        "answer_tokens": mean_score(lambda answer: float(answer.tokens)),
     }
 
 
-def _mean(value: Callable[[Answer], float]) -> Score:
-    return Score(lambda answer: [value(answer), 1.0], lambda total: total[0] / total[1], 2)
+def mean_score(value: Callable[[Answer], float], signature: str = "") -> Score:
+    """Return a score that is the mean of a value of each answer."""
+    return Score(lambda answer: [value(answer), 1.0], lambda total: total[0] / total[1], 2, signature)
 
 
 def _rouge(scorer: Any, name: str) -> Score:
-    score = _mean(lambda answer: float(scorer.score(answer.reference, answer.text)[name].fmeasure))
+    score = mean_score(lambda answer: float(scorer.score(answer.reference, answer.text)[name].fmeasure))
     words = f"words of any script in lower case, no stemming, {UNSPACED_NOTE}"
     return replace(score, signature=f"rouge_score {version('rouge_score')}, {words}")
 

@@ -12,6 +12,8 @@ class Length:
     """Optimiser steps."""
     tokens: float
     """Tokens of documents, of all devices together."""
+    validations: float = 0
+    """Validations, where there are validation data."""
 
 
 def run_length(
@@ -23,6 +25,8 @@ def run_length(
     max_epochs: int | None,
     max_steps: int,
     limit: float | None = None,
+    check_val_every_n_epoch: int | None = 1,
+    val_check_interval: float | None = None,
 ) -> Length:
     """Return the length of a run; the options are the Trainer's, ``limit`` its ``limit_train_batches``.
 
@@ -40,4 +44,17 @@ def run_length(
     steps = math.inf if max_epochs == -1 else steps_per_epoch * max(max_epochs, 1)
     if max_steps != -1:
         steps = min(steps, max_steps)
-    return Length(steps, steps * tokens * share / available / steps_per_epoch if steps_per_epoch else 0)
+    if not steps_per_epoch:
+        return Length(steps, 0)
+    trained = steps * tokens * share / available / steps_per_epoch
+    if math.isinf(steps):
+        return Length(steps, trained, math.inf)
+    interval = 1.0 if val_check_interval is None else val_check_interval
+    batches_between = interval if isinstance(interval, int) else max(int(share * interval), 1)
+    epochs, rest = divmod(int(steps), steps_per_epoch)
+    if check_val_every_n_epoch is None:
+        validations = (epochs * share + rest * accumulate) // batches_between
+    else:
+        validations = epochs // check_val_every_n_epoch * (share // batches_between)
+        validations += rest * accumulate // batches_between if (epochs + 1) % check_val_every_n_epoch == 0 else 0
+    return Length(steps, trained, validations)
