@@ -1,5 +1,6 @@
 """The command line: LightningCLI over the two classes, with one folder a run."""
 
+import difflib
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,15 @@ DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it a
 COMMANDS = {"init": init, "preview": preview, "check": check, "plan": plan, "chat": chat, "export": export}
 """Commands besides the Trainer's; each module has a ``main`` and a ``DESCRIPTION``."""
 
+ALL_COMMANDS = {
+    "fit": "Train an adapter, or resume the run; validate, and keep the best checkpoint.",
+    "validate": "Measure a checkpoint on the validation data.",
+    "test": "Compare base and tuned model on held-out rows, in losses and answers.",
+    "predict": "Write an answer to each prompt of a file.",
+    **{name: command.DESCRIPTION for name, command in COMMANDS.items()},
+}
+"""One line for each command."""
+
 
 class Phi3CLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` over a run folder."""
@@ -44,7 +54,7 @@ class Phi3CLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         first = (sys.argv[1:] if args is None else args)[:1]
         commands = set(self.subcommands())
-        self._parsed = set() if first in (["-h"], ["--help"]) else set(first) & commands or commands
+        self._parsed = set(first) & commands or commands
         super().__init__(
             Phi3LoRAModule,
             ChatDataModule,
@@ -56,7 +66,6 @@ class Phi3CLI(LightningCLI):
             parser_kwargs={
                 "prog": program(),
                 "description": DESCRIPTION,
-                "epilog": " ".join(f"{name}: {command.DESCRIPTION}" for name, command in COMMANDS.items()),
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -212,7 +221,14 @@ def main(args: list[str] | None = None) -> None:
     try:
         check_platform()
         quieten_libraries()
-        if words and words[0] in COMMANDS:
+        if not words or words[0] in ("-h", "--help"):
+            print(_help())
+        elif words[0] not in ALL_COMMANDS and not words[0].startswith("-"):
+            near = difflib.get_close_matches(words[0], ALL_COMMANDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            print(f"{_help()}\n\nerror: there is no command {words[0]!r}{hint}", file=sys.stderr)
+            sys.exit(2)
+        elif words[0] in COMMANDS:
             COMMANDS[words[0]].main(words[1:])
         else:
             Phi3CLI(args)
@@ -224,6 +240,15 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _help() -> str:
+    """Return a table of all commands."""
+    width = max(map(len, ALL_COMMANDS))
+    commands = [f"  {name:<{width}}  {line}" for name, line in ALL_COMMANDS.items()]
+    usage = f"usage: {program()} COMMAND [--config FILE] [--OPTION VALUE ...]"
+    last = f"{program()} COMMAND --help explains every option of a command."
+    return "\n".join([usage, "", DESCRIPTION, "", *commands, "", last])
 
 
 def _refusal(error: Exception) -> str | None:

@@ -3,8 +3,10 @@
 import difflib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -21,6 +23,8 @@ ELSEWHERE = {
     "--lr_scheduler": "the schedule is --model.schedule.name, .warmup",
 }
 """LightningCLI's own options that have another name here."""
+
+_UNKNOWN_KEY = re.compile(r"(?:Subcommand|Group) '([\w.]+)' does not accept option '([\w.]+)'")
 
 RUN_OPTIONS = (
     "run", "seed_everything", "trainer", "model", "data", "checkpoint", "evaluation", "monitor", "ckpt_path", "resume",
@@ -45,21 +49,35 @@ class RunConfig(ActionConfigFile):
 
 
 class Parser(LightningArgumentParser):
-    """A parser without abbreviations, whose errors name the nearest key."""
+    """A parser without abbreviations, whose errors name the nearest key, and the line of a file that has a wrong one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._files: list[Path] = []
+        """The configurations that were read."""
+
+    @override
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        self._files.append(Path(str(path)))
+        return super().parse_path(path, *args, **kwargs)
+
+    @override
+    def print_usage(self, file: Any = None) -> None:
+        print(f"usage: {self.prog} [--config FILE] [--OPTION VALUE ...]", file=file)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        if unknown := _UNKNOWN_KEY.search(message):
+            section, key = unknown.groups()
+            parser = getattr(ex, "subcommand_parser", None)  # jsonargparse's, of the command whose option it is
+            key, owner = (key, parser) if isinstance(parser, Parser) else (f"{section}.{key}", self)
+            message = f"{owner._place(key)}key '{key}' is not an option{owner._suggestion(key)}"
+            super().error(message, ex)
         hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
         if re.search(r"\b(model|data)\.(class_path|init_args)", message):
             hints.append("options are directly under model: and data:, without class_path and init_args")
         for key in _keys_in(message):
-            if new := OPTIONS.get(key):
-                hints.append(f"{key} is called {new} now")
-            else:
-                hints += [f"did you mean {name}?" for name in self._nearest(key)]
+            hints += self._suggestion(key).split("\n")[1:]
         super().error("\n".join([_one_line(message), *dict.fromkeys(hints)]), ex)
 
     def accept_rest_of_run(self) -> None:
@@ -67,6 +85,18 @@ class Parser(LightningArgumentParser):
         for name in RUN_OPTIONS:
             if not any(action.dest.partition(".")[0] == name for action in self._actions):
                 self.add_argument(f"--{name}", type=Any, default=None, help="Of a run; ignored here.")
+
+    def _suggestion(self, key: str) -> str:
+        if new := OPTIONS.get(key):
+            return f"\n{key} is called {new} now"
+        return "".join(f"\ndid you mean {name}?" for name in self._nearest(key))
+
+    def _place(self, key: str) -> str:
+        """Return file and line of a key, of the last configuration that has it, before a message."""
+        for path in reversed(self._files):
+            if (line := _line_of(path, key)) is not None:
+                return f"{path}:{line}: "
+        return ""
 
     def _nearest(self, key: str) -> list[str]:
         known = [action.dest for action in self._actions]
@@ -127,6 +157,18 @@ def _one_line(message: str) -> str:
     lines = [line.strip(" -") for line in reasons.rpartition("Errors:")[2].splitlines()]
     reason = "; ".join(filter(None, lines)).replace(":; ", ": ")
     return f"{key}: {' '.join(value.split())} cannot be used: {reason}"
+
+
+def _line_of(path: Path, key: str) -> int | None:
+    """Return the line of a key path in a YAML file; None where it has no such key."""
+    node, line = yaml.compose(path.read_text(encoding="utf-8")), None
+    for name in key.split("."):
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        entry = next(((key, value) for key, value in entries if key.value == name), None)
+        if entry is None:
+            return None
+        line, node = entry[0].start_mark.line + 1, entry[1]
+    return line
 
 
 def _keys_in(message: str) -> list[str]:
