@@ -7,6 +7,7 @@ from phi3_lightning.callbacks.base_drift import BaseDrift
 from phi3_lightning.callbacks.checkpoint import RunCheckpoint
 from phi3_lightning.callbacks.evaluation import EvaluationReport
 from phi3_lightning.callbacks.failure import RankFailure
+from phi3_lightning.callbacks.live_curve import LiveCurve
 from phi3_lightning.callbacks.monitor import Monitor
 from phi3_lightning.callbacks.out_of_memory import OutOfMemory
 from phi3_lightning.callbacks.predictions import PredictionWriter
@@ -28,6 +29,7 @@ __all__ = [
     "BaseDrift",
     "EvaluationReport",
     "LineProgress",
+    "LiveCurve",
     "Monitor",
     "OutOfMemory",
     "PredictionWriter",

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich.console import Console
 from rich.table import Table
 from typing_extensions import override
 
 from phi3_lightning import optim
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.progress import table_console
 
 MIN_EFFECTIVE_CHANGE = 1e-3
 """Total change of an adapter value, about the learning rate times steps, below which a LoRA changes no answer."""
@@ -25,7 +25,7 @@ class RunReport(pl.Callback):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._console = Console()
+        self._console = table_console()
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
 

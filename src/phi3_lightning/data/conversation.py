@@ -32,6 +32,12 @@ class Conversation:
     trained: list[bool]
     """For each message, whether its content is supervised."""
 
+    @property
+    def has_empty_answer(self) -> bool:
+        """Whether the content of a trained message is blank, so that its end alone is trained."""
+        pairs = zip(self.messages, self.trained, strict=True)
+        return any(trained and not message["content"].strip() for message, trained in pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:

@@ -1,6 +1,7 @@
 """A preview of the data: some documents as the model will see them, and statistics."""
 
 from dataclasses import dataclass
+from html import escape
 from itertools import groupby
 
 import numpy as np
@@ -34,6 +35,10 @@ class Preview:
     """Lower end of each range of lengths, and the documents in it."""
     samples: list[tuple[str, list[Segment]]]
     """Place and segments of the first documents; a pair has one for each side."""
+
+    def _repr_html_(self) -> str:
+        """Return the page for the output of a notebook's cell, in a frame, so that its style stays its own."""
+        return f'<iframe srcdoc="{escape(render_html(self))}" width="100%" height="760" frameborder="0"></iframe>'
 
 
 def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int = 3) -> Preview:
@@ -94,14 +99,15 @@ def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
     prepared, plan, options = datamodule.prepared[split], datamodule.plans[split], datamodule.options
     statistics = prepared.statistics
     lengths = prepared.lengths()[plan.documents]
-    rows = len(plan.rows) - 1
+    rows, places = len(plan.rows) - 1, prepared.dropped_places()
     quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
     spans = int(np.diff(np.asarray(prepared.table.data.column("spans").combine_chunks().offsets)).sum()) // 2
     facts = {
         **prepared.files(),
         "rows read": f"{statistics.read:,}",
         "documents kept": f"{statistics.kept:,}" + (f", {statistics.cut:,} cut" if statistics.cut else ""),
-        **{f"dropped: {reason}": f"{count:,}" for reason, count in statistics.dropped.items()},
+        **{f"dropped: {reason}": f"{statistics.dropped[reason]:,}: {rows}" for reason, rows in places.items()},
+        **({"empty answers": f"{statistics.empty:,} documents train one"} if statistics.empty else {}),
         **({"fields not used": unused} if (unused := name_unused(statistics.unused)) else {}),
         f"documents in {split}": f"{len(lengths):,}",
         **preference_facts(prepared, plan.documents),
