@@ -89,7 +89,8 @@ def main() -> None:
     study.optimize(objective, n_trials=options.trials)
     pruned = sum(trial.state == optuna.trial.TrialState.PRUNED for trial in study.trials)
     print(f"{len(study.trials)} trials, {pruned} of them pruned")
-    print(f"best: {study.best_value:.4f}  {study.best_params}  {options.folder / f'trial-{study.best_trial.number:03d}'}")
+    folder = options.folder / f"trial-{study.best_trial.number:03d}"
+    print(f"best: {study.best_value:.4f}  {study.best_params}  {folder}")
 
 
 if __name__ == "__main__":

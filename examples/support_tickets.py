@@ -23,7 +23,11 @@ TOPICS = {
         "If it is not there by then, reply to this ticket and we send a new one.",
     ),
     "return": (
-        ["Can I send back {part}?", "I ordered {part} by mistake, can I return them?", "How do returns work for {part}?"],
+        [
+            "Can I send back {part}?",
+            "I ordered {part} by mistake. Can I return them?",
+            "How do I return {part}?",
+        ],
         "Thanks for writing, {name}. You can return {part} within 30 days, unused and in the box.",
         "The label is in your account under Returns, and the refund takes five days.",
     ),
@@ -33,7 +37,11 @@ TOPICS = {
         "For an older one, send us the number under the bottom bracket.",
     ),
     "service": (
-        ["Can I book a service for my {bike}?", "My {bike} needs a service, when are you free?", "Service for a {bike}?"],
+        [
+            "Can I book a service for my {bike}?",
+            "My {bike} needs a service. When?",
+            "Service for a {bike}?",
+        ],
         "Thanks for writing, {name}. We have a free slot for your {bike} on {day} at nine.",
         "A service takes two hours and costs 60 euros.",
     ),

@@ -153,9 +153,11 @@ class Phi3CLI(LightningCLI):
         trainer: Any = self.trainer  # whose callbacks type checkers do not see
         if self.newest is not None:
             reason = nothing_left(self.newest, trainer.max_epochs, trainer.max_steps, trainer.callbacks)
+            changes = changed_options(self.newest, self.model.hparams, self.datamodule.hparams)
             if reason is not None:
-                changes = changed_options(self.newest, self.model.hparams, self.datamodule.hparams)
                 self.finished = self.run_folder.finished(reason, changes)
+            elif self.datamodule.options.max_tokens_per_batch is None and not self.datamodule.options.streaming:
+                self.run_folder.check_order(self.newest, changes)
             self.newest = None  # the Trainer reads it again, onto the device
         if self.finished is None:
             self.datamodule.validate_sources()

@@ -268,6 +268,6 @@ def test_options_that_cannot_work_are_named(wrong: dict[str, Any], key: str) -> 
 def test_the_suggested_options_of_a_table_can_be_pasted() -> None:
     hint = suggest_table(["Ticket ID", "Sent at", "Sentiment", "From", "Message text"])
     assert shlex.split(hint.partition("Try ")[2]) == [
-        "--data.conversation_column", "Ticket ID", "--data.role_column", "From", "--data.content_column", "Message text",
-        "--data.order_column", "Sent at",
+        "--data.conversation_column", "Ticket ID", "--data.role_column", "From",
+        "--data.content_column", "Message text", "--data.order_column", "Sent at",
     ]  # fmt: skip

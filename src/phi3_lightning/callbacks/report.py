@@ -5,6 +5,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.table import Table
 from typing_extensions import override
 
@@ -88,6 +89,19 @@ class RunReport(pl.Callback):
             self._print(f"checkpoint: {last} ({last.stat().st_size / 1e6:.1f} MB)")
         if (self.folder / "tensorboard").is_dir():
             self._print(f"curves:     tensorboard --logdir {self.folder / 'tensorboard'}")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn != "fit" or not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            return
+        where = f"stopped at step {trainer.global_step}"
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if isinstance(exception, SIGTERMException):  # upon which RunCheckpoint saves
+            self._print(f"{where}; the same command resumes there, unless trainer.enable_checkpointing is false")
+        elif last.is_file():
+            self._print(f"{where}; the same command resumes from {last}, which may be some steps older")
+        else:
+            self._print(f"{where}, before the first checkpoint; the same command begins again")
 
     @rank_zero_only
     def _print(self, content: str | Table) -> None:

@@ -49,7 +49,7 @@ class RunConfig(ActionConfigFile):
 
 
 class Parser(LightningArgumentParser):
-    """A parser without abbreviations, whose errors name the nearest key, and the line of a file that has a wrong one."""
+    """A parser without abbreviations, whose errors name the nearest key, and the line of a wrong one in a file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})

@@ -10,11 +10,18 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from jsonargparse import Namespace
+from jsonargparse.typing import restricted_string_type
 from rich.console import Console
 
 from phi3_lightning.commands.measure import Measurement, measure
 from phi3_lightning.commands.parser import Parser, command_parser, prepare
-from phi3_lightning.commands.plan_tables import measured_table, memory_table, run_line, suggestion_table
+from phi3_lightning.commands.plan_tables import (
+    measured_table,
+    memory_table,
+    run_line,
+    suggestion_table,
+    verdict,
+)
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
 from phi3_lightning.commands.quiet import quieten_trainers
 from phi3_lightning.commands.single_device import device_list, single_device_trainer
@@ -28,12 +35,12 @@ from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step
 from phi3_lightning.planning.length import run_length
-from phi3_lightning.planning.memory import MemoryPredictor
+from phi3_lightning.planning.memory import Memory, MemoryPredictor
 from phi3_lightning.planning.published_configs import PUBLISHED, write_config
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.speed import least_seconds, timed_seconds
 from phi3_lightning.planning.step import BatchShape
-from phi3_lightning.planning.suggestions import suggestions
+from phi3_lightning.planning.suggestions import Suggestion, suggestions
 from phi3_lightning.preferences import learns_from
 from phi3_lightning.progress import phase_progress
 
@@ -46,6 +53,12 @@ def parser() -> Parser:
     result = command_parser("plan", DESCRIPTION, classes, {})
     result.add_argument(
         "--measure", action="store_true", help="Load the base, take three steps, and set them beside the prediction."
+    )
+    result.add_argument(
+        "--memory",
+        type=restricted_string_type("Gigabytes", r"^\d+(\.\d+)?\s*(GB)?$") | None,
+        default=None,
+        help="Memory of the device, such as 16GB, in 10^9 bytes. null: that of this machine's device.",
     )
     result.accept_rest_of_run()
     return result
@@ -185,6 +198,14 @@ class Plan:
             console.print(measured_table(memory, measurement, shape, seconds, on_gpu=self.on_gpu))
             seconds = measurement.seconds
         self._print_length(console, None if seconds is None else self.spec.ranks * shape.tokens / seconds)
+        console.print(self._verdict(memory, helpful), soft_wrap=True)
+
+    def _verdict(self, memory: Memory, helpful: list[Suggestion]) -> str:
+        if self.config.memory is not None:
+            return verdict(memory, 1e9 * float(self.config.memory.removesuffix("GB")), helpful)
+        if self._device is None:
+            return "whether it fits is unknown: there is no GPU here; give its size, such as --memory 16GB"
+        return verdict(memory, device_memory(self._device)[1], helpful)
 
     def _describe_batch(self) -> str:
         shape = self.rows.shape

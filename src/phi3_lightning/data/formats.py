@@ -131,7 +131,8 @@ def suggest_table(columns: list[str]) -> str:
             guess[option] = column
     if not {"conversation_column", "role_column", "content_column"} <= guess.keys():
         return ""
-    return "; one message a row? Try " + " ".join(f"--data.{option} {quote(column)}" for option, column in guess.items())
+    options = [f"--data.{option} {quote(column)}" for option, column in guess.items()]
+    return f"; one message a row? Try {' '.join(options)}"
 
 
 def _names(fields: Mapping[str, Any]) -> str:
