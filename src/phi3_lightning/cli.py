@@ -29,7 +29,7 @@ from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.distributed.fsdp2 import check_launcher
 from phi3_lightning.errors import DataError, Phi3LightningError
 from phi3_lightning.files import file_error, writing
-from phi3_lightning.hardware import check_accelerator, check_platform, program
+from phi3_lightning.hardware import check_accelerator, check_platform, limit_threads, program
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
@@ -170,6 +170,8 @@ class Phi3CLI(LightningCLI):
             except DataError as error:
                 raise DataError(f"monitor.general: {error}") from None
             self.model.check_base(restored=self.config[self.subcommand].ckpt_path is not None)
+            if self.trainer.strategy.root_device.type == "cpu":
+                limit_threads(self.model.spec().config.hidden_size)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:

@@ -62,6 +62,7 @@ def test_held_out_numbers_are_reported_before_and_after(tmp_path, tiny_base, cap
     text = report(tmp_path, module, capsys, max_epochs=3, num_sanity_val_steps=sanity)
     (last,) = synthetic.trainer(tmp_path).validate(module, synthetic.loader(DATA), verbose=False)
     assert (f"val/loss {first['val/loss']:.4f} {last['val/loss']:.4f}" in text) == (sanity == -1)
+    assert ("before after" in text) == (sanity == -1)
     assert f" {last['val/loss']:.4f} val/token_accuracy" in text
     assert first["val/loss"] > last["val/loss"]
 

@@ -27,6 +27,7 @@ class RunReport(pl.Callback):
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self._console = table_console()
+        self._titles = "first", "last"
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
@@ -67,7 +68,7 @@ class RunReport(pl.Callback):
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if math.isinf(trainer.num_sanity_val_steps):  # all of the validation data, before the first step
-            self._first = _validation_metrics(trainer)
+            self._first, self._titles = _validation_metrics(trainer), ("before", "after")
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,7 +80,7 @@ class RunReport(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
         if self._last:
             table = Table(title="held-out rows")
-            for column in ("", "first", "last"):
+            for column in ("", *self._titles):
                 table.add_column(column, justify="right" if column else "left")
             for name in self._last:
                 table.add_row(name, f"{self._first[name]:.4f}", f"{self._last[name]:.4f}")
