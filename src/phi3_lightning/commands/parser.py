@@ -59,7 +59,8 @@ class Parser(LightningArgumentParser):
     @override
     def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
         self._files.append(Path(str(path)))
-        return super().parse_path(path, *args, **kwargs)
+        config: Namespace = super().parse_path(path, *args, **kwargs)
+        return config
 
     @override
     def print_usage(self, file: Any = None) -> None:

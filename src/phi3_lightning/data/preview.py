@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from phi3_lightning.batch.segments import Segment, segments
 from phi3_lightning.config.data import Split
+from phi3_lightning.contracts import Origin
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.copies import Part, repeated, shared
 from phi3_lightning.data.datamodule import ChatDataModule
@@ -47,11 +48,16 @@ def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int 
     first = np.sort(plan.documents)[:rows].tolist()
     lengths = prepared.lengths()[plan.documents]
     samples = [
-        (f"{place}{_note(document, side)}", _segments(side, datamodule.tokenizer))
-        for place, document in zip(prepared.describe(first), prepared.documents(first), strict=True)
+        (f"{_place(origin)}{_note(document, side)}", _segments(side, datamodule.tokenizer))
+        for origin, document in zip(prepared.origins(first), prepared.documents(first), strict=True)
         for side in document.sides()
     ]
     return Preview(_facts(datamodule, split), _histogram(lengths), samples)
+
+
+def _place(origin: Origin) -> str:
+    """The place of a row, and its own id, such as that of a conversation in a table."""
+    return origin.place if origin.id is None else f"{origin.place}, id {origin.id}"
 
 
 def _note(document: Document, side: Document) -> str:
@@ -107,7 +113,7 @@ def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
         "rows read": f"{statistics.read:,}",
         "documents kept": f"{statistics.kept:,}" + (f", {statistics.cut:,} cut" if statistics.cut else ""),
         **{f"dropped: {reason}": f"{statistics.dropped[reason]:,}: {rows}" for reason, rows in places.items()},
-        **({"empty answers": f"{statistics.empty:,} documents train one"} if statistics.empty else {}),
+        **({"empty answers": f"{statistics.empty:,}: such rows teach to say nothing"} if statistics.empty else {}),
         **({"fields not used": unused} if (unused := name_unused(statistics.unused)) else {}),
         f"documents in {split}": f"{len(lengths):,}",
         **preference_facts(prepared, plan.documents),
