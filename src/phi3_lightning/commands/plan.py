@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from huggingface_hub import try_to_load_from_cache
 from jsonargparse import Namespace
 from jsonargparse.typing import restricted_string_type
 from rich.console import Console
@@ -110,17 +111,17 @@ class Plan:
         self.spec = self.predictor.spec
 
     def _readable_base(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of the module, with the published shapes of a base that cannot be reached."""
-        module = Phi3LoRAModule(**options)
+        """The options of the module, with the published shapes of a base that is not on this machine."""
+        base = options["base"]
+        if base in PUBLISHED and not self.config.measure and not _is_here(base):
+            self.on_begin(f"{base} is not on this machine; the shapes that it was published with are taken")
+            self._shapes = tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-")
+            write_config(base, Path(self._shapes.name))
+            options = options | {"base": self._shapes.name, "base_id": base}
         try:
-            module.check_base()
+            Phi3LoRAModule(**options).check_base()
         except ModelError as error:
-            if module.base in PUBLISHED and isinstance(error.__cause__, OSError):
-                self.on_begin(f"{module.base} cannot be reached; the shapes that it was published with are taken")
-                self._shapes = tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-")
-                write_config(module.base, Path(self._shapes.name))
-                return options | {"base": self._shapes.name, "base_id": module.base}
-            if not Path(module.base).is_dir():
+            if not Path(base).is_dir():
                 error.add_note("plan reads config.json alone: --model.base FOLDER with that file needs no network")
             raise
         return options
@@ -251,6 +252,11 @@ class Plan:
             limit=trainer.limit_train_batches,
         )
         console.print(run_line(length, tokens_per_second), soft_wrap=True)
+
+
+def _is_here(base: str) -> bool:
+    """Whether the configuration of a base is in a folder or in the hub's cache."""
+    return Path(base).is_dir() or isinstance(try_to_load_from_cache(base, "config.json"), str)
 
 
 def _on_gpu(accelerator: str) -> bool:
