@@ -64,22 +64,25 @@ class Parser(LightningArgumentParser):
 
     @override
     def print_usage(self, file: Any = None) -> None:
-        print(f"usage: {self.prog} [--config FILE] [--OPTION VALUE ...]", file=file)
+        prog = self.prog.replace(" [options]", "")
+        print(f"usage: {prog} [--config FILE] [--OPTION VALUE ...]", file=file)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
+        if re.search(r"\b(model|data)\.(class_path|init_args)", message):
+            hints.append("options are directly under model: and data:, without class_path and init_args")
         if unknown := _UNKNOWN_KEY.search(message):
             section, key = unknown.groups()
             parser = getattr(ex, "subcommand_parser", None)  # jsonargparse's, of the command whose option it is
             key, owner = (key, parser) if isinstance(parser, Parser) else (f"{section}.{key}", self)
-            message = f"{owner._place(key)}key '{key}' is not an option{owner._suggestion(key)}"
-            super().error(message, ex)
-        hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
-        if re.search(r"\b(model|data)\.(class_path|init_args)", message):
-            hints.append("options are directly under model: and data:, without class_path and init_args")
-        for key in _keys_in(message):
-            hints += self._suggestion(key).split("\n")[1:]
-        super().error("\n".join([_one_line(message), *dict.fromkeys(hints)]), ex)
+            message = f"{owner._place(key)}key '{key}' is not an option"
+            hints = hints or owner._suggestions(key)
+        else:
+            for key in _keys_in(message):
+                hints += self._suggestions(key)
+            message = _one_line(message)
+        super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
 
     def accept_rest_of_run(self) -> None:
         """Accept and ignore all other options of the configuration of a run."""
@@ -87,10 +90,11 @@ class Parser(LightningArgumentParser):
             if not any(action.dest.partition(".")[0] == name for action in self._actions):
                 self.add_argument(f"--{name}", type=Any, default=None, help="Of a run; ignored here.")
 
-    def _suggestion(self, key: str) -> str:
+    def _suggestions(self, key: str) -> list[str]:
+        """Return what may have been meant by an unknown key, in words."""
         if new := OPTIONS.get(key):
-            return f"\n{key} is called {new} now"
-        return "".join(f"\ndid you mean {name}?" for name in self._nearest(key))
+            return [f"{key} is called {new} now"]
+        return [f"did you mean {name}?" for name in self._nearest(key)]
 
     def _place(self, key: str) -> str:
         """Return file and line of a key, of the last configuration that has it, before a message."""
