@@ -4,24 +4,32 @@ BIN := .venv/bin
 EXTRAS ?= dev,docs
 INSTALLED := .venv/.installed
 
-.PHONY: setup quickstart test test-slow test-project test-part lowest newest kill-test test-distributed bench docs dist lint \
+.PHONY: help setup quickstart test test-slow test-project test-pages test-part lowest newest kill-test test-distributed bench docs dist lint \
 	clean
 
+# .venv with the package and EXTRAS
 setup: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
 		{ echo "$(PYTHON) is not Python 3.11 to 3.13: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv, which takes some minutes"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[$(EXTRAS)]'
 	@touch $(INSTALLED)
 
+# what make can do
+help:
+	@awk '/^# /{text=substr($$0, 3)} /^[a-z-]+:/{if (text) {sub(":.*", ""); printf "%-18s %s\n", $$0, text}; text=""}' Makefile
+
+# fine-tunes the tiny Phi-3 that comes with the package
 quickstart: setup
 	$(BIN)/python cli.py fit --config configs/quickstart.yaml
 
 # without tests/project (documentation, examples, benchmarks, releases, the full size), which runs each week
 TESTS := $(BIN)/python -m pytest --ignore=tests/project
 
+# the tests, some minutes
 test: setup
 	$(TESTS) -m 'not slow' --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -29,8 +37,13 @@ test: setup
 test-slow: setup
 	$(TESTS) -m slow --numprocesses 3 --dist worksteal
 
+# documentation, examples, benchmarks and releases
 test-project: setup
 	$(BIN)/python -m pytest tests/project --numprocesses 2
+
+# the notebook, the tutorial and the search as their readers run them; needs EXTRAS=dev,docs,notebook,search
+test-pages: setup
+	$(BIN)/python -m pytest tests/project/test_notebook.py tests/project/test_tutorial.py tests/project/test_examples.py
 
 # what leans most on other packages and on the interpreter, a few minutes on one core
 PART := tests/adapters tests/data tests/export tests/invariants tests/metrics tests/model \
@@ -73,6 +86,7 @@ dist: setup
 	$(BIN)/twine check --strict dist/*
 	$(BIN)/python scripts/check_dist.py dist
 
+# style and types
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -81,6 +95,8 @@ lint: setup
 # the documentation as a site in site/; a warning, such as a broken link, is an error
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict  # what is switched off speaks of another generator
+	@echo "the site: site/index.html; .venv/bin/mkdocs serve shows it with its search at http://localhost:8000"
 
+# removes what make made
 clean:
 	rm -rf .venv .venv-lowest .venv-newest build dist runs site

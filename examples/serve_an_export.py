@@ -1,7 +1,7 @@
 """What `export` wrote, answering in plain transformers and PEFT: nothing of this package is imported.
 
     python examples/serve_an_export.py my-bot-full "Are you open?"                # exported with --merge
-    python examples/serve_an_export.py my-bot "Are you open?" --base FOLDER       # an adapter; --base null: by its name
+    python examples/serve_an_export.py my-bot "Are you open?" --base FOLDER       # an adapter; else by its name
 
 The same folders in other servers, of which docs/export.md says more:
 

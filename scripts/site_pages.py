@@ -5,6 +5,7 @@ files outside ``docs/`` are written as GitHub has them, relative to the page; on
 the file.
 """
 
+import json
 import re
 from functools import cache
 from html import escape
@@ -93,8 +94,27 @@ def source_page(path: str) -> str:
         names = sorted(entry.name for entry in place.iterdir() if not entry.name.startswith((".", "__")))
         return head + "".join(f"- `{name}`\n" for name in names)
     text = place.read_text(encoding="utf-8").rstrip("\n")
+    if place.suffix == ".ipynb":
+        return head + notebook_cells(text)
     fence = "`" * (3 + max((len(ticks) for ticks in re.findall("`+", text)), default=0))
     return f"{head}{fence}{LANGUAGES.get(place.suffix, 'text')}\n{text}\n{fence}\n"
+
+
+def notebook_cells(text: str) -> str:
+    """Show a notebook as Markdown, without outputs.
+
+    Args:
+        text: The content of its file.
+
+    Returns:
+        Its cells in order; links are those of the file, and are left out.
+    """
+    parts = []
+    for cell in json.loads(text)["cells"]:
+        source = "".join(cell["source"])
+        plain = re.sub(r"\[([^\]]+)\]\([^)]+\)", r"\1", source)
+        parts.append(plain if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+    return "\n\n".join(parts) + "\n"
 
 
 @cache

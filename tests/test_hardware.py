@@ -14,6 +14,7 @@ from phi3_lightning.hardware import (
     check_accelerator,
     check_platform,
     device_memory,
+    limit_threads,
     peak_flops,
     peak_memory,
     resident_memory,
@@ -110,3 +111,17 @@ def test_peak_flops_of_a_cpu_are_plausible():
 def test_peak_flops_of_a_gpu_are_those_of_its_data_sheet(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == pytest.approx(989e12, rel=1e-3)
+
+
+@pytest.mark.parametrize(("width", "variable", "threads"), [(64, None, 1), (3072, None, 2), (64, "2", 2)])
+def test_a_narrow_model_uses_one_thread_unless_the_user_says_otherwise(monkeypatch, width, variable, threads):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        limit_threads(width)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)

@@ -3,7 +3,14 @@
 import pytest
 
 from phi3_lightning import progress
-from phi3_lightning.progress import LINE_INTERVAL_SECONDS, LineCounter, count_progress, phase_progress
+from phi3_lightning.progress import (
+    JUPYTER_COLUMNS,
+    LINE_INTERVAL_SECONDS,
+    LineCounter,
+    count_progress,
+    phase_progress,
+    table_console,
+)
 
 
 @pytest.fixture
@@ -47,3 +54,11 @@ def test_each_phase_is_a_line_on_stderr(capsys):
         step()
         begin("another")
     assert capsys.readouterr().err == "checking: one thing\nchecking: another\n"
+
+
+def test_tables_fit_into_the_cell_of_a_notebook(monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    assert table_console().width == JUPYTER_COLUMNS
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: False)
+    monkeypatch.setenv("COLUMNS", "140")
+    assert table_console().width == 140

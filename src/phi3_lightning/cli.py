@@ -1,5 +1,6 @@
 """The command line: LightningCLI over the two classes, with one folder a run."""
 
+import difflib
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.distributed.fsdp2 import check_launcher
 from phi3_lightning.errors import DataError, Phi3LightningError
 from phi3_lightning.files import file_error, writing
-from phi3_lightning.hardware import check_accelerator, check_platform, program
+from phi3_lightning.hardware import check_accelerator, check_platform, limit_threads, program
 from phi3_lightning.hub import split_revision
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
@@ -38,6 +39,15 @@ DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it a
 COMMANDS = {"init": init, "preview": preview, "check": check, "plan": plan, "chat": chat, "export": export}
 """Commands besides the Trainer's; each module has a ``main`` and a ``DESCRIPTION``."""
 
+ALL_COMMANDS = {
+    "fit": "Train an adapter, or resume the run; validate, and keep the best checkpoint.",
+    "validate": "Measure a checkpoint on the validation data.",
+    "test": "Compare base and tuned model on held-out rows, in losses and answers.",
+    "predict": "Write an answer to each prompt of a file.",
+    **{name: command.DESCRIPTION for name, command in COMMANDS.items()},
+}
+"""One line for each command."""
+
 
 class Phi3CLI(LightningCLI):
     """``fit``, ``validate``, ``test`` and ``predict`` over a run folder."""
@@ -45,7 +55,7 @@ class Phi3CLI(LightningCLI):
     def __init__(self, args: list[str] | None = None) -> None:
         first = (sys.argv[1:] if args is None else args)[:1]
         commands = set(self.subcommands())
-        self._parsed = set() if first in (["-h"], ["--help"]) else set(first) & commands or commands
+        self._parsed = set(first) & commands or commands
         super().__init__(
             Phi3LoRAModule,
             ChatDataModule,
@@ -57,7 +67,6 @@ class Phi3CLI(LightningCLI):
             parser_kwargs={
                 "prog": program(),
                 "description": DESCRIPTION,
-                "epilog": " ".join(f"{name}: {command.DESCRIPTION}" for name, command in COMMANDS.items()),
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -146,9 +155,11 @@ class Phi3CLI(LightningCLI):
         trainer: Any = self.trainer  # whose callbacks type checkers do not see
         if self.newest is not None:
             reason = nothing_left(self.newest, trainer.max_epochs, trainer.max_steps, trainer.callbacks)
+            changes = changed_options(self.newest, self.model.hparams, self.datamodule.hparams)
             if reason is not None:
-                changes = changed_options(self.newest, self.model.hparams, self.datamodule.hparams)
                 self.finished = self.run_folder.finished(reason, changes)
+            elif self.datamodule.options.max_tokens_per_batch is None and not self.datamodule.options.streaming:
+                self.run_folder.check_order(self.newest, changes)
             self.newest = None  # the Trainer reads it again, onto the device
         if self.finished is None:
             self.datamodule.validate_sources()
@@ -162,6 +173,8 @@ class Phi3CLI(LightningCLI):
             except DataError as error:
                 raise DataError(f"monitor.general: {error}") from None
             self.model.check_base(restored=self.config[self.subcommand].ckpt_path is not None)
+            if self.trainer.strategy.root_device.type == "cpu":
+                limit_threads(self.model.spec().config.hidden_size)
 
     @override
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
@@ -216,7 +229,14 @@ def main(args: list[str] | None = None) -> None:
     try:
         check_platform()
         quieten_libraries()
-        if words and words[0] in COMMANDS:
+        if not words or words[0] in ("-h", "--help"):
+            print(_help())
+        elif words[0] not in ALL_COMMANDS and not words[0].startswith("-"):
+            near = difflib.get_close_matches(words[0], ALL_COMMANDS, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            print(f"{_help()}\n\nerror: there is no command {words[0]!r}{hint}", file=sys.stderr)
+            sys.exit(2)
+        elif words[0] in COMMANDS:
             COMMANDS[words[0]].main(words[1:])
         else:
             Phi3CLI(args)
@@ -228,6 +248,15 @@ def main(args: list[str] | None = None) -> None:
             raise
         print(f"error: {line}", file=sys.stderr)
         sys.exit(1)
+
+
+def _help() -> str:
+    """Return a table of all commands."""
+    width = max(map(len, ALL_COMMANDS))
+    commands = [f"  {name:<{width}}  {line}" for name, line in ALL_COMMANDS.items()]
+    usage = f"usage: {program()} COMMAND [--config FILE] [--OPTION VALUE ...]"
+    last = f"{program()} COMMAND --help explains every option of a command."
+    return "\n".join([usage, "", DESCRIPTION, "", *commands, "", last])
 
 
 def _refusal(error: Exception) -> str | None:

@@ -1,5 +1,6 @@
 """Where the package runs (Linux and macOS on the CPU, and CUDA), under what name, and what a device has."""
 
+import os
 import resource
 import sys
 import time
@@ -13,6 +14,9 @@ from phi3_lightning.errors import ConfigError
 
 _PROBE = 1024
 """Side of the square matrices that a CPU is measured on: 2.1 GFLOP, some milliseconds."""
+
+NARROW = 128
+"""Hidden size up to which one thread is enough."""
 
 _CGROUP = Path("/sys/fs/cgroup")
 """Where a container on Linux finds its limits (cgroup v2)."""
@@ -35,6 +39,15 @@ def check_accelerator(accelerator: str) -> None:
         raise ConfigError(
             f"trainer.accelerator: {accelerator} means Apple's MPS here, which is not supported; set it to cpu"
         )
+
+
+def limit_threads(width: int) -> None:
+    """Use one thread of the CPU for a model this narrow, unless ``OMP_NUM_THREADS`` is set.
+
+    Its products are too small to be shared, and beside another job the threads mostly wait for each other.
+    """
+    if width <= NARROW and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(1)
 
 
 def device_memory(device: torch.device) -> tuple[int, int]:

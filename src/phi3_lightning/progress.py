@@ -21,6 +21,18 @@ LINE_INTERVAL_SECONDS = 10.0
 """Minimum time between two lines."""
 
 
+JUPYTER_COLUMNS = 100
+"""Width of tables in a notebook, where rich assumes more than the output of a cell shows."""
+
+
+def table_console() -> Console:
+    """Return a console whose tables fit into a terminal, or into the output of a notebook's cell."""
+    console = Console()
+    if console.is_jupyter:
+        console.width = JUPYTER_COLUMNS
+    return console
+
+
 class LineCounter:
     """Counts units of work and logs a line at most every ten seconds, and one when all are done.
 

@@ -29,6 +29,9 @@ IMMEDIATE_REASONS = (
 )
 """The reasons for which early stopping ends a run without waiting for its patience."""
 
+ORDER_OPTIONS = ("data.batch_size", "data.packing", "data.seed", "seed_everything")
+"""Options that determine the order of batches, whatever the data."""
+
 THRESHOLDS = ("stopping_threshold", "divergence_threshold", "check_finite")
 """The options that determine these reasons."""
 
@@ -133,6 +136,20 @@ class RunFolder:
                 "Start this one with another --run"
             )
         return f"{why}. Changed options had no effect: {listing}" if changed else why
+
+    def check_order(self, checkpoint: Mapping[str, Any], changed: Sequence[Changed]) -> None:
+        """Check, before anything is loaded, that a run stopped within an epoch can continue its order of batches.
+
+        Raises:
+            CheckpointError: If it depends on an option that has changed.
+        """
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        changes = [each for each in changed if each.option in ORDER_OPTIONS]
+        if changes and progress["current"]["ready"] > 0 and not progress["is_last_batch"]:
+            raise CheckpointError(
+                f"{self.path}: the checkpoint stopped within an epoch whose order cannot be continued: "
+                f"{'; '.join(map(str, changes))}. Give it as it was, or another --run"
+            )
 
     def keep_config(self, text: str) -> None:
         """Write ``config.yaml``; a different earlier one is renamed to ``config.1.yaml`` and so on."""

@@ -2,8 +2,10 @@
 
 import re
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
@@ -60,6 +62,7 @@ def test_held_out_numbers_are_reported_before_and_after(tmp_path, tiny_base, cap
     text = report(tmp_path, module, capsys, max_epochs=3, num_sanity_val_steps=sanity)
     (last,) = synthetic.trainer(tmp_path).validate(module, synthetic.loader(DATA), verbose=False)
     assert (f"val/loss {first['val/loss']:.4f} {last['val/loss']:.4f}" in text) == (sanity == -1)
+    assert ("before after" in text) == (sanity == -1)
     assert f" {last['val/loss']:.4f} val/token_accuracy" in text
     assert first["val/loss"] > last["val/loss"]
 
@@ -77,3 +80,23 @@ def test_checkpoints_and_the_tensorboard_command_are_reported(tmp_path, tiny_bas
     text = report(tmp_path, small(tiny_base), capsys)
     assert "last.ckpt (2.5 MB)" in text
     assert f"tensorboard --logdir {tmp_path / 'tensorboard'}" in text
+
+
+@pytest.mark.parametrize(
+    ("reason", "has_checkpoint", "words"),
+    [
+        (KeyboardInterrupt(), True, "stopped at step 7; the same command resumes from"),
+        (KeyboardInterrupt(), False, "stopped at step 7, before the first checkpoint"),
+        (SIGTERMException(), False, "stopped at step 7; the same command resumes there"),
+        (ValueError(), True, ""),
+    ],
+)
+def test_an_interrupted_fit_says_how_it_goes_on(tmp_path, capsys, reason, has_checkpoint, words):
+    (tmp_path / "checkpoints").mkdir()
+    if has_checkpoint:
+        (tmp_path / "checkpoints/last.ckpt").touch()
+    trainer = SimpleNamespace(state=SimpleNamespace(fn="fit"), global_step=7)
+    RunReport(tmp_path).on_exception(trainer, None, reason)
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith(words)
+    assert bool(text) == bool(words)

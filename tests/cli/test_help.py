@@ -40,3 +40,33 @@ def test_each_configuration_parses_to_the_values_it_states(cli, config: Path):
                 assert whole[key] == value, f"{path}{key}"
 
     inside(written, printed)
+
+
+@pytest.mark.parametrize("words", [(), ("--help",)])
+def test_help_has_one_line_for_each_command(cli, words):
+    lines = cli(*words).text.splitlines()
+    for command in ("fit", "validate", "test", "predict", "init", "preview", "check", "plan", "chat", "export"):
+        [line] = [line for line in lines if line.split()[:1] == [command]]
+        assert line.endswith(".")
+    assert max(map(len, lines)) <= 120
+
+
+def test_a_misspelt_command_is_corrected(cli):
+    assert cli("ft", code=2).text.splitlines()[-1] == "error: there is no command 'ft'; did you mean fit?"
+
+
+@pytest.mark.parametrize("command", ["fit", "preview", "check"])
+def test_a_misspelt_key_of_a_file_has_file_line_and_suggestion(cli, tmp_path, command):
+    (tmp_path / "good.yaml").write_text("data:\n  train: chats.jsonl\n")
+    (tmp_path / "bad.yaml").write_text("# mine\ndata:\n  max_lenth: 8\n")
+    refused = cli(command, "--config=good.yaml", "--config=bad.yaml", code=2).text.splitlines()
+    assert refused[-2:] == ["error: bad.yaml:3: key 'data.max_lenth' is not an option", "did you mean data.max_length?"]
+    assert len(refused) < 6  # not pages of usage
+
+
+def test_a_misspelt_section_of_a_file_is_found_too(cli, tmp_path):
+    (tmp_path / "bad.yaml").write_text("model: {base: x, optimizr: {lr: 1}}\n")
+    refused = cli("fit", "--config=bad.yaml", code=2).text.splitlines()
+    assert refused[-2:] == [
+        "error: bad.yaml:1: key 'model.optimizr.lr' is not an option", "did you mean model.optimizer.lr?"
+    ]  # fmt: skip

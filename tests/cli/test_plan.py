@@ -159,7 +159,7 @@ def test_a_published_base_needs_no_network(cli, monkeypatch):
 
     monkeypatch.setattr(PreTrainedConfig, "get_config_dict", folders_alone)
     text = cli("plan", f"--config={REPOSITORY}/configs/phi4_mini_lora.yaml", "--trainer.accelerator=gpu").text
-    assert "microsoft/Phi-4-mini-instruct cannot be reached; the shapes that it was published with" in text
+    assert "microsoft/Phi-4-mini-instruct is not on this machine; the shapes that it was published with" in text
     assert gigabytes(text, "base weights") == pytest.approx(7.67, abs=0.01)
     unknown = cli("plan", *QUICKSTART, "--model.base=microsoft/Phi-9", code=1).text
     assert "no configuration for 'microsoft/Phi-9'" in unknown

@@ -25,7 +25,7 @@ HONOURED = [
 ]
 NEW_ORDER = "stopped within an epoch whose order cannot be continued"
 REFUSED = [
-    ("data.batch_size", "2", NEW_ORDER),
+    ("data.batch_size", "2", f"{NEW_ORDER}: data.batch_size is 2 and was 1"),
     pytest.param("data.max_length", "128", NEW_ORDER, marks=SLOW),
     pytest.param("data.packing", "false", NEW_ORDER, marks=SLOW),
     pytest.param("data.train", f"{TINY}/chats_val.jsonl", NEW_ORDER, marks=SLOW),

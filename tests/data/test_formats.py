@@ -1,12 +1,13 @@
 """Each form of row has a defined result: a conversation, or an error that names what was found."""
 
+import shlex
 from typing import Any
 
 import pytest
 
 from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, Conversation, PlainText, TokenizedDocument
-from phi3_lightning.data.formats import parse_prompt, parse_row
+from phi3_lightning.data.formats import parse_prompt, parse_row, suggest_table
 from phi3_lightning.errors import ConfigError
 
 U = {"role": "user", "content": "hi"}
@@ -262,3 +263,11 @@ def test_a_message_can_be_left_untrained(flag: dict[str, Any]) -> None:
 def test_options_that_cannot_work_are_named(wrong: dict[str, Any], key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         RowOptions(**wrong)
+
+
+def test_the_suggested_options_of_a_table_can_be_pasted() -> None:
+    hint = suggest_table(["Ticket ID", "Sent at", "Sentiment", "From", "Message text"])
+    assert shlex.split(hint.partition("Try ")[2]) == [
+        "--data.conversation_column", "Ticket ID", "--data.role_column", "From",
+        "--data.content_column", "Message text", "--data.order_column", "Sent at",
+    ]  # fmt: skip

@@ -18,7 +18,7 @@ from phi3_lightning.data.encode import Encoder
 from phi3_lightning.data.prepare import prepare
 from phi3_lightning.data.sources import find_sources
 from phi3_lightning.data.template import ChatTemplate
-from phi3_lightning.data.tokenized import TokenizedDataset
+from phi3_lightning.data.tokenized import Statistics, TokenizedDataset
 from phi3_lightning.errors import ConfigError, DataError
 
 from .conftest import chat
@@ -104,12 +104,36 @@ def test_bad_rows_are_reported_together_by_line(tokenise: Callable[..., Tokenize
     path = write([chat(), *(['{"messages": '] * 12), chat(), {"messages": [{"role": "human", "content": "x"}]}])
     with pytest.raises(DataError) as caught:
         tokenise(path)
+    first, same, other, last = str(caught.value).splitlines()
+    assert first == "13 of 15 rows cannot be used:"
+    assert same.startswith(f"  {path}:2, {path}:3, {path}:4 and 9 more: not JSON")
+    assert other.startswith(f"  {path}:15: unknown role")
+    assert "data.on_bad_row: skip" in last
+
+
+def test_ten_causes_are_listed_and_the_rest_counted(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
+    path = write([{"messages": [{"role": f"r{number}", "content": "x"}]} for number in range(13)])
+    with pytest.raises(DataError) as caught:
+        tokenise(path)
     message = str(caught.value)
-    assert message.startswith("13 of 15 rows")
-    assert f"{path}:2: not JSON" in message
     assert message.count(f"{path}:") == 10
-    assert "and 3 more" in message
-    assert "data.on_bad_row: skip" in message
+    assert "\n  and 3 more\n" in message
+    assert "on_bad_row" not in message  # which would leave nothing to train
+
+
+def test_empty_answers_are_counted_and_left_out_on_request(
+    tokenise: Callable[..., TokenizedDataset], write: Write
+) -> None:
+    path = write([chat("hello", " \n"), chat()])
+    kept, dropped = tokenise(path).statistics, tokenise(path, empty_answer="drop").statistics
+    assert (kept.empty, kept.kept) == (1, 2)
+    assert "2 kept, 1 of them with an empty answer" in str(kept)
+    assert (dropped.empty, dropped.kept, dropped.dropped) == (0, 1, {"empty answer": 1})
+
+
+def test_statistics_of_an_older_cache_are_read() -> None:
+    former = {"read": 1, "kept": 1, "cut": 0, "dropped": {"x": 1}, "tokens": 2, "supervised_tokens": 1}
+    assert Statistics(**former, unused={}, by_source=[1]).empty == 0
 
 
 def test_skipped_rows_are_counted_and_change_no_other(
@@ -138,8 +162,10 @@ def test_deep_nesting_is_a_bad_row_not_a_crash(tokenise: Callable[..., Tokenized
 
 
 def test_rows_too_long_are_dropped_and_counted(tokenise: Callable[..., TokenizedDataset], write: Write) -> None:
-    prepared = tokenise(write([chat("a question " * 99, "ok"), chat()]), max_length=32)
-    assert prepared.statistics.dropped == {"longer than max_length 32": 1}
+    path = write([*[chat("a question " * 99, "ok")] * 4, chat()])
+    prepared = tokenise(path, max_length=32)
+    assert prepared.statistics.dropped == {"longer than max_length 32": 4}
+    assert prepared.dropped_places() == {"longer than max_length 32": f"{path}:1, {path}:2, {path}:3 and 1 more"}
     assert prepared.statistics.kept == 1
 
 

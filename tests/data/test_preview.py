@@ -139,3 +139,24 @@ def test_unused_fields_are_reported(
 
 def test_without_unused_fields_none_are_reported(datamodule: ChatDataModule) -> None:
     assert "fields not used" not in build_preview(datamodule).facts
+
+
+def test_a_cell_of_a_notebook_shows_the_page_in_a_frame(datamodule: ChatDataModule) -> None:
+    preview = build_preview(datamodule, rows=2)
+    [page] = re.findall(r'<iframe srcdoc="([^"]*)"', preview._repr_html_())
+    assert html.unescape(page) == render_html(preview)
+
+
+def test_rows_that_are_left_out_or_have_an_empty_answer_are_named_and_counted(
+    write: Callable[..., str], tokenizer_folder: str, tmp_path: Path
+) -> None:
+    path = write([chat("q", ""), chat("word " * 99, "a"), {**chat(), "id": "t-7"}])
+    data = ChatDataModule(
+        train=path, tokenizer=tokenizer_folder, max_length=64, cache_dir=str(tmp_path), val_fraction=0
+    )
+    data.prepare_data()
+    data.setup()
+    preview = build_preview(data)
+    assert preview.facts["dropped: longer than max_length 64"] == f"1: {path}:2"
+    assert preview.facts["empty answers"] == "1: such rows teach to say nothing"
+    assert [place for place, _ in preview.samples] == [f"{path}:1", f"{path}:3, id t-7"]

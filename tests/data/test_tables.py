@@ -2,6 +2,8 @@
 
 import datetime as dt
 import pickle
+import re
+import shlex
 import uuid
 from decimal import Decimal
 from pathlib import Path
@@ -19,8 +21,9 @@ from phi3_lightning.data.template import ChatTemplate
 from phi3_lightning.errors import ConfigError, DataError
 
 CASES = Path(__file__).parents[1] / "cases"
-TABLE = {"conversation_column": "id", "role_column": "who", "content_column": "text", "order_column": "when"}
 CUSTOMERS = {"customer": "user", "agent": "assistant"}
+COLUMNS = {"conversation_column": "id", "role_column": "who", "content_column": "text", "order_column": "when"}
+TABLE = COLUMNS | {"role_map": CUSTOMERS}
 
 
 def collect(rows: list[Any], **options: Any) -> tuple[dict[int, Any], dict[int, str]]:
@@ -203,7 +206,7 @@ def test_fields_of_a_conversation_may_not_change_within_it(column: str) -> None:
     ],
 )
 def test_no_row_of_a_table_is_read_as_another_format(row: dict, tokenizer: Any) -> None:
-    options = RowOptions(**TABLE, role_map=CUSTOMERS)
+    options = RowOptions(**TABLE)
     table = [row, message(7, 1, "q"), message(7, 2, "a", "agent", prompt="p", input_ids=[1], labels=[1])]
     chunk = Encoder(ChatTemplate(tokenizer), options).encode(
         Job(0, list(group_messages(enumerate(table), options, "table")))
@@ -222,3 +225,13 @@ def test_table_options_with_another_format_are_refused() -> None:
 def test_bad_row_errors_can_be_pickled() -> None:
     fault = pickle.loads(pickle.dumps(BadRowError("no order", "why")))
     assert (fault.reason, str(fault)) == ("no order", "no order: why")
+
+
+def test_a_table_of_unknown_speakers_is_one_error_with_a_mapping_to_paste() -> None:
+    table = [message(number, turn, who=who) for number in (1, 2) for turn, who in enumerate(["Jo's", "desk", "desk"])]
+    with pytest.raises(DataError) as refused:
+        collect(table, role_map=None)
+    [option] = re.findall(r"--data\.role_map (.*)", str(refused.value))
+    assert shlex.split(option) == ['{"Jo\'s": "user", "desk": "assistant"}']
+    assert "'desk' (4), \"Jo's\" (2)" in str(refused.value)
+    assert len(collect([*table, message(3, 0, who="user")], role_map=None)[0]) == 3  # a bad row each, not a bad table

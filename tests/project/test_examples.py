@@ -136,3 +136,28 @@ def test_serve_an_export(run, cli, tmp_path):
         assert MANNER.search(answer)
         assert "<|" not in answer
     assert not MANNER.search(base)
+
+
+def test_search(run, tmp_path, monkeypatch):
+    pytest.importorskip("optuna", reason="no Optuna: the extra search is not installed")
+    from phi3_lightning.model import base
+
+    loaded, load = [], base.load
+    monkeypatch.setattr(base, "load", lambda *args, **kwargs: loaded.append(load(*args, **kwargs)) or loaded[-1])
+    text = run("search", FEW, "--trials=6", "--steps=4", "--validations=2", "--lr", "1e-6", "1e-1")
+    assert "6 trials" in text
+    pruned = 0
+    for number in range(6):
+        folder = tmp_path / f"search/trial-{number:03d}"
+        state = torch.load(folder / "last.ckpt", weights_only=True)
+        pruned += state["global_step"] < 4
+        assert all("lora_" in name for name in state["state_dict"])
+        events = EventAccumulator(str(folder)).Reload()
+        assert {"val/loss", "steps"} <= set(events.Tags()["scalars"])
+    assert f"{pruned} of them pruned" in text
+    assert pruned >= 1
+    best = re.search(r"best: ([\d.]+)  .*  (\S+)$", text, re.MULTILINE)
+    assert (tmp_path / best[2] / "best.ckpt").is_file()
+    [one] = loaded
+    before = AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.bfloat16).state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.state_dict().items())

@@ -8,6 +8,7 @@ from phi3_lightning.callbacks.checkpoint import RunCheckpoint
 from phi3_lightning.callbacks.evaluation import EvaluationReport
 from phi3_lightning.callbacks.evaluation_options import Evaluation
 from phi3_lightning.callbacks.failure import RankFailure
+from phi3_lightning.callbacks.live_curve import LiveCurve
 from phi3_lightning.callbacks.monitor import Monitor
 from phi3_lightning.callbacks.out_of_memory import OutOfMemory
 from phi3_lightning.callbacks.predictions import PredictionWriter
@@ -31,6 +32,7 @@ __all__ = [
     "Evaluation",
     "EvaluationReport",
     "LineProgress",
+    "LiveCurve",
     "Monitor",
     "OutOfMemory",
     "PredictionWriter",

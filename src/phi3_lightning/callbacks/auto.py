@@ -35,6 +35,7 @@ class AutoCheckpointing(pl.Callback):
         if largest is not None:
             limit = PLANNED_SHARE_OF_MEMORY * _memory(trainer)[0]
             mode, why = fastest_mode(MemoryPredictor(pl_module.spec()), BatchShape.of(largest), limit)
+            why += "; plan lists what helps" if why.endswith("may not fit") else ""
         checkpoint_activations(pl_module.loaded_model, mode)
         rank_zero_info(f"model.gradient_checkpointing: auto is {mode}: {why}")
 

@@ -38,6 +38,7 @@ from phi3_lightning.jsonl import PartialJsonl
 from phi3_lightning.metrics.answers import Score, scores
 from phi3_lightning.model import loss
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.progress import table_console
 
 
 class EvaluationReport(pl.Callback):
@@ -237,7 +238,7 @@ class EvaluationReport(pl.Callback):
             temporary.write_text(text, encoding="utf-8")
             temporary.replace(folder / f"test.{suffix}")
         bar = live_progress(trainer)  # whose console prints above the bars
-        _print(Console() if bar is None else bar.console, report, [folder / f"test.{suffix}" for suffix in files])
+        _print(table_console() if bar is None else bar.console, report, [folder / f"test.{suffix}" for suffix in files])
 
     @override
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:

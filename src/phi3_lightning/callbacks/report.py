@@ -5,12 +5,13 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
-from rich.console import Console
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from rich.table import Table
 from typing_extensions import override
 
 from phi3_lightning import optim
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.progress import table_console
 
 MIN_EFFECTIVE_CHANGE = 1e-3
 """Total change of an adapter value, about the learning rate times steps, below which a LoRA changes no answer."""
@@ -26,7 +27,8 @@ class RunReport(pl.Callback):
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self._console = Console()
+        self._console = table_console()
+        self._titles = "first", "last"
         self._first: dict[str, float] = {}
         self._last: dict[str, float] = {}
 
@@ -67,7 +69,7 @@ class RunReport(pl.Callback):
     @override
     def on_sanity_check_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if math.isinf(trainer.num_sanity_val_steps):  # all of the validation data, before the first step
-            self._first = _validation_metrics(trainer)
+            self._first, self._titles = _validation_metrics(trainer), ("before", "after")
 
     @override
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -79,7 +81,7 @@ class RunReport(pl.Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
         if self._last:
             table = Table(title="held-out rows")
-            for column in ("", "first", "last"):
+            for column in ("", *self._titles):
                 table.add_column(column, justify="right" if column else "left")
             for name in self._last:
                 table.add_row(name, f"{self._first[name]:.4f}", f"{self._last[name]:.4f}")
@@ -89,6 +91,19 @@ class RunReport(pl.Callback):
             self._print(f"checkpoint: {last} ({last.stat().st_size / 1e6:.1f} MB)")
         if (self.folder / "tensorboard").is_dir():
             self._print(f"curves:     tensorboard --logdir {self.folder / 'tensorboard'}")
+
+    @override
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        if trainer.state.fn != "fit" or not isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            return
+        where = f"stopped at step {trainer.global_step}"
+        last = self.folder / "checkpoints" / "last.ckpt"
+        if isinstance(exception, SIGTERMException):  # upon which RunCheckpoint saves
+            self._print(f"{where}; the same command resumes there, unless trainer.enable_checkpointing is false")
+        elif last.is_file():
+            self._print(f"{where}; the same command resumes from {last}, which may be some steps older")
+        else:
+            self._print(f"{where}, before the first checkpoint; the same command begins again")
 
     @rank_zero_only
     def _print(self, content: str | Table) -> None:

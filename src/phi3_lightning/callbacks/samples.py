@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from typing_extensions import override
@@ -21,6 +20,7 @@ from phi3_lightning.contracts import HasTokenizer, data_module
 from phi3_lightning.evaluate import cases
 from phi3_lightning.generation.decode import generate
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.progress import table_console
 
 
 class Sample(NamedTuple):
@@ -50,7 +50,7 @@ class Samples(pl.Callback):
         self.prompts = prompts
         self.max_new_tokens = max_new_tokens
         self.from_predict = from_predict
-        self._console = Console()
+        self._console = table_console()
         self._validation_batch: Batch | None = None
         self._prompts: PromptBatch | None = None
         self._base_answers: list[str] = []

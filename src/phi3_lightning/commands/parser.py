@@ -3,8 +3,10 @@
 import difflib
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NoReturn
 
+import yaml
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace, set_parsing_settings  # type: ignore[attr-defined]
 from lightning.pytorch import seed_everything
 from lightning.pytorch.cli import LightningArgumentParser
@@ -22,6 +24,8 @@ ELSEWHERE = {
     "--lr_scheduler": "the schedule is --model.schedule.name, .warmup",
 }
 """LightningCLI's own options that have another name here."""
+
+_UNKNOWN_KEY = re.compile(r"(?:Subcommand|Group) '([\w.]+)' does not accept option '([\w.]+)'")
 
 RUN_OPTIONS = (
     "run", "seed_everything", "trainer", "model", "data", "checkpoint", "evaluation", "monitor", "ckpt_path", "resume",
@@ -46,28 +50,59 @@ class RunConfig(ActionConfigFile):
 
 
 class Parser(LightningArgumentParser):
-    """A parser without abbreviations, whose errors name the nearest key."""
+    """A parser without abbreviations, whose errors name the nearest key, and the line of a wrong one in a file."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+        self._files: list[Path] = []
+        """The configurations that were read."""
+
+    @override
+    def parse_path(self, path: Any, *args: Any, **kwargs: Any) -> Namespace:
+        self._files.append(Path(str(path)))
+        config: Namespace = super().parse_path(path, *args, **kwargs)
+        return config
+
+    @override
+    def print_usage(self, file: Any = None) -> None:
+        prog = self.prog.replace(" [options]", "")
+        print(f"usage: {prog} [--config FILE] [--OPTION VALUE ...]", file=file)
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         hints = [hint for option, hint in ELSEWHERE.items() if re.search(rf"{option}\b(?!\.)", message)]
         if re.search(r"\b(model|data)\.(class_path|init_args)", message):
             hints.append("options are directly under model: and data:, without class_path and init_args")
-        for key in _keys_in(message):
-            if new := OPTIONS.get(key):
-                hints.append(f"{key} is called {new} now")
-            else:
-                hints += [f"did you mean {name}?" for name in self._nearest(key)]
-        super().error("\n".join([_one_line(message), *dict.fromkeys(hints)]), ex)
+        if unknown := _UNKNOWN_KEY.search(message):
+            section, key = unknown.groups()
+            parser = getattr(ex, "subcommand_parser", None)  # jsonargparse's, of the command whose option it is
+            key, owner = (key, parser) if isinstance(parser, Parser) else (f"{section}.{key}", self)
+            message = f"{owner._place(key)}key '{key}' is not an option"
+            hints = hints or owner._suggestions(key)
+        else:
+            for key in _keys_in(message):
+                hints += self._suggestions(key)
+            message = _one_line(message)
+        super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
 
     def accept_rest_of_run(self) -> None:
         """Accept and ignore all other options of the configuration of a run."""
         for name in RUN_OPTIONS:
             if not any(action.dest.partition(".")[0] == name for action in self._actions):
                 self.add_argument(f"--{name}", type=Any, default=None, help="Of a run; ignored here.")
+
+    def _suggestions(self, key: str) -> list[str]:
+        """Return what may have been meant by an unknown key, in words."""
+        if new := OPTIONS.get(key):
+            return [f"{key} is called {new} now"]
+        return [f"did you mean {name}?" for name in self._nearest(key)]
+
+    def _place(self, key: str) -> str:
+        """Return file and line of a key, of the last configuration that has it, before a message."""
+        for path in reversed(self._files):
+            if (line := _line_of(path, key)) is not None:
+                return f"{path}:{line}: "
+        return ""
 
     def _nearest(self, key: str) -> list[str]:
         known = [action.dest for action in self._actions]
@@ -130,6 +165,18 @@ def _one_line(message: str) -> str:
     lines = [line.strip(" -") for line in reasons.rpartition("Errors:")[2].splitlines()]
     reason = "; ".join(filter(None, lines)).replace(":; ", ": ")
     return f"{key}: {' '.join(value.split())} cannot be used: {reason}"
+
+
+def _line_of(path: Path, key: str) -> int | None:
+    """Return the line of a key path in a YAML file; None where it has no such key."""
+    node, line = yaml.compose(path.read_text(encoding="utf-8")), None
+    for name in key.split("."):
+        entries = node.value if isinstance(node, yaml.MappingNode) else []
+        entry = next(((key, value) for key, value in entries if key.value == name), None)
+        if entry is None:
+            return None
+        line, node = entry[0].start_mark.line + 1, entry[1]
+    return line
 
 
 def _keys_in(message: str) -> list[str]:

@@ -9,13 +9,22 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from huggingface_hub import try_to_load_from_cache
 from jsonargparse import Namespace
+from jsonargparse.typing import restricted_string_type
 from rich.console import Console
 
 from phi3_lightning.callbacks import Evaluation
 from phi3_lightning.commands.measure import Measurement, measure
 from phi3_lightning.commands.parser import Parser, command_parser, prepare
-from phi3_lightning.commands.plan_tables import answers_line, measured_table, memory_table, run_line, suggestion_table
+from phi3_lightning.commands.plan_tables import (
+    answers_line,
+    measured_table,
+    memory_table,
+    run_line,
+    suggestion_table,
+    verdict,
+)
 from phi3_lightning.commands.planned_answers import PlannedAnswers, planned_answers
 from phi3_lightning.commands.planned_rows import PlannedRows, planned_rows
 from phi3_lightning.commands.quiet import quieten_trainers
@@ -31,12 +40,12 @@ from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.module import Phi3LoRAModule
 from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step
 from phi3_lightning.planning.length import run_length
-from phi3_lightning.planning.memory import MemoryPredictor
+from phi3_lightning.planning.memory import Memory, MemoryPredictor
 from phi3_lightning.planning.published_configs import PUBLISHED, write_config
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.speed import least_seconds, timed_seconds
 from phi3_lightning.planning.step import BatchShape
-from phi3_lightning.planning.suggestions import suggestions
+from phi3_lightning.planning.suggestions import Suggestion, suggestions
 from phi3_lightning.preferences import learns_from
 from phi3_lightning.progress import phase_progress
 
@@ -50,6 +59,12 @@ def parser() -> Parser:
     result.add_class_arguments(Evaluation, "evaluation")
     result.add_argument(
         "--measure", action="store_true", help="Load the base, take three steps, and set them beside the prediction."
+    )
+    result.add_argument(
+        "--memory",
+        type=restricted_string_type("Gigabytes", r"^\d+(\.\d+)?\s*(GB)?$") | None,
+        default=None,
+        help="Memory of the device, such as 16GB, in 10^9 bytes. null: that of this machine's device.",
     )
     result.accept_rest_of_run()
     return result
@@ -102,21 +117,27 @@ class Plan:
         self.spec = self.predictor.spec
 
     def _readable_base(self, options: dict[str, Any]) -> dict[str, Any]:
-        """The options of the module, with the published shapes of a base that cannot be reached."""
+        """The options of the module, with the published shapes of a base that is not on this machine."""
         module = Phi3LoRAModule(**options)
+        published = module.base in PUBLISHED
+        if published and module.revision is None and not self.config.measure and not _is_here(module.base):
+            return self._published_base(options, module.base)
         try:
             module.check_base()
         except ModelError as error:
             unknown = module.revision is not None and refusal(error, module.base, module.revision)
-            if module.base in PUBLISHED and isinstance(error.__cause__, OSError) and not unknown:
-                self.on_begin(f"{module.base} cannot be reached; the shapes that it was published with are taken")
-                self._shapes = tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-")
-                write_config(module.base, Path(self._shapes.name))
-                return options | {"base": self._shapes.name, "base_id": module.base}
+            if published and isinstance(error.__cause__, OSError) and not unknown:
+                return self._published_base(options, module.base)
             if not Path(module.base).is_dir():
                 error.add_note("plan reads config.json alone: --model.base FOLDER with that file needs no network")
             raise
         return options
+
+    def _published_base(self, options: dict[str, Any], base: str) -> dict[str, Any]:
+        self.on_begin(f"{base} is not on this machine; the shapes that it was published with are taken")
+        self._shapes = tempfile.TemporaryDirectory(prefix="phi3-lightning-plan-")
+        write_config(base, Path(self._shapes.name))
+        return options | {"base": self._shapes.name, "base_id": base}
 
     @property
     def _device(self) -> torch.device | None:
@@ -200,6 +221,14 @@ class Plan:
         if answers is not None:
             console.print(answers_line(answers), soft_wrap=True)
         self._print_length(console, None if seconds is None else self.spec.ranks * shape.tokens / seconds, answers)
+        console.print(self._verdict(memory, helpful), soft_wrap=True)
+
+    def _verdict(self, memory: Memory, helpful: list[Suggestion]) -> str:
+        if self.config.memory is not None:
+            return verdict(memory, 1e9 * float(self.config.memory.removesuffix("GB")), helpful)
+        if self._device is None:
+            return "whether it fits is unknown: there is no GPU here; give its size, such as --memory 16GB"
+        return verdict(memory, device_memory(self._device)[1], helpful)
 
     def _describe_batch(self) -> str:
         shape = self.rows.shape
@@ -249,6 +278,11 @@ class Plan:
             val_check_interval=interval if counted else None,
         )
         console.print(run_line(length, tokens_per_second, answers if counted else None), soft_wrap=True)
+
+
+def _is_here(base: str) -> bool:
+    """Whether the configuration of a base is in a folder or in the hub's cache."""
+    return Path(base).is_dir() or isinstance(try_to_load_from_cache(base, "config.json"), str)
 
 
 def _on_gpu(accelerator: str) -> bool:

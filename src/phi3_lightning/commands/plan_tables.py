@@ -6,6 +6,7 @@ from rich.table import Table
 
 from phi3_lightning.commands.measure import Measurement
 from phi3_lightning.commands.planned_answers import PlannedAnswers
+from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY
 from phi3_lightning.planning.length import Length
 from phi3_lightning.planning.memory import Memory
 from phi3_lightning.planning.step import BatchShape
@@ -77,6 +78,25 @@ def answers_line(answers: PlannedAnswers) -> str:
         f"answers: {answers.rows:,} rows in {every}, at most {_time(answers.seconds)} "
         f"(model.generation.max_new_tokens {answers.new_tokens}, evaluation.val_rows)"
     )
+
+
+def verdict(memory: Memory, room: float, suggestions: list[Suggestion]) -> str:
+    """Return whether a run fits into the memory of its device, and the smallest change with which it does.
+
+    Args:
+        memory: The predicted peak.
+        room: Bytes of the device.
+        suggestions: Changes, the most helpful first.
+    """
+    figures = f"{memory.total / 1e9:.1f} of {room / 1e9:.1f} GB"
+    limit = PLANNED_SHARE_OF_MEMORY * room
+    if memory.total <= limit:
+        return f"fits: {figures}"
+    line = f"does not fit: {figures}" if memory.total > room else f"may not fit: {figures}; predictions are not exact"
+    smaller = [suggestion for suggestion in suggestions if suggestion.memory.total <= limit]
+    if smaller:
+        return f"{line}; with {smaller[-1].change} it would"
+    return f"{line}; none of the changes is enough by itself"
 
 
 def run_line(length: Length, tokens_per_second: float | None, answers: PlannedAnswers | None = None) -> str:

@@ -86,6 +86,9 @@ class RowOptions:
     train_on: Literal["assistant", "last", "all"] = "assistant"
     """Whose contents are trained: all of the assistant's, its last, or everyone's. Messages with weight: 0,
     train: false or another tool's key for it never are, nor is the prompt of a preference."""
+    empty_answer: Literal["keep", "drop"] = "keep"
+    """Whether a chat of which an empty answer would be trained is kept and counted, or left out. An empty answer
+    teaches the model to say nothing."""
     max_length: int = 2048
     """Maximum number of tokens in a row; for pairs, in each of the two conversations, and a row holds twice as many."""
     truncation: Literal["drop", "truncate_end", "truncate_turns", "split"] = "drop"

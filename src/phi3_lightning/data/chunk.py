@@ -49,12 +49,14 @@ class Chunk(NamedTuple):
     """The label of each document, true if it has none, shape (documents,)."""
     kinds: dict[Kind, int]
     """The number of the first row of each kind."""
-    dropped: dict[str, int]
-    """Rows left out, by reason."""
+    dropped_rows: dict[str, list[int]]
+    """The numbers of the rows that are left out, by reason."""
     bad: list[tuple[int, str]]
     """Number and error of each row that cannot be used."""
     cut: int
     """Rows that were truncated."""
+    empty: int
+    """Rows of which an empty answer is trained."""
     unused: dict[str, int]
     """Rows with each field that nothing reads, by the field's name."""
     ids: list[str | None]
@@ -63,6 +65,11 @@ class Chunk(NamedTuple):
     """A number for the group of each document's row, shape (documents,)."""
     hashes: NDArray[np.int64]
     """A hash of the tokens of each document, shape (documents,)."""
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """How many rows are left out, by reason."""
+        return {reason: len(rows) for reason, rows in self.dropped_rows.items()}
 
     def documents(self, document_ids: Iterable[int]) -> list[Document]:
         """Return the documents, all of one kind, with these ids."""

@@ -40,6 +40,12 @@ class Conversation:
     tools: list[Any] | str | None = None
     """The functions that may be called, perhaps as JSON, under ``data.tools: native``."""
 
+    @property
+    def has_empty_answer(self) -> bool:
+        """Whether the content of a trained message is blank, so that its end alone is trained."""
+        pairs = zip(self.messages, self.trained, strict=True)
+        return any(trained and not message["content"].strip() for message, trained in pairs)
+
 
 @dataclass(frozen=True, slots=True)
 class PreferencePair:

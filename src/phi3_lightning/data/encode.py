@@ -4,7 +4,7 @@ import hashlib
 import json
 import multiprocessing
 import os
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -74,28 +74,35 @@ class Encoder:
         """Tokenise the rows that can be used, and report why others cannot."""
         documents: list[tuple[_ParsedRow, TokenizedDocument]] = []
         bad: list[tuple[int, str]] = []
-        dropped: Counter[str] = Counter()
+        dropped: defaultdict[str, list[int]] = defaultdict(list)
         unused: Counter[str] = Counter()
-        cut = 0
+        cut = empty = 0
         parsed = [self._parse(number, row, unused) for number, row in job.rows]
         for row, encoded in zip(parsed, self._tokenise([row.item for row in parsed]), strict=True):
             if isinstance(encoded, BadRowError):
                 bad.append((row.number, str(encoded)))
-                dropped[encoded.reason] += 1
+                dropped[encoded.reason].append(row.number)
+                continue
+            has_empty_answer = not self.prompts and isinstance(row.item, Conversation) and row.item.has_empty_answer
+            if has_empty_answer and self.options.empty_answer == "drop":
+                dropped["empty answer"].append(row.number)
                 continue
             pieces = self._fit(row.item, encoded)
             usable = [piece for piece in pieces if self.prompts or is_trained(piece)]
             documents += [(row, piece) for piece in usable]
             if usable:
                 cut += pieces != [encoded]
+                empty += has_empty_answer
             else:
-                dropped["nothing to train" if pieces else f"longer than max_length {self.options.max_length}"] += 1
+                reason = "nothing to train" if pieces else f"longer than max_length {self.options.max_length}"
+                dropped[reason].append(row.number)
         return Chunk(
             source=job.source,
             read=len(job.rows),
-            dropped=dict(dropped),
+            dropped_rows=dict(dropped),
             bad=bad,
             cut=cut,
+            empty=empty,
             unused=dict(unused),
             ids=[row.id for row, _ in documents],
             groups=np.array([row.group for row, _ in documents], dtype=np.int64),

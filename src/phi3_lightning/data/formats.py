@@ -1,7 +1,9 @@
 """A row of any known format becomes a conversation, a preference, a text, or tokens; or a bad row, with the reason."""
 
+import re
 from collections import Counter
 from collections.abc import Mapping
+from shlex import quote
 from typing import Any
 
 from phi3_lightning.config.data import FORMATS, RowOptions
@@ -119,16 +121,18 @@ def suggest_table(columns: list[str]) -> str:
         "conversation_column": ("conversation", "thread", "ticket", "session", "dialog", "chat", "case"),
         "role_column": ("role", "author", "sender", "speaker", "from"),
         "content_column": ("content", "message", "text", "body", "utterance"),
-        "order_column": ("order", "time", "date", "created", "index", "turn", "position"),
+        "order_column": ("order", "time", "date", "created", r"sent\b", "index", "turn", "position"),
     }
     guess: dict[str, str] = {}
     for option, words in hints.items():
-        matches = (c for word in words for c in columns if word in c.lower() and c not in guess.values())
+        others = {column: re.sub(r"[\W_]+", " ", column.lower()) for column in columns if column not in guess.values()}
+        matches = (column for word in words for column, name in others.items() if re.search(rf"\b{word}", name))
         if column := next(matches, None):
             guess[option] = column
     if not {"conversation_column", "role_column", "content_column"} <= guess.keys():
         return ""
-    return "; one message a row? Try " + " ".join(f"--data.{option} {column}" for option, column in guess.items())
+    options = [f"--data.{option} {quote(column)}" for option, column in guess.items()]
+    return f"; one message a row? Try {' '.join(options)}"
 
 
 def _names(fields: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import logging
 import shutil
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from phi3_lightning.config.data import RowOptions
+from phi3_lightning.data.bad_rows import LISTED_PLACES, BadRows
 from phi3_lightning.data.chunk import Chunk, Job, note_kinds
 from phi3_lightning.data.code_fingerprint import code_fingerprint
 from phi3_lightning.data.conversation import Kind
@@ -46,7 +47,6 @@ _SCHEMA = pa.schema(
     }
 )
 _CHUNK_ROWS = 512  # tokenised and written together
-_LISTED_ROWS = 10  # bad rows that an error names one by one
 
 
 def prepare(
@@ -114,13 +114,13 @@ def _publish(folder: Path, final: Path) -> None:
 
 def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: str, num_proc: int) -> None:
     """Write the rows of all sources, and their statistics, into a folder."""
-    totals = Counter(kept=0, cut=0, tokens=0, supervised_tokens=0)
+    totals = Counter(kept=0, cut=0, empty=0, tokens=0, supervised_tokens=0)
     by_source = [0] * len(sources)
     dropped: Counter[str] = Counter()
+    dropped_rows: defaultdict[str, list[tuple[int, int]]] = defaultdict(list)
     unused: Counter[str] = Counter()
     kinds: dict[Kind, str] = {}
-    bad: list[str] = []
-    bad_rows = 0
+    bad = BadRows()
     with (
         count_progress("tokenising", "rows") as advance,
         pa.OSFile(str(folder / "data.arrow"), "wb") as file,
@@ -130,19 +130,26 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
             note_kinds(kinds, chunk, sources[chunk.source])
             by_source[chunk.source] += chunk.read
             dropped.update(chunk.dropped)
+            for reason, rows in chunk.dropped_rows.items():
+                first = dropped_rows[reason]
+                first += [(chunk.source, row) for row in rows[: LISTED_PLACES - len(first)]]
             unused.update(chunk.unused)
-            bad_rows += len(chunk.bad)
-            bad += [f"{sources[chunk.source].place(row)}: {why}" for row, why in chunk.bad[: _LISTED_ROWS - len(bad)]]
+            for row, why in chunk.bad:
+                bad.add(sources[chunk.source].place(row), why)
             supervised = chunk.spans[1::2] - np.maximum(chunk.spans[0::2], 1)  # a first token never is
-            totals.update(kept=len(chunk.lengths), cut=chunk.cut)
+            totals.update(kept=len(chunk.lengths), cut=chunk.cut, empty=chunk.empty)
             totals.update(tokens=int(chunk.lengths.sum()), supervised_tokens=int(supervised.sum()))
             if len(chunk.lengths):
                 writer.write_batch(_record_batch(chunk))
             advance(chunk.read)
-    _report_bad_rows(bad, bad_rows, sum(by_source), on_bad_row)
+    if bad.count and on_bad_row == "raise":
+        raise DataError(bad.error(sum(by_source)))
+    if bad.count:
+        log.warning("%d of %d rows are left out:\n%s", bad.count, sum(by_source), bad)
     statistics = Statistics(
         read=sum(by_source),
         dropped=dict(dropped),
+        dropped_rows=dict(dropped_rows),
         unused=dict(unused),
         by_source=by_source,
         kind=next(iter(kinds), "chat"),
@@ -152,19 +159,6 @@ def _build(folder: Path, sources: list[Source], encoder: Encoder, on_bad_row: st
         names = ", ".join(sorted({source.name() for source in sources}))
         raise DataError(f"{names}: no row is left to use: {statistics}; check data.max_length and the rows")
     (folder / "statistics.json").write_text(json.dumps(asdict(statistics)), encoding="utf-8")
-
-
-def _report_bad_rows(bad: list[str], count: int, read: int, on_bad_row: str) -> None:
-    listing = "\n".join(f"  {line}" for line in bad)
-    if count > len(bad):
-        listing += f"\n  and {count - len(bad)} more"
-    if bad and on_bad_row == "raise":
-        raise DataError(
-            f"{count} of {read} rows cannot be used:\n{listing}\n"
-            "Fix them, or set data.on_bad_row: skip to leave such rows out."
-        )
-    if bad:
-        log.warning("%d of %d rows are left out:\n%s", count, read, listing)
 
 
 def _jobs(sources: list[Source], options: RowOptions) -> Iterator[Job]:

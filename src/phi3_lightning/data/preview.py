@@ -1,6 +1,7 @@
 """A preview of the data: some documents as the model will see them, and statistics."""
 
 from dataclasses import dataclass
+from html import escape
 from itertools import groupby
 
 import numpy as np
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from phi3_lightning.batch.segments import Segment, segments
 from phi3_lightning.config.data import Split
+from phi3_lightning.contracts import Origin
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.copies import Part, repeated, shared
 from phi3_lightning.data.datamodule import ChatDataModule
@@ -35,6 +37,10 @@ class Preview:
     samples: list[tuple[str, list[Segment]]]
     """Place and segments of the first documents; a pair has one for each side."""
 
+    def _repr_html_(self) -> str:
+        """Return the page for the output of a notebook's cell, in a frame, so that its style stays its own."""
+        return f'<iframe srcdoc="{escape(render_html(self))}" width="100%" height="760" frameborder="0"></iframe>'
+
 
 def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int = 3) -> Preview:
     """Preview a split of a data module after its setup, with its first few documents."""
@@ -42,11 +48,16 @@ def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int 
     first = np.sort(plan.documents)[:rows].tolist()
     lengths = prepared.lengths()[plan.documents]
     samples = [
-        (f"{place}{_note(document, side)}", _segments(side, datamodule.tokenizer))
-        for place, document in zip(prepared.describe(first), prepared.documents(first), strict=True)
+        (f"{_place(origin)}{_note(document, side)}", _segments(side, datamodule.tokenizer))
+        for origin, document in zip(prepared.origins(first), prepared.documents(first), strict=True)
         for side in document.sides()
     ]
     return Preview(_facts(datamodule, split), _histogram(lengths), samples)
+
+
+def _place(origin: Origin) -> str:
+    """The place of a row, and its own id, such as that of a conversation in a table."""
+    return origin.place if origin.id is None else f"{origin.place}, id {origin.id}"
 
 
 def _note(document: Document, side: Document) -> str:
@@ -94,14 +105,15 @@ def _facts(datamodule: ChatDataModule, split: Split) -> dict[str, str]:
     prepared, plan, options = datamodule.prepared[split], datamodule.plans[split], datamodule.options
     statistics = prepared.statistics
     lengths = prepared.lengths()[plan.documents]
-    rows = len(plan.rows) - 1
+    rows, places = len(plan.rows) - 1, prepared.dropped_places()
     quantiles = np.quantile(lengths, [0, 0.25, 0.5, 0.75, 0.95, 1]).astype(int)
     spans = int(np.diff(np.asarray(prepared.table.data.column("spans").combine_chunks().offsets)).sum()) // 2
     facts = {
         **prepared.files(),
         "rows read": f"{statistics.read:,}",
         "documents kept": f"{statistics.kept:,}" + (f", {statistics.cut:,} cut" if statistics.cut else ""),
-        **{f"dropped: {reason}": f"{count:,}" for reason, count in statistics.dropped.items()},
+        **{f"dropped: {reason}": f"{statistics.dropped[reason]:,}: {rows}" for reason, rows in places.items()},
+        **({"empty answers": f"{statistics.empty:,}: such rows teach to say nothing"} if statistics.empty else {}),
         **({"fields not used": unused} if (unused := name_unused(statistics.unused)) else {}),
         f"documents in {split}": f"{len(lengths):,}",
         **preference_facts(prepared, plan.documents),

@@ -76,6 +76,8 @@ def report_rows(split: Split, prepared: TokenizedDataset) -> None:
     for name, files in prepared.files().items():
         rank_zero_info(f"{split}: {name}: {files}")
     rank_zero_info(f"{split}: {prepared.statistics}")
+    for reason, rows in prepared.dropped_places().items():
+        rank_zero_info(f"{split}: dropped, {reason}: {rows}")
     if unused := name_unused(prepared.statistics.unused):
         rank_zero_info(f"{split}: fields that are not used: {unused}")
 

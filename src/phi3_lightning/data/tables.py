@@ -5,23 +5,28 @@ With the options of such a table, every row must be a message. The other columns
 messages.
 """
 
+import json
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from datetime import date, datetime
 from decimal import Decimal
 from math import isfinite
+from shlex import quote
 from typing import Any, Final, NamedTuple
 from uuid import UUID
 
 from phi3_lightning.config.data import RowOptions
 from phi3_lightning.data.conversation import BadRowError, kind_of
 from phi3_lightning.data.keys import ID
+from phi3_lightning.data.message_fields import ROLES
 from phi3_lightning.data.readers import Row, decode_line
 from phi3_lightning.data.sources import Source
 from phi3_lightning.errors import DataError
 
 _NO_VALUE: Final = {"", "nan", "none", "null", "<na>", "nat", "na", "n/a", "#n/a", "undefined"}  # in lower case
 _ROUNDED: Final = re.compile(r"\d[.,]\d+E\+\d+", re.IGNORECASE)  # how spreadsheets write long numbers
+_LISTED_SPEAKERS: Final = 6
 _EXACT: Final = 2**53  # floats below hold each whole number
 
 SortKey = tuple[str, int | float | Decimal | datetime]
@@ -76,6 +81,7 @@ class _Table:
         self._by_option = {option: getattr(options, option) for option in names}
         self._id, self._role, self._content, self._order = self._by_option.values()
         self._name = name
+        self._role_map = options.role_map or {}
         self._aliases = options.columns or {}
         self._shared = {"system", "tools", options.group_by, *self._aliases.values()}
         self._columns: dict[str, Any] = {}  # an ordered set
@@ -101,6 +107,25 @@ class _Table:
             orders = [message.fields.get(self._order) for messages in self._chats.values() for message in messages]
             if all(_sort_key(order) is None for order in orders):
                 raise DataError(f"{self._name}: {_no_order(orders, self._order)}")
+        self._check_roles()
+
+    def _check_roles(self) -> None:
+        """Refuse a table of which no speaker has a known role, with a mapping to begin with."""
+        speakers = Counter(
+            str(message.fields.get(self._role)) for messages in self._chats.values() for message in messages
+        )
+        if not speakers or any(speaker in ROLES or speaker in self._role_map for speaker in speakers):
+            return
+        first = Counter(str(messages[0].fields.get(self._role)) for messages in self._chats.values())
+        asks = first.most_common(1)[0][0]
+        names = [name for name, _ in speakers.most_common(_LISTED_SPEAKERS)]
+        guess = {asks: "user"} | {name: "assistant" for name in names if name != asks}
+        counts = ", ".join(f"{name!r} ({speakers[name]:,})" for name in names)
+        option = quote(json.dumps(guess, ensure_ascii=False))
+        raise DataError(
+            f"{self._name}: {self._role!r} (data.role_column) has none of the roles {', '.join(ROLES)}, but {counts}; "
+            f"say which of them asks and which answers, as in --data.role_map {option}"
+        )
 
     def conversations(self) -> Iterator[Row]:
         for key, messages in self._chats.items():

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from phi3_lightning.contracts import Origin
+from phi3_lightning.data.bad_rows import name_places
 from phi3_lightning.data.collate import Document
 from phi3_lightning.data.conversation import Kind
 from phi3_lightning.data.files import listing
@@ -39,12 +40,17 @@ class Statistics:
     """Rows of each source."""
     kind: Kind = "chat"
     """The kind of all rows. A pair is one document."""
+    empty: int = 0
+    """Rows of which an empty answer is trained."""
+    dropped_rows: dict[str, list[tuple[int, int]]] = field(default_factory=dict)
+    """Source and number of the first rows left out, by reason."""
 
     def __str__(self) -> str:
         dropped = "".join(f", {count} dropped ({reason})" for reason, count in self.dropped.items())
         trained = f", {self.supervised_tokens / self.tokens:.1%} of them trained" if self.supervised_tokens else ""
         cut = f", {self.cut} cut" if self.cut else ""
-        return f"{self.read} rows read, {self.kept} kept{cut}{dropped}; {self.tokens} tokens{trained}"
+        empty = f", {self.empty} of them with an empty answer" if self.empty else ""
+        return f"{self.read} rows read, {self.kept} kept{empty}{cut}{dropped}; {self.tokens} tokens{trained}"
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,14 @@ class TokenizedDataset:
     def describe(self, indices: list[int]) -> list[str]:
         """Return the place of each document, such as ``chats.jsonl:12``."""
         return [origin.place for origin in self.origins(indices)]
+
+    def dropped_places(self) -> dict[str, str]:
+        """Return the first rows that were left out, by reason."""
+        statistics = self.statistics
+        return {
+            reason: name_places([self.sources[source].place(row) for source, row in rows], statistics.dropped[reason])
+            for reason, rows in statistics.dropped_rows.items()
+        }
 
     def files(self) -> dict[str, str]:
         """Return what was read, with its rows, and what was left out, as text."""

@@ -30,7 +30,7 @@ def fastest_mode(predictor: MemoryPredictor, shape: BatchShape, room: float) -> 
 
     ``room`` is the bytes for the largest micro-batch, besides base and process.
     """
-    where = f"of {room / 1e9:.1f} GB of memory"
+    where = f"of {max(room, 0.0) / 1e9:.1f} GB of memory"
     if (bound := upper_bound(predictor.spec, shape)) <= room:
         return "none", f"the largest batch takes less than {bound / 1e9:.1f} {where}"
     modes = _modes(predictor.spec)
@@ -39,7 +39,7 @@ def fastest_mode(predictor: MemoryPredictor, shape: BatchShape, room: float) -> 
         needed = memory.total - memory.base - memory.process
         if needed <= room:
             return mode, f"the largest batch takes {needed / 1e9:.1f} {where}"
-    return modes[-1], f"the largest batch takes {needed / 1e9:.1f} {where}; it may not fit, and plan says what helps"
+    return modes[-1], f"the largest batch takes {needed / 1e9:.1f} {where}; it may not fit"
 
 
 def _modes(spec: RunSpec) -> list[CheckpointingMode | int]:
