@@ -26,6 +26,7 @@ from phi3_lightning.model import packed_attention
 from phi3_lightning.model.activation_checkpointing import Checkpointing, check_device, checkpoint_activations, mode_of
 from phi3_lightning.model.compile import Compilation, choose_compilation, uncompile_layers
 from phi3_lightning.model.precision import check_precision
+from phi3_lightning.optim import check_optimizer
 from phi3_lightning.planning.spec import RunSpec
 
 
@@ -104,13 +105,17 @@ class Base:
         return build_placeholder_model(self.config(), getattr(torch, self.dtype), attention, device)
 
 
-def check_trainer(trainer: pl.Trainer, mode: Checkpointing, dtype: base_model.DType, *, fitting: bool) -> None:
-    """Refuse a device, a strategy or a precision that cannot train the adapter."""
+def check_trainer(
+    trainer: pl.Trainer, mode: Checkpointing, dtype: base_model.DType, optimizer: Optimizer, stage: str
+) -> None:
+    """Refuse a device, a strategy, a precision or an optimiser that cannot train the adapter."""
     device = trainer.strategy.root_device.type
     check_accelerator(device)
     check_strategy(trainer.strategy)
     check_device(mode, device)
-    check_precision(trainer.precision, dtype, fitting=fitting)
+    check_precision(trainer.precision, dtype, fitting=stage == "fit")
+    if stage == "fit":
+        check_optimizer(optimizer)
 
 
 def sharding_of(

@@ -30,6 +30,7 @@ from phi3_lightning.errors import DataError, Phi3LightningError
 from phi3_lightning.files import file_error, writing
 from phi3_lightning.hardware import check_accelerator, check_platform, program
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.optim import check_optimizer
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
 DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
@@ -154,6 +155,7 @@ class Phi3CLI(LightningCLI):
                 preferences.check_data(self.model.objective, self.datamodule)
             if self.subcommand == "fit":
                 check_monitors(trainer.callbacks, self.model.objective)
+                check_optimizer(self.model.optimizer_config)
             try:
                 self.general.validate_sources()
             except DataError as error:

@@ -17,7 +17,7 @@ from phi3_lightning.renamed import OPTIONS
 set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=False)
 
 ELSEWHERE = {
-    "--optimizer": "the optimiser is --model.optimizer.name, .lr, .weight_decay",
+    "--optimizer": "the optimiser is --model.optimizer.name or .class_path, .lr, .weight_decay",
     "--lr_scheduler": "the schedule is --model.schedule.name, .warmup",
 }
 """LightningCLI's own options that have another name here."""
@@ -49,6 +49,14 @@ class Parser(LightningArgumentParser):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    @override
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        names = super().add_lightning_class_args(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "model.optimizer":  # which has an option class_path that names no subclass of the section
+                vars(action)["basetype"] = None
+        return names
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
