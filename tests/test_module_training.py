@@ -185,7 +185,7 @@ def test_warmup_that_outlasts_the_run_is_refused_before_the_first_step(tmp_path,
 
 def test_a_run_without_end_needs_a_constant_schedule(tmp_path, tiny_base):
     endless = {"max_epochs": -1, "max_time": {"seconds": 1}}
-    with pytest.raises(ConfigError, match=r"model\.schedule\.name: cosine falls to 0 at the end of the run"):
+    with pytest.raises(ConfigError, match=r"model\.schedule\.name: cosine falls until the end of the run"):
         fit(tmp_path, small(tiny_base), batches(2), **endless)
 
     class Stop(pl.Callback):

@@ -11,7 +11,7 @@ from lightning.pytorch.loggers import CSVLogger
 from peft import LoraConfig, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import Phi3ForCausalLM
+from transformers import Phi3ForCausalLM, get_scheduler
 
 import phi3_lightning
 import synthetic
@@ -19,7 +19,14 @@ from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.adapters.peft_backend import PeftAdapter
 from phi3_lightning.config import Optimizer, Schedule
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.optim import apply_config_to_restored_optimizer, make_optimizer, make_schedule, warmup_steps
+from phi3_lightning.optim import (
+    apply_config_to_restored_optimizer,
+    decay_steps,
+    make_optimizer,
+    make_schedule,
+    prepare_states,
+    warmup_steps,
+)
 
 LR = 0.5
 TINY = str(Path(phi3_lightning.__file__).parent / "assets/tiny_phi3")
@@ -41,18 +48,108 @@ FORMULAS = {
     "linear": lambda done: 1 - done,
     "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
     "constant": lambda done: 1.0,
+    "wsd": lambda done: 1 - math.sqrt(max(0, (done - 0.75) / 0.25)),
 }
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("warmup", [0, 4])
-def test_schedule_is_its_formula(name, warmup):
-    total = 20
+@pytest.mark.parametrize("least", [0.0, 0.1])
+def test_schedule_is_its_formula(name, warmup, least):
+    total, least = 20, least * (name != "constant")
+    decay = {"decay": (total - warmup) // 4} if name == "wsd" else {}
     expected = [
-        LR * (step / warmup if step < warmup else FORMULAS[name]((step - warmup) / (total - warmup)))
+        LR
+        * (step / warmup if step < warmup else least + (1 - least) * FORMULAS[name]((step - warmup) / (total - warmup)))
         for step in range(total)
     ]
-    assert rates(Schedule(name, warmup), total, total) == pytest.approx(expected, rel=1e-12)  # float64 arithmetic
+    seen = rates(Schedule(name, warmup, least, **decay), total, total)
+    assert seen == pytest.approx(expected, rel=1e-12)  # float64 arithmetic
+    assert rates(Schedule(name, warmup, least, **decay), total, total + 3)[total:] == pytest.approx(
+        [LR * (1 if name == "constant" else least)] * 3
+    )  # beyond the end it stays
+
+
+@pytest.mark.parametrize(
+    ("ours", "theirs", "options"),
+    [
+        (Schedule("linear", 4), "linear", {}),
+        (Schedule("cosine", 4), "cosine", {}),
+        (Schedule("constant", 4), "constant_with_warmup", {}),
+        (Schedule("cosine", 4, 0.25), "cosine_with_min_lr", {"min_lr_rate": 0.25}),
+        (Schedule("wsd", 4, decay=8), "warmup_stable_decay", {"num_decay_steps": 8, "decay_type": "1-sqrt"}),
+    ],
+)
+def test_schedules_are_those_of_transformers_to_the_bit(ours, theirs, options):
+    optimizer = torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=LR)
+    scheduler = get_scheduler(theirs, optimizer, 4, 20, scheduler_specific_kwargs=options)
+    expected = []
+    for _ in range(20):
+        expected.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    assert rates(ours, 20, 20) == expected
+
+
+@pytest.mark.parametrize(
+    ("schedule", "total", "steps"),
+    [
+        (Schedule("wsd", 0), 100, 20),
+        (Schedule("wsd", 0, decay=0.25), 101, 26),
+        (Schedule("wsd", 0.5, decay=0.5), 3, 1),  # both round up, and the warm-up wins
+        (Schedule("wsd", 0, decay=7), 10, 7),
+        (Schedule("wsd", 3, decay=7), 10, 7),
+        (Schedule("wsd"), 1, 1),
+        (Schedule("cosine", 3), 10, 7),
+        (Schedule("constant", 3), math.inf, 0),
+    ],
+)
+def test_a_decay_fraction_rounds_up_and_a_number_is_exact(schedule, total, steps):
+    assert decay_steps(schedule, total) == steps
+
+
+def test_a_decay_that_outlasts_the_run_is_refused():
+    with pytest.raises(
+        ConfigError, match=r"model\.schedule\.decay: 8 steps of decay in a run of 10 .* 3 of them warm-up"
+    ):
+        decay_steps(Schedule("wsd", 3, decay=8), 10)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"name": "constant", "min_lr_ratio": 0.1}, "min_lr_ratio: 0.1 .*constant does not fall"),
+        ({"min_lr_ratio": 1.0}, "min_lr_ratio: 1.0 .*fraction"),
+        ({"min_lr_ratio": -0.1}, "min_lr_ratio: -0.1 .*fraction"),
+        ({"name": "cosine", "decay": 0.1}, "decay: 0.1 .*cosine has no separate decay"),
+        ({"name": "wsd", "decay": 0}, "decay: 0 .*whole number"),
+        ({"name": "wsd", "decay": 1.5}, r"decay: 1\.5 .*fraction"),
+        ({"name": "wsd", "warmup": 0.5, "decay": 0.6}, r"decay: 0\.6 .*more than the whole run"),
+    ],
+)
+def test_an_option_that_a_schedule_has_no_use_for_is_refused(options, message):
+    with pytest.raises(ConfigError, match=rf"^model\.schedule\.{message}"):
+        Schedule(**options)
+
+
+def test_a_run_of_wsd_is_extended_from_before_its_decay():
+    schedule = Schedule("wsd", 2, decay=4)
+    whole = rates(schedule, 20, 20)
+    assert rates(schedule, 10, 6) == whole[:6]
+    optimizer = make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer(lr=LR), fused=False)
+    first = make_schedule(optimizer, schedule, 10)
+    for _ in range(6):
+        optimizer.step()
+        first.step()
+    again = make_schedule(optimizer, schedule, 20)
+    again.load_state_dict(first.state_dict())
+    apply_config_to_restored_optimizer(optimizer, again, Optimizer(lr=LR))
+    resumed = []
+    for _ in range(14):
+        resumed.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        again.step()
+    assert resumed == whole[6:]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +183,12 @@ def test_a_run_without_end_takes_a_constant_schedule_with_a_number_of_steps():
 
 @pytest.mark.parametrize(
     ("schedule", "key"),
-    [(Schedule("cosine", 2), "name"), (Schedule("linear", 2), "name"), (Schedule("constant", 0.1), "warmup")],
+    [
+        (Schedule("cosine", 2), "name"),
+        (Schedule("linear", 2), "name"),
+        (Schedule("wsd", 2), "name"),
+        (Schedule("constant", 0.1), "warmup"),
+    ],
 )
 def test_a_run_without_end_refuses_what_needs_an_end(schedule, key):
     with pytest.raises(ConfigError, match=rf"model\.schedule\.{key}: "):
@@ -151,11 +253,14 @@ def test_paged_adamw_needs_a_gpu():
         make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer("paged_adamw_8bit"), fused=True)
 
 
-def test_the_state_of_another_optimiser_is_refused():
-    optimizer = make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer(), fused=False)
-    scheduler = make_schedule(optimizer, Schedule(warmup=0), 10)
+def test_the_state_of_another_optimiser_is_refused_for_training_alone(tmp_path):
+    states = [make_optimizer([(None, nn.Parameter(torch.ones(2, 2)))], Optimizer(), fused=False).state_dict()]
+    trainer = synthetic.trainer(tmp_path)
+    trainer.state.fn = "fit"
+    prepare_states(states, Optimizer(), trainer)
+    prepare_states(states, Optimizer("paged_adamw_8bit"), None)
     with pytest.raises(ConfigError, match=r"model\.optimizer\.name: .* started with adamw"):
-        apply_config_to_restored_optimizer(optimizer, scheduler, Optimizer("paged_adamw_8bit"))
+        prepare_states(states, Optimizer("paged_adamw_8bit"), trainer)
 
 
 def test_a_restored_optimiser_follows_the_present_configuration():

@@ -9,6 +9,7 @@ from typing import Any, get_args
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning
 from torch.distributed.tensor import DTensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
@@ -19,13 +20,14 @@ from phi3_lightning.config import LoRA, Objective, Optimizer
 from phi3_lightning.config.checks import require_choice
 from phi3_lightning.distributed.fsdp2 import FSDP2Strategy, check_shardable, check_strategy
 from phi3_lightning.distributed.sharding import Sharding, build_placeholder_model, load_sharded_weights, shard
-from phi3_lightning.errors import CheckpointError, ModelError, Phi3LightningError
+from phi3_lightning.errors import CheckpointError, ConfigError, ModelError, Phi3LightningError
 from phi3_lightning.hardware import check_accelerator
 from phi3_lightning.model import base as base_model
 from phi3_lightning.model import packed_attention
 from phi3_lightning.model.activation_checkpointing import Checkpointing, check_device, checkpoint_activations, mode_of
 from phi3_lightning.model.compile import Compilation, choose_compilation, uncompile_layers
 from phi3_lightning.model.precision import check_precision
+from phi3_lightning.optim import check_optimizer
 from phi3_lightning.planning.spec import RunSpec
 
 
@@ -104,13 +106,32 @@ class Base:
         return build_placeholder_model(self.config(), getattr(torch, self.dtype), attention, device)
 
 
-def check_trainer(trainer: pl.Trainer, mode: Checkpointing, dtype: base_model.DType, *, fitting: bool) -> None:
-    """Refuse a device, a strategy or a precision that cannot train the adapter."""
+def check_trainer(
+    trainer: pl.Trainer, mode: Checkpointing, dtype: base_model.DType, optimizer: Optimizer, stage: str
+) -> None:
+    """Refuse a device, a strategy, a precision or an optimiser that cannot train the adapter."""
     device = trainer.strategy.root_device.type
     check_accelerator(device)
     check_strategy(trainer.strategy)
     check_device(mode, device)
-    check_precision(trainer.precision, dtype, fitting=fitting)
+    check_precision(trainer.precision, dtype, fitting=stage == "fit")
+    if stage == "fit":
+        check_callbacks(trainer)
+        check_optimizer(optimizer)
+
+
+def check_callbacks(trainer: pl.Trainer) -> None:
+    """Refuse callbacks of Lightning that change what the run is planned with, or find nothing to work on."""
+    reasons = {
+        GradientAccumulationScheduler: "changes the number of optimiser steps, over which model.schedule is spread at "
+        "the start; use trainer.accumulate_grad_batches",
+        ModelPruning: "looks for weights that are called weight, and those of an adapter are not; use a smaller "
+        "model.lora.r",
+    }
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for kind, reason in reasons.items():
+            if isinstance(callback, kind):
+                raise ConfigError(f"trainer.callbacks: {type(callback).__name__} {reason}")
 
 
 def sharding_of(

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from typing_extensions import override
 
 from phi3_lightning import preferences
+from phi3_lightning.build import check_callbacks
 from phi3_lightning.callbacks import Evaluation, Monitor, RunCheckpoint, SingleWriter
 from phi3_lightning.callbacks.failure import is_communication
 from phi3_lightning.checkpoint.averaging import check_averaging
@@ -27,11 +28,12 @@ from phi3_lightning.commands.save_config import SaveRunConfig
 from phi3_lightning.commands.trainer_options import check_monitors, check_ranges, refused_by_name, without_extras
 from phi3_lightning.data.datamodule import ChatDataModule
 from phi3_lightning.distributed.fsdp2 import check_launcher
-from phi3_lightning.errors import DataError, Phi3LightningError
+from phi3_lightning.errors import DataError, ModelError, Phi3LightningError
 from phi3_lightning.files import file_error, writing
 from phi3_lightning.hardware import check_accelerator, check_platform, limit_threads, program
 from phi3_lightning.hub import split_revision
 from phi3_lightning.module import Phi3LoRAModule
+from phi3_lightning.optim import check_optimizer
 from phi3_lightning.run_folder import Resume, RunFolder, nothing_left
 
 DESCRIPTION = "Fine-tune Phi-3 with LoRA on chat data, evaluate it, and let it answer."
@@ -152,6 +154,7 @@ class Phi3CLI(LightningCLI):
     def after_instantiate_classes(self) -> None:
         check_launcher(self.trainer.strategy)
         check_averaging(self.trainer)
+        check_callbacks(self.trainer)
         trainer: Any = self.trainer  # whose callbacks type checkers do not see
         if self.newest is not None:
             reason = nothing_left(self.newest, trainer.max_epochs, trainer.max_steps, trainer.callbacks)
@@ -168,6 +171,7 @@ class Phi3CLI(LightningCLI):
             if self.subcommand == "fit":
                 check_monitors(trainer.callbacks, self.model.objective)
                 self.answers.check_monitors(trainer.callbacks)
+                check_optimizer(self.model.optimizer_config)
             try:
                 self.general.validate_sources()
             except DataError as error:
@@ -261,6 +265,9 @@ def _help() -> str:
 
 def _refusal(error: Exception) -> str | None:
     """What is wrong, where, and what to do; None for a fault of the program, which keeps its traceback."""
+    earlier = error.__context__
+    if isinstance(error, ModelError) and isinstance(earlier, Exception) and not error.__suppress_context__:
+        return _refusal(earlier)  # a callback that saves on exceptions had nothing to save
     if isinstance(error, Phi3LightningError):
         return "\n".join([str(error), *getattr(error, "__notes__", [])])
     if is_communication(error) and hasattr(error, "__notes__"):

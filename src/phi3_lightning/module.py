@@ -206,9 +206,9 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
         return precision.autocast(self._configured()[0], self.device.type)
 
     def setup(self, stage: str) -> None:
-        """Refuse a device, a strategy or a precision that cannot train the adapter."""
+        """Refuse a device, a strategy, a precision or an optimiser that cannot train the adapter."""
         super().setup(stage)
-        check_trainer(self.trainer, self.gradient_checkpointing, self.dtype_name, fitting=stage == "fit")
+        check_trainer(self.trainer, self.gradient_checkpointing, self.dtype_name, self.optimizer_config, stage)
 
     def on_fit_start(self) -> None:
         """Put the model into training mode, which loading and predicting may have left, and compile its layers."""
@@ -290,9 +290,9 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
         return super()._ddp_params_and_buffers_to_ignore | {name for name, _ in self.named_buffers()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another base or adapter before anything of it is used."""
+        """Refuse a checkpoint of another base, adapter or optimiser before anything of it is used."""
         super().on_load_checkpoint(checkpoint)
-        optim.name_groups(checkpoint.get("optimizer_states", []))
+        optim.prepare_states(checkpoint.get("optimizer_states", []), self.optimizer_config, self._trainer)
 
     def checkpoint_identity(self) -> dict[str, Any]:
         """Return what ties a checkpoint to its base model and its adapter."""

@@ -35,18 +35,24 @@ class RunReport(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
         steps = trainer.estimated_stepping_batches
-        warmup = optim.warmup_steps(pl_module.schedule, steps)
+        schedule = pl_module.schedule
+        phases = f"{optim.warmup_steps(schedule, steps)} of them warm-up"
+        if schedule.name == "wsd":
+            phases += f", the last {optim.decay_steps(schedule, steps)} decay"
         self._warn_if_too_short(pl_module, steps)
         self._print_coverage(pl_module)
         accumulated = trainer.accumulate_grad_batches
         self._print(
             f"{trainer.num_training_batches} batches an epoch, {accumulated} to an optimiser step; "
-            f"{steps} optimiser steps, {warmup} of them warm-up; "
+            f"{steps} optimiser steps, {phases}; "
             f"starting at epoch {trainer.current_epoch}, step {trainer.global_step}"
         )
 
     def _warn_if_too_short(self, module: Phi3LoRAModule, steps: float) -> None:
-        share = 1.0 if module.schedule.name == "constant" else 0.5  # the mean of a decaying schedule
+        if module.optimizer_config.class_path is not None:  # AdamW moves a value by about the learning rate
+            return
+        schedule = module.schedule
+        share = 1.0 if schedule.name in ("constant", "wsd") else 0.5 * (1 + schedule.min_lr_ratio)  # the mean
         lr = module.optimizer_config.lr
         if steps * share * lr < MIN_EFFECTIVE_CHANGE:
             rank_zero_warn(

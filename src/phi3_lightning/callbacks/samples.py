@@ -13,7 +13,7 @@ from typing_extensions import override
 from phi3_lightning.batch import IGNORE_INDEX, Batch, PromptBatch
 from phi3_lightning.batch.documents import document_spans
 from phi3_lightning.batch.padding import prompt_batch, unpadded
-from phi3_lightning.callbacks.tensorboard import boards, literal, step_of
+from phi3_lightning.callbacks.tensorboard import log_table, step_of
 from phi3_lightning.checkpoint.averaging import averaged_weights
 from phi3_lightning.config.checks import require
 from phi3_lightning.contracts import HasTokenizer, data_module
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
 
 
 class Samples(pl.Callback):
-    """Shows the answers to a few prompts: after each validation as lines and TensorBoard text, at the end as a table.
+    """Shows the answers to a few prompts: after each validation as lines and in the loggers, at the end as a table.
 
     The base model answers once. All ranks generate the same answers, and each validation draws the same random numbers.
     With ``WeightAveraging`` the averaged weights answer, which are those that a validation measures.
@@ -70,8 +70,8 @@ class Samples(pl.Callback):
             self._samples = self._answer(trainer, pl_module)
             self._sampled_step = trainer.global_step
             self._print_lines(trainer.global_step)
-            for writer in boards(trainer):
-                writer.add_text("samples", _as_markdown(self._samples), step_of(trainer))
+            if self._samples:
+                log_table(trainer, "samples", Sample._fields, self._samples, step_of(trainer))
 
     @override
     def on_train_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
@@ -155,10 +155,3 @@ def _validation_prompts(batch: Batch, tokenizer: Any) -> tuple[list[list[int]], 
             prompts.setdefault(document_id, batch["input_ids"][row, tokens][: int(supervised[0])].tolist())
     usable = [case for case in cases.cases(batch) if cases.unusable(case, tokenizer) is None]
     return list(prompts.values()), cases.stop_ids(usable, tokenizer)
-
-
-def _as_markdown(samples: list[Sample]) -> str:
-    rows = ["| prompt | base | tuned |", "|---|---|---|"]
-    for sample in samples:
-        rows.append(f"| {' | '.join(literal(text).replace(chr(10), '<br>') for text in sample)} |")
-    return "\n".join(rows)

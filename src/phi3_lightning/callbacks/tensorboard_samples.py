@@ -1,4 +1,4 @@
-"""First training rows and results of a run, on TensorBoard's pages for text and hyper-parameters."""
+"""First training rows of a run, as a page of its loggers, and its results beside TensorBoard's hyper-parameters."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from typing_extensions import override
 
 from phi3_lightning.batch import IGNORE_INDEX, Batch
 from phi3_lightning.batch.segments import Segment, segments
-from phi3_lightning.callbacks.tensorboard import boards, literal, step_of
+from phi3_lightning.callbacks.tensorboard import literal, log_page, step_of
 from phi3_lightning.config.checks import require
 from phi3_lightning.contracts import HasTokenizer, data_module
 
@@ -22,7 +22,8 @@ RESULT_PREFIXES = ("train/loss", "val/", "base_drift/")
 class TensorBoardSamples(pl.Callback):
     """Shows the first training rows with the trained tokens marked, and at the end hyper-parameters with their results.
 
-    The rows are those of the first training batch, as the model gets them. Only TensorBoard's loggers are used.
+    The rows are those of the first training batch, as the model gets them: a page in TensorBoard, W&B and MLflow. The
+    results are for TensorBoard alone; the others compare runs by their last numbers.
     """
 
     def __init__(self, rows: int = 3) -> None:
@@ -36,10 +37,10 @@ class TensorBoardSamples(pl.Callback):
         data = data_module(trainer)
         if trainer.global_step or batch_idx or not isinstance(data, HasTokenizer):
             return
-        for writer in boards(trainer):
+        if trainer.loggers:
             count = min(self.rows, len(batch["document_lengths"]))
             rows = [row_segments(batch, row, data.tokenizer) for row in range(count)]
-            writer.add_text("data/first_rows", as_markdown(rows), 0)
+            log_page(trainer, "data/first_rows", as_markdown(rows), 0)
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

@@ -5,7 +5,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-HONOURED = ("model.optimizer", "model.schedule", "model.neftune_noise_alpha", "model.lora.lora_dropout")
+HONOURED = (
+    "model.optimizer.lr", "model.optimizer.loraplus_lr_ratio", "model.optimizer.weight_decay", "model.optimizer.betas",
+    "model.optimizer.eps", "model.schedule", "model.neftune_noise_alpha", "model.lora.lora_dropout",
+)  # fmt: skip
 """Options whose present values a resumed run takes; it is the same run with them."""
 
 IRRELEVANT = (

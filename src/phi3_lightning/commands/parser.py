@@ -20,7 +20,7 @@ from phi3_lightning.renamed import OPTIONS
 set_parsing_settings(docstring_parse_attribute_docstrings=True, config_read_mode_fsspec_enabled=False)
 
 ELSEWHERE = {
-    "--optimizer": "the optimiser is --model.optimizer.name, .lr, .weight_decay",
+    "--optimizer": "the optimiser is --model.optimizer.name or .class_path, .lr, .weight_decay",
     "--lr_scheduler": "the schedule is --model.schedule.name, .warmup",
 }
 """LightningCLI's own options that have another name here."""
@@ -67,6 +67,14 @@ class Parser(LightningArgumentParser):
     def print_usage(self, file: Any = None) -> None:
         prog = self.prog.replace(" [options]", "")
         print(f"usage: {prog} [--config FILE] [--OPTION VALUE ...]", file=file)
+
+    @override
+    def add_lightning_class_args(self, *args: Any, **kwargs: Any) -> list[str]:
+        names = super().add_lightning_class_args(*args, **kwargs)
+        for action in self._actions:
+            if action.dest == "model.optimizer":  # which has an option class_path that names no subclass of the section
+                vars(action)["basetype"] = None
+        return names
 
     @override
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:

@@ -1,10 +1,10 @@
-"""The configuration of a run, in its folder and in TensorBoard."""
+"""The configuration of a run, in its folder and in its loggers."""
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import SaveConfigCallback
 from typing_extensions import override
 
-from phi3_lightning.callbacks.tensorboard import boards
+from phi3_lightning.callbacks.tensorboard import literal, log_page
 from phi3_lightning.run_folder import RunFolder
 
 
@@ -23,5 +23,4 @@ class SaveRunConfig(SaveConfigCallback):
                 config.pop(key, None)
             text = self.parser.dump(config, skip_none=False, skip_validation=True)
             RunFolder.of(config).keep_config(text)
-            for writer in boards(trainer):
-                writer.add_text("config", f"```yaml\n{text}\n```", trainer.global_step)
+            log_page(trainer, "config", f"<pre>{literal(text)}</pre>", trainer.global_step)

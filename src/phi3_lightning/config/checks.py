@@ -50,6 +50,8 @@ def _is_of(value: object, kind: Any) -> bool:
         return any(_is_of(value, one) for one in arguments)
     if origin is Literal:
         return value in arguments
+    if kind is Any:
+        return True
     if origin in (list, tuple):
         return isinstance(value, list | tuple | set) and all(_is_of(item, arguments[0]) for item in value)
     if kind in (int, float):

@@ -1,7 +1,7 @@
 """``model.optimizer``: how the adapter is updated."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 from phi3_lightning.config.checks import require, require_types
 
@@ -24,6 +24,11 @@ class Optimizer:
     """Decay of the running averages of the gradient and of its square."""
     eps: float = 1.0e-8
     """Added to the denominator of the update."""
+    class_path: str | None = None
+    """Another optimiser instead of ``name``, by the import path of its class: torch.optim.SGD. lr, loraplus_lr_ratio
+    and weight_decay count as for AdamW."""
+    init_args: dict[str, Any] = field(default_factory=dict)
+    """Further arguments of ``class_path``: {momentum: 0.9}."""
 
     def __post_init__(self) -> None:
         """Check the ranges."""
@@ -44,3 +49,27 @@ class Optimizer:
             "two numbers in [0, 1), often [0.9, 0.999]",
         )
         require(self.eps > 0, "model.optimizer.eps", self.eps, "it is above 0, often 1e-8")
+        if self.class_path is None:
+            require(not self.init_args, "model.optimizer.init_args", self.init_args, "it needs class_path")
+            return
+        require(
+            len(self.class_path.strip(".").split(".")) > 1,
+            "model.optimizer.class_path",
+            self.class_path,
+            "give the import path of a class, such as torch.optim.SGD",
+        )
+        require(self.name == "adamw", "model.optimizer.name", self.name, "give either name or class_path")
+        for name, default in (("betas", (0.9, 0.999)), ("eps", 1e-8)):
+            remedy = f"it belongs to AdamW; give it to {self.class_path} in init_args"
+            require(getattr(self, name) == default, f"model.optimizer.{name}", getattr(self, name), remedy)
+        for name in ("lr", "weight_decay"):
+            key = f"model.optimizer.init_args.{name}"
+            require(name not in self.init_args, key, self.init_args.get(name), f"give model.optimizer.{name}")
+        for name, value in self.init_args.items():
+            require(_is_plain(value), f"model.optimizer.init_args.{name}", value, "give what YAML can hold")
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)

@@ -69,6 +69,12 @@ def check_shardable(
             "its reference is a copy of the adapter that the run starts from, and FSDP2 computes with its own shards;",
         ),
         (optimizer.name == "adamw", "optimizer.name", optimizer.name, "bitsandbytes takes no shards;"),
+        (
+            optimizer.class_path is None,
+            "optimizer.class_path",
+            optimizer.class_path,
+            "FSDP2 stores a state of two moments with the shapes of the weights, which is AdamW's;",
+        ),
     ):
         require(allowed, f"model.{key}", value, f"{reason} use trainer.strategy: ddp")
 

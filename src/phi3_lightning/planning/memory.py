@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.model.base import Quantization
 from phi3_lightning.model.loss import CHUNK, GPU_CHUNK
+from phi3_lightning.optim import state_bytes
 from phi3_lightning.planning.dry_run import FakeModule
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape
@@ -89,13 +90,12 @@ class MemoryPredictor:
         frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
         trained = sum(parameter.numel() for parameter in self.fake.trained)
         activations = self.fake.activations(shape, mode or spec.mode)
-        moments = 2 if spec.optimizer.name == "paged_adamw_8bit" else 8  # two, in 8 bits or float32
         buckets = 4 if spec.ranks > 1 and not spec.sharded else 0  # of DistributedDataParallel
         copy = 4 if spec.copies_adapter else 0
         memory = Memory(
             base=sum(map(_bytes, frozen)),
             adapter=(8 + buckets + copy) * trained,
-            optimizer=moments * trained,
+            optimizer=state_bytes(spec.optimizer) * trained,
             stored=activations.stored,
             head=activations.head * (_chunks_of_a_gpu(shape.supervised) if spec.on_gpu else 1),
             layer=activations.layer,
