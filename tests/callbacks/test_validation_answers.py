@@ -349,7 +349,13 @@ def test_a_value_that_is_no_number_is_refused(tmp_path, data, tuned, value):
         validate(tmp_path, data(), ValidationAnswers(2, metrics=[wrong]), tuned)
 
 
-SOURCE = "LIMIT = 3\ndef one(answer): return 1\ndef chrf(answer, reference, row): return 1\nvalue = lambda a, b, c: 1\n"
+SOURCE = """
+LIMIT = 3
+def one(answer): return 1
+def chrf(answer, reference, row): return 1
+def reward_margin(answer, reference, row): return 1
+value = lambda a, b, c: 1
+"""
 
 
 @pytest.mark.parametrize(
@@ -362,10 +368,11 @@ SOURCE = "LIMIT = 3\ndef one(answer): return 1\ndef chrf(answer, reference, row)
             r"absent_module cannot be imported: ModuleNotFoundError: No module named 'absent_module'; write it",
         ),
         ("broken_file:f", r"broken_file cannot be imported: ZeroDivisionError: .*broken_file.py:1"),
-        ("own_file:absent", "own_file has no function absent; its functions: one, chrf, value"),
+        ("own_file:absent", "own_file has no function absent; its functions: one, chrf, reward_margin, value"),
         ("own_file:LIMIT", "own_file has no function LIMIT"),
         ("own_file:one", r"cannot be called with \(answer, reference, row\)"),
         ("own_file:chrf", "there is a metric chrf already"),
+        ("own_file:reward_margin", "there is a metric reward_margin already"),
         ("own_file:value", "it has no name for the curve"),
     ],
 )

@@ -56,8 +56,9 @@ def test_an_option_out_of_range_names_its_key(cli):
 
 @pytest.mark.slow
 def test_answers_of_validation_select_the_best_checkpoint_and_test_has_the_own_metric(cli, tmp_path):
-    (tmp_path / "shop.py").write_text("def short(answer, reference, row):\n    return -len(answer) + len(row) * 0\n")
-    options = ("--evaluation.val_rows=3", "--evaluation.metrics=[shop:short]")
+    code = "def short(answer, reference, row):\n    return -len(answer) + len(row) * 0\n"
+    (tmp_path / "own_scores_of_shop.py").write_text(code)
+    options = ("--evaluation.val_rows=3", "--evaluation.metrics=[own_scores_of_shop:short]")
     decide = ("--checkpoint.monitor=val/short", "--checkpoint.mode=max")
     run = cli("fit", *QUICK, *options, *decide, "--trainer.max_steps=2", "--trainer.val_check_interval=1")
     assert run.text.count("3 validation rows answered in") == 2

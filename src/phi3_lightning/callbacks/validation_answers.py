@@ -31,11 +31,11 @@ MEASURED = ("rougeL", "chrf", "exact_match", "stop_rate")
 class ValidationAnswers(pl.Callback):
     """Answers some validation rows at each validation, or each k-th, and logs ``val/rougeL`` and the like.
 
-    ``val/rougeL``, ``val/chrf``, ``val/exact_match``, ``val/stop_rate`` and the user's own metrics are means over the
-    same rows each time, chosen at random from those that can be answered; their definitions are those of
-    :class:`EvaluationReport`. ``val/answered_rows`` is the number of these rows, ``speed/answering_seconds`` the time
-    they took. Of preferences, the references are the chosen or good answers. The rows are shared out to the ranks, and
-    each counts once. It needs a Phi3LoRAModule and a datamodule with a ``tokenizer``.
+    ``val/rougeL``, ``val/chrf``, ``val/exact_match``, ``val/stop_rate`` and the user's own metrics score the answers to
+    the same rows each time, chosen at random from those that can be answered, as :class:`EvaluationReport` scores them.
+    ``val/answered_rows`` is the number of these rows, ``speed/answering_seconds`` the time they took. Of preferences,
+    the references are the chosen or good answers. The rows are shared out to the ranks, and each counts once. It needs
+    a Phi3LoRAModule and a datamodule with a ``tokenizer``.
 
     Args:
         rows: How many validation rows are answered; 0: none. Needs the extra eval.
@@ -95,7 +95,7 @@ class ValidationAnswers(pl.Callback):
             return
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self.check_monitors(callbacks if stage == "fit" else [])
-        self._collector = self._cases = None  # of a run before
+        self._collector, self._cases, self._validations = None, None, 0  # of a run before
         if self.rows == 0:
             return
         if not isinstance(pl_module, Phi3LoRAModule):

@@ -14,6 +14,7 @@ from phi3_lightning.config.checks import require
 from phi3_lightning.contracts import origins
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.evaluate.report import TITLES
+from phi3_lightning.metrics import PreferenceMetrics
 from phi3_lightning.metrics.answers import Answer, Score, mean_score
 
 Measure = Callable[[str, str, Mapping[str, Any]], float]
@@ -42,13 +43,14 @@ def own_scores(metrics: str | Sequence[str | Measure]) -> dict[str, Score]:
         ConfigError: If a function cannot be imported, does not take ``(answer, reference, row)``, or has the name of
             another metric.
     """
+    taken = {*TITLES, "answered_rows", *(name for name, _ in PreferenceMetrics(paired=True).named_children())}
     result: dict[str, Score] = {}
     for metric in [metrics] if isinstance(metrics, str) else metrics:
         function = _imported(metric) if isinstance(metric, str) else metric
         name = getattr(function, "__name__", type(function).__name__)
         path = metric if isinstance(metric, str) else f"{function.__module__}:{name}"
         require(name.isidentifier(), OPTION, path, "it has no name for the curve; give a function made by def")
-        require(name not in TITLES, OPTION, path, f"there is a metric {name} already; give the function another name")
+        require(name not in taken, OPTION, path, f"there is a metric {name} already; give the function another name")
         require(name not in result, OPTION, path, f"two functions are called {name}; give one of them another name")
         try:
             inspect.signature(function).bind("answer", "reference", {})

@@ -33,6 +33,7 @@ TABLE: Final[dict[str, tuple[str, type | Mapping[Any, Any]]]] = {
     "report_to": ("trainer.logger", {"none": False, "tensorboard": None}),
     "save_steps": ("checkpoint.every_n_steps", int),
     "metric_for_best_model": ("checkpoint.monitor", {"loss": "val/loss", "eval_loss": "val/loss"}),
+    "greater_is_better": ("checkpoint.mode", {True: "max", False: "min"}),
     **dict.fromkeys(("evaluation_strategy", "eval_strategy"), ("data.val_fraction", {"no": 0.0, "epoch": None})),
     "eval_steps": ("trainer.val_check_interval", int),
     "dataloader_num_workers": ("data.num_workers", int),
