@@ -261,10 +261,11 @@ def forget(folder: Path) -> None:
         (scale, f"{WEIGHTS} is not what was compared with the live model; export it again"),
         (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS} is not what was compared"),
         (lambda folder: (folder / "chats.jsonl").write_text("private"), r"chats\.jsonl is not what was compared"),
+        (lambda folder: (folder / "data").mkdir(), "data is not what was compared"),
         (lambda folder: (folder / "certificate.json").unlink(), r"has no certificate\.json that lists its files"),
         (forget, r"has no certificate\.json that lists its files; export it again"),
     ],
-    ids=["other weights", "no weights", "another file", "no certificate", "an older certificate"],
+    ids=["other weights", "no weights", "another file", "a folder", "no certificate", "an older certificate"],
 )
 def test_only_what_was_compared_is_pushed(hub: Hub, folder: Path, change, message: str) -> None:
     change(folder)
