@@ -61,9 +61,9 @@ def with_revision(name: str, revision: str | None) -> str:
 def refusal(error: BaseException, name: str, revision: str | None = None, kind: Kind = "model") -> str | None:
     """Return in one line why the hub refuses a repository, and what to do; None for an error of another kind."""
     refused = next((each for each in chain(error) if isinstance(each, _REFUSALS)), None)
-    login = "" if get_token() else f", and you are not logged in: {LOG_IN}"
     if refused is None:
         return None
+    login = "" if get_token() else f", and you are not logged in: {LOG_IN}"
     if isinstance(refused, RevisionNotFoundError):
         return f"{name} has no revision {revision!r} on the hub{_offered_revisions(name, kind)}"
     if isinstance(refused, GatedRepoError):

@@ -43,7 +43,7 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
     optimiser state are float32 under every precision of the Trainer; checkpoints hold only what can change.
 
     Args:
-        base: Folder of the base model, owner/name or owner/name@revision; in a script also a loaded one, used as it is.
+        base: Folder or hub id of the base model, or owner/name@revision; in a script also a loaded one, used as it is.
         base_id: Name of the base that adapters record; null: the hub id, never a local path.
         revision: Branch, tag or commit of the base on the hub, where base names none.
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.

@@ -154,7 +154,7 @@ def test_why_rows_are_dropped_is_logged_once(
 
 
 def test_a_hub_set_is_streamed(stream: Callable[..., ChatDataModule], monkeypatch: pytest.MonkeyPatch) -> None:
-    def load_dataset(name: str, split: str, streaming: bool) -> datasets.IterableDataset:
+    def load_dataset(name: str, configuration: None, *, streaming: bool, **options: Any) -> Any:
         assert streaming
         return datasets.Dataset.from_list([chat(), chat()]).to_iterable_dataset()
 

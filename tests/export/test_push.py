@@ -110,7 +110,14 @@ def test_the_pushed_adapter_has_the_logits_of_the_export(hub: Hub, base: Path, e
     assert AutoTokenizer.from_pretrained(NAME)("Are you open?") == AutoTokenizer.from_pretrained(TINY)("Are you open?")
 
 
-def test_many_files_of_a_merged_model_are_one_commit(hub: Hub, base: Path, tmp_path: Path) -> None:
+def several_commits(*args: object, **options: object) -> None:
+    raise AssertionError("upload_folder makes several commits of a large folder where hf_xet is installed")
+
+
+def test_many_files_of_a_merged_model_are_one_commit(
+    hub: Hub, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HfApi, "upload_folder", several_commits)
     merged = write(base, tmp_path / "merged", format="merged", max_shard_size="20KB")
     assert len(list(merged.glob("*.safetensors"))) > 4
     push(merged, check_destination(NAME))
@@ -254,10 +261,11 @@ def forget(folder: Path) -> None:
         (scale, f"{WEIGHTS} is not what was compared with the live model; export it again"),
         (lambda folder: (folder / WEIGHTS).unlink(), f"{WEIGHTS} is not what was compared"),
         (lambda folder: (folder / "chats.jsonl").write_text("private"), r"chats\.jsonl is not what was compared"),
+        (lambda folder: (folder / "data").mkdir(), "data is not what was compared"),
         (lambda folder: (folder / "certificate.json").unlink(), r"has no certificate\.json that lists its files"),
         (forget, r"has no certificate\.json that lists its files; export it again"),
     ],
-    ids=["other weights", "no weights", "another file", "no certificate", "an older certificate"],
+    ids=["other weights", "no weights", "another file", "a folder", "no certificate", "an older certificate"],
 )
 def test_only_what_was_compared_is_pushed(hub: Hub, folder: Path, change, message: str) -> None:
     change(folder)

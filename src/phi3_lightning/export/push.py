@@ -119,13 +119,12 @@ def _certified(folder: Path) -> dict[str, Path]:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"--push: {folder} has no {CERTIFICATE} that lists its files; export it again") from error
     present = {path.name: path for path in sorted(folder.iterdir())}
-    hashes = file_hashes(folder, present.keys() - set(UNCERTIFIED))
-    changed = sorted(name for name in hashes.keys() | certified.keys() if hashes.get(name) != certified.get(name))
+    hashes = file_hashes(folder, present.keys() & certified.keys())
+    changed = {name for name in certified if hashes.get(name) != certified[name]}
+    changed |= present.keys() - certified.keys() - set(UNCERTIFIED)
     if changed or not holds:
-        raise ConfigError(
-            f"--push: {folder}: {', '.join(changed) or CERTIFICATE} is not what was compared with the live model; "
-            "export it again"
-        )
+        names = ", ".join(sorted(changed)) or CERTIFICATE
+        raise ConfigError(f"--push: {folder}: {names} is not what was compared with the live model; export it again")
     return present
 
 
