@@ -66,3 +66,6 @@ PUBLISHED = {
     "phi4_lora": _phi4(16384, 250000.0),
     "phi4_reasoning_lora": _phi4(32768, 500000.0),
 }
+ALIKE = {"phi4_mini_reasoning_lora": "phi4_mini_lora", "phi4_reasoning_lora": "phi4_lora"}
+"""Configurations whose base has the shapes of another's: slow tests run that one."""
+DIFFERENT = [name for name in PUBLISHED if name not in ALIKE]

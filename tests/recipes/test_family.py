@@ -13,7 +13,7 @@ from cli.conftest import REPOSITORY, TINY
 from phi3_lightning.adapters import targets
 from phi3_lightning.config import LoRA
 from phi3_lightning.model.base import read_config, skeleton
-from recipes.published import PUBLISHED
+from recipes.published import ALIKE, DIFFERENT, PUBLISHED
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def hub(tmp_path):
 
 
 QUICK = ("phi3_mini_128k_lora",)
-EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in PUBLISHED]
+EACH = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in DIFFERENT]
 
 
 @pytest.mark.parametrize("name", EACH)
@@ -77,6 +77,13 @@ def test_configurations_differ_only_in_what_they_document():
         changed = {(part, key): own[part][key] for part, key in pairs if own[part][key] != usual[part].get(key)}
         changed.pop(("model", "base"), None)
         assert changed == changes.get(name, {})
+
+
+def test_configurations_that_are_left_to_another_have_its_shapes():
+    for name, other in ALIKE.items():
+        own, its = PUBLISHED[name], PUBLISHED[other]
+        lengths = {"max_position_embeddings", "original_max_position_embeddings", "rope_theta"}
+        assert {key for key in own if own[key] != its[key]} <= lengths
 
 
 def script(monkeypatch, name: str) -> dict:
