@@ -9,7 +9,8 @@ from torch import nn
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
-from phi3_lightning.config import Optimizer, Schedule
+from phi3_lightning.config import LoRA, Optimizer, Schedule
+from phi3_lightning.distributed.fsdp2 import check_shardable
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.optim import (
     apply_config_to_restored_optimizer,
@@ -163,6 +164,12 @@ def test_a_class_that_steps_on_a_gpu_alone_is_not_refused_here():
 )
 def test_the_state_is_measured_for_plans(options, size):
     assert state_bytes(Optimizer(**options)) == pytest.approx(size)
+
+
+def test_fsdp2_refuses_it():
+    check_shardable(False, None, LoRA(), Optimizer())
+    with pytest.raises(ConfigError, match=r"^model\.optimizer\.class_path: .*trainer\.strategy: ddp"):
+        check_shardable(False, None, LoRA(), Optimizer(class_path="torch.optim.SGD"))
 
 
 def test_it_is_refused_before_the_base_is_loaded(tmp_path):

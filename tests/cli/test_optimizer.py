@@ -6,6 +6,7 @@ import torch
 from cli.conftest import QUICK
 
 
+@pytest.mark.slow
 def test_a_class_in_a_file_trains_resumes_and_exports_beside_lightnings_callbacks(cli, tmp_path):
     (tmp_path / "sgd.yaml").write_text(
         f"""
@@ -52,3 +53,10 @@ def test_what_cannot_train_is_one_line_before_anything_is_written(cli, tmp_path,
     assert f"error: {message}" in run.text
     assert "Traceback" not in run.text
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_callback_that_saves_on_exceptions_does_not_hide_them(cli, tmp_path):
+    saving = f"--trainer.callbacks=[{{class_path: OnExceptionCheckpoint, init_args: {{dirpath: {tmp_path}}}}}]"
+    run = cli("fit", *QUICK, "--data.max_length=3", saving, code=1)
+    assert "error: " in run.text
+    assert "no row is left to use" in run.text.partition("error: ")[2]
