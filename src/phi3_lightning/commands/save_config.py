@@ -33,7 +33,8 @@ class SaveRunConfig(SaveConfigCallback):
 def _without_enums(value: Any) -> Any:
     """A configuration in which members of enumerations, as the default of ``Timer``, are the words that YAML has."""
     if isinstance(value, Namespace):
-        return Namespace({name: _without_enums(item) for name, item in vars(value).items()})
+        plain = {name: _without_enums(item) for name, item in vars(value).items()}
+        return Namespace(plain)  # type: ignore[no-untyped-call]
     if isinstance(value, dict):
         return {name: _without_enums(item) for name, item in value.items()}
     if isinstance(value, list):
