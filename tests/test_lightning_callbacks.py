@@ -37,11 +37,15 @@ TINY = str(Path(phi3_lightning.__file__).parent / "assets/tiny_phi3")
 
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("cache")
+    """A folder for prepared data, with a smaller model for the vocabulary of the embedded one."""
+    folder = tmp_path_factory.mktemp("cache")
+    synthetic.save_tiny(folder / "base", vocab_size=1024)
+    return folder
 
 
 def fit(folder: Path, cache: Path, *callbacks, ckpt=None, **options) -> pl.Trainer:
-    module = Phi3LoRAModule(TINY, dtype="float32", lora={"r": 4}, schedule={"name": "constant", "warmup": 0})
+    base, constant = str(cache / "base"), {"name": "constant", "warmup": 0}
+    module = Phi3LoRAModule(base, dtype="float32", lora={"r": 4}, schedule=constant)
     options_of_data = {"val_fraction": 0.1, "max_length": 64, "num_workers": 0, "batch_size": 2, "packing": False}
     data = ChatDataModule(train=f"{TINY}/chats_val.jsonl", tokenizer=TINY, cache_dir=str(cache), **options_of_data)
     options = {"limit_train_batches": 4, "limit_val_batches": 1, "num_sanity_val_steps": 0, "max_epochs": 2} | options

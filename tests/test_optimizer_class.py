@@ -9,7 +9,8 @@ from torch import nn
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
-from phi3_lightning.config import Optimizer, Schedule
+from phi3_lightning.config import LoRA, Optimizer, Schedule
+from phi3_lightning.distributed.fsdp2 import check_shardable
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.optim import (
     apply_config_to_restored_optimizer,
@@ -114,8 +115,11 @@ def test_a_class_that_hands_its_arguments_on_gets_them():
         ({"class_path": "SGD"}, r"class_path: 'SGD' .* import path"),
         ({"class_path": "torch.optim.Adan"}, r"class_path: 'torch\.optim\.Adan' cannot be imported"),
         ({"class_path": "lion_pytroch.Lion"}, r"class_path: .* cannot be imported: No module named.*install"),
-        ({"class_path": "torch.nn.Linear"}, r"class_path: 'torch\.nn\.Linear' .*no class of a torch\.optim\.Optimizer"),
-        ({"class_path": "torch.optim.lr_scheduler.LambdaLR"}, r"class_path: .*no class of"),
+        (
+            {"class_path": "torch.nn.Linear"},
+            r"class_path: 'torch\.nn\.Linear' .*no subclass of torch\.optim\.Optimizer",
+        ),
+        ({"class_path": "torch.optim.lr_scheduler.LambdaLR"}, r"class_path: .*no subclass of"),
         ({"class_path": "ScheduleFree"}, r"class_path: .*switched between training and evaluation"),
         *(({"class_path": of(name)}, rf"class_path: .*{message}") for name, message in IMPOSSIBLE.items()),
         ({"class_path": "torch.optim.SGD", "name": "paged_adamw_8bit"}, r"name: .*either name or class_path"),
@@ -163,6 +167,12 @@ def test_a_class_that_steps_on_a_gpu_alone_is_not_refused_here():
 )
 def test_the_state_is_measured_for_plans(options, size):
     assert state_bytes(Optimizer(**options)) == pytest.approx(size)
+
+
+def test_fsdp2_refuses_it():
+    check_shardable(False, None, LoRA(), Optimizer())
+    with pytest.raises(ConfigError, match=r"^model\.optimizer\.class_path: .*trainer\.strategy: ddp"):
+        check_shardable(False, None, LoRA(), Optimizer(class_path="torch.optim.SGD"))
 
 
 def test_it_is_refused_before_the_base_is_loaded(tmp_path):

@@ -27,7 +27,7 @@ def optimizer_class(config: OptimizerConfig) -> type[Optimizer]:
             f"model.optimizer.class_path: {path!r} cannot be imported: {error}; install its package, or correct it"
         ) from None
     for valid, reason in (
-        (isinstance(kind, type) and issubclass(kind, Optimizer), "it is no class of a torch.optim.Optimizer"),
+        (isinstance(kind, type) and issubclass(kind, Optimizer), "it is no subclass of torch.optim.Optimizer"),
         (not _needs_closure(kind), "it computes the loss several times in a step; use one that computes it once"),
         (
             not (hasattr(kind, "train") and hasattr(kind, "eval")),

@@ -154,6 +154,7 @@ def rerun(finished_run: Path, *options: str, code: int) -> str:
         ("--model.lora.r=4", "model.lora.r is 4 and was 16"),
         (f"--data.train={TINY}/chats_val.jsonl", "data.train is "),
         ("--seed_everything=7", "seed_everything is 7 and was 42"),
+        ("--model.optimizer.class_path=torch.optim.SGD", "model.optimizer.class_path is torch.optim.SGD and was None"),
         pytest.param("--model.dtype=float32", "model.dtype is float32 and was bfloat16", marks=SLOW),
         pytest.param("--model.lora.target_modules=[o_proj]", "model.lora.target_modules is ", marks=SLOW),
         pytest.param("--data.max_length=128", "data.max_length is 128 and was 256", marks=SLOW),

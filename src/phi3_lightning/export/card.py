@@ -91,10 +91,12 @@ def write_card(
 def _settings(checkpoint: Mapping[str, Any]) -> list[tuple[str, str]]:
     module: dict[str, Any] = checkpoint["hyper_parameters"]
     data: dict[str, Any] = checkpoint.get("datamodule_hyper_parameters", {})
+    unused = ("name", "betas", "eps") if module["optimizer"].get("class_path") else ("init_args",)
     options = {
         f"model.{section}.{key}": value
         for section in ("lora", "optimizer", "schedule")
         for key, value in module[section].items()
+        if section != "optimizer" or key not in unused
     }
     objective = Objective(**module.get("objective", {}))  # a checkpoint of a supervised run may have none
     options |= {f"model.objective.{key}": getattr(objective, key) for key in ("name", *USED[objective.name])}
