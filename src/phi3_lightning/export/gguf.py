@@ -25,10 +25,10 @@ MERGE = "export the merged model: --format gguf --merge --llama_cpp FOLDER"
 def weight_names(model: nn.Module, blocks: int) -> dict[str, str]:
     """Return llama.cpp's name of each weight of a Phi-3 model; a tied head has none of its own."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, blocks)
-    found = {name: names.get_name(name, try_suffixes=(".weight",)) for name, _ in model.named_parameters()}
-    if unknown := [name for name, theirs in found.items() if theirs is None]:
+    mapped = {name: names.get_name(name, try_suffixes=(".weight",)) for name, _ in model.named_parameters()}
+    if unknown := [name for name, theirs in mapped.items() if theirs is None]:
         raise ModelError(f"--format gguf: the package gguf has no name for {', '.join(unknown[:3])}; update it")
-    return {name: theirs for name, theirs in found.items() if theirs is not None}
+    return {name: theirs for name, theirs in mapped.items() if theirs is not None}
 
 
 def check_adapter(form: PeftForm, names: dict[str, str]) -> None:
@@ -122,13 +122,13 @@ def read_adapter(file: Path, names: dict[str, str]) -> PeftForm:
         ModelError: If llama.cpp would refuse the file.
     """
     reader = gguf.GGUFReader(file)
-    found = {key: field.contents() for key, field in reader.fields.items()}
+    fields = {key: field.contents() for key, field in reader.fields.items()}
     expected = {
         gguf.Keys.General.ARCHITECTURE: ARCHITECTURE,
         gguf.Keys.General.TYPE: gguf.GGUFType.ADAPTER,
         gguf.Keys.Adapter.TYPE: "lora",
     }
-    if wrong := [key for key, value in expected.items() if found.get(key) != value]:
+    if wrong := [key for key, value in expected.items() if fields.get(key) != value]:
         raise ModelError(f"{file.name}: llama.cpp would refuse its {', '.join(wrong)}; export it again")
     paths = {theirs: ours.removesuffix(".weight") for ours, theirs in names.items()}
     data = {tensor.name: torch.from_numpy(tensor.data.copy()).float() for tensor in reader.tensors}
@@ -141,7 +141,7 @@ def read_adapter(file: Path, names: dict[str, str]) -> PeftForm:
         tensors |= dict(zip(layer_keys(path), pair, strict=True))
     config = LoraConfig(
         r=max(ranks.values()),
-        lora_alpha=found[gguf.Keys.Adapter.LORA_ALPHA],
+        lora_alpha=fields[gguf.Keys.Adapter.LORA_ALPHA],
         target_modules=list(ranks),
         rank_pattern=ranks,
         task_type="CAUSAL_LM",
