@@ -133,12 +133,12 @@ def compare(kind: str, theirs: LlamaCpp, alone: LlamaCpp, expected: Reference) -
     ):
         worst = max(worst, difference(live, theirs.logits(ids)).max_logit)
         effect = max(effect, difference(live, alone.logits(ids)).max_logit)
-        found = theirs.continue_greedily(ids, count)
-        first = next((n for n, pair in enumerate(zip(tokens, found, strict=True)) if pair[0] != pair[1]), count)
+        actual = theirs.continue_greedily(ids, count)
+        first = next((n for n, pair in enumerate(zip(tokens, actual, strict=True)) if pair[0] != pair[1]), count)
         same += first == count
         agree += first == count or gaps[first] < 2 * expected.tolerance
         if first < count:
-            print(f"  {text!r}: {first} tokens, then {tokens[first]} or {found[first]}, {gaps[first]:.4f} apart")
+            print(f"  {text!r}: {first} tokens, then {tokens[first]} or {actual[first]}, {gaps[first]:.4f} apart")
         if theirs.tokenize(text) != ids:
             print(f"  {text!r}\n    tokenizer: {ids}\n    llama.cpp: {theirs.tokenize(text)}")
     print(

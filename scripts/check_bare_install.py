@@ -15,12 +15,14 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
-EXTRAS = {"loralib": "loralib", "qlora": "bitsandbytes", "eval": "rouge_score"}
+EXTRAS = {"loralib": "loralib", "qlora": "bitsandbytes", "eval": "rouge_score", "gguf": "gguf"}
 """A package of each extra."""
 
 OF_AN_EXTRA = {
     "phi3_lightning.adapters.loralib_backend": "loralib",
     "phi3_lightning.adapters.loralib_layers": "loralib",
+    "phi3_lightning.export.gguf": "gguf",
+    "phi3_lightning.export.gguf_model": "gguf",
 }
 """Modules that only the extra's own option imports, and what they miss."""
 

@@ -201,7 +201,7 @@ def test_a_converter_that_cannot_run_is_refused_before_the_work(checkout, tmp_pa
         check_needs(converter, tmp_path)
 
 
-def test_the_converter_is_told_what_it_would_guess(tmp_path, tokenizer):
+def test_what_the_converter_would_guess_is_written(tmp_path, tokenizer):
     (tmp_path / "tokenizer.json").write_text('{"pre_tokenizer": {"type": "Sequence", "x": [{"type": "ByteLevel"}]}}')
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "TokenizersBackend"}')
     (tmp_path / "config.json").write_text('{"model_type": "phi3"}')

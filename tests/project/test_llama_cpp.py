@@ -2,16 +2,24 @@
 
 import json
 import os
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedTokenizerFast
+import torch
+from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast
 
+import synthetic
 from cli.conftest import REPOSITORY
 from cli.conftest import cli as cli
 from export.conftest import llama_cpp as llama_cpp
+from export.test_export import live
+from export.test_gguf import LORA
+from phi3_lightning.export.certificate import ROUNDINGS, difference, logits, rounded
+from phi3_lightning.export.gguf import weight_names, write_adapter
 from phi3_lightning.export.gguf_model import record_name
 from real.test_pretrained import real_base as real_base
 
@@ -44,6 +52,41 @@ def test_it_continues_as_transformers_does(run, real_base, llama_cpp, tmp_path):
         [*script, "--llama_cpp", str(llama_cpp), "--json", "figures.json"], check=True, cwd=tmp_path, env=environment
     )
     assert all(figure["holds"] for figure in json.loads((tmp_path / "figures.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def program():
+    return runpy.run_path(str(REPOSITORY / "examples/llama_cpp_check.py"))
+
+
+@pytest.fixture(scope="module")
+def base(real_base, llama_cpp, program, tmp_path_factory) -> tuple[Path, Path]:
+    """A tiny base of two separate embeddings with the real model's tokenizer, and llama.cpp's file of it."""
+    folder, out = tmp_path_factory.mktemp("base"), tmp_path_factory.mktemp("gguf")
+    for path in real_base.glob("*token*"):
+        shutil.copy(path, folder)
+    synthetic.save_tiny(folder, vocab_size=49152, hidden_size=64, intermediate_size=128)
+    return folder, program["convert_base"](folder, str(llama_cpp), torch.float32, out)
+
+
+@pytest.mark.parametrize("kind", LORA)
+def test_each_kind_of_adapter_has_the_logits_of_the_live_model(base, program, tmp_path, kind):
+    folder, file = base
+    module = live(folder, lora={"r": 4, "lora_alpha": 8} | LORA[kind])
+    names = weight_names(Phi3ForCausalLM.from_pretrained(folder), 2)
+    write_adapter(module.adapter.to_peft(), names, torch.float32, "bot", "base", tmp_path / "a.gguf")
+    prompt, layers = list(range(100, 140)), [target.path for target in module.adapter.targets]
+
+    def live_logits() -> torch.Tensor:
+        return logits(module.loaded_model, [prompt], torch.inference_mode())
+
+    expected = live_logits()
+    with rounded(module.loaded_model, layers, torch.float16):  # llama.cpp keeps keys and values in float16
+        tolerance = ROUNDINGS * difference(expected, live_logits()).max_logit
+    with module.base_answers():
+        effect = difference(expected, live_logits()).max_logit
+    found = program["LlamaCpp"](file, tmp_path / "a.gguf", 128).logits(prompt)
+    assert difference(expected, found).max_logit <= tolerance < effect / 50
 
 
 def ids(vocabulary: Path, name: str, folder: Path) -> list[int]:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 
 from phi3_lightning.adapters.adapter import PeftForm
-from phi3_lightning.adapters.targets import Target, rank_and_scaling
+from phi3_lightning.adapters.targets import Target, ends_with, rank_and_scaling
 from phi3_lightning.errors import CheckpointError
 
 
@@ -40,9 +40,14 @@ def to_cpu_float32(tensor: Tensor) -> Tensor:
 
 def peft_keys(target: Target) -> tuple[str, str]:
     """Return the names of a layer's ``A`` and ``B`` in PEFT's files."""
-    if target.embedding:
-        return f"base_model.model.{target.path}.lora_embedding_A", f"base_model.model.{target.path}.lora_embedding_B"
-    return f"base_model.model.{target.path}.lora_A.weight", f"base_model.model.{target.path}.lora_B.weight"
+    return layer_keys(target.path)
+
+
+def layer_keys(path: str) -> tuple[str, str]:
+    """Return the names of the ``A`` and ``B`` of the layer at a path in PEFT's files."""
+    if ends_with(path, "embed_tokens"):
+        return f"base_model.model.{path}.lora_embedding_A", f"base_model.model.{path}.lora_embedding_B"
+    return f"base_model.model.{path}.lora_A.weight", f"base_model.model.{path}.lora_B.weight"
 
 
 def to_peft(

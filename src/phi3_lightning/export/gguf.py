@@ -9,6 +9,7 @@ from peft import LoraConfig
 from torch import Tensor, nn
 
 from phi3_lightning.adapters.adapter import PeftForm
+from phi3_lightning.adapters.convert import layer_keys
 from phi3_lightning.adapters.targets import rank_and_scaling
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.export.merge import HEAD
@@ -17,12 +18,6 @@ ARCHITECTURE = gguf.MODEL_ARCH_NAMES[gguf.MODEL_ARCH.PHI3]
 OUT_TYPES = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 """llama.cpp's names of types."""
 FILE_TYPES = {torch.float32: gguf.LlamaFileType.ALL_F32, torch.float16: gguf.LlamaFileType.MOSTLY_F16}
-HALVES = {
-    "lora_A": (".lora_A.weight", ".lora_embedding_A"),
-    "lora_B": (".lora_B.weight", ".lora_embedding_B"),
-}
-"""Ends of PEFT's keys for linear layers and embeddings."""
-ROOT = "base_model.model."
 EMBEDDING = "token_embd.weight"
 MERGE = "export the merged model: --format gguf --merge --llama_cpp FOLDER"
 
@@ -30,10 +25,10 @@ MERGE = "export the merged model: --format gguf --merge --llama_cpp FOLDER"
 def weight_names(model: nn.Module, blocks: int) -> dict[str, str]:
     """Return llama.cpp's name of each weight of a Phi-3 model; a tied head has none of its own."""
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.PHI3, blocks)
-    found = {name: names.get_name(name, try_suffixes=(".weight",)) for name, _ in model.named_parameters()}
-    if unknown := [name for name, theirs in found.items() if theirs is None]:
+    mapped = {name: names.get_name(name, try_suffixes=(".weight",)) for name, _ in model.named_parameters()}
+    if unknown := [name for name, theirs in mapped.items() if theirs is None]:
         raise ModelError(f"--format gguf: the package gguf has no name for {', '.join(unknown[:3])}; update it")
-    return {name: theirs for name, theirs in found.items() if theirs is not None}
+    return {name: theirs for name, theirs in mapped.items() if theirs is not None}
 
 
 def check_adapter(form: PeftForm, names: dict[str, str]) -> None:
@@ -43,13 +38,14 @@ def check_adapter(form: PeftForm, names: dict[str, str]) -> None:
     (DoRA) or for modules that are trained in full. A tied head has the embedding's name, so that llama.cpp would
     multiply the head's input by the embedding's ``A`` and abort.
     """
-    foreign = sorted(key for key in form.tensors if not key.endswith((*HALVES["lora_A"], *HALVES["lora_B"])))
+    pairs = _pairs(form, names)
+    foreign = sorted(form.tensors.keys() - {key for path in pairs for key in layer_keys(path)})
     if foreign:
         raise ConfigError(
             "--format gguf: llama.cpp applies the matrices A and B alone, and this adapter has more "
             f"({', '.join(foreign[:2])}); {MERGE}"
         )
-    if HEAD not in names and any("lora_embedding" in key for key in form.tensors):
+    if HEAD not in names and any(names[f"{path}.weight"] == EMBEDDING for path in pairs):
         raise ConfigError(
             "--format gguf: embed_tokens is adapted and shares its weight with lm_head in this model, and llama.cpp "
             f"would apply the adapter to both; {MERGE}"
@@ -74,7 +70,7 @@ def write_adapter(form: PeftForm, names: dict[str, str], dtype: torch.dtype, nam
         ConfigError: If a value is too large for ``dtype``.
         ModelError: If the file does not hold what was written, bit by bit.
     """
-    pairs = _pairs(form)
+    pairs = _pairs(form, names)
     alphas = {path: rank_and_scaling(form.config, path)[1] * len(down) for path, (down, _) in pairs.items()}
     alpha = Counter(alphas.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}
@@ -107,15 +103,10 @@ def write_adapter(form: PeftForm, names: dict[str, str], dtype: torch.dtype, nam
     _check_written(file, tensors)
 
 
-def _pairs(form: PeftForm) -> dict[str, tuple[Tensor, Tensor]]:
+def _pairs(form: PeftForm, names: dict[str, str]) -> dict[str, tuple[Tensor, Tensor]]:
     """``A`` and ``B`` of each adapted layer's path."""
-    halves: dict[str, dict[str, Tensor]] = {half: {} for half in HALVES}
-    for key, tensor in form.tensors.items():
-        for half, ends in HALVES.items():
-            for end in ends:
-                if key.endswith(end):
-                    halves[half][key.removeprefix(ROOT).removesuffix(end)] = tensor
-    return {path: (down, halves["lora_B"][path]) for path, down in halves["lora_A"].items()}
+    paths = {name.removesuffix(".weight"): layer_keys(name.removesuffix(".weight")) for name in names}
+    return {path: (form.tensors[a], form.tensors[b]) for path, (a, b) in paths.items() if a in form.tensors}
 
 
 def _check_written(file: Path, expected: dict[str, Tensor]) -> None:
@@ -131,13 +122,13 @@ def read_adapter(file: Path, names: dict[str, str]) -> PeftForm:
         ModelError: If llama.cpp would refuse the file.
     """
     reader = gguf.GGUFReader(file)
-    found = {key: field.contents() for key, field in reader.fields.items()}
+    fields = {key: field.contents() for key, field in reader.fields.items()}
     expected = {
         gguf.Keys.General.ARCHITECTURE: ARCHITECTURE,
         gguf.Keys.General.TYPE: gguf.GGUFType.ADAPTER,
         gguf.Keys.Adapter.TYPE: "lora",
     }
-    if wrong := [key for key, value in expected.items() if found.get(key) != value]:
+    if wrong := [key for key, value in expected.items() if fields.get(key) != value]:
         raise ModelError(f"{file.name}: llama.cpp would refuse its {', '.join(wrong)}; export it again")
     paths = {theirs: ours.removesuffix(".weight") for ours, theirs in names.items()}
     data = {tensor.name: torch.from_numpy(tensor.data.copy()).float() for tensor in reader.tensors}
@@ -145,13 +136,12 @@ def read_adapter(file: Path, names: dict[str, str]) -> PeftForm:
     ranks: dict[str, int] = {}
     for key in [name.removesuffix(".lora_a") for name in data if name.endswith(".lora_a")]:
         down, up, path = data[f"{key}.lora_a"], data[f"{key}.lora_b"], paths[key]
-        embedding = key == EMBEDDING
-        ends = [HALVES[half][embedding] for half in HALVES]
         ranks[path] = up.shape[1]
-        tensors |= {ROOT + path + ends[0]: down.T.contiguous() if embedding else down, ROOT + path + ends[1]: up}
+        pair = (down.T.contiguous() if key == EMBEDDING else down, up)
+        tensors |= dict(zip(layer_keys(path), pair, strict=True))
     config = LoraConfig(
         r=max(ranks.values()),
-        lora_alpha=found[gguf.Keys.Adapter.LORA_ALPHA],
+        lora_alpha=fields[gguf.Keys.Adapter.LORA_ALPHA],
         target_modules=list(ranks),
         rank_pattern=ranks,
         task_type="CAUSAL_LM",

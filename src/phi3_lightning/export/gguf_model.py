@@ -147,8 +147,8 @@ def load_weights(model: Phi3ForCausalLM, file: Path) -> None:
 def _rope_factors(model: Phi3ForCausalLM) -> dict[str, list[float]]:
     """Longrope's factors, by the names of their tensors."""
     rope = cast("dict[str, Any]", model.config.rope_parameters)
-    kinds = [kind for kind in ("long", "short") if f"{kind}_factor" in rope]
-    return {f"rope_factors_{kind}.weight": rope[f"{kind}_factor"] for kind in kinds}
+    names = {"rope_factors_long.weight": "long_factor", "rope_factors_short.weight": "short_factor"}
+    return {name: rope[key] for name, key in names.items() if key in rope}
 
 
 def check_metadata(model: Phi3ForCausalLM, tokenizer: PreTrainedTokenizerFast, name: str, file: Path) -> None:
