@@ -17,6 +17,7 @@ PUBLIC = {
         "EvaluationReport",
         "BaseDrift",
         "LineProgress",
+        "LiveCurve",
         "Monitor",
         "OutOfMemory",
         "PredictionWriter",
