@@ -18,6 +18,7 @@ PUBLIC = {
         "EvaluationReport",
         "BaseDrift",
         "LineProgress",
+        "LiveCurve",
         "Monitor",
         "OutOfMemory",
         "PredictionWriter",
