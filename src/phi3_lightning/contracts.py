@@ -52,8 +52,8 @@ class PlannedData(Protocol):
     def largest_train_row(self) -> Batch:
         """Return the training row with the most tokens, in a batch of its own."""
 
-    def set_tokens_per_batch(self, tokens: int) -> None:
-        """Plan batches of at most this many tokens, padding included."""
+    def set_tokens_per_batch(self, tokens: int, validation_tokens: int) -> None:
+        """Plan batches of at most this many tokens, padding included; those of validation may be larger."""
 
     def checkpoint_identity(self) -> dict[str, str]:
         """Return hashes of ``tokenizer`` and ``template``, which tie a checkpoint to its tokens."""

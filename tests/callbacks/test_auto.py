@@ -11,6 +11,7 @@ from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.callbacks import AutoBatchSize, AutoCheckpointing, auto
 from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.model.activation_checkpointing import mode_of
+from phi3_lightning.planning.spec import RunSpec
 
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
 GB = 10**9
@@ -196,6 +197,60 @@ def test_resuming_within_an_epoch_with_other_memory_is_refused(tmp_path, set_row
     set_rows_that_fit(4)
     with pytest.raises(CheckpointError, match="max_tokens_per_batch was 512, now 1024"):
         fit(3, tmp_path / "last.ckpt")
+
+
+def validate(tmp_path, monkeypatch, *, validation_tokens: int, on_gpu: bool = True, **options) -> tuple[list, dict]:
+    """The rows of each micro-batch of the validation after a step, and its metrics."""
+    monkeypatch.setattr(auto, "tokens_that_validate", lambda spec, shape, room: validation_tokens)
+    monkeypatch.setattr(RunSpec, "on_gpu", on_gpu)
+    sizes = []
+
+    class Sized(Phi3LoRAModule):
+        def validation_step(self, batch, batch_idx):
+            sizes.append(len(batch["document_lengths"]))
+            return super().validation_step(batch, batch_idx)
+
+    synthetic.pl.seed_everything(0, verbose=False)
+    module = Sized(str(TINY), gradient_checkpointing="none", objective=options.pop("objective", {}))
+    limit = options.pop("limit_val_batches", 1.0)
+    run = trainer(tmp_path, max_steps=1, limit_val_batches=limit, val_check_interval=1, num_sanity_val_steps=0)
+    data = chats(tmp_path, max_tokens_per_batch="auto", batch_size=2, val_fraction=0.5, **options)
+    run.fit(module, data)
+    return sizes, {name: value.item() for name, value in run.callback_metrics.items() if name.startswith("val/")}
+
+
+def test_validation_has_micro_batches_of_its_own_and_the_same_metrics(tmp_path, monkeypatch, set_rows_that_fit):
+    set_rows_that_fit(2)
+    small, expected = validate(tmp_path, monkeypatch, validation_tokens=512)
+    large, found = validate(tmp_path, monkeypatch, validation_tokens=8 * 256)
+    assert (max(small), max(large)) == (2, 8)
+    assert sum(small) == sum(large)
+    assert found == pytest.approx(expected, rel=1e-3)  # bfloat16 products of other sizes may round otherwise
+    assert len(found) == 3
+
+
+@pytest.mark.parametrize("case", ["less fits", "cpu", "limit"])
+def test_validation_keeps_the_size_of_training(tmp_path, monkeypatch, set_rows_that_fit, case):
+    """Larger is no faster on a CPU, and a number of batches to validate would mean more rows."""
+    set_rows_that_fit(2)
+    options = {"cpu": {"on_gpu": False}, "limit": {"limit_val_batches": 3}}.get(case, {})
+    found, _ = validate(tmp_path, monkeypatch, validation_tokens=1 if case == "less fits" else 2048, **options)
+    assert max(found) == 2
+
+
+def test_several_ranks_share_a_validation_evenly(tmp_path):
+    data = chats(tmp_path, max_tokens_per_batch="auto", val_fraction=0.5)
+    data.prepare_data()
+    data.setup("fit")
+    plans = data._splits
+    sizes = []
+    for ranks in (1, 2, 1000):
+        plans.decide(256, 10**6, ranks)
+        sizes.append(len(plans.plans["val"]))
+    rows = len(plans.plans["val"].rows) - 1
+    assert sizes[0] == 1
+    assert 8 <= sizes[1] <= 10
+    assert sizes[2] == rows
 
 
 class Plain(synthetic.pl.LightningModule):

@@ -9,7 +9,14 @@ import torch
 import synthetic
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.planning.auto import fastest_mode, rows_that_fit, share_step, upper_bound
+from phi3_lightning.planning.auto import (
+    MAX_VALIDATION_TOKENS,
+    fastest_mode,
+    rows_that_fit,
+    share_step,
+    tokens_that_validate,
+    upper_bound,
+)
 from phi3_lightning.planning.memory import CPU_PROCESS_BYTES, MemoryPredictor
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape
@@ -121,6 +128,15 @@ def test_auto_chooses_the_fastest_mode_for_one_row(wide, cached_predictions):
 def test_memory_held_by_the_process_does_not_change_the_rows(wide, cached_predictions):
     room = MemoryPredictor(spec(wide)).memory(SHAPE, "none").total
     assert len({rows_that_fit(spec(wide, process=process), SHAPE, room) for process in (0.0, 3e9)}) == 1
+
+
+def test_tokens_that_validate_are_the_most_that_fit(wide):
+    run, row = spec(wide), BatchShape([[200, 60]], 256)
+    for target in (1, 9):
+        room = MemoryPredictor(run).validation_memory(row.times(target)).total
+        assert tokens_that_validate(run, row, room + 1) == target * row.tokens
+    assert rows_that_fit(run, row, room)[0] < 9  # training keeps more
+    assert tokens_that_validate(run, row, 1e12) == MAX_VALIDATION_TOKENS
 
 
 @pytest.mark.parametrize(

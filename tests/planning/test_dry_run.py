@@ -172,3 +172,19 @@ def test_hidden_states_that_are_offloaded_are_not_on_the_device(base):
     assert full.stored - offload.stored == WIDE["num_hidden_layers"] * SHAPE.tokens * WIDE["hidden_size"] * 2
     assert (offload.head, offload.layer) == (full.head, full.layer)
     assert 0 < offload.stored < 0.5 * full.stored
+
+
+@pytest.mark.parametrize("name", ["supervised", "dpo"])
+def test_a_dry_run_of_a_validation_has_the_memory_of_a_real_one(base, name):
+    batch = synthetic.batch_of(ROWS) if name == "supervised" else synthetic.pairs_of(PAIRS)
+    found = fake(base, mixed=False, objective={"name": name}).validation_activations(BatchShape.of(batch))
+    module = Phi3LoRAModule(base, objective={"name": name})
+    module.configure_model()
+    module.model.eval()
+    before = [*module.parameters(), *module.buffers()]
+    with PeakLiveBytes(before) as alive, torch.no_grad(), module.autocast():
+        module.compute_loss(module(batch), module.head, batch)
+    places = 2 * batch["input_ids"].numel() * 32
+    assert found.peak == pytest.approx(alive.peak, abs=places)
+    trained = fake(base, mixed=False, objective={"name": name}).activations(BatchShape.of(batch), "full")
+    assert found.peak < trained.peak - places

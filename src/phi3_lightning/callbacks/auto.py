@@ -12,7 +12,7 @@ from phi3_lightning.errors import ConfigError
 from phi3_lightning.hardware import device_memory
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode, checkpoint_activations
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step
+from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step, tokens_that_validate
 from phi3_lightning.planning.memory import MemoryPredictor
 from phi3_lightning.planning.step import BatchShape
 
@@ -46,6 +46,9 @@ class AutoBatchSize(pl.Callback):
     The Trainer's ``accumulate_grad_batches`` changes, so that an optimiser step keeps its ``batch_size`` x
     ``accumulate_grad_batches`` rows. The limit is 85% of the device's total memory, on the rank with the least, and not
     of the free memory: a run that is resumed gets the same batches.
+
+    On a GPU the micro-batches of validation are larger, as nothing is kept for a backward pass. They are those of
+    training where ``limit_val_batches`` counts them, and with KTO, whose baseline depends on them.
     """
 
     def __init__(self) -> None:
@@ -68,7 +71,8 @@ class AutoBatchSize(pl.Callback):
         _, total = _memory(trainer)
         largest = data.largest_train_row()
         row = BatchShape.of(largest)
-        fitting, mode = rows_that_fit(pl_module.spec(), row, PLANNED_SHARE_OF_MEMORY * total)
+        spec, room = pl_module.spec(), PLANNED_SHARE_OF_MEMORY * total
+        fitting, mode = rows_that_fit(spec, row, room)
         trainer.accumulate_grad_batches, rows = share_step(step, fitting)
         tokens = rows * data.hparams["max_length"] * (2 if "shared_lengths" in largest else 1)
         rank_zero_info(
@@ -81,7 +85,8 @@ class AutoBatchSize(pl.Callback):
         )
         if pl_module.objective.name == "kto":
             rank_zero_info("model.objective.name: kto has a baseline of each micro-batch, whose size this decides")
-        data.set_tokens_per_batch(tokens)
+        enlarges = spec.on_gpu and trainer.limit_val_batches == 1.0 and pl_module.objective.name != "kto"
+        data.set_tokens_per_batch(tokens, tokens_that_validate(spec, row, room) if enlarges else tokens)
 
 
 def _memory(trainer: pl.Trainer) -> tuple[float, float]:

@@ -118,7 +118,7 @@ class ChatDataModule(LightningDataModule):
         self.template = load_template(self.options)
         self.tokenizer = self.template.tokenizer
         if stage == "fit":
-            self._splits.options = self.options  # each Trainer decides max_tokens_per_batch: auto for itself
+            self._splits.reset(self.options)  # each Trainer decides max_tokens_per_batch: auto for itself
         for split in self.options.prepared(stage):
             if split not in self.prepared:
                 encoder = make_encoder(split, self.options, self.template, self._splits.context_length)
@@ -136,9 +136,9 @@ class ChatDataModule(LightningDataModule):
         """Whether ``max_tokens_per_batch`` is auto and not decided yet; until then ``batch_size`` counts."""
         return self._splits.options.max_tokens_per_batch == "auto"
 
-    def set_tokens_per_batch(self, tokens: int) -> None:
-        """Decide ``max_tokens_per_batch: auto``, and plan the batches again."""
-        self._splits.replan(max_tokens_per_batch=tokens)
+    def set_tokens_per_batch(self, tokens: int, validation_tokens: int) -> None:
+        """Decide ``max_tokens_per_batch: auto``, in validation for itself, and plan the batches again."""
+        self._splits.decide(tokens, validation_tokens, ranks_of(self.trainer)["num_replicas"])
         if "train" in self.plans:
             rank_zero_info(self._splits.describe_train())
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 from typing import Any, Literal, cast
 
 import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.config.data import DataConfig, Split
@@ -15,6 +16,10 @@ from phi3_lightning.data.sampler import PlannedBatches
 from phi3_lightning.data.splits import data_seed, share_out
 from phi3_lightning.data.tokenized import TokenizedDataset
 from phi3_lightning.errors import ConfigError
+
+
+LEAST_VALIDATION_BATCHES = 4
+"""Micro-batches of each of several ranks in a validation, at least, so that none waits long for the others."""
 
 
 class SplitPlans:
@@ -30,6 +35,11 @@ class SplitPlans:
         self.context_length: ContextLength | None = None
         self.prepared: dict[Split, TokenizedDataset] = {}
         self.plans: dict[Split, Plan] = {}
+        self._validation_tokens: int | None = None
+
+    def reset(self, options: DataConfig) -> None:
+        """Take the options as configured, for what is planned from now on."""
+        self.options, self._validation_tokens = options, None
 
     def add(self, split: Split, prepared: TokenizedDataset) -> None:
         """Distribute the documents of a split, and plan their batches."""
@@ -48,13 +58,29 @@ class SplitPlans:
         for split, plan in self.plans.items():
             self._plan(split, np.sort(plan.documents))
 
+    def decide(self, tokens: int, validation_tokens: int, ranks: int) -> None:
+        """Set the most tokens of a micro-batch, and plan the batches of all splits again.
+
+        Micro-batches of validation are never smaller, and larger only where the ranks still share them evenly.
+        """
+        if ranks > 1 and "val" in self.plans:
+            held_out = int(self.prepared["val"].lengths()[self.plans["val"].documents].sum())
+            validation_tokens = min(validation_tokens, held_out // (ranks * LEAST_VALIDATION_BATCHES))
+        self._validation_tokens = max(tokens, validation_tokens)
+        self.replan(max_tokens_per_batch=tokens)
+        if "val" in self.plans and self._validation_tokens > tokens:
+            rank_zero_info(f"a micro-batch of validation has up to {self._validation_tokens} tokens")
+
     def _plan(self, split: Split, documents: Ints) -> None:
         prepared, seed = self.prepared[split], data_seed(self.options)
         chosen = prepared.chosen_lengths()
+        options = self.options
+        if split == "val" and self._validation_tokens is not None:
+            options = replace(options, max_tokens_per_batch=self._validation_tokens)
         plan = plan_split(
             split,
             prepared.lengths()[documents],
-            self.options,
+            options,
             self.context_length,
             seed,
             chosen_lengths=None if chosen is None else chosen[documents],

@@ -22,6 +22,8 @@ MODES_ON_GPU: list[CheckpointingMode | int] = ["none", 4, 2, "full"]
 
 MAX_ROWS = 4096
 """Rows of a micro-batch at the most."""
+MAX_VALIDATION_TOKENS = 2**15
+"""Tokens of a validation's micro-batch at the most: they fill any GPU, and keep tensors below 2^31 elements."""
 PARTS_THAT_GROW_WITH_ROWS = ("stored", "head", "layer", "reference", "fragmentation")
 
 
@@ -78,14 +80,28 @@ def rows_that_fit(spec: RunSpec, shape: BatchShape, room: float) -> tuple[int, C
         if (needed := predictor.memory(shape, mode).total) > room:
             continue
         two, three = (predictor.memory(shape.times(rows), mode) for rows in (2, 3))
-        rows = 1
-        while rows < MAX_ROWS and _with_rows(two, three, rows + 1).total <= room:
-            rows += 1
-        return rows, mode
+        return _most_rows(two, three, room), mode
     raise ConfigError(
         f"data.max_tokens_per_batch: auto finds no size that fits: one row of {shape.tokens} tokens takes "
         f"{needed / 1e9:.1f} GB of {room / 1e9:.1f} GB; lower data.max_length, or see what plan says would help"
     )
+
+
+def tokens_that_validate(spec: RunSpec, shape: BatchShape, room: float) -> int:
+    """Return how many tokens of such rows make a micro-batch that fits in validation, 32,768 at the most.
+
+    ``room`` is the bytes of the whole run.
+    """
+    predictor = MemoryPredictor(spec)
+    two, three = (predictor.validation_memory(shape.times(rows)) for rows in (2, 3))
+    return min(_most_rows(two, three, room) * shape.tokens, MAX_VALIDATION_TOKENS)
+
+
+def _most_rows(two: Memory, three: Memory, room: float) -> int:
+    rows = 1
+    while rows < MAX_ROWS and _with_rows(two, three, rows + 1).total <= room:
+        rows += 1
+    return rows
 
 
 def _with_rows(two: Memory, three: Memory, rows: int) -> Memory:

@@ -81,6 +81,13 @@ class FakeModule:
             self._cache[key] = self._activations(shape, mode)
         return self._cache[key]
 
+    def validation_activations(self, shape: BatchShape) -> Activations:
+        """Return what a micro-batch needs in validation, which keeps nothing of a layer for a backward pass."""
+        key = f"validation of {shape}"
+        if key not in self._cache:
+            self._cache[key] = self._at_full_depth(shape, self._validate)
+        return self._cache[key]
+
     def _activations(self, shape: BatchShape, mode: CheckpointingMode | int) -> Activations:
         depth = len(self.model.model.layers)
         if isinstance(mode, int):  # some layers store all, and the others one hidden state
@@ -95,21 +102,35 @@ class FakeModule:
             full = self.activations(shape, "full")
             return replace(full, stored=max(full.stored - depth * states, 0))
         checkpoint_activations(self.model, mode)
-        return self._at_full_depth(shape)
+        return self._at_full_depth(shape, self._train)
 
-    def _at_full_depth(self, shape: BatchShape) -> Activations:
+    def _at_full_depth(self, shape: BatchShape, run: Callable[[BatchShape], Activations]) -> Activations:
         config, depth = self.model.config, len(self.model.model.layers)
         if depth <= max(EXTRAPOLATED_DEPTHS) or not self.alike:
-            return self._run(shape)
+            return run(shape)
         runs = []
         try:
             for config.num_hidden_layers in EXTRAPOLATED_DEPTHS:
-                runs.append(self._run(shape))
+                runs.append(run(shape))
         finally:
             config.num_hidden_layers = depth
         return _extrapolated(runs[0], runs[1], depth)
 
-    def _run(self, shape: BatchShape) -> Activations:
+    def _train(self, shape: BatchShape) -> Activations:
+        (forward, _), (head, _), (reference, stored), (backward, _) = self._phases(shape, trains=True)
+        peaks = head, max(forward, backward), self._of_reference(reference)
+        return Activations(stored, *(max(peak - stored, 0) for peak in peaks))
+
+    def _validate(self, shape: BatchShape) -> Activations:
+        (forward, stored), (head, _), (reference, _) = self._phases(shape, trains=False)
+        peaks = head, forward, self._of_reference(reference)
+        return Activations(stored, *(max(peak - stored, 0) for peak in peaks))
+
+    def _of_reference(self, peak: int) -> int:
+        return peak if self.spec.objective.extra_forward_passes else 0
+
+    def _phases(self, shape: BatchShape, *, trains: bool) -> list[tuple[int, int]]:
+        """The bytes at the peak of each phase of a step, and those alive at its end."""
         phases: list[tuple[int, int]] = []
         with self._fake_tensors:
             for parameter in self.trained:
@@ -122,11 +143,9 @@ class FakeModule:
                 self.spec,
                 shape,
                 on_phase=lambda: phases.append((storages.restart(), storages.live)),
+                trains=trains,
             )
-        (forward, _), (head, _), (reference, stored), (backward, _) = phases
-        if not self.spec.objective.extra_forward_passes:
-            reference = 0
-        return Activations(stored, *(max(peak - stored, 0) for peak in (head, max(forward, backward), reference)))
+        return phases
 
 
 class _Storages(TorchDispatchMode):

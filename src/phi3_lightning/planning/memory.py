@@ -9,7 +9,7 @@ from phi3_lightning.model.activation_checkpointing import CheckpointingMode
 from phi3_lightning.model.base import Quantization
 from phi3_lightning.model.loss import CHUNK, GPU_CHUNK
 from phi3_lightning.optim import state_bytes
-from phi3_lightning.planning.dry_run import FakeModule
+from phi3_lightning.planning.dry_run import Activations, FakeModule
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape
 
@@ -86,10 +86,16 @@ class MemoryPredictor:
 
     def memory(self, shape: BatchShape, mode: CheckpointingMode | int | None = None) -> Memory:
         """Predict the peak of the run for the size of its largest micro-batch; mode None: as the run is configured."""
+        return self._with_activations(shape, self.fake.activations(shape, mode or self.spec.mode))
+
+    def validation_memory(self, shape: BatchShape) -> Memory:
+        """Predict the peak of a validation during the run, for the size of its largest micro-batch."""
+        return self._with_activations(shape, self.fake.validation_activations(shape))
+
+    def _with_activations(self, shape: BatchShape, activations: Activations) -> Memory:
         spec, model = self.spec, self.fake.model
         frozen = [tensor for tensor in (*model.parameters(), *model.buffers()) if not tensor.requires_grad]
         trained = sum(parameter.numel() for parameter in self.fake.trained)
-        activations = self.fake.activations(shape, mode or spec.mode)
         buckets = 4 if spec.ranks > 1 and not spec.sharded else 0  # of DistributedDataParallel
         copy = 4 if spec.copies_adapter else 0
         memory = Memory(

@@ -72,11 +72,12 @@ def take_step(
     *,
     device: str = "cpu",
     on_phase: Callable[[], None] = lambda: None,
+    trains: bool = True,
 ) -> None:
-    """Run forward pass, loss and backward pass of a model that is on a type of device.
+    """Run forward pass, loss and backward pass of a model that is on a type of device; or, to validate, no backward.
 
     ``on_phase`` is called after the layers' forward pass, after the loss, after the passes without a gradient that the
-    objective takes, and after the backward pass.
+    objective takes, and after the backward pass if there is one.
 
     Raises:
         ConfigError: If a document is longer than the context of the base.
@@ -89,7 +90,8 @@ def take_step(
         batch["shared_lengths"] = shape.shared
     targets = zeros.flatten()[: shape.supervised]
     mixed = torch.autocast(device, torch.bfloat16) if spec.mixed else nullcontext()
-    with mixed, precision.autocast(model, device):
+    evaluation = nullcontext() if trains else evaluating(model)
+    with mixed, precision.autocast(model, device), evaluation, torch.set_grad_enabled(trains):
         hidden = packed_attention.last_hidden_state(model, batch)
         on_phase()
         loss_sum = _loss(spec, model, hidden, targets)
@@ -99,8 +101,9 @@ def take_step(
                 _loss(spec, model, packed_attention.last_hidden_state(model, batch), targets)
     del hidden
     on_phase()
-    loss_sum.backward()
-    on_phase()
+    if trains:
+        loss_sum.backward()
+        on_phase()
 
 
 def _loss(spec: RunSpec, model: Phi3ForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
