@@ -248,7 +248,7 @@ def test_the_preview_shows_both_sides(data: Callable[..., ChatDataModule]) -> No
     for side, answer in (("chosen", "a word word word "), ("rejected", "the word word ")):
         assert f"rows.jsonl:1: {side}" in text
         assert f"<|assistant|>«{answer}<|end|>»<|endoftext|>" in text
-        assert f"rows.jsonl:1: {side}</h3>" in page
+        assert f"rows.jsonl:1: {side} (id 3)</h3>" in page
         assert f'<span class="trained">{answer}</span>' in page
     assert page.count("<article>") == 4
     assert "«question" not in text

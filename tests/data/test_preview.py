@@ -159,4 +159,4 @@ def test_rows_that_are_left_out_or_have_an_empty_answer_are_named_and_counted(
     preview = build_preview(data)
     assert preview.facts["dropped: longer than max_length 64"] == f"1: {path}:2"
     assert preview.facts["empty answers"] == "1: such rows teach to say nothing"
-    assert [place for place, _ in preview.samples] == [f"{path}:1", f"{path}:3, id t-7"]
+    assert [place for place, _ in preview.samples] == [f"{path}:1", f"{path}:3 (id t-7)"]

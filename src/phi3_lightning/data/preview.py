@@ -48,16 +48,16 @@ def build_preview(datamodule: ChatDataModule, split: Split = "train", rows: int 
     first = np.sort(plan.documents)[:rows].tolist()
     lengths = prepared.lengths()[plan.documents]
     samples = [
-        (f"{_place(origin)}{_note(document, side)}", _segments(side, datamodule.tokenizer))
+        (f"{origin.place}{_note(document, side)}{_own_id(origin)}", _segments(side, datamodule.tokenizer))
         for origin, document in zip(prepared.origins(first), prepared.documents(first), strict=True)
         for side in document.sides()
     ]
     return Preview(_facts(datamodule, split), _histogram(lengths), samples)
 
 
-def _place(origin: Origin) -> str:
-    """The place of a row, and its own id, such as that of a conversation in a table."""
-    return origin.place if origin.id is None else f"{origin.place}, id {origin.id}"
+def _own_id(origin: Origin) -> str:
+    """The own id of a row, such as that of a conversation in a table."""
+    return "" if origin.id is None else f" (id {origin.id})"
 
 
 def _note(document: Document, side: Document) -> str:
