@@ -98,7 +98,8 @@ def exported(folder: Path, kind: str) -> dict[str, float]:
     from phi3_lightning.checkpoint.identity import IDENTITY
     from phi3_lightning.export.card import Provenance
     from phi3_lightning.export.chat_files import Chat
-    from phi3_lightning.export.export import Export, export
+    from phi3_lightning.export.export import export
+    from phi3_lightning.export.options import Export
 
     start = time.perf_counter()
     module = loaded(folder)

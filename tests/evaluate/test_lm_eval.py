@@ -19,7 +19,8 @@ from phi3_lightning.data.conversation import Conversation
 from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.export.card import Provenance
 from phi3_lightning.export.chat_files import Chat
-from phi3_lightning.export.export import Export, export
+from phi3_lightning.export.export import export
+from phi3_lightning.export.options import Export
 from phi3_lightning.metrics import AnswerMetrics
 from phi3_lightning.metrics.answers import Answer
 

@@ -19,7 +19,8 @@ from phi3_lightning.export import export as export_room
 from phi3_lightning.export.card import Provenance
 from phi3_lightning.export.certificate import logits
 from phi3_lightning.export.chat_files import Chat
-from phi3_lightning.export.export import Export, Exported, export
+from phi3_lightning.export.export import Exported, export
+from phi3_lightning.export.options import Export
 
 TINY = Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3"
 PROMPTS = [[5, 6, 7, 8, 9, 10], [11, 12, 13]]

@@ -17,7 +17,7 @@ from export.test_export import live, write
 from phi3_lightning.adapters.targets import rank_and_scaling
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.export import gguf as gguf_room
-from phi3_lightning.export.export import Export
+from phi3_lightning.export.options import Export
 
 PREFIX = "base_model.model."
 NAMES = {

@@ -12,8 +12,8 @@ import synthetic
 from export.ollama_peer import collate, parse_modelfile, render_go
 from export.test_export import live, write
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.export.export import Export
 from phi3_lightning.export.ollama import check_ollama_from, read_chat_form, short_context, write_modelfile
+from phi3_lightning.export.options import Export
 
 TINY = Path(__file__).parents[2] / "src/phi3_lightning/assets/tiny_phi3"
 

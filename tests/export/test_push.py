@@ -26,7 +26,8 @@ from phi3_lightning.checkpoint.identity import IDENTITY
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.export.card import Provenance
 from phi3_lightning.export.chat_files import Chat
-from phi3_lightning.export.export import Export, export
+from phi3_lightning.export.export import export
+from phi3_lightning.export.options import Export
 from phi3_lightning.export.push import check_destination, push
 
 # huggingface_hub's own client uploads raw content with `data=`

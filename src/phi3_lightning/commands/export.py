@@ -17,7 +17,8 @@ from phi3_lightning.data.template import ChatTemplate, load_tokenizer
 from phi3_lightning.errors import CheckpointError, ConfigError
 from phi3_lightning.export.card import Provenance
 from phi3_lightning.export.chat_files import Chat
-from phi3_lightning.export.export import Export, Exported, Format, GgufType, export
+from phi3_lightning.export.export import Exported, export
+from phi3_lightning.export.options import Export, Format, GgufType
 from phi3_lightning.export.push import Destination, check_destination, push
 from phi3_lightning.files import local_path, writing
 from phi3_lightning.hub import is_repository

@@ -263,8 +263,7 @@ class Plan:
         if self.rows.batches is None:
             console.print("whole run: unknown, since the data were not read")
             return
-        trainer = self.config.trainer
-        interval = trainer.val_check_interval
+        trainer, interval = self.config.trainer, self.config.trainer.val_check_interval
         counted = interval is None or isinstance(interval, int | float)  # else by the clock
         length = run_length(
             self.rows.batches,

@@ -256,8 +256,7 @@ class ChatDataModule(LightningDataModule):
 
     def describe_rows(self, document_ids: list[int]) -> list[str]:
         """Return where the training documents of batches came from, such as ``chats.jsonl:12``."""
-        data = self._streamed if self.options.streaming else self.prepared["train"]
-        return data.describe(document_ids)
+        return (self._streamed if self.options.streaming else self.prepared["train"]).describe(document_ids)
 
     def test_facts(self) -> dict[str, Any]:
         """Return ``source``, a description of the test data, and the ``statistics`` of the splits as plain types."""

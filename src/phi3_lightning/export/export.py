@@ -1,7 +1,6 @@
 """A checkpoint's adapter as a folder for others, compared with the live model before it gets its name."""
 
 import gc
-import importlib.util
 import json
 import shutil
 import tempfile
@@ -9,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast, get_args
+from typing import cast
 
 import torch
 from peft import PeftModel
@@ -32,68 +31,9 @@ from phi3_lightning.export.certificate import (
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.loralib_model import with_loralib
 from phi3_lightning.export.merge import Merger, attach_by_peft, write_merged
+from phi3_lightning.export.options import Export
 from phi3_lightning.model import base as base_model
 from phi3_lightning.module import Phi3LoRAModule
-
-Format = Literal["peft", "merged", "loralib", "gguf"]
-GgufType = Literal["f32", "f16"]
-
-
-@dataclass(frozen=True)
-class Export:
-    """What is written."""
-
-    format: Format = "peft"
-    """``peft``: the adapter, for PEFT and servers; ``merged``: a whole model; ``loralib``: a state dict of loralib's
-    layers; ``gguf``: the adapter for llama.cpp, or with ``merge`` a whole model."""
-    dtype: base_model.DType | GgufType | None = None
-    """Type of the weights: of a merged model one of torch's, in a GGUF file ``f32`` or ``f16``; None: that of the
-    base's files, and float32 for an adapter."""
-    max_shard_size: str = "1GB"
-    """Largest file of a merged model."""
-    name: str | None = None
-    """What its card calls it, such as the name of its repository on the hub; None: the name of the folder."""
-    merge: bool = False
-    """Whether a GGUF file holds base and adapter as one model."""
-    llama_cpp: str | None = None
-    """Folder of llama.cpp, whose converter writes a whole model as GGUF."""
-    ollama_from: str | None = None
-    """What ``FROM`` names in an adapter's Modelfile: a model of Ollama's, or the relative path of a GGUF file."""
-
-    def __post_init__(self) -> None:
-        """Refuse options that the format has no use for."""
-        if self.dtype is not None and self.format not in ("merged", "gguf"):
-            raise ConfigError(
-                f"--dtype: adapters are written in float32, and {self.dtype} is for --format merged or gguf"
-            )
-        allowed = get_args(GgufType if self.format == "gguf" else base_model.DType)
-        if self.dtype is not None and self.dtype not in allowed:
-            raise ConfigError(f"--dtype: --format {self.format} has {' or '.join(allowed)}, and not {self.dtype}")
-        if self.merge and self.format not in ("merged", "gguf"):
-            raise ConfigError(f"--merge: --format {self.format} holds the adapter alone; leave one of the two out")
-        if (self.format == "gguf" and self.merge) != (self.llama_cpp is not None):
-            raise ConfigError(
-                "--llama_cpp: --format gguf --merge needs the folder of llama.cpp, and nothing else does; give "
-                "--format gguf --merge --llama_cpp FOLDER"
-            )
-        if self.ollama_from is not None and (self.format != "gguf" or self.merge):
-            raise ConfigError(
-                "--ollama_from: it is the base of an adapter in GGUF; give --format gguf without --merge, or no base"
-            )
-        ollama.check_ollama_from(self.ollama_from)
-        if self.format == "gguf" and importlib.util.find_spec("gguf") is None:
-            raise ConfigError("--format gguf: it needs pip install 'phi3-lightning[gguf]'")
-
-    @property
-    def whole(self) -> bool:
-        """Whether a whole model is written, and not an adapter."""
-        return self.format == "merged" or self.merge
-
-    @property
-    def torch_dtype(self) -> torch.dtype | None:
-        """The type of the weights, as torch has it."""
-        names = {"f32": "float32", "f16": "float16"}
-        return None if self.dtype is None else getattr(torch, names.get(self.dtype, self.dtype))
 
 
 @dataclass(frozen=True)
