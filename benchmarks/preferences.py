@@ -60,12 +60,10 @@ def contenders(row_tokens: int, rows_of_a_step: Path) -> list[Contender]:
     """Return who runs, and with which settings; an epoch of the pairs of one step has one step."""
     data = {"format": "preference", "max_length": row_tokens // 2}  # of each answer of a pair
     plain = {"model": OBJECTIVE | {"gradient_checkpointing": "none"}, "data": data}
-    checkpointed = {"model": OBJECTIVE | {"gradient_checkpointing": "full"}, "data": data}
     later = plain | {"data": data | {"train": str(rows_of_a_step)}}
     return [
         Contender("phi3_lightning", "ours", None, plain),
         Contender("phi3_lightning, later epochs", "ours", None, later),
-        Contender("phi3_lightning, checkpointing", "ours", None, checkpointed),
         Contender("phi3_lightning, each prompt twice", "ours", None, plain | {"share_prompts": False}),
         Contender(DEFAULTS, "trl_dpo", "trl"),
         Contender("TRL, no checkpointing", "trl_dpo", "trl", {"gradient_checkpointing": False}),
