@@ -80,7 +80,8 @@ def test_the_batch_size_that_is_tried_is_the_one_that_is_used(tmp_path, cache):
     rows = []
     log = LambdaCallback(on_train_batch_start=lambda *args: rows.append(len(args[2]["input_ids"])))
     trainer = fit(tmp_path, cache, finder, log, limit_val_batches=0, max_epochs=1)
-    assert trainer.datamodule.hparams["batch_size"] == finder.optimal_batch_size == rows[-1] == 6
+    assert trainer.datamodule.hparams["batch_size"] == finder.optimal_batch_size == 6
+    assert max(rows[-trainer.num_training_batches :]) == 6  # one batch of the epoch may be short
 
 
 def test_a_summary_counts_the_adapter_as_trainable(tmp_path, cache, capsys):

@@ -5,6 +5,8 @@ import re
 import signal
 from pathlib import Path
 
+import datasets
+import huggingface_hub
 import pytest
 from peft import LoraConfig, get_peft_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -174,7 +176,9 @@ def test_a_template_that_renders_tools_itself_is_used_or_refused(cli, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["owner/name/config:train", "owner/name@revision:train"])
-def test_a_configuration_or_revision_on_the_hub_is_refused_by_name(cli, name):
+def test_a_configuration_or_revision_that_cannot_be_read_is_refused_by_name(cli, monkeypatch, name):
+    for module in (huggingface_hub.constants, datasets.config):  # without a network, each attempt takes its time
+        monkeypatch.setattr(module, "HF_HUB_OFFLINE", True)
     assert name in refusal(preview(cli, f"--data.train={name}", code=1))
 
 

@@ -189,7 +189,7 @@ def test_options_that_the_format_has_no_use_for_are_refused(options, message):
 
 
 def test_a_missing_package_is_named(monkeypatch):
-    monkeypatch.setattr("phi3_lightning.export.export.importlib.util.find_spec", lambda _: None)
+    monkeypatch.setattr("phi3_lightning.export.options.importlib.util.find_spec", lambda _: None)
     with pytest.raises(ConfigError, match=r"--format gguf: .*phi3-lightning\[gguf\]"):
         Export("gguf")
 

@@ -123,8 +123,8 @@ def test_a_whole_model_is_certified(base, checkout, converter, tmp_path, kind):
     assert exported.certificate.holds
     assert exported.certificate.adapter.max_logit > 100 * exported.certificate.export.max_logit
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "README.md", "certificate.json", "generation_config.json", "out-F32.gguf", "special_tokens_map.json",
-        "tokenizer.json", "tokenizer_config.json",
+        "Modelfile", "README.md", "certificate.json", "generation_config.json", "out-F32.gguf",
+        "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
     }  # fmt: skip
     for path in (tmp_path / "out").iterdir():
         assert str(tmp_path).encode() not in path.read_bytes()

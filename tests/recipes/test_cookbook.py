@@ -83,7 +83,7 @@ def test_each_recipe_trains_on_the_originals_format(cli, tmp_path, write, name):
     recipe = settings(name)
     assert kept["optimizer"]["lr"] == recipe["model"]["optimizer"]["lr"]
     assert kept["lora"]["lora_alpha"] == recipe["model"]["lora"]["lora_alpha"]
-    assert kept["schedule"] == recipe["model"]["schedule"]
+    assert recipe["model"]["schedule"].items() <= kept["schedule"].items()
     assert kept["batch_size"] == recipe["data"]["batch_size"]
 
 
