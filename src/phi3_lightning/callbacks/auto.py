@@ -12,7 +12,13 @@ from phi3_lightning.errors import ConfigError
 from phi3_lightning.hardware import device_memory
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode, checkpoint_activations
 from phi3_lightning.module import Phi3LoRAModule
-from phi3_lightning.planning.auto import PLANNED_SHARE_OF_MEMORY, fastest_mode, rows_that_fit, share_step, tokens_that_validate
+from phi3_lightning.planning.auto import (
+    PLANNED_SHARE_OF_MEMORY,
+    fastest_mode,
+    rows_that_fit,
+    share_step,
+    tokens_that_validate,
+)
 from phi3_lightning.planning.memory import MemoryPredictor
 from phi3_lightning.planning.step import BatchShape
 
