@@ -17,7 +17,6 @@ from phi3_lightning.data.splits import data_seed, share_out
 from phi3_lightning.data.tokenized import TokenizedDataset
 from phi3_lightning.errors import ConfigError
 
-
 LEAST_VALIDATION_BATCHES = 4
 """Micro-batches of each of several ranks in a validation, at least, so that none waits long for the others."""
 
