@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -162,26 +163,25 @@ def run(piece: Piece, log: Path, limit: float) -> tuple[str, float]:
     """Run a piece, showing and keeping what it prints as it comes; return how it ended, and its seconds."""
     paths = [str(REPOSITORY / "src"), str(BENCHMARKS), os.environ.get("PYTHONPATH", "")]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1", **piece.env}
-    start = time.monotonic()
-    process = subprocess.Popen(
+    start, late = time.monotonic(), threading.Event()
+    with subprocess.Popen(
         piece.command, cwd=REPOSITORY, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
         errors="replace", start_new_session=True,
-    )  # fmt: skip
-    late = threading.Event()
+    ) as process, log.open("w", encoding="utf-8") as file:  # fmt: skip
 
-    def end() -> None:
-        late.set()
-        os.killpg(process.pid, signal.SIGKILL)  # its own processes too, which would keep the GPU's memory
+        def end() -> None:
+            late.set()
+            with suppress(ProcessLookupError):  # it has just ended by itself
+                os.killpg(process.pid, signal.SIGKILL)  # its own processes too, which would keep the GPU's memory
 
-    timer = threading.Timer(limit, end)
-    timer.start()
-    with log.open("w", encoding="utf-8") as file:
+        timer = threading.Timer(limit, end)
+        timer.start()
         for line in process.stdout:
             print(f"    {line}", end="", flush=True)
             file.write(line)
             file.flush()
-    status = process.wait()
-    timer.cancel()
+        status = process.wait()
+        timer.cancel()
     outcome = "ended" if late.is_set() else "passed" if status == 0 else "failed"
     return outcome, time.monotonic() - start
 
