@@ -84,7 +84,7 @@ class Result:
 def tests(dry: bool, python: str) -> Iterator[Piece]:
     """Yield the tests of ``tests/cuda`` one by one; in the dry form file by file."""
     folder = REPOSITORY / "tests" / "cuda"
-    options = ["-q", "-x", "-p", "no:randomly"]
+    options = ["-q"]
     if dry:
         for path in sorted(folder.glob("test_*.py")):
             yield Piece(f"tests {path.stem}", [python, "-m", "pytest", *options, str(path)], LIMIT, {"DRY_GPU": "1"})
@@ -147,7 +147,8 @@ def auto_run(base: Path, chats: Path, out: Path, dry: bool) -> list[str]:
     """Return the arguments of a short run whose sizes are all ``auto``, with a validation."""
     return [
         "fit", "--model.base", str(base), "--data.train", str(chats), "--data.max_tokens_per_batch", "auto",
-        "--data.max_length", "256" if dry else "4096", "--data.val_fraction", "0.2", "--data.cache_dir", str(out / "cache"),
+        "--data.max_length", "256" if dry else "4096", "--data.val_fraction", "0.2",
+        "--data.cache_dir", str(out / "cache"),
         "--trainer.accelerator", "cpu" if dry else "gpu", "--trainer.devices", "1", "--trainer.max_steps",
         "1" if dry else "4", "--trainer.default_root_dir", str(out / "runs"), "--run", "auto",
         "--monitor.samples", "0", "--monitor.base_drift", "false",

@@ -1,6 +1,6 @@
 """Tests that need a GPU; they are skipped without one.
 
-With ``DRY_GPU=1``, as in ``scripts/gpu_checks.py --dry``, they run on a CPU instead, as far as one can: kernels by their
+With ``DRY_GPU=1``, as in ``scripts/gpu_checks.py --dry``, they run on a CPU instead, as far as it can: kernels by
 stand-ins, runs of two steps.
 """
 
