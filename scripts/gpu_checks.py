@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,6 +22,8 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parents[1]
 BENCHMARKS = REPOSITORY / "benchmarks"
 TINY = REPOSITORY / "src" / "phi3_lightning" / "assets" / "tiny_phi3"
+WORK = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi3_lightning" / "benchmarks" / "gpu_checks"
+"""The base of 8 GB and what runs leave, which need not be kept."""
 LIMIT = 480
 """Seconds of a piece at the most."""
 TEST_LIMIT = 150
@@ -66,6 +68,8 @@ class Piece:
     command: list[str]
     limit: float = LIMIT
     env: dict[str, str] = field(default_factory=dict)
+    always: bool = False
+    """Whether it runs although it has passed: results may have been copied from another machine."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,9 @@ def tests(dry: bool, python: str) -> Iterator[Piece]:
 def pieces(out: Path, dry: bool) -> Iterator[Piece]:
     """Yield all pieces, what is least known first."""
     python = sys.executable
-    base, chats = TINY if dry else out / "base", out / "chats.jsonl"
-    yield Piece("base and chats", [python, "-c", PREPARE, str(base), str(chats), "0" if dry else "32"])
+    base, chats = TINY if dry else WORK / "base", WORK / ("few.jsonl" if dry else "chats.jsonl")
+    prepare = [python, "-c", PREPARE, str(base), str(chats), "0" if dry else "32"]
+    yield Piece("base and chats", prepare, always=True)
     yield from tests(dry, python)
     row, turns = ("256", "1") if dry else ("4096", "8")
     profile = [
@@ -116,7 +121,7 @@ def pieces(out: Path, dry: bool) -> Iterator[Piece]:
     for name, options in STEPS.items():
         options = ON_A_CPU.get(name, options) if dry else options
         yield Piece(f"step, {name}", [*profile, *options, "--operators", "5" if dry else "40"])
-    yield Piece("auto in a run", [python, str(REPOSITORY / "cli.py"), *auto_run(base, chats, out, dry)])
+    yield Piece("auto in a run", [python, str(REPOSITORY / "cli.py"), *auto_run(base, chats, dry)])
     size = (
         ["--row-tokens", "512", "--micro-batch", "1", "--steps", "2"]
         if dry
@@ -143,14 +148,14 @@ def pieces(out: Path, dry: bool) -> Iterator[Piece]:
     yield Piece("generation", [*generation, "--prompts", str(chats)])
 
 
-def auto_run(base: Path, chats: Path, out: Path, dry: bool) -> list[str]:
+def auto_run(base: Path, chats: Path, dry: bool) -> list[str]:
     """Return the arguments of a short run whose sizes are all ``auto``, with a validation."""
     return [
         "fit", "--model.base", str(base), "--data.train", str(chats), "--data.max_tokens_per_batch", "auto",
         "--data.max_length", "256" if dry else "4096", "--data.val_fraction", "0.2",
-        "--data.cache_dir", str(out / "cache"),
+        "--data.cache_dir", str(WORK / "cache"),
         "--trainer.accelerator", "cpu" if dry else "gpu", "--trainer.devices", "1", "--trainer.max_steps",
-        "1" if dry else "4", "--trainer.default_root_dir", str(out / "runs"), "--run", "auto",
+        "1" if dry else "4", "--trainer.default_root_dir", str(WORK), "--run", f"auto-{time.time_ns()}",
         "--monitor.samples", "0", "--monitor.base_drift", "false",
     ]  # fmt: skip
 
@@ -218,20 +223,21 @@ def write_summary(out: Path, names: list[str]) -> None:
     (out / "summary.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def run_all(chosen: Iterable[Piece], out: Path, device: str, seconds: float) -> list[str]:
+def run_all(every: Sequence[Piece], out: Path, device: str, seconds: float, only: Sequence[str] = ("",)) -> list[str]:
     """Run the pieces that have not passed yet; return the names of those that have not passed now.
 
     Args:
-        chosen: The pieces, in their order.
+        every: The pieces, in their order.
         out: The output folder.
         device: Name of the device, for the results.
         seconds: After how many no piece begins, and the last one is ended.
+        only: Words, of which the name of a piece that runs has one.
     """
-    every, end, state = list(chosen), time.monotonic() + seconds, commit()
-    names = [piece.name for piece in every]
-    for piece in every:
+    end, state = time.monotonic() + seconds, commit()
+    chosen = [piece for piece in every if any(word in piece.name for word in only)]
+    for piece in chosen:
         before = earlier(out).get(piece.name)
-        if before is not None and before.outcome == "passed":
+        if before is not None and before.outcome == "passed" and not piece.always:
             continue
         if (left := end - time.monotonic()) <= 0:
             break
@@ -241,9 +247,10 @@ def run_all(chosen: Iterable[Piece], out: Path, device: str, seconds: float) -> 
         result = Result(piece.name, outcome, round(taken, 1), date, state, device)
         path = out / f"{slug(piece.name)}.result.json"
         path.write_text(json.dumps(asdict(result)), encoding="utf-8")
-        write_summary(out, names)
+        write_summary(out, [piece.name for piece in every])
         print(f"== {piece.name}: {outcome} after {taken:.0f} s", flush=True)
     results = earlier(out)
+    names = [piece.name for piece in chosen]
     return [name for name in names if name not in results or results[name].outcome != "passed"]
 
 
@@ -259,13 +266,12 @@ def main() -> None:
     given = parser.parse_args()
     out = (given.output or Path("gpu_checks-dry" if given.dry else "gpu_checks")).resolve()
     out.mkdir(parents=True, exist_ok=True)
-    device = device_name()
+    WORK.mkdir(parents=True, exist_ok=True)
+    device = "CPU" if given.dry else device_name()
     if device == "CPU" and not given.dry:
         sys.exit("no GPU: --dry runs every piece on a CPU at tiny size")
-    chosen = [
-        piece for piece in pieces(out, given.dry) if not given.only or any(word in piece.name for word in given.only)
-    ]
-    if missing := run_all(chosen, out, "CPU" if given.dry else device, 60 * given.minutes):
+    every = list(pieces(out, given.dry))
+    if missing := run_all(every, out, device, 60 * given.minutes, given.only or [""]):
         sys.exit(f"not passed: {', '.join(missing)}; logs are in {out}")
     print(f"all pieces passed: {out / 'summary.md'}")
 

@@ -14,8 +14,8 @@ FOLDER = CACHE / "peers"
 """Where environments are kept unless another folder is given."""
 
 LISTS = Path(__file__).parent / "peers"
-"""What pip installs for each peer, and on a GPU also from the list with ``-cuda`` in its name. Nothing is added to a list:
-what else a peer needs, the package's own environment has. docs/performance.md says how it goes without a network."""
+"""What pip installs for each peer, and on a GPU also the list with ``-cuda`` in its name. pip adds nothing: what else a
+peer needs, the package's own environment has. docs/performance.md says how it goes without a network."""
 
 SHOWN = ("torch", "transformers", "peft", "lightning", "trl", "llamafactory", "litgpt", "unsloth", "liger-kernel")
 

@@ -15,7 +15,7 @@ from contenders.task import TARGETS
 
 
 def settings(job: Job) -> dict[str, object]:
-    """Return the content of the command's file."""
+    """Return the content of the command's file; without a template it takes the tokenizer's."""
     folder = Path(job.out) / "data"
     folder.mkdir()
     tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
@@ -25,7 +25,7 @@ def settings(job: Job) -> dict[str, object]:
     }
     (folder / "dataset_info.json").write_text(json.dumps(sets))
     return {
-        "stage": "sft", "do_train": True, "finetuning_type": "lora", "model_name_or_path": job.base, "template": "phi",
+        "stage": "sft", "do_train": True, "finetuning_type": "lora", "model_name_or_path": job.base,
         "dataset": "train", "eval_dataset": "val", "dataset_dir": str(folder), "cutoff_len": job.max_length,
         "lora_rank": job.r, "lora_alpha": job.alpha, "lora_dropout": job.dropout, "lora_target": ",".join(TARGETS),
         **job.trainer(job.steps()), "output_dir": f"{job.out}/adapter",
