@@ -105,8 +105,9 @@ def budget(title: str, base: str, args: argparse.Namespace) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as name:
         module = Phi3LoRAModule(
-            base, gradient_checkpointing=args.gradient_checkpointing, lora={"r": 16, "lora_alpha": 32}
-        )
+            base, gradient_checkpointing=args.gradient_checkpointing, quantization=args.quantization,
+            lora={"r": 16, "lora_alpha": 32, "use_dora": args.dora},
+        ).to(device)  # fmt: skip
         module.configure_model()
         batch = packed_row(base, args.row_tokens, Path(name))
     tokens = sum(length for row in batch["document_lengths"] for length in row)
@@ -115,7 +116,7 @@ def budget(title: str, base: str, args: argparse.Namespace) -> None:
         torch.cuda.reset_peak_memory_stats()  # of the model before
     module.to(device).train()
     with module.autocast():
-        choose_compilation(module.loaded_model, args.compile, args.repeats)
+        choose_compilation(module.loaded_model, args.compile, args.repeats, dora=args.dora)
     on_device: Any = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
     work = {
         "the step": step_of(module, on_device), "its frozen products alone": frozen_products(module, tokens, supervised)
@@ -149,8 +150,10 @@ def main() -> None:
     parser.add_argument("--base", help="folder of a model; else Phi-3-mini's shapes, random, and a small real model")
     parser.add_argument("--layers", type=int, default=3, help="of the random one")
     parser.add_argument("--row_tokens", type=int, default=1024)
-    parser.add_argument("--gradient_checkpointing", default="none", choices=("none", "full"))
+    parser.add_argument("--gradient_checkpointing", default="none", choices=("none", "selective", "full", "offload"))
     parser.add_argument("--compile", default="none", choices=("none", "layers"))
+    parser.add_argument("--dora", action="store_true")
+    parser.add_argument("--quantization", choices=("nf4", "int8"))
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--operators", type=int, default=20, help="how many are shown")
     args = parser.parse_args()

@@ -45,7 +45,7 @@ def base_of(workload: str, given: argparse.Namespace) -> Path:
         return given.real or models.convert_real(given.cache / "real")
     if workload == "random":
         return models.write_random(given.cache / f"random-{given.layers}", given.layers)
-    if given.device != "cuda":
+    if given.device != "cuda" and not given.full:
         raise RuntimeError("the full size is measured on a GPU, and there is none")
     return given.full or models.write_random(given.cache / "random-32", 32)
 
@@ -114,7 +114,7 @@ def measure(
         losses = ask("heldout", json.dumps(order | {"device": task.device}))
         for name in adapters:
             found[name].loss = losses[name]
-        found["base model"] = Measured(loss=losses[""])
+        found["base model"] = Measured(loss=losses.get(""))
     return found
 
 

@@ -33,6 +33,7 @@ OURS_ON_A_GPU = {f"{name}, compiled": {**options, "torch_compile": "layers"} for
 """Settings of this package beside its defaults: arguments of the module. By itself, so short a run is not compiled."""
 
 TRL_BEST = {"packing": True, "gradient_checkpointing": False, "assistant_only": True}
+"""TRL's head computes chunks of logits by default; Liger's, of ``use_liger_kernel``, takes its place."""
 PACKED = {"packing": True, "disable_gradient_checkpointing": True}
 
 CONTENDERS = [
@@ -41,6 +42,7 @@ CONTENDERS = [
     Contender("TRL, defaults", "trl_sft", "trl", {"assistant_only": False}, trains="all"),
     Contender("TRL, packed, no checkpointing", "trl_sft", "trl", TRL_BEST),
     Contender("TRL, packed, Liger", "trl_sft", "trl", {**TRL_BEST, "use_liger_kernel": True}, gpu_only=True),
+    Contender("Unsloth", "unsloth_sft", "unsloth", TRL_BEST, gpu_only=True),
     Contender("LLaMA-Factory, defaults", "llamafactory_sft", "llamafactory"),
     Contender("LLaMA-Factory, packed, no checkpointing", "llamafactory_sft", "llamafactory", PACKED),
     Contender(

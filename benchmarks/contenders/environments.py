@@ -13,34 +13,18 @@ CACHE = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "phi3_l
 FOLDER = CACHE / "peers"
 """Where environments are kept unless another folder is given."""
 
-REQUIREMENTS = {
-    "trl": [["trl==1.16.0"]],
-    # pins older releases of what the others use, and some that have no build for this torch
-    "llamafactory": [
-        ["--no-deps", "llamafactory==0.9.5", "trl==0.24.0"],
-        [
-            "omegaconf==2.4.0",
-            "fire==0.7.1",
-            "einops==0.8.2",
-            "sentencepiece==0.2.3",
-            "tiktoken==0.14.0",
-            "scipy==1.17.1",
-        ],
-    ],
-    "litgpt": [["--no-deps", "litgpt==0.5.13"]],
-}
-"""What pip is told, call by call."""
+LISTS = Path(__file__).parent / "peers"
+"""What pip installs for each peer, and on a GPU also the list with ``-cuda`` in its name. pip adds nothing: what else a
+peer needs, the package's own environment has. docs/performance.md says how it goes without a network."""
 
-ON_CUDA = {"trl": [["liger-kernel==0.8.2"]]}
-
-SHOWN = ("torch", "transformers", "peft", "lightning", "trl", "llamafactory", "litgpt", "liger-kernel")
+SHOWN = ("torch", "transformers", "peft", "lightning", "trl", "llamafactory", "litgpt", "unsloth", "liger-kernel")
 
 
 def make(name: str, folder: Path, cuda: bool = False) -> Path:
     """Return the Python of a peer's environment, which is made where it is missing or was made for other releases.
 
     Args:
-        name: One of ``REQUIREMENTS``.
+        name: That of a list in ``LISTS``.
         folder: Where the environments are kept.
         cuda: Whether to install what needs a GPU as well.
 
@@ -49,9 +33,11 @@ def make(name: str, folder: Path, cuda: bool = False) -> Path:
     """
     home = folder / name
     python = home / "bin" / "python"
-    calls = REQUIREMENTS[name] + (ON_CUDA.get(name, []) if cuda else [])
+    lists = [LISTS / f"{name}.txt"]
+    if cuda and (more := LISTS / f"{name}-cuda.txt").is_file():
+        lists.append(more)
     host = sysconfig.get_path("purelib")
-    wanted = hashlib.sha256(json.dumps([calls, host, sys.version]).encode()).hexdigest()
+    wanted = hashlib.sha256(json.dumps([[path.read_text() for path in lists], host, sys.version]).encode()).hexdigest()
     mark = home / "installed"
     if mark.is_file() and mark.read_text() == wanted:
         return python
@@ -62,13 +48,13 @@ def make(name: str, folder: Path, cuda: bool = False) -> Path:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     (Path(found.stdout.strip()) / "host.pth").write_text(f"import site; site.addsitedir({host!r})\n")
-    for call in calls:
-        pip = subprocess.run(
-            [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *call],
-            check=False, capture_output=True, text=True,
-        )  # fmt: skip
-        if pip.returncode != 0:
-            raise RuntimeError(f"pip install {' '.join(call)}: {pip.stderr.strip().splitlines()[-1]}")
+    pip = subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps",
+         *(word for path in lists for word in ("--requirement", path))],
+        check=False, capture_output=True, text=True,
+    )  # fmt: skip
+    if pip.returncode != 0:
+        raise RuntimeError(f"pip install of {name}: {pip.stderr.strip().splitlines()[-1]}")
     mark.write_text(wanted)
     return python
 

@@ -27,8 +27,8 @@ def loss(model: PeftModel, rows: list[Row], device: str) -> float:
     return total / count
 
 
-def losses(base: str, rows: list[Row], adapters: dict[str, str], device: str) -> dict[str, float]:
-    """Return the loss of each adapter, and under the name ``""`` that of the base.
+def losses(base: str, rows: list[Row], adapters: dict[str, str], device: str) -> dict[str, float | None]:
+    """Return the loss of each adapter, None of one that PEFT cannot load, and under the name ``""`` that of the base.
 
     Args:
         base: Folder of the base model.
@@ -36,10 +36,15 @@ def losses(base: str, rows: list[Row], adapters: dict[str, str], device: str) ->
         adapters: A name and a folder in PEFT's format for each.
         device: ``cpu`` or ``cuda``.
     """
-    found: dict[str, float] = {}
+    found: dict[str, float | None] = {}
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16).to(device)
     for name, folder in adapters.items():
-        adapted = PeftModel.from_pretrained(model, folder).eval()
+        try:
+            adapted = PeftModel.from_pretrained(model, folder).eval()
+        except Exception as error:  # a peer's adapter may have layers that the base lacks
+            print(f"{name}: {error}", file=sys.stderr)
+            found[name] = None
+            continue
         with torch.autocast(device, dtype=torch.bfloat16):
             found[name] = loss(adapted, rows, device)
             if "" not in found:

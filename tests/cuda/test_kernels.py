@@ -4,10 +4,15 @@ import pytest
 import torch
 
 import synthetic
+from cuda.conftest import DEVICE, DRY
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.model import loss, packed_attention
 from phi3_lightning.model.compile import choose_compilation
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]  # dynamo
 SHAPES = {
     "hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 1000,
     "max_position_embeddings": 1024, "original_max_position_embeddings": 1024,
@@ -20,7 +25,7 @@ BASES = {
 LENGTHS = [[300, 5, 64], [1, 200]]
 
 
-@pytest.fixture(params=BASES)
+@pytest.fixture(params=["a window"] if DRY else BASES)
 def base(request, tmp_path) -> str:
     return synthetic.save_tiny(tmp_path / "base", **SHAPES, **BASES[request.param])
 
@@ -28,12 +33,12 @@ def base(request, tmp_path) -> str:
 def batch() -> dict:
     rows = [[synthetic.document(length, max(1, length // 2), length) for length in row] for row in LENGTHS]
     found = synthetic.batch_of(rows)
-    return {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+    return {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in found.items()}
 
 
 def gradient(base: str, dtype: str, compile_layers: bool = False, **options) -> torch.Tensor:
     lora = {"r": 8, "lora_dropout": 0.0, **options.pop("lora", {})}
-    module = synthetic.randomised(Phi3LoRAModule(base, dtype=dtype, lora=lora, **options).cuda()).cuda()
+    module = synthetic.randomised(Phi3LoRAModule(base, dtype=dtype, lora=lora, **options).to(DEVICE)).to(DEVICE)
     module.model.train()
     with module.autocast():
         if compile_layers:
@@ -65,7 +70,7 @@ def test_flash_attention_and_compiled_layers_round_no_more_than_sdpa(base, monke
 
 
 def test_a_document_does_not_depend_on_its_neighbours(base):
-    module = synthetic.randomised(Phi3LoRAModule(base, dtype="bfloat16", lora={"r": 8}).cuda()).cuda().eval()
+    module = synthetic.randomised(Phi3LoRAModule(base, dtype="bfloat16", lora={"r": 8}).to(DEVICE)).to(DEVICE).eval()
     found = batch()
     with torch.no_grad(), module.autocast():
         before = module(found)[0, 305:369]
@@ -81,17 +86,44 @@ def test_larger_chunks_of_the_head_change_nothing(base, monkeypatch):
     assert error(gradient(base, "float32"), one) < 1000 * torch.finfo(torch.float32).eps
 
 
+@pytest.mark.parametrize("by_token", [False, True])
+def test_the_gradient_of_the_head_rounds_no_more_than_autograd(by_token):
+    """The gradient that is made beside the loss, over several chunks and a part of one."""
+    torch.manual_seed(0)
+    head = torch.nn.Linear(384, 1000, bias=False).requires_grad_(False)
+    states, targets = torch.randn(2 * loss.GPU_CHUNK + 100, 384), torch.randint(1000, (2 * loss.GPU_CHUNK + 100,))
+
+    def gradient_of(dtype: torch.dtype, ours: bool) -> torch.Tensor:
+        inputs = states.detach().clone().to(DEVICE, dtype).requires_grad_()
+        module, labels = head.to(DEVICE, dtype), targets.to(DEVICE)
+        if ours:
+            (
+                loss.token_losses(inputs, labels, module).sum()
+                if by_token
+                else loss.summed_loss(inputs, labels, module)
+            ).backward()
+        else:
+            torch.nn.functional.cross_entropy(module(inputs).float(), labels, reduction="sum").backward()
+        return inputs.grad.float()
+
+    truth = gradient_of(torch.float32, ours=False)
+    assert error(gradient_of(torch.float32, ours=True), truth) < 1e-5
+    assert error(gradient_of(torch.bfloat16, ours=True), truth) < 1.5 * error(
+        gradient_of(torch.bfloat16, ours=False), truth
+    )
+
+
 def test_shared_prompts_round_no_more_than_two_documents(base):
     """The last query is on the last key in flash attention too, with fewer queries than keys and in a window."""
 
     def gradient_of(dtype: str, shared: bool) -> torch.Tensor:
         options = {"dtype": dtype, "lora": {"r": 8, "lora_dropout": 0.0}, "objective": {"name": "simpo"}}
-        module = synthetic.randomised(Phi3LoRAModule(base, **options).cuda()).cuda()
+        module = synthetic.randomised(Phi3LoRAModule(base, **options).to(DEVICE)).to(DEVICE)
         pairs = [synthetic.pair(200, 60, 90, 0), synthetic.pair(40, 5, 130, 1)]
         found = synthetic.pairs_of([pairs])
         if not shared:
             found["shared_lengths"] = [[0] * 4]
-        found = {key: value.cuda() if isinstance(value, torch.Tensor) else value for key, value in found.items()}
+        found = {key: value.to(DEVICE) if isinstance(value, torch.Tensor) else value for key, value in found.items()}
         with module.autocast():
             summed, count = module.compute_loss(module(found), module.head, found)
         (summed / count).backward()
