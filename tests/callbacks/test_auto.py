@@ -219,6 +219,7 @@ def validate(tmp_path, monkeypatch, *, validation_tokens: int, on_gpu: bool = Tr
     return sizes, {name: value.item() for name, value in run.callback_metrics.items() if name.startswith("val/")}
 
 
+@pytest.mark.slow
 def test_validation_has_micro_batches_of_its_own_and_the_same_metrics(tmp_path, monkeypatch, set_rows_that_fit):
     set_rows_that_fit(2)
     small, expected = validate(tmp_path, monkeypatch, validation_tokens=512)

@@ -130,6 +130,7 @@ def test_memory_held_by_the_process_does_not_change_the_rows(wide, cached_predic
     assert len({rows_that_fit(spec(wide, process=process), SHAPE, room) for process in (0.0, 3e9)}) == 1
 
 
+@pytest.mark.slow
 def test_tokens_that_validate_are_the_most_that_fit(wide):
     run, row = spec(wide), BatchShape([[200, 60]], 256)
     for target in (1, 9):
