@@ -111,38 +111,21 @@ def pieces(out: Path, dry: bool) -> Iterator[Piece]:
     profile = [
         python,
         str(BENCHMARKS / "step_profile.py"),
-        "--base",
-        str(base),
-        "--row_tokens",
-        row,
-        "--repeats",
-        turns,
+        f"--base={base}",
+        f"--row_tokens={row}",
+        f"--repeats={turns}",
     ]
     for name, options in STEPS.items():
         options = ON_A_CPU.get(name, options) if dry else options
         yield Piece(f"step, {name}", [*profile, *options, "--operators", "5" if dry else "40"])
     yield Piece("auto in a run", [python, str(REPOSITORY / "cli.py"), *auto_run(base, chats, dry)])
-    size = (
-        ["--row-tokens", "512", "--micro-batch", "1", "--steps", "2"]
-        if dry
-        else ["--row-tokens", "4096", "--steps", "6"]
-    )
+    small, whole = ["--row-tokens=512", "--micro-batch=1", "--steps=2"], ["--row-tokens=4096", "--steps=6"]
+    table = [python, str(BENCHMARKS / "training.py"), "--models=full", f"--full={base}", "--repeats=1", "--same-rows"]
+    table += [*(small if dry else whole), f"--device={'cpu' if dry else 'cuda'}"]
     for name, contenders in PEERS.items():
         if dry:
             contenders = ["phi3_lightning, checkpointing", "transformers + peft, checkpointing"]
-        command = [
-            python,
-            str(BENCHMARKS / "training.py"),
-            "--models",
-            "full",
-            "--full",
-            str(base),
-            "--only",
-            *contenders,
-        ]
-        report = out / f"{slug(name)}.md"
-        device = ["--device", "cpu" if dry else "cuda", "--repeats", "1", "--same-rows", "--output", str(report)]
-        yield Piece(name, [*command, *size, *device])
+        yield Piece(name, [*table, f"--output={out / slug(name)}.md", "--only", *contenders])
     amount = ["--rows", "4", "--max_new_tokens", "4"] if dry else ["--rows", "64", "--max_new_tokens", "128"]
     generation = [python, str(BENCHMARKS / "generation.py"), str(base), *amount, "--repeats", "1" if dry else "3"]
     yield Piece("generation", [*generation, "--prompts", str(chats)])
@@ -155,7 +138,7 @@ def auto_run(base: Path, chats: Path, dry: bool) -> list[str]:
         "--data.max_length", "256" if dry else "4096", "--data.val_fraction", "0.2",
         "--data.cache_dir", str(WORK / "cache"),
         "--trainer.accelerator", "cpu" if dry else "gpu", "--trainer.devices", "1", "--trainer.max_steps",
-        "1" if dry else "4", "--trainer.default_root_dir", str(WORK), "--run", f"auto-{time.time_ns()}",
+        "1" if dry else "4", "--trainer.val_check_interval", "1", "--trainer.default_root_dir", str(WORK), "--run", f"auto-{time.time_ns()}",
         "--monitor.samples", "0", "--monitor.base_drift", "false",
     ]  # fmt: skip
 
