@@ -109,12 +109,8 @@ def pieces(out: Path, dry: bool) -> Iterator[Piece]:
     yield from tests(dry, python)
     row, turns = ("256", "1") if dry else ("4096", "8")
     profile = [
-        python,
-        str(BENCHMARKS / "step_profile.py"),
-        f"--base={base}",
-        f"--row_tokens={row}",
-        f"--repeats={turns}",
-    ]
+        python, str(BENCHMARKS / "step_profile.py"), f"--base={base}", f"--row_tokens={row}", f"--repeats={turns}"
+    ]  # fmt: skip
     for name, options in STEPS.items():
         options = ON_A_CPU.get(name, options) if dry else options
         yield Piece(f"step, {name}", [*profile, *options, "--operators", "5" if dry else "40"])
@@ -136,9 +132,9 @@ def auto_run(base: Path, chats: Path, dry: bool) -> list[str]:
     return [
         "fit", "--model.base", str(base), "--data.train", str(chats), "--data.max_tokens_per_batch", "auto",
         "--data.max_length", "256" if dry else "4096", "--data.val_fraction", "0.2",
-        "--data.cache_dir", str(WORK / "cache"),
-        "--trainer.accelerator", "cpu" if dry else "gpu", "--trainer.devices", "1", "--trainer.max_steps",
-        "1" if dry else "4", "--trainer.val_check_interval", "1", "--trainer.default_root_dir", str(WORK), "--run", f"auto-{time.time_ns()}",
+        "--data.cache_dir", str(WORK / "cache"), "--trainer.accelerator", "cpu" if dry else "gpu",
+        "--trainer.devices", "1", "--trainer.max_steps", "1" if dry else "4", "--trainer.val_check_interval", "1",
+        "--trainer.default_root_dir", str(WORK), "--run", f"auto-{time.time_ns()}",
         "--monitor.samples", "0", "--monitor.base_drift", "false",
     ]  # fmt: skip
 
