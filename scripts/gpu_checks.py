@@ -69,7 +69,7 @@ class Piece:
     limit: float = LIMIT
     env: dict[str, str] = field(default_factory=dict)
     always: bool = False
-    """Whether it runs although it has passed: results may have been copied from another machine."""
+    """Whether it runs in any case, as what others need; results may have been copied from another machine."""
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ def run_all(every: Sequence[Piece], out: Path, device: str, seconds: float, only
         only: Words, of which the name of a piece that runs has one.
     """
     end, state = time.monotonic() + seconds, commit()
-    chosen = [piece for piece in every if any(word in piece.name for word in only)]
+    chosen = [piece for piece in every if piece.always or any(word in piece.name for word in only)]
     for piece in chosen:
         before = earlier(out).get(piece.name)
         if before is not None and before.outcome == "passed" and not piece.always:
