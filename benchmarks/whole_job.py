@@ -151,7 +151,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--packed", type=int, default=2, help="packed rows of an optimiser step of this package")
     parser.add_argument("--samples", type=int, default=3)
     parser.add_argument("--sample-tokens", type=int, default=64)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=1, help="turns of each job")
     parser.add_argument("--peers", type=Path, default=environments.FOLDER, help="where peers' environments are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--output", type=Path, default=HERE / "results" / "whole_job.md", help="the Markdown file")

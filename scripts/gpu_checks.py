@@ -69,7 +69,7 @@ class Piece:
     limit: float = LIMIT
     env: dict[str, str] = field(default_factory=dict)
     always: bool = False
-    """Whether it runs although it has passed: results may have been copied from another machine."""
+    """Whether it runs in any case, as what others need; results may have been copied from another machine."""
 
 
 @dataclass(frozen=True)
@@ -109,40 +109,19 @@ def pieces(out: Path, dry: bool) -> Iterator[Piece]:
     yield from tests(dry, python)
     row, turns = ("256", "1") if dry else ("4096", "8")
     profile = [
-        python,
-        str(BENCHMARKS / "step_profile.py"),
-        "--base",
-        str(base),
-        "--row_tokens",
-        row,
-        "--repeats",
-        turns,
-    ]
+        python, str(BENCHMARKS / "step_profile.py"), f"--base={base}", f"--row_tokens={row}", f"--repeats={turns}"
+    ]  # fmt: skip
     for name, options in STEPS.items():
         options = ON_A_CPU.get(name, options) if dry else options
         yield Piece(f"step, {name}", [*profile, *options, "--operators", "5" if dry else "40"])
     yield Piece("auto in a run", [python, str(REPOSITORY / "cli.py"), *auto_run(base, chats, dry)])
-    size = (
-        ["--row-tokens", "512", "--micro-batch", "1", "--steps", "2"]
-        if dry
-        else ["--row-tokens", "4096", "--steps", "6"]
-    )
+    small, whole = ["--row-tokens=512", "--micro-batch=1", "--steps=2"], ["--row-tokens=4096", "--steps=6"]
+    table = [python, str(BENCHMARKS / "training.py"), "--models=full", f"--full={base}", "--repeats=1", "--same-rows"]
+    table += [*(small if dry else whole), f"--device={'cpu' if dry else 'cuda'}"]
     for name, contenders in PEERS.items():
         if dry:
             contenders = ["phi3_lightning, checkpointing", "transformers + peft, checkpointing"]
-        command = [
-            python,
-            str(BENCHMARKS / "training.py"),
-            "--models",
-            "full",
-            "--full",
-            str(base),
-            "--only",
-            *contenders,
-        ]
-        report = out / f"{slug(name)}.md"
-        device = ["--device", "cpu" if dry else "cuda", "--repeats", "1", "--same-rows", "--output", str(report)]
-        yield Piece(name, [*command, *size, *device])
+        yield Piece(name, [*table, f"--output={out / slug(name)}.md", "--only", *contenders])
     amount = ["--rows", "4", "--max_new_tokens", "4"] if dry else ["--rows", "64", "--max_new_tokens", "128"]
     generation = [python, str(BENCHMARKS / "generation.py"), str(base), *amount, "--repeats", "1" if dry else "3"]
     yield Piece("generation", [*generation, "--prompts", str(chats)])
@@ -153,9 +132,9 @@ def auto_run(base: Path, chats: Path, dry: bool) -> list[str]:
     return [
         "fit", "--model.base", str(base), "--data.train", str(chats), "--data.max_tokens_per_batch", "auto",
         "--data.max_length", "256" if dry else "4096", "--data.val_fraction", "0.2",
-        "--data.cache_dir", str(WORK / "cache"),
-        "--trainer.accelerator", "cpu" if dry else "gpu", "--trainer.devices", "1", "--trainer.max_steps",
-        "1" if dry else "4", "--trainer.default_root_dir", str(WORK), "--run", f"auto-{time.time_ns()}",
+        "--data.cache_dir", str(WORK / "cache"), "--trainer.accelerator", "cpu" if dry else "gpu",
+        "--trainer.devices", "1", "--trainer.max_steps", "1" if dry else "4", "--trainer.val_check_interval", "1",
+        "--trainer.default_root_dir", str(WORK), "--run", f"auto-{time.time_ns()}",
         "--monitor.samples", "0", "--monitor.base_drift", "false",
     ]  # fmt: skip
 
@@ -234,7 +213,7 @@ def run_all(every: Sequence[Piece], out: Path, device: str, seconds: float, only
         only: Words, of which the name of a piece that runs has one.
     """
     end, state = time.monotonic() + seconds, commit()
-    chosen = [piece for piece in every if any(word in piece.name for word in only)]
+    chosen = [piece for piece in every if piece.always or any(word in piece.name for word in only)]
     for piece in chosen:
         before = earlier(out).get(piece.name)
         if before is not None and before.outcome == "passed" and not piece.always:
