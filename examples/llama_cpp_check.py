@@ -26,7 +26,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from phi3_lightning.export.certificate import ROUNDINGS, difference, logits, rounded
-from phi3_lightning.export.gguf_model import convert, find_converter, prepare, record_name
+from phi3_lightning.export.gguf_model import convert, prepare, record_name
+from phi3_lightning.export.options import find_converter
 
 PLAIN = (
     "The capital of France is",

@@ -2,6 +2,7 @@
 
 import json
 import logging
+from contextlib import nullcontext
 
 import loralib
 import pytest
@@ -193,6 +194,23 @@ def test_an_adapter_that_records_another_base_is_refused_with_both_names(tiny_ba
         Phi3LoRAModule(tiny_base, base_id="our/model", lora=lora).configure_model()
     Phi3LoRAModule(tiny_base, base_id="some/other-model", lora=lora).configure_model()
     Phi3LoRAModule(tiny_base, lora=lora).configure_model()  # a local folder is not comparable with a hub name
+
+
+@pytest.mark.parametrize(
+    ("recorded", "revision"), [("v1", None), ("v1", "v2"), ("v1", "v1"), (None, "v1"), ("main", None)]
+)
+def test_an_adapter_that_records_another_revision_of_its_base_is_a_warning(tiny_base, tmp_path, recorded, revision):
+    save_with_peft(tiny_base, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    config |= {"base_model_name_or_path": "some/model", "revision": recorded}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    module = Phi3LoRAModule(
+        tiny_base, base_id="some/model", revision=revision, lora=SMALL | {"init_from": str(tmp_path)}
+    )
+    message = "trained on some/model at revision v1, and model.revision is .*; set model.revision: v1"
+    differs = recorded == "v1" and revision != "v1"
+    with pytest.warns(UserWarning, match=message) if differs else nullcontext():  # any other warning is an error
+        module.configure_model()
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import Phi3ForCausalLM
 
 import synthetic
 from phi3_lightning.adapters.adapter import PeftForm
-from phi3_lightning.export.gguf_model import find_converter
+from phi3_lightning.export.options import find_converter
 
 FOUR = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 

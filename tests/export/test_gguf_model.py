@@ -16,7 +16,8 @@ from transformers import AutoConfig, PreTrainedTokenizerFast
 from export.test_export import TINY, live, write
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.export import gguf_model
-from phi3_lightning.export.gguf_model import check_needs, find_converter, prepare, record_name
+from phi3_lightning.export.gguf_model import check_needs, prepare, record_name
+from phi3_lightning.export.options import Export, find_converter
 
 LONGROPE = {
     "rope_parameters": {
@@ -170,6 +171,8 @@ def test_a_folder_without_the_converter_is_refused(tmp_path):
         find_converter(str(tmp_path))
     with pytest.raises(ConfigError, match="is an address"):
         find_converter("https://example.org/llama.cpp")
+    with pytest.raises(ConfigError, match="has no convert_hf_to_gguf"):  # before a base is loaded
+        Export("gguf", merge=True, llama_cpp=str(tmp_path))
 
 
 def test_a_checkout_and_a_source_package_are_taken(checkout):

@@ -309,7 +309,7 @@ def test_no_file_has_a_path_or_a_token(hub: Hub, base: Path, tmp_path: Path, mon
     paths = dict.fromkeys(("name_or_path", "special_tokens_map_file", "tokenizer_file"), str(tokenizer))
     (tokenizer / "tokenizer_config.json").write_text(json.dumps(config | paths))
     monkeypatch.setattr(f"{__name__}.TINY", tokenizer)
-    for kind in ("peft", "merged", "loralib"):
+    for kind in ("peft", "merged", "loralib", "gguf"):
         for path in write(base, tmp_path / kind, base_id="phi", format=kind).iterdir():
             for secret in (str(tmp_path), str(base.parent), f"{Path.home()}/", "hf_write"):
                 assert secret.encode() not in path.read_bytes(), path

@@ -13,8 +13,7 @@ import torch
 from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast
 
 import synthetic
-from cli.conftest import REPOSITORY
-from cli.conftest import cli as cli
+from cli.conftest import REPOSITORY, TINY, start
 from export.conftest import llama_cpp as llama_cpp
 from export.test_export import live
 from export.test_gguf import LORA
@@ -28,24 +27,29 @@ TEXT = "<|user|>\nWho wrote Hamlet?<|end|>\n<|assistant|>\n"
 
 
 @pytest.fixture
-def run(cli, real_base, real_chats):
+def run(real_base, tmp_path):
     """Export what a few steps on the real model have taught."""
-    files = f"[{real_chats}/messages_system.jsonl, {real_chats}/prompt_completion.jsonl]"
-    cli(
+
+    def command(*args: str) -> str:
+        process = start(tmp_path, *args)
+        assert process.wait(900) == 0, process.text
+        return process.text
+
+    command(
         "fit", f"--config={REPOSITORY}/configs/phi3_mini_4k_lora.yaml", f"--model.base={real_base}", "--run=bot",
-        "--model.base_id=local/phi3-small", f"--data.train={files}", "--data.max_length=192", "--data.batch_size=1",
-        "--data.on_bad_row=skip", "--data.val_fraction=0.0", "--model.optimizer.lr=1e-3", "--trainer.accelerator=cpu",
+        "--model.base_id=local/phi3-small", f"--data.train={TINY}/chats_train.jsonl", "--data.max_length=192",
+        "--data.batch_size=1", "--data.val_fraction=0.0", "--model.optimizer.lr=1e-3", "--trainer.accelerator=cpu",
         "--trainer.max_steps=12", "--trainer.accumulate_grad_batches=1", "--trainer.callbacks=null",
         "--model.gradient_checkpointing=none", "--monitor.base_drift=false", "--monitor.samples=0",
     )  # fmt: skip
-    return lambda *options: cli("export", "--run=bot", *options)
+    return lambda *options: command("export", "--run=bot", *options)
 
 
 def test_it_continues_as_transformers_does(run, real_base, llama_cpp, tmp_path):
     run("--output_dir=peft")
     run("--output_dir=gguf", "--format=gguf")
     whole = run("--output_dir=whole", "--format=gguf", "--merge", f"--llama_cpp={llama_cpp}")
-    assert "merged model in GGUF to" in whole.text
+    assert "merged model in GGUF to" in whole
     script = [sys.executable, str(REPOSITORY / "examples/llama_cpp_check.py"), "peft", "gguf", "--base", str(real_base)]
     environment = os.environ | {"PYTHONPATH": str(REPOSITORY / "src")}
     subprocess.run(

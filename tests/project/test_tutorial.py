@@ -72,6 +72,7 @@ def test_each_command_does_what_the_page_says(folder):
     assert re.search(r"^(fits|may not fit|does not fit): ", printed, re.MULTILINE)
     files = "preview.html", "runs/support/test.html", "support-adapter/certificate.json", "support-adapter/README.md"
     assert all((folder / path).is_file() for path in files)
+    assert "ADAPTER ./support-gguf-F32-LoRA.gguf" in (folder / "support-gguf/Modelfile").read_text()
     test = json.loads((folder / "runs/support/test.json").read_text())
     assert "new_tickets.csv" in json.dumps(test)
 

@@ -10,10 +10,15 @@ import torch
 import yaml
 
 from cli.conftest import REPOSITORY, TINY
+from data.phi4 import PHI4_MINI_REASONING, PHI4_REASONING, phi4_mini_tokenizer, phi4_tokenizer
+from phi3_lightning import ChatDataModule, Phi3LoRAModule, adapters
 from phi3_lightning.adapters import targets
 from phi3_lightning.config import LoRA
 from phi3_lightning.model.base import read_config, skeleton
 from recipes.published import ALIKE, DIFFERENT, PUBLISHED
+
+sys.path.insert(0, str(REPOSITORY / "scripts"))
+from command_line import parse
 
 
 @pytest.fixture
@@ -84,6 +89,33 @@ def test_configurations_that_are_left_to_another_have_its_shapes():
         own, its = PUBLISHED[name], PUBLISHED[other]
         lengths = {"max_position_embeddings", "original_max_position_embeddings", "rope_theta"}
         assert {key for key in own if own[key] != its[key]} <= lengths
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_recipes_of_reasoning_models_learn_thoughts_and_adapt_every_layer(tmp_path, write, name):
+    system, question = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "What is 2 + 2?"}
+    answer = {"role": "assistant", "content": "4.", "reasoning_content": "Two and two."}
+    tokenizer = phi4_mini_tokenizer(PHI4_MINI_REASONING) if "mini" in name else phi4_tokenizer(PHI4_REASONING)
+    tokenizer.save_pretrained(tmp_path / "base")
+    (tmp_path / "base/config.json").write_text(json.dumps(PUBLISHED[name]))
+    options = parse(
+        ["fit", f"--config={REPOSITORY}/configs/{name}.yaml", f"--model.base={tmp_path}/base", "--data.num_workers=0",
+         f"--data.train={tmp_path / write('chats.jsonl', [{'messages': [system, question, answer]}] * 8)}",
+         f"--data.tokenizer={tmp_path}/base", f"--data.cache_dir={tmp_path}/cache"]
+    )  # fmt: skip
+    data = ChatDataModule(**options.data.as_dict())
+    data.prepare_data()
+    data.setup("fit")
+    assert sum(split.kept for split in data.statistics.values()) == 8
+    ids = next(iter(data.train_dataloader()))["input_ids"][0].tolist()
+    text = tokenizer.decode(ids)
+    assert "Be brief." in text
+    assert "<think>\nTwo and two.\n</think>\n\n4.<|" in text
+
+    module = Phi3LoRAModule(**options.model.as_dict())
+    model = skeleton(read_config(module.base))
+    adapters.check(model, module.lora)
+    assert len(targets.resolve(model, module.lora)) == 4 * PUBLISHED[name]["num_hidden_layers"]
 
 
 def script(monkeypatch, name: str) -> dict:

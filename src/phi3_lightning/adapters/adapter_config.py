@@ -24,7 +24,7 @@ TAKEN: Final = (
 """Keys that ``model.lora`` has as well, with the same meaning."""
 
 HARMLESS: Final = frozenset((
-    "base_model_name_or_path", "revision",  # the base, which is compared by name
+    "base_model_name_or_path", "revision",  # the base, which is compared by both
     "auto_mapping", "inference_mode", "peft_version", "runtime_config",  # how PEFT loads
     "lora_dropout", "eva_config", "merge_weights",  # how it is trained
     "bias", "fan_in_fan_out",  # no layer of a Phi3ForCausalLM has a bias, or weights of shape (in, out)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -67,10 +67,17 @@ def read_config(lora: LoRA, base: str | None) -> AdapterConfig | None:
 
 
 def check_origin(lora: LoRA, base: str | None, revision: str | None, fingerprint: str) -> None:
-    """Refuse a checkpoint to start from that was trained on other base weights.
+    """Refuse a checkpoint to start from that was trained on other base weights, and warn of another revision.
 
-    It is a step of its own: sharded weights are read after the adapter is attached.
+    It is a step of its own: sharded weights are read after the adapter is attached. An adapter in PEFT's format records
+    the revision of its base, and nothing of its weights.
     """
+    config = read_config(lora, base)
+    if config is not None and config.revision and config.base == base and config.revision != (revision or "main"):
+        rank_zero_warn(
+            f"{KEY}: {lora.init_from} was trained on {base} at revision {config.revision}, and model.revision is "
+            f"{revision or 'null'}, whose weights may be others; set model.revision: {config.revision}"
+        )
     if lora.init_from is None or Path(lora.init_from).suffix != ".ckpt":
         return
     former = _read_checkpoint(lora.init_from)[1]

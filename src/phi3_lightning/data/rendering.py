@@ -105,11 +105,11 @@ class ChatRenderer:
                     f"messages[{index}] is not rendered between the prompt of generation and {self.end_of_turn!r}; set "
                     "data.tools: render, or give data.chat_template a file with a template that does so",
                 )
-            message, said = chat.messages[index], rendered.text[start:end]
+            message, answer = chat.messages[index], rendered.text[start:end]
             names = [call["function"]["name"] for call in message["tool_calls"]]
-            if message["content"].strip() not in said:
+            if message["content"].strip() not in answer:
                 stripped.add(index)
-            if not all(text in said for text in (without_thoughts(message["content"]).strip(), *names)):
+            if not all(text in answer for text in (without_thoughts(message["content"]).strip(), *names)):
                 return BadRowError(
                     "the chat template loses text",
                     f"messages[{index}] has text and tool calls, and not both are rendered",

@@ -31,7 +31,7 @@ from phi3_lightning.export.certificate import (
 from phi3_lightning.export.chat_files import Chat
 from phi3_lightning.export.loralib_model import with_loralib
 from phi3_lightning.export.merge import Merger, attach_by_peft, write_merged
-from phi3_lightning.export.options import Export
+from phi3_lightning.export.options import Export, find_converter
 from phi3_lightning.model import base as base_model
 from phi3_lightning.module import Phi3LoRAModule
 
@@ -142,7 +142,7 @@ def _write_gguf_model(
 ) -> Certificate:
     from phi3_lightning.export import gguf, gguf_model
 
-    converter = gguf_model.find_converter(cast("str", what.llama_cpp))
+    converter = find_converter(cast("str", what.llama_cpp))
     gguf_model.check_needs(converter, folder)
     dtype, attention = module.loaded_model.dtype, module.loaded_model.config._attn_implementation
     reference = _measure_whole(module, form, chat, what, "merged model in GGUF")

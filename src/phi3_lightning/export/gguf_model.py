@@ -17,25 +17,12 @@ from transformers import Phi3ForCausalLM, PreTrainedTokenizerFast
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.export.chat_files import TOKENIZER_CONFIG
 from phi3_lightning.export.gguf import ARCHITECTURE, OUT_TYPES, weight_names
-from phi3_lightning.files import local_path
+from phi3_lightning.export.options import CONVERTER
 
-CONVERTER = "convert_hf_to_gguf.py"
 ATTENTION_FACTOR = gguf.Keys.Rope.SCALING_ATTN_FACTOR.format(arch=ARCHITECTURE)
 PHI3_NAME = re.compile("phi-?3", re.IGNORECASE)
 PHI3_TOKENS = {"</s>", "<unk>", "<s>", "<|endoftext|>"}
 """What llama.cpp looks up in the vocabulary of a model that is named after Phi-3."""
-
-
-def find_converter(folder: str) -> Path:
-    """Return llama.cpp's converter in a checkout, or in the unpacked source package of llama-cpp-python."""
-    root = local_path("--llama_cpp", folder)
-    for place in (root, root / "vendor/llama.cpp"):
-        if (place / CONVERTER).is_file():
-            return (place / CONVERTER).resolve()
-    raise ConfigError(
-        f"--llama_cpp: {folder} has no {CONVERTER}; give a checkout of llama.cpp, or the unpacked source package of "
-        "llama-cpp-python"
-    )
 
 
 def check_needs(converter: Path, tokenizer: Path) -> None:

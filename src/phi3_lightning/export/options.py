@@ -2,16 +2,31 @@
 
 import importlib.util
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 import torch
 
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.export.ollama import check_ollama_from
+from phi3_lightning.files import local_path
 from phi3_lightning.model.base import DType
 
 Format = Literal["peft", "merged", "loralib", "gguf"]
 GgufType = Literal["f32", "f16"]
+CONVERTER = "convert_hf_to_gguf.py"
+
+
+def find_converter(folder: str) -> Path:
+    """Return llama.cpp's converter in a checkout, or in the unpacked source package of llama-cpp-python."""
+    root = local_path("--llama_cpp", folder)
+    for place in (root, root / "vendor/llama.cpp"):
+        if (place / CONVERTER).is_file():
+            return (place / CONVERTER).resolve()
+    raise ConfigError(
+        f"--llama_cpp: {folder} has no {CONVERTER}; give a checkout of llama.cpp, or the unpacked source package of "
+        "llama-cpp-python"
+    )
 
 
 @dataclass(frozen=True)
@@ -58,6 +73,8 @@ class Export:
         check_ollama_from(self.ollama_from)
         if self.format == "gguf" and importlib.util.find_spec("gguf") is None:
             raise ConfigError("--format gguf: it needs pip install 'phi3-lightning[gguf]'")
+        if self.llama_cpp is not None:
+            find_converter(self.llama_cpp)
 
     @property
     def whole(self) -> bool:
