@@ -40,20 +40,24 @@ class LineCounter:
         name: The work, such as ``merging``.
         unit: What is counted, in the plural.
         total: Number of units; None: not known.
+        last_line: Whether there is a line when all are done.
     """
 
-    def __init__(self, name: str, unit: str, total: int | None = None) -> None:
+    def __init__(self, name: str, unit: str, total: int | None = None, *, last_line: bool = True) -> None:
         self.name = name
         self.unit = unit
         self.total = total
+        self.last_line = last_line
         self.done = 0
-        self._last_line = time.monotonic()
+        self._time_of_line = time.monotonic()
 
     def advance(self, count: int = 1) -> None:
         """Count units that are done."""
         self.done += count
-        if self.done == self.total or time.monotonic() - self._last_line > LINE_INTERVAL_SECONDS:
-            self._last_line = time.monotonic()
+        is_last = self.done == self.total
+        due = time.monotonic() - self._time_of_line > LINE_INTERVAL_SECONDS
+        if self.last_line if is_last else due:
+            self._time_of_line = time.monotonic()
             counted = f"{self.unit} so far" if self.total is None else f"of {self.total} {self.unit}"
             rank_zero_info(f"{self.name}: {self.done} {counted}")
 

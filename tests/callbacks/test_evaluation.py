@@ -199,6 +199,8 @@ def test_the_page_is_self_contained_and_runs_no_script(tmp_path, data):
         for step, value in enumerate([3.0, 2.0, float("nan"), 1.0]):
             curves.add_scalar("train/loss", value, step)
             curves.add_scalar("speed/tokens_per_second", 100 + step, step)
+            curves.add_scalar("epoch", step // 2, step)  # a count
+            curves.add_scalar("speed/padding_fraction", 0.25, step)  # which never changes
             for layer in range(20):
                 curves.add_scalar(f"adapter/layer_{layer}", layer, step)
         curves.add_scalar("test/loss", 1.0, 3)  # of an earlier test

@@ -4,6 +4,7 @@ import re
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import lightning.pytorch as pl
 import pytest
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
@@ -65,6 +66,18 @@ def test_held_out_numbers_are_reported_before_and_after(tmp_path, tiny_base, cap
     assert ("before after" in text) == (sanity == -1)
     assert f" {last['val/loss']:.4f} val/token_accuracy" in text
     assert first["val/loss"] > last["val/loss"]
+
+
+def test_a_score_that_was_not_measured_before_has_no_number_there(tmp_path, tiny_base, capsys):
+    class Answers(pl.Callback):
+        def on_validation_epoch_end(self, trainer, pl_module):
+            if not trainer.sanity_checking:
+                pl_module.log("val/chrf", 12.5)
+
+    trainer = synthetic.trainer(tmp_path, callbacks=[Answers(), RunReport(tmp_path)], num_sanity_val_steps=-1)
+    trainer.fit(small(tiny_base), synthetic.loader(DATA), synthetic.loader(DATA))
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "val/chrf" in line]
+    assert re.findall(r"[\d.]+", line) == ["12.5000"]
 
 
 def test_a_run_without_validation_reports_none(tmp_path, tiny_base, capsys):

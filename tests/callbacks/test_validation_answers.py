@@ -1,20 +1,28 @@
 """Answers as metrics of validation: against the scoring libraries themselves, and without an effect on training."""
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    EarlyStopping,
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    RichProgressBar,
+    TQDMProgressBar,
+)
 from lightning.pytorch.loggers import CSVLogger
+from rich.progress import Progress
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.metrics.chrf import CHRF
 
 import phi3_lightning
 import synthetic
 from phi3_lightning import ChatDataModule, Phi3LoRAModule
-from phi3_lightning.callbacks import EvaluationReport, PredictionWriter, RunCheckpoint, ValidationAnswers
+from phi3_lightning.callbacks import EvaluationReport, LineProgress, PredictionWriter, RunCheckpoint, ValidationAnswers
 from phi3_lightning.errors import ConfigError, ModelError
 
 TINY = Path(phi3_lightning.__file__).parent / "assets" / "tiny_phi3"
@@ -292,15 +300,58 @@ def test_monitors_that_are_right_are_accepted():
     ValidationAnswers(4, 3).check_monitors([RunCheckpoint(), EarlyStopping("val/loss"), ModelCheckpoint()])
 
 
+def plateau(monitor: str) -> type[Phi3LoRAModule]:
+    class Plateau(Phi3LoRAModule):
+        def configure_optimizers(self):
+            optimizer = torch.optim.SGD(self.trained_parameters(), lr=1e-2)
+            scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+            return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
+
+    return Plateau
+
+
+@pytest.mark.parametrize(
+    ("answers", "monitor", "message"),
+    [
+        (ValidationAnswers(2, 2), "val/chrf", r"every_n_validations: 2 .*val/chrf of ReduceLROnPlateau would keep"),
+        (ValidationAnswers(0), "val/chrf", r"evaluation.val_rows: 0 .*val/chrf of ReduceLROnPlateau needs rows"),
+        (ValidationAnswers(1), "val/chrf", None),
+        (ValidationAnswers(1, 2), "val/loss", None),
+    ],
+)
+def test_a_schedule_that_would_follow_a_stale_score_is_refused(tmp_path, data, answers, monitor, message):
+    tuned = plateau(monitor)(str(TINY), dtype="float32", generation={"max_new_tokens": 1})
+    refusal = nullcontext() if message is None else pytest.raises(ConfigError, match=message)
+    with refusal:
+        fit(tmp_path, data(), answers, tuned=tuned, limit_train_batches=1, limit_val_batches=1)
+
+
+@pytest.mark.parametrize("bar", [LineProgress, TQDMProgressBar, RichProgressBar])
+def test_answering_shows_its_progress(tmp_path, data, tuned, monkeypatch, bar):
+    lines, advanced = [], []
+    monkeypatch.setattr("phi3_lightning.progress.LINE_INTERVAL_SECONDS", -1)  # a line for each batch but the last
+    monkeypatch.setattr("phi3_lightning.progress.rank_zero_info", lines.append)
+    monkeypatch.setattr(Progress, "advance", lambda self, task: advanced.append(self.tasks[-1].description))
+    answers = ValidationAnswers(3, batch_size=2)
+    shown = synthetic.trainer(tmp_path, callbacks=[answers, bar()], enable_progress_bar=True)
+    shown.validate(tuned, data(), verbose=False)
+    if bar is RichProgressBar:
+        assert advanced.count("Answering") == 2
+    else:
+        assert [line for line in lines if line.startswith("answering")] == [
+            "answering: 1 of 2 batches of validation rows"
+        ]
+
+
 def test_rows_without_validation_data_are_refused(tmp_path, data):
     with pytest.raises(ConfigError, match=r"evaluation.val_rows: 2 .*give data.val or data.val_fraction"):
         fit(tmp_path, data(val=None, val_fraction=0.0), ValidationAnswers(2))
     fit(tmp_path, data(val=None, val_fraction=0.0), ValidationAnswers(0), max_steps=1, max_epochs=-1)
 
 
-@pytest.mark.parametrize("wrong", [{"rows": -1}, {"every_n_validations": 0}, {"batch_size": 0}])
+@pytest.mark.parametrize("wrong", [{"val_rows": -1}, {"every_n_validations": 0}, {"batch_size": 0}])
 def test_ranges_are_checked(wrong):
-    with pytest.raises(ConfigError, match=f"evaluation.(val_)?{next(iter(wrong))}"):
+    with pytest.raises(ConfigError, match=f"evaluation.{next(iter(wrong))}"):
         ValidationAnswers(**wrong)
 
 

@@ -64,6 +64,16 @@ def test_a_misspelt_key_of_a_file_has_file_line_and_suggestion(cli, tmp_path, co
     assert len(refused) < 6  # not pages of usage
 
 
+@pytest.mark.parametrize("command", ["fit", "preview", "check"])
+def test_a_value_of_another_type_has_the_line_of_the_file_that_gave_it(cli, tmp_path, command):
+    (tmp_path / "good.yaml").write_text("data: {batch_size: 2}\n")
+    (tmp_path / "bad.yaml").write_text("# mine\ndata:\n  batch_size: many\n")
+    [line] = cli(command, "--config=good.yaml", "--config=bad.yaml", code=2).text.splitlines()[-1:]
+    assert line == "error: bad.yaml:3: data.batch_size: many cannot be used: Expected a int"
+    [line] = cli(command, "--config=good.yaml", "--data.batch_size=many", code=2).text.splitlines()[-1:]
+    assert line == "error: data.batch_size: many cannot be used: Expected a int"  # which no file has
+
+
 def test_a_misspelt_section_of_a_file_is_found_too(cli, tmp_path):
     (tmp_path / "bad.yaml").write_text("model: {base: x, optimizr: {lr: 1}}\n")
     refused = cli("fit", "--config=bad.yaml", code=2).text.splitlines()

@@ -5,7 +5,8 @@ from dataclasses import fields
 import pytest
 
 from phi3_lightning.commands.plan import parser
-from phi3_lightning.commands.plan_tables import verdict
+from phi3_lightning.commands.plan_tables import FEW_STEPS, run_line, verdict
+from phi3_lightning.planning.length import Length
 from phi3_lightning.planning.memory import Memory
 from phi3_lightning.planning.suggestions import Suggestion
 
@@ -29,6 +30,12 @@ SMALLER = [Suggestion("model.quantization: nf4", memory(4)), Suggestion("data.ba
 )
 def test_the_verdict_names_the_smallest_change_that_helps(room, line):
     assert verdict(memory(12.8), room * 1e9, SMALLER) == line
+
+
+@pytest.mark.parametrize(("steps", "few"), [(FEW_STEPS - 1, True), (FEW_STEPS, False)])
+def test_a_run_of_few_steps_is_called_so(steps, few):
+    for speed in (None, 10.0):
+        assert ("optimiser steps (few; docs/choosing.md" in run_line(Length(steps, 1000), speed)) == few
 
 
 @pytest.mark.parametrize("size", ["16GB", "7.5GB", "16"])

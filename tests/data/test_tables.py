@@ -85,7 +85,7 @@ def test_rounded_ids_are_bad_rows(rounded: object) -> None:
 @pytest.mark.parametrize("name", ["f18.a_blank_ids.csv", "f18.d_null_ids.jsonl", "f18.c_float_ids.parquet"])
 def test_reported_files_without_conversation_ids_are_refused(name: str) -> None:
     chats, faults = split_faults(list(group_messages(read_rows(CASES / name), RowOptions(**TABLE), name)))
-    bad = {"f18.a_blank_ids.csv": {1, 2, 3, 4}, "f18.d_null_ids.jsonl": {1, 2}, "f18.c_float_ids.parquet": {3}}
+    bad = {"f18.a_blank_ids.csv": {2, 3, 4, 5}, "f18.d_null_ids.jsonl": {1, 2}, "f18.c_float_ids.parquet": {3}}
     assert faults.keys() == bad[name]
     assert [len(chat["messages"]) for chat in chats.values()] == [2] * (2 if "float" in name else 1)
 

@@ -23,7 +23,7 @@ def test_a_value_that_is_missing_is_an_error():
 def test_a_bar_within_a_cell_of_a_card_is_escaped():
     texts = dict.fromkeys(("front_matter", "name", "kind", "base", "serving", "picture"), "")
     rows = {"statistics": [], "metrics": [], "certificate": [], "settings": [("`target_modules`", "`.*(q|k)_proj`")]}
-    card = render("card.md", step=1, statistics_columns=(), certificate_positions=1, whole=False, **texts, **rows)
+    card = render("card.md", step=1, whole=False, statistics_columns=(), certificate_positions=1, **texts, **rows)
     assert r"| `target_modules` | `.*(q\|k)_proj` |" in card
 
 

@@ -79,5 +79,6 @@ def test_it_runs_from_top_to_bottom(tmp_path):
     text = "\n".join(outputs)
     assert "lantern lit" in outputs[-1]  # the bookshop's manner, from plain PEFT
     assert text.count("<svg") == 2  # a curve for each fit
+    assert text.count("val/chrf") == 2  # scores of answers for each
     assert "&lt;span class=&quot;trained" in text  # the preview
     assert (tmp_path / "runs/notebook/adapter/certificate.json").is_file()

@@ -169,17 +169,18 @@ class EvaluationReport(pl.Callback):
         ids = [case.document_id for case in chosen]
         rows = rows_by_id(data_module(trainer), "test", ids) if self._own else {}
         answering = Answering(trainer, module, "test", chosen, self._scores, rows)
-        advance = answering_progress(trainer, -(-len(chosen) // (self.batch_size * trainer.world_size)))
         own: list[AnswerPair] = []
-        for batch in answering.batches(self.batch_size):
-            with trainer.precision_plugin.predict_step_context():
-                tuned = answering.answer(batch)
-                with module.base_answers():
-                    base = answering.answer(batch)
-            for pair in self._pairs(batch, base, tuned, answering.tokenizer):
-                self._partial.add(pair.content())
-                own.append(pair)
-            advance()
+        what = ", base and tuned model"
+        with answering_progress(trainer, len(chosen), self.batch_size, what, last_line=True) as advance:
+            for batch in answering.batches(self.batch_size):
+                with trainer.precision_plugin.predict_step_context():
+                    tuned = answering.answer(batch)
+                    with module.base_answers():
+                        base = answering.answer(batch)
+                for pair in self._pairs(batch, base, tuned, answering.tokenizer):
+                    self._partial.add(pair.content())
+                    own.append(pair)
+                advance()
         shares = all_gather_object(trainer, own)
         pairs = sorted((pair for share in shares for pair in share), key=lambda pair: pair.row)
         if pairs:

@@ -81,7 +81,8 @@ class RunReport(pl.Callback):
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         if not trainer.sanity_checking:
             self._last = _validation_metrics(trainer)
-            self._first = self._last | self._first  # the sanity check answers nothing
+            if self._titles[0] == "first":
+                self._first = self._last | self._first
 
     @override
     def on_fit_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
@@ -90,7 +91,8 @@ class RunReport(pl.Callback):
             for column in ("", *self._titles):
                 table.add_column(column, justify="right" if column else "left")
             for name in self._last:
-                table.add_row(name, f"{self._first[name]:.4f}", f"{self._last[name]:.4f}")
+                first = f"{self._first[name]:.4f}" if name in self._first else ""  # the sanity check answers nothing
+                table.add_row(name, first, f"{self._last[name]:.4f}")
             self._print(table)
         last = self.folder / "checkpoints" / "last.ckpt"
         if last.is_file():

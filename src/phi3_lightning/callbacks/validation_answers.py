@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities.types import LRSchedulerConfig
 from typing_extensions import override
 
 from phi3_lightning.batch import Batch
@@ -17,7 +18,7 @@ from phi3_lightning.config.checks import require
 from phi3_lightning.contracts import HasTokenizer, data_module
 from phi3_lightning.distributed.collectives import all_gather_dict
 from phi3_lightning.errors import ConfigError, ModelError
-from phi3_lightning.evaluate.answering import Answering
+from phi3_lightning.evaluate.answering import Answering, answering_progress
 from phi3_lightning.evaluate.cases import Case, CaseCollector
 from phi3_lightning.evaluate.own_metrics import Measure, own_scores, rows_by_id
 from phi3_lightning.evaluate.report import answer_values
@@ -38,7 +39,7 @@ class ValidationAnswers(pl.Callback):
     a Phi3LoRAModule and a datamodule with a ``tokenizer``.
 
     Args:
-        rows: How many validation rows are answered; 0: none. Needs the extra eval.
+        val_rows: How many validation rows are answered; 0: none. Needs the extra eval.
         every_n_validations: Validations from one that answers rows to the next; the first one does.
         batch_size: Prompts that are answered together.
         metrics: The user's own metrics: import paths ``module:function`` of functions ``(answer, reference, row) ->
@@ -47,15 +48,15 @@ class ValidationAnswers(pl.Callback):
 
     def __init__(
         self,
-        rows: int = 16,
+        val_rows: int = 16,
         every_n_validations: int = 1,
         batch_size: int = 16,
         metrics: str | Sequence[str | Measure] = (),
     ) -> None:
-        require(rows >= 0, "evaluation.val_rows", rows, "it is 0 or more")
+        require(val_rows >= 0, "evaluation.val_rows", val_rows, "it is 0 or more")
         require(every_n_validations >= 1, "evaluation.every_n_validations", every_n_validations, "it is at least 1")
         require(batch_size >= 1, "evaluation.batch_size", batch_size, "it is at least 1")
-        self.rows = rows
+        self.val_rows = val_rows
         self.every_n_validations = every_n_validations
         self.batch_size = batch_size
         self._own = own_scores(metrics)
@@ -71,14 +72,15 @@ class ValidationAnswers(pl.Callback):
         Raises:
             ConfigError: It names the option to change.
         """
-        names = {f"val/{name}" for name in (*MEASURED, *self._own)}
         every = self.every_n_validations
         for callback in callbacks:
-            if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor not in names:
+            if not isinstance(callback, ModelCheckpoint | EarlyStopping) or callback.monitor not in self._names():
                 continue
             option = "checkpoint" if isinstance(callback, RunCheckpoint) else type(callback).__name__
             monitor = f"{option}.monitor {callback.monitor}"
-            require(self.rows > 0, f"{option}.monitor", callback.monitor, "no row is answered; set evaluation.val_rows")
+            require(
+                self.val_rows > 0, f"{option}.monitor", callback.monitor, "no row is answered; set evaluation.val_rows"
+            )
             remedy = f"{monitor} would keep its former value in between; set 1, or monitor another metric"
             require(every == 1, "evaluation.every_n_validations", every, remedy)
             own = callback.monitor.removeprefix("val/") in self._own
@@ -89,6 +91,25 @@ class ValidationAnswers(pl.Callback):
                 remedy = f"a higher {callback.monitor} is better; give mode: max"
                 require(own or callback.mode == "max", f"{option}.mode", callback.mode, remedy)
 
+    def check_schedules(self, schedules: Iterable[LRSchedulerConfig]) -> None:
+        """Refuse a schedule, such as ``ReduceLROnPlateau``, that follows a score which is not there or stale.
+
+        Raises:
+            ConfigError: It names the option to change.
+        """
+        every = self.every_n_validations
+        for config in schedules:
+            if not config.reduce_on_plateau or config.monitor not in self._names():
+                continue
+            monitor = f"monitor {config.monitor} of {type(config.scheduler).__name__}"
+            require(self.val_rows > 0, "evaluation.val_rows", 0, f"{monitor} needs rows that are answered")
+            remedy = f"{monitor} would keep its former value in between; set 1, or monitor another metric"
+            require(every == 1, "evaluation.every_n_validations", every, remedy)
+
+    def _names(self) -> set[str]:
+        """Return the scores that are logged."""
+        return {f"val/{name}" for name in (*MEASURED, *self._own)}
+
     @override
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if stage not in ("fit", "validate"):
@@ -96,7 +117,7 @@ class ValidationAnswers(pl.Callback):
         callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self.check_monitors(callbacks if stage == "fit" else [])
         self._collector, self._cases, self._validations = None, None, 0  # of a run before
-        if self.rows == 0:
+        if self.val_rows == 0:
             return
         if not isinstance(pl_module, Phi3LoRAModule):
             raise ModelError(
@@ -113,7 +134,8 @@ class ValidationAnswers(pl.Callback):
     @override
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         remedy = "there are no validation data; give data.val or data.val_fraction, or set it to 0"
-        require(self.rows == 0 or sum(trainer.num_val_batches) > 0, "evaluation.val_rows", self.rows, remedy)
+        require(self.val_rows == 0 or sum(trainer.num_val_batches) > 0, "evaluation.val_rows", self.val_rows, remedy)
+        self.check_schedules(trainer.lr_scheduler_configs)
 
     @override
     def on_validation_batch_end(  # type: ignore[override]
@@ -125,15 +147,15 @@ class ValidationAnswers(pl.Callback):
         batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:
-        if self.rows == 0 or trainer.sanity_checking or self._cases is not None:
+        if self.val_rows == 0 or trainer.sanity_checking or self._cases is not None:
             return
         if self._collector is None:
-            self._collector = CaseCollector(self.rows)
+            self._collector = CaseCollector(self.val_rows)
         self._collector.add(batch, data_module(trainer).tokenizer)
 
     @override
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: Phi3LoRAModule) -> None:  # type: ignore[override]
-        if self.rows == 0 or trainer.sanity_checking:
+        if self.val_rows == 0 or trainer.sanity_checking:
             return
         if self._cases is None:
             self._choose(trainer)
@@ -146,7 +168,7 @@ class ValidationAnswers(pl.Callback):
 
     def _choose(self, trainer: pl.Trainer) -> None:
         """Choose the rows, the same on every rank, once all of them have been seen."""
-        collector = self._collector or CaseCollector(self.rows)
+        collector = self._collector or CaseCollector(self.val_rows)
         self._collector, self._cases = None, collector.choose(trainer)
         left_out = all_gather_dict(trainer, collector.left_out)
         if not self._cases:
@@ -159,10 +181,12 @@ class ValidationAnswers(pl.Callback):
         start = time.monotonic()
         answering = Answering(trainer, module, "validate", cases, self._scores, self._rows)
         own: dict[int, Mapping[str, list[float]]] = {}
-        with trainer.precision_plugin.val_step_context():
+        progress = answering_progress(trainer, len(cases), self.batch_size, " of validation rows", last_line=False)
+        with trainer.precision_plugin.val_step_context(), progress as advance:
             for batch in answering.batches(self.batch_size):
                 answers = answering.answer(batch)
                 own |= {case.document_id: each.statistics for case, each in zip(batch, answers, strict=True)}
+                advance()
         by_row = all_gather_dict(trainer, own)
         # in the order of rows: sums of floats depend on it
         counts = [by_row[row] for row in sorted(by_row)]
@@ -183,7 +207,7 @@ class ValidationAnswers(pl.Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"validations": self._validations} if self.rows else {}
+        return {"validations": self._validations} if self.val_rows else {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -27,6 +27,13 @@ ELSEWHERE = {
 
 _UNKNOWN_KEY = re.compile(r"(?:Subcommand|Group) '([\w.]+)' does not accept option '([\w.]+)'")
 
+_WRONG_TYPE = re.compile(
+    r'Parser key "(?P<key>[\w.]+)":\n *(?P<reasons>Expected [^\n]*)\. Got value: (?P<value>.*)', re.DOTALL
+)
+_WRONG_VALUE = re.compile(
+    r'Parser key "(?P<key>[\w.]+)":\n(?P<reasons>.*)Given value type: .*?Given value: (?P<value>.*)', re.DOTALL
+)
+
 RUN_OPTIONS = (
     "run", "seed_everything", "trainer", "model", "data", "checkpoint", "evaluation", "monitor", "ckpt_path", "resume",
     "weights_only", "return_predictions", "verbose",
@@ -90,7 +97,7 @@ class Parser(LightningArgumentParser):
         else:
             for key in _keys_in(message):
                 hints += self._suggestions(key)
-            message = _one_line(message)
+            message = self._wrong_value(message)
         super().error("\n".join([message, *dict.fromkeys(hints)]), ex)
 
     def accept_rest_of_run(self) -> None:
@@ -105,12 +112,28 @@ class Parser(LightningArgumentParser):
             return [f"{key} is called {new} now"]
         return [f"did you mean {name}?" for name in self._nearest(key)]
 
-    def _place(self, key: str) -> str:
-        """Return file and line of a key, of the last configuration that has it, before a message."""
+    def _place(self, key: str, value: str | None = None) -> str:
+        """Return file and line of a key, of the last configuration that has it, before a message.
+
+        Args:
+            value: As an error shows it; only a configuration that has this value counts.
+        """
         for path in reversed(self._files):
-            if (line := _line_of(path, key)) is not None:
+            line, given = _line_of(path, key)
+            if line is not None and value in (None, given):
                 return f"{path}:{line}: "
         return ""
+
+    def _wrong_value(self, message: str) -> str:
+        """Return jsonargparse's message about a value in one line: place, key, value and reasons."""
+        match = _WRONG_TYPE.match(message) or _WRONG_VALUE.match(message)
+        if match is None:
+            return message
+        key, reasons, value = match["key"], match["reasons"], " ".join(match["value"].split())
+        lines = [line.strip(" -") for line in reasons.rpartition("Errors:")[2].splitlines()]
+        reason = "; ".join(filter(None, lines)).replace(":; ", ": ")
+        reason = re.sub(r"<class '(\w+)'>", r"\1", reason)
+        return f"{self._place(key, value)}{key}: {value} cannot be used: {reason}"
 
     def _nearest(self, key: str) -> list[str]:
         known = [action.dest for action in self._actions]
@@ -164,27 +187,16 @@ def model_defaults(arguments: Mapping[str, Any]) -> dict[str, Any]:
     return result
 
 
-def _one_line(message: str) -> str:
-    """Return jsonargparse's message about a value in one line: key, value and reasons."""
-    match = re.match(r'Parser key "([\w.]+)":\n(.*)Given value type: .*?Given value: (.*)', message, re.DOTALL)
-    if match is None:
-        return message
-    key, reasons, value = match.groups()
-    lines = [line.strip(" -") for line in reasons.rpartition("Errors:")[2].splitlines()]
-    reason = "; ".join(filter(None, lines)).replace(":; ", ": ")
-    return f"{key}: {' '.join(value.split())} cannot be used: {reason}"
-
-
-def _line_of(path: Path, key: str) -> int | None:
-    """Return the line of a key path in a YAML file; None where it has no such key."""
+def _line_of(path: Path, key: str) -> tuple[int | None, str | None]:
+    """Return the line of a key path in a YAML file and its value as written; None where there is none."""
     node, line = yaml.compose(path.read_text(encoding="utf-8")), None
     for name in key.split("."):
         entries = node.value if isinstance(node, yaml.MappingNode) else []
         entry = next(((key, value) for key, value in entries if key.value == name), None)
         if entry is None:
-            return None
+            return None, None
         line, node = entry[0].start_mark.line + 1, entry[1]
-    return line
+    return line, node.value if isinstance(node, yaml.ScalarNode) else None
 
 
 def _keys_in(message: str) -> list[str]:

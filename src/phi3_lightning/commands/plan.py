@@ -180,7 +180,7 @@ class Plan:
 
     def _answers(self, shape: BatchShape) -> PlannedAnswers | None:
         """What answers in validation take; None without any, or where the device is not here."""
-        if self._device is None or self.validation.rows == 0:
+        if self._device is None or self.validation.val_rows == 0:
             return None
         self.on_begin("timing answers")
         return planned_answers(self.validation, self.spec, shape, self.generation, self._device.type)

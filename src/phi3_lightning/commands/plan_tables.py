@@ -99,11 +99,16 @@ def verdict(memory: Memory, room: float, suggestions: list[Suggestion]) -> str:
     return f"{line}; none of the changes is enough by itself"
 
 
+FEW_STEPS = 100
+"""Optimiser steps below which a plan says that they are few."""
+
+
 def run_line(length: Length, tokens_per_second: float | None, answers: PlannedAnswers | None = None) -> str:
     """Return one line about the whole run; ``tokens_per_second`` is of all devices, None: unknown."""
     if math.isinf(length.steps):
         return "whole run: without an end; set trainer.max_epochs or trainer.max_steps"
-    line = f"whole run: {length.steps:,.0f} optimiser steps over {length.tokens:,.0f} tokens"
+    few = " (few; docs/choosing.md, Batch, says how to get more)" if length.steps < FEW_STEPS else ""
+    line = f"whole run: {length.steps:,.0f} optimiser steps{few} over {length.tokens:,.0f} tokens"
     if tokens_per_second is None:
         return line
     seconds = length.tokens / tokens_per_second

@@ -34,5 +34,5 @@ def planned_answers(
     documents = sum(map(len, shape.lengths))
     new_tokens = generation.max_new_tokens
     prompt = max((shape.tokens - min(shape.supervised, new_tokens * documents)) // documents, 1)
-    seconds = answering_seconds(spec, answers.rows, answers.batch_size, prompt, new_tokens, device=device)
-    return PlannedAnswers(answers.rows, new_tokens, seconds, answers.every_n_validations)
+    seconds = answering_seconds(spec, answers.val_rows, answers.batch_size, prompt, new_tokens, device=device)
+    return PlannedAnswers(answers.val_rows, new_tokens, seconds, answers.every_n_validations)

@@ -21,12 +21,14 @@ _LOCK = Lock()
 def read_csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the number of each row of a table and its cells by column; the first line names the columns.
 
+    Rows are numbered as spreadsheets do: the header is row 1, and blank lines count.
+
     Raises:
         DataError: If it is not UTF-8, or not such a table.
     """
     lines = (decode_text(line, path, number) for number, line in enumerate(file, start=1))
     reader = csv.reader(lines, delimiter=delimiter, strict=True)
-    number, begin = 0, 1  # of the current row: its number, and the line on which it begins
+    number, begin = 1, 1  # of the current row: its number, and the line on which it begins
     try:
         names = _next_row(reader) or []
         if fault := _fault(names, path, delimiter):
@@ -35,8 +37,8 @@ def read_csv(file: BinaryIO, path: Path, delimiter: str) -> Iterator[tuple[int, 
         while (cells := _next_row(reader)) is not None:
             if len(cells) not in (0, len(names)):
                 raise DataError(f"{path}:{reader.line_num}: the row does not have as many fields as the header; fix it")
+            number += 1
             if cells:  # a blank line has none
-                number += 1
                 yield number, dict(zip(names, cells, strict=True))
             begin = reader.line_num + 1
     except csv.Error as error:

@@ -1,6 +1,8 @@
 """Generates and scores answers of a module, over all ranks."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Literal, NamedTuple
 
 import lightning.pytorch as pl
@@ -115,12 +117,24 @@ def live_progress(trainer: pl.Trainer) -> Progress | None:
     return bar.progress if isinstance(bar, RichProgressBar) else None
 
 
-def answering_progress(trainer: pl.Trainer, steps: int) -> Callable[[], None]:
-    """Return what counts a batch, in Lightning's rich progress bar or by lines where the Trainer has another bar."""
+@contextmanager
+def answering_progress(
+    trainer: pl.Trainer, rows: int, batch_size: int, what: str, *, last_line: bool
+) -> Iterator[Callable[[], None]]:
+    """Yield what counts a batch, in Lightning's rich progress bar or by lines where the Trainer has another bar.
+
+    Args:
+        rows: Rows that all ranks together answer.
+        what: What is answered, after the number of batches.
+        last_line: Whether there is a line when all rows are answered.
+    """
+    batches = math.ceil(rows / (batch_size * trainer.world_size))
     bar = live_progress(trainer)
     if bar is not None:
-        task = bar.add_task("Answering", total=steps)
-        return lambda: bar.advance(task)
-    if trainer.progress_bar_callback is None:
-        return lambda: None
-    return LineCounter("answering", "batches, base and tuned model", steps).advance
+        task = bar.add_task("Answering", total=batches)
+        yield lambda: bar.advance(task)
+        bar.remove_task(task)
+    elif trainer.progress_bar_callback is None:
+        yield lambda: None
+    else:
+        yield LineCounter("answering", f"batches{what}", batches, last_line=last_line).advance

@@ -57,10 +57,10 @@ def _fenced(text: str) -> str:
 
 
 def _pictures(curves: Mapping[str, Series]) -> list[str]:
-    """A picture of the losses, and one of each other curve that has several steps and is in a small group."""
+    """A picture of the losses, and one of each other curve that changes, is no count, and is in a small group."""
     finite = {tag: [point for point in curve if math.isfinite(point[1])] for tag, curve in curves.items()}
     losses = {tag: finite.pop(tag) for tag in LOSSES if finite.get(tag)}
-    others = [tag for tag in sorted(finite) if len({step for step, _ in finite[tag]}) > 1]
+    others = [tag for tag in sorted(finite) if tag != "epoch" and len({value for _, value in finite[tag]}) > 1]
     sizes = Counter(_group(tag) for tag in others)
     pictures = [losses] if losses else []
     pictures += [{tag: finite[tag]} for tag in others if sizes[_group(tag)] <= MAX_GROUP_CURVES]

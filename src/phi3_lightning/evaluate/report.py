@@ -121,8 +121,9 @@ class Report:
 
     @property
     def most_different(self) -> list[AnswerPair]:
-        """The rows whose ROUGE-L tuning has changed most, for better or worse."""
-        return sorted(self.answers, key=lambda pair: -abs(pair.rouge[1] - pair.rouge[0]))[:SHOWN_ROWS]
+        """The rows whose ROUGE-L tuning has changed most, for better or worse; not those whose answers are equal."""
+        changed = [pair for pair in self.answers if pair.base.text != pair.tuned.text]
+        return sorted(changed, key=lambda pair: -abs(pair.rouge[1] - pair.rouge[0]))[:SHOWN_ROWS]
 
     def place(self, pair: AnswerPair) -> str:
         """Return where a row came from."""
