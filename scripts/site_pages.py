@@ -153,6 +153,14 @@ def _row(name: str, text: str) -> str:
     found = FACTS.search(text)
     assert found is not None
     required, kind, default = found.groups()
-    said = escape(text[: found.start()], quote=False).replace("|", "&#124;")
+    said = _markdown(text[: found.start()])
     cells = f"`{name.rpartition('.')[2]}`", f"`{kind}`", "required" if required else f"`{default}`", said
     return "| " + " | ".join(cells) + " |\n"
+
+
+def _markdown(text: str) -> str:
+    """Write the text of a docstring as Markdown for the cell of a table; code stays as it is."""
+    linked = re.sub(r"`([^`<]+) <([^`>]+)>`_+", r"[\1](\2)", text)  # links as Sphinx has them
+    pieces = re.split(r"(`+[^`]*`+)", linked)  # each second one is code
+    outside = [escape(piece, quote=False).replace("|", "&#124;") for piece in pieces[::2]]
+    return "".join(piece for pair in zip(outside, [*pieces[1::2], ""], strict=True) for piece in pair)

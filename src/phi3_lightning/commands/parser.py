@@ -132,8 +132,9 @@ class Parser(LightningArgumentParser):
         key, reasons, value = match["key"], match["reasons"], " ".join(match["value"].split())
         lines = [line.strip(" -") for line in reasons.rpartition("Errors:")[2].splitlines()]
         reason = "; ".join(filter(None, lines)).replace(":; ", ": ")
-        reason = re.sub(r"<class '(\w+)'>", r"\1", reason)
-        return f"{self._place(key, value)}{key}: {value} cannot be used: {reason}"
+        reason = re.sub(r"<class '(\w+)'>", r"\1", reason).replace("typing.Literal", "one of ")
+        place = self._place(key, value)
+        return f"{place}{key if place else f'--{key}'}: {value} cannot be used: {reason}"
 
     def _nearest(self, key: str) -> list[str]:
         known = [action.dest for action in self._actions]
