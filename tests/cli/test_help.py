@@ -71,7 +71,7 @@ def test_a_value_of_another_type_has_the_line_of_the_file_that_gave_it(cli, tmp_
     [line] = cli(command, "--config=good.yaml", "--config=bad.yaml", code=2).text.splitlines()[-1:]
     assert line == "error: bad.yaml:3: data.batch_size: many cannot be used: Expected a int"
     [line] = cli(command, "--config=good.yaml", "--data.batch_size=many", code=2).text.splitlines()[-1:]
-    assert line == "error: data.batch_size: many cannot be used: Expected a int"  # which no file has
+    assert line == "error: --data.batch_size: many cannot be used: Expected a int"  # which no file has
 
 
 def test_a_misspelt_section_of_a_file_is_found_too(cli, tmp_path):
