@@ -4,8 +4,8 @@ BIN := .venv/bin
 EXTRAS ?= dev,docs
 INSTALLED := .venv/.installed
 
-.PHONY: help setup quickstart test test-slow test-project test-pages test-part lowest newest kill-test test-distributed bench docs dist lint \
-	clean
+.PHONY: help setup quickstart test test-slow test-project test-pages test-part lowest newest kill-test test-distributed \
+	bench docs dist lint clean
 
 # .venv with the package and EXTRAS
 setup: $(INSTALLED)
