@@ -219,8 +219,8 @@ def test_predictions_name_line_id_and_prompt_of_their_rows(cli, tmp_path):
             {"place": f"{path}:3", "id": "Do you sell songs?", "question": "Do you sell songs?"},
         ]),
         (table, columns, [
-            {"place": f"{table} row 1", "id": "12", "question": "Do you sell maps?"},
-            {"place": f"{table} row 2", "id": "x9", "question": "Are you open?"},
+            {"place": f"{table} row 2", "id": "12", "question": "Do you sell maps?"},
+            {"place": f"{table} row 3", "id": "x9", "question": "Are you open?"},
         ]),
     ):  # fmt: skip
         cli("predict", *QUICK, f"--data.predict={given}", *options)
