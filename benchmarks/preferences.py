@@ -179,7 +179,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--real", type=Path, help="folder of the real model; else it is converted")
     parser.add_argument("--steps", type=int, default=2, help="optimiser steps of a run")
     parser.add_argument("--warmup", type=int, default=1, help="the first of them, which are not timed")
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each contender")
+    parser.add_argument("--repeats", type=int, default=1, help="runs of each contender, in turns")
     parser.add_argument("--peers", type=Path, default=environments.FOLDER, help="where peers' environments are kept")
     parser.add_argument("--cache", type=Path, default=environments.CACHE / "models", help="where base models are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
