@@ -10,8 +10,8 @@ from phi3_lightning.model import base, packed_attention
 
 EPSILON = torch.finfo(torch.float32).eps
 LONG = {"max_position_embeddings": 1024, "original_max_position_embeddings": 1024}
-LENGTHS = [3, 255, 1, 256, 257, 30, 400]
-"""Lengths on both sides of that from which a CPU uses its flash kernel."""
+LENGTHS = [3, 191, 1, 192, 193, 30, 400]
+"""Lengths on both sides of a block's of the kernel on a CPU."""
 
 
 @pytest.fixture(params=[{}, {"num_key_value_heads": 4}, {"sliding_window": 50}], ids=["GQA", "MHA", "window"])
@@ -62,8 +62,8 @@ def test_bfloat16_rounding_is_that_of_flash_attention(length, scale):
     exact = F.scaled_dot_product_attention(
         q.double(), k.double(), v.double(), is_causal=True, scale=0.25, enable_gqa=True
     ).transpose(1, 2)
-    # weights of a sum of 1, and the output, are rounded to 8 bits of mantissa: 2^-9 each of the largest value
-    assert (found.double() - exact).abs().max() <= 2**-8 * v.abs().max()
+    # weights of a sum of 1, and the output, are rounded to 8 significant bits: 2^-8 each of the largest value
+    assert (found.double() - exact).abs().max() <= 2**-7 * v.abs().max()
     # negative control: bfloat16 scores, as in eager attention, are off by far more where they are large
     scores = (q @ k.repeat_interleave(2, 1).transpose(2, 3) * 0.25).float()
     scores += torch.full((length, length), float("-inf")).triu(1)

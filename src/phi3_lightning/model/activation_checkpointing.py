@@ -20,6 +20,7 @@ Checkpointing = ModeName | int
 
 SAVED_OPERATORS: Final = [
     torch.ops.aten.mm.default,
+    torch.ops.phi3_lightning.attend_documents.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_efficient_attention.default,

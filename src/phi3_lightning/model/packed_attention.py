@@ -17,18 +17,11 @@ from transformers.masking_utils import sdpa_mask
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.errors import ConfigError
+from phi3_lightning.model.document_attention import MAX_SAVED_KEYS, attend_documents
 from phi3_lightning.model.shared_prompts import ComputedRow, computed_row, with_shared
 
 PACKED = "documents"
 """The name of the kernel, as ``config._attn_implementation`` has it."""
-
-SHORT_DOCUMENT_TOKENS = 256
-"""Longest document, in tokens, for which a CPU is faster by plain products: the backward pass of its flash kernel takes
-three times as long on documents of 128 tokens."""
-
-MAX_MASKED_SCORES = 4 * SHORT_DOCUMENT_TOKENS**2
-"""Most products of a query and a key of a document with fewer queries than keys for which a CPU is faster by plain
-products: its flash kernel needs a mask there, and takes 1.2 to 2 times as long."""
 
 
 def attend(
@@ -72,6 +65,13 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+    if query.device.type == "cpu" and dropout == 0:
+        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary angles may be in float32
+        lengths = shared or [0] * len(documents)
+        window = sliding_window or query.shape[2]
+        saved = MAX_SAVED_KEYS if torch.is_grad_enabled() else 0
+        output, _ = attend_documents(query[0], key[0], value[0], documents, lengths, scaling, window, saved)
+        return output[None], None
     queries, keys, values = (states.split(documents, dim=2) for states in (query, key, value))
     if shared is not None:
         keys, values = with_shared(keys, shared), with_shared(values, shared)
@@ -100,43 +100,13 @@ def _varlen(
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
-    all_seen = window is None or keys <= window
-    short = queries * keys <= (SHORT_DOCUMENT_TOKENS**2 if queries == keys else MAX_MASKED_SCORES)
-    if q.device.type == "cpu" and short and all_seen and dropout == 0:
-        return _products(q[0], k[0], v[0], scaling)[None]
     # `is_causal` puts the first query on the first key, and not the last on the last
-    mask = None if all_seen and queries == keys else _band(queries, keys, keys if window is None else window, q.device)
+    causal = queries == keys and (window is None or keys <= window)
+    mask = None if causal else _band(queries, keys, window or keys, q.device)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
-        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling, enable_gqa=grouped
     )
-
-
-class _Scores(torch.autograd.Function):
-    """Products of queries and keys in float32, and their gradients in the type of these, as flash kernels have them."""
-
-    @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, future: Tensor, scaling: float) -> Tensor:
-        ctx.save_for_backward(q, k)
-        ctx.scaling = scaling
-        return torch.baddbmm(future, q.float(), k.float().transpose(1, 2), alpha=scaling)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        q, k = ctx.saved_tensors
-        grad = (grad * ctx.scaling).to(q.dtype)
-        return grad @ k, grad.transpose(1, 2) @ q, None, None
-
-
-def _products(q: Tensor, k: Tensor, v: Tensor, scaling: float) -> Tensor:
-    """Causal attention by two products a head; scores and their softmax in float32, as flash kernels have them."""
-    heads, length, size = q.shape
-    keys = k.shape[1]
-    grouped = q.reshape(len(k), heads // len(k) * length, size)
-    future = torch.full((length, keys), float("-inf"), dtype=torch.float32, device=q.device).triu_(keys - length + 1)
-    with torch.autocast(q.device.type, enabled=False):
-        scores: Tensor = _Scores.apply(grouped, k, future.repeat(heads // len(k), 1), scaling)  # type: ignore[no-untyped-call]
-        return (scores.softmax(-1).to(v.dtype) @ v).view(heads, length, size)
 
 
 def _band(queries: int, keys: int, window: int, device: torch.device) -> Tensor:

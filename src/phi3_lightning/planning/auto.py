@@ -5,8 +5,8 @@ from dataclasses import replace
 
 from phi3_lightning.errors import ConfigError
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode
+from phi3_lightning.model.document_attention import MAX_SAVED_KEYS
 from phi3_lightning.model.loss import GPU_CHUNK
-from phi3_lightning.model.packed_attention import SHORT_DOCUMENT_TOKENS
 from phi3_lightning.planning.memory import CPU_PROCESS_BYTES, FIRST_STEP_LIBRARY_BYTES, Memory, MemoryPredictor
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape
@@ -55,9 +55,8 @@ def upper_bound(spec: RunSpec, shape: BatchShape) -> float:
     config = spec.config
     rank = max([spec.lora.r, *spec.lora.rank_pattern.values()])
     width = config.hidden_size + config.intermediate_size
-    # of attention, which longer documents do not keep; with a shared prompt twice as long ones do
-    weights = SHORT_DOCUMENT_TOKENS * config.num_attention_heads * (1 if shape.shared is None else 2)
-    layer = 16 * config.hidden_size + 12 * config.intermediate_size + 4 * weights + 32 * rank
+    probabilities = MAX_SAVED_KEYS * config.num_attention_heads  # of attention, which longer documents do not save
+    layer = 16 * config.hidden_size + 12 * config.intermediate_size + probabilities + 32 * rank
     head = 4 * GPU_CHUNK * config.vocab_size + 4 * shape.tokens * config.hidden_size
     adapter = 4 * config.num_hidden_layers * 8 * rank * width
     whole = 4 * len(spec.lora.modules_to_save or []) * config.vocab_size * config.hidden_size
