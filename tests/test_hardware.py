@@ -1,5 +1,6 @@
 """Unsupported platforms are refused in one sentence; memory and peak FLOPs of a device are measured."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,25 @@ def test_a_narrow_model_uses_one_thread_unless_the_user_says_otherwise(monkeypat
         assert torch.get_num_threads() == threads
     finally:
         torch.set_num_threads(before)
+
+
+def huge_pages(**env: str) -> int:
+    """Return how many kB of a tensor of 256 MB are in huge pages, in a process that has imported the package."""
+    code = (
+        "import phi3_lightning, torch; filled = torch.ones(2**26); rollup = open('/proc/self/smaps_rollup').read(); "
+        "print(rollup.split('AnonHugePages:')[1].split()[0])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env={**os.environ, **env}
+    )
+    return int(run.stdout)
+
+
+@pytest.mark.slow
+def test_large_tensors_are_in_huge_pages(monkeypatch):
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("huge pages are for all allocations here, or for none")
+    monkeypatch.delenv("THP_MEM_ALLOC_ENABLE", raising=False)
+    assert huge_pages() >= 2**17  # half of it at least: memory may be fragmented
+    assert huge_pages(THP_MEM_ALLOC_ENABLE="0") < 2**17  # what the user has set counts

@@ -3,11 +3,13 @@
 from pathlib import Path
 from typing import Any
 
+from phi3_lightning import ChatDataModule, Phi3LoRAModule  # before Lightning, whose import allocates without huge pages
+
+# isort: split
 import lightning.pytorch as pl
 
 from contenders.clock import Clock
 from contenders.task import TARGETS, Task
-from phi3_lightning import ChatDataModule, Phi3LoRAModule
 from phi3_lightning.batch import Batch
 from phi3_lightning.export import adapter_files
 
