@@ -150,6 +150,18 @@ class FSDP2Strategy(ModelParallelStrategy):
     def post_backward(self, closure_loss: Tensor) -> None:
         reshard_all(cast("torch.nn.Module", self.model))
 
+    @override
+    def on_validation_end(self) -> None:
+        reshard_all(cast("torch.nn.Module", self.model))  # the last layer and the head, which no backward pass frees
+
+    @override
+    def on_test_end(self) -> None:
+        reshard_all(cast("torch.nn.Module", self.model))
+
+    @override
+    def on_predict_end(self) -> None:
+        reshard_all(cast("torch.nn.Module", self.model))
+
     @property
     @override
     def lightning_restore_optimizer(self) -> bool:
