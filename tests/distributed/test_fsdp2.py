@@ -36,8 +36,8 @@ def compare(base: str, tmp_path, world: int = 2, torch_compile: str = "none", **
         assert found["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
 
 
-class Collectives(TorchDispatchMode):
-    """Counts what is sent, by the name of its operator."""
+class Operators(TorchDispatchMode):
+    """Counts what is sent, by the name of its operator, and products with the head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,30 +46,35 @@ class Collectives(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "c10d":
             self.counts[function._opname] += 1
+        if function is torch.ops.aten.mm.default and synthetic.VOCABULARY in (*args[0].shape, *args[1].shape):
+            self.counts["head"] += 1
         return function(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize(("targets", "gathers"), [(["o_proj"], 5), (["embed_tokens", "o_proj"], 6)])
-def test_a_step_gathers_each_unit_no_more_often_than_it_is_computed(base, tmp_path, targets, gathers):
-    """Of two layers the first twice and the last once; the head once; the embedding twice if its adapter is trained."""
+def test_a_step_neither_gathers_nor_computes_more_than_it_needs(base, tmp_path, targets, gathers, monkeypatch):
+    """Of two layers the first is gathered twice and the last once; the head once; the embedding once, or twice with an
+    adapter. Each chunk of the loss takes two products with the head."""
+    monkeypatch.setattr("phi3_lightning.model.loss.CHUNK", 8)  # four chunks
 
     def step() -> Counter[str]:
         module = cases.module(base, **adapted(*targets))
         trainer = cases.trainer(tmp_path, cases.fsdp2(), 2, use_distributed_sampler=False)
-        backward, collectives = module.backward, Collectives()
+        backward, operators = module.backward, Operators()
 
         def backward_counted(*args, **kwargs):
             backward(*args, **kwargs)
-            collectives.__exit__(None, None, None)
+            operators.__exit__(None, None, None)
 
         module.backward = backward_counted
-        module.on_train_batch_start = lambda *_: collectives.__enter__() and None
-        trainer.fit(module, synthetic.loader(BATCHES[:1]))
-        return collectives.counts
+        module.on_train_batch_start = lambda *_: operators.__enter__() and None
+        trainer.fit(module, synthetic.loader(BATCHES[1:]))
+        return operators.counts
 
     for counts in ranks.run(tmp_path, 2, step):
         assert counts["_allgather_base_"] == gathers
         assert counts["_reduce_scatter_base_"] == gathers - 3  # one for each unit with an adapter
+        assert counts["head"] == 2 * 4
 
 
 def test_validation_leaves_no_layer_gathered(base, tmp_path):

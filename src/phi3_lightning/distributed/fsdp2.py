@@ -87,7 +87,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Args:
         reshard_after_forward: Free a layer's weights after its forward pass and gather them again for the backward
-            pass. false: keep them until then, which sends a third less and holds the full base meanwhile.
+            pass. false: keep them until then, which sends half as much and holds the full base meanwhile.
         cpu_offload: Keep weights, gradients and optimiser state in the host's memory, and bring a layer to the GPU
             when it runs.
         process_group_backend: Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs and for what is offloaded.
