@@ -46,6 +46,11 @@ class Model:
         return self.layers * self.layer + (1 if self.tied else 2) * self.embedding + self.hidden
 
     @property
+    def gathered(self) -> int:
+        """Parameters that FSDP2 gathers in a micro-batch: each layer twice, but the last, embedding and head once."""
+        return (2 * self.layers - 1) * self.layer + 2 * self.embedding
+
+    @property
     def adapter(self) -> int:
         """Trained parameters."""
         return self.layers * sum(RANK * (a + b) for a, b in self.shapes)
@@ -82,9 +87,9 @@ class Model:
         return sending(2 * 4 * self.adapter, gpus) + 2 * (gpus - 1) * LATENCY
 
     def gather(self, gpus: int) -> float:
-        """Seconds of gathering the base twice, in each micro-batch."""
-        hops = 2 * (self.layers + 2) * (gpus - 1) * LATENCY
-        return sending(2 * 2 * self.base, gpus) + hops
+        """Seconds of gathering the base in each micro-batch."""
+        hops = (2 * self.layers + 1) * (gpus - 1) * LATENCY
+        return sending(2 * self.gathered, gpus) + hops
 
 
 def sending(count: float, gpus: int) -> float:
@@ -107,7 +112,7 @@ def main() -> None:
             ddp = tokens / (ACCUMULATE * model.compute() + model.reduce(gpus))
             fsdp = tokens / (ACCUMULATE * max(model.compute(), model.gather(gpus)) + model.reduce(gpus))
             share = (gpus - 1) / gpus
-            reduced, gathered = 8 * model.adapter * share, ACCUMULATE * 4 * model.base * share
+            reduced, gathered = 8 * model.adapter * share, ACCUMULATE * 2 * model.gathered * share
             print(
                 f"| {gpus} | {model.ddp() / 1e9:.1f} | {ddp:,.0f} | {reduced / 1e9:.2f} GB "
                 f"| {model.fsdp2(gpus) / 1e9:.1f} | {fsdp:,.0f} | {(reduced + gathered) / 1e9:.1f} GB |"

@@ -120,4 +120,5 @@ def fit(folder: Path, base: str, batches: list[Batch], strategy: Any = "auto", w
         "norms": keep.norms,
         "weights": torch.cat([whole(p).flatten() for p in trained.trained_parameters()]),
         "fingerprint": trained._fingerprint,
+        "attention": trained.model.config._attn_implementation,
     }

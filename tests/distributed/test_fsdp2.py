@@ -1,8 +1,11 @@
 """The base that FSDP2 loads in shards equals the one that a process loads whole, in every form of base."""
 
+from collections import Counter
+
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import synthetic
 from phi3_lightning.errors import ModelError
@@ -27,9 +30,61 @@ def compare(base: str, tmp_path, world: int = 2, torch_compile: str = "none", **
 
     for found in ranks.run(tmp_path, world, fit, seconds=240):  # compiling takes long where the machine is busy
         assert found["fingerprint"] == alone["fingerprint"]
+        assert found["attention"] == alone["attention"] == "documents"
         largest = alone["gradients"][0].abs().max()
         assert (found["gradients"][0] - alone["gradients"][0]).abs().max() <= TOLERANCE * largest
         assert found["losses"] == pytest.approx(alone["losses"], rel=TOLERANCE)
+
+
+class Operators(TorchDispatchMode):
+    """Counts what is sent, by the name of its operator, and products with the head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace == "c10d":
+            self.counts[function._opname] += 1
+        if function is torch.ops.aten.mm.default and synthetic.VOCABULARY in (*args[0].shape, *args[1].shape):
+            self.counts["head"] += 1
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("targets", "gathers"), [(["o_proj"], 5), (["embed_tokens", "o_proj"], 6)])
+def test_a_step_neither_gathers_nor_computes_more_than_it_needs(base, tmp_path, targets, gathers, monkeypatch):
+    """Of two layers the first is gathered twice and the last once; the head once; the embedding once, or twice with an
+    adapter. Each chunk of the loss takes two products with the head."""
+    monkeypatch.setattr("phi3_lightning.model.loss.CHUNK", 8)  # four chunks
+
+    def step() -> Counter[str]:
+        module = cases.module(base, **adapted(*targets))
+        trainer = cases.trainer(tmp_path, cases.fsdp2(), 2, use_distributed_sampler=False)
+        backward, operators = module.backward, Operators()
+
+        def backward_counted(*args, **kwargs):
+            backward(*args, **kwargs)
+            operators.__exit__(None, None, None)
+
+        module.backward = backward_counted
+        module.on_train_batch_start = lambda *_: operators.__enter__() and None
+        trainer.fit(module, synthetic.loader(BATCHES[1:]))
+        return operators.counts
+
+    for counts in ranks.run(tmp_path, 2, step):
+        assert counts["_allgather_base_"] == gathers
+        assert counts["_reduce_scatter_base_"] == gathers - 3  # one for each unit with an adapter
+        assert counts["head"] == 2 * 4
+
+
+def test_validation_leaves_no_layer_gathered(base, tmp_path):
+    def validate() -> int:
+        module = cases.module(base)
+        trainer = cases.trainer(tmp_path, cases.fsdp2(), 2, use_distributed_sampler=False)
+        trainer.validate(module, synthetic.loader([cases.EMPTY]), verbose=False)
+        return sum(not isinstance(parameter, cases.DTensor) for parameter in module.parameters())
+
+    assert ranks.run(tmp_path, 2, validate) == [1, 1]  # the weight of the last norm, which is not sharded
 
 
 def adapted(*layers: str) -> dict:

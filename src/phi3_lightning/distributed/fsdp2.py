@@ -87,7 +87,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     Args:
         reshard_after_forward: Free a layer's weights after its forward pass and gather them again for the backward
-            pass. false: keep them until then, which sends a third less and holds the full base meanwhile.
+            pass. false: keep them until then, which sends half as much and holds the full base meanwhile.
         cpu_offload: Keep weights, gradients and optimiser state in the host's memory, and bring a layer to the GPU
             when it runs.
         process_group_backend: Backend of torch.distributed; null: nccl on GPUs, gloo on CPUs and for what is offloaded.
@@ -148,6 +148,18 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     @override
     def post_backward(self, closure_loss: Tensor) -> None:
+        reshard_all(cast("torch.nn.Module", self.model))
+
+    @override
+    def on_validation_end(self) -> None:
+        reshard_all(cast("torch.nn.Module", self.model))  # the last layer and the head, which no backward pass frees
+
+    @override
+    def on_test_end(self) -> None:
+        reshard_all(cast("torch.nn.Module", self.model))
+
+    @override
+    def on_predict_end(self) -> None:
         reshard_all(cast("torch.nn.Module", self.model))
 
     @property

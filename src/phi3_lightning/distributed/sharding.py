@@ -7,6 +7,7 @@ rows of each weight. See Zhao et al. 2023, https://arxiv.org/abs/2304.11277, and
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -68,7 +69,8 @@ def _replace_frozen(model: nn.Module, replacement: Callable[[Tensor], Tensor]) -
 def shard(model: Phi3ForCausalLM, sharding: Sharding) -> None:
     """Spread a placeholder model with adapters over the ranks; base weights are still to be read.
 
-    A weight that embedding and head share is needed from the first layer to the last, and is not sharded.
+    Two weights are not sharded: one that embedding and head share, which is needed from the first layer to the last,
+    and that of the last norm, of a few KB, which would be a unit of its own.
     """
     _replace_frozen(model, lambda weight: torch.empty_like(weight, device="meta").contiguous())
     tied = model.lm_head.weight if model.config.tie_word_embeddings else None
@@ -81,17 +83,23 @@ def shard(model: Phi3ForCausalLM, sharding: Sharding) -> None:
             param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
         ),
         "offload_policy": offload if sharding.cpu_offload else OffloadPolicy(),
-        "ignored_params": set() if tied is None else {tied},
+        "ignored_params": {model.model.norm.weight} | (set() if tied is None else {tied}),
     }
-    for layer in model.model.layers:
+    *layers, last = model.model.layers
+    for layer in layers:
         fully_shard(layer, reshard_after_forward=sharding.reshard_after_forward, **options)
+    fully_shard(last, reshard_after_forward=False, **options)  # its backward pass is next
     if tied is None:
-        fully_shard(model.model.embed_tokens, reshard_after_forward=True, **options)
+        embedding = model.model.embed_tokens
+        # the backward pass of a frozen embedding reads none of its weights
+        cast("FSDPModule", fully_shard(embedding, reshard_after_forward=True, **options)).set_unshard_in_backward(
+            any(parameter.requires_grad for parameter in embedding.parameters())
+        )
         # the loss calls the head once a chunk: gathered by the first call, freed after the backward pass
         cast(
             "FSDPModule", fully_shard(model.lm_head, reshard_after_forward=False, **options)
         ).set_reshard_after_backward(False, recurse=False)
-    fully_shard(model.model, reshard_after_forward=False, **options)  # what is left is the last norm
+    fully_shard(model.model, reshard_after_forward=False, **options)  # orders the units; it has no weights of its own
 
 
 def load_sharded_weights(
@@ -142,7 +150,8 @@ def _read_pretrained(
 
 def _draw_random(model: Phi3ForCausalLM, sharding: Sharding, base_name: Callable[[str], str]) -> dict[str, Tensor]:
     """This rank's rows of the random weights that the base has on one device, drawn one full weight at a time."""
-    donor = base_model.skeleton(model.config, model.model.embed_tokens.weight.dtype, "sdpa")
+    config = deepcopy(model.config)  # building another model with it sets its dtype and attention kernel
+    donor = base_model.skeleton(config, model.model.embed_tokens.weight.dtype)
     missing = {
         base_name(name): (name, parameter)
         for name, parameter in model.named_parameters(remove_duplicate=False)

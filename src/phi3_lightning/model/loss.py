@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
@@ -61,7 +60,7 @@ def document_losses(hidden: Tensor, head: nn.Module, batch: Batch) -> tuple[Tens
 
 def token_losses(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     """Return the loss of each token, shape (tokens,), float32 with a graph; arguments as in :func:`summed_loss`."""
-    if not _is_trained_or_sharded(head):
+    if not _is_trained(head):
         return cast("Tensor", _FrozenHeadByToken.apply(states, targets, head))  # type: ignore[no-untyped-call]
     size = _chunk(states)
     losses = [
@@ -71,8 +70,8 @@ def token_losses(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
     return torch.cat(losses)
 
 
-def _is_trained_or_sharded(head: nn.Module) -> bool:
-    return any(parameter.requires_grad or isinstance(parameter, DTensor) for parameter in head.parameters())
+def _is_trained(head: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in head.parameters())
 
 
 def summed_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
@@ -82,7 +81,7 @@ def summed_loss(states: Tensor, targets: Tensor, head: nn.Module) -> Tensor:
         states: Hidden states that predict the tokens, shape (tokens, hidden size).
         targets: The tokens, shape (tokens,), int64.
     """
-    if not _is_trained_or_sharded(head):
+    if not _is_trained(head):
         return cast("Tensor", _FrozenHead.apply(states, targets, head))  # type: ignore[no-untyped-call]
     loss_sum = torch.zeros((), dtype=torch.float32, device=states.device)
     size = _chunk(states)
@@ -102,7 +101,7 @@ class _FrozenHead(torch.autograd.Function):
         loss_sum = torch.zeros((), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states) if states.requires_grad else None
         size = _chunk(states)
-        for start in range(0, len(targets), size):
+        for start in _starts(targets, size):
             chunk, labels = states[start : start + size].detach(), targets[start : start + size]
             if gradient is None:
                 loss_sum += _chunk_loss(head, chunk, labels)
@@ -126,7 +125,7 @@ class _FrozenHeadByToken(torch.autograd.Function):
         losses = torch.empty(len(targets), dtype=torch.float32, device=states.device)
         gradient = torch.empty_like(states) if states.requires_grad else None
         size = _chunk(states)
-        for start in range(0, len(targets), size):
+        for start in _starts(targets, size):
             part = slice(start, start + size)
             chunk, labels = states[part].detach(), targets[part]
             if gradient is None:
@@ -140,6 +139,11 @@ class _FrozenHeadByToken(torch.autograd.Function):
     def backward(ctx: Any, factors: Tensor) -> tuple[Tensor, None, None]:
         (gradient,) = ctx.saved_tensors
         return (gradient * factors[:, None]).to(gradient.dtype), None, None  # float32 factors are not rounded first
+
+
+def _starts(targets: Tensor, size: int) -> range:
+    """Where the chunks start; without a token there is an empty one, since all ranks gather a sharded head together."""
+    return range(0, max(len(targets), 1), size)
 
 
 def _loss_and_gradient(
