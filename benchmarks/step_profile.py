@@ -153,7 +153,7 @@ def main() -> None:
     parser.add_argument("--gradient_checkpointing", default="none", choices=("none", "selective", "full", "offload"))
     parser.add_argument("--compile", default="none", choices=("none", "layers"))
     parser.add_argument("--dora", action="store_true")
-    parser.add_argument("--quantization", choices=("nf4", "int8"))
+    parser.add_argument("--quantization", choices=("nf4", "int8", "int8_dynamic"), help="beside the base in bfloat16")
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--operators", type=int, default=20, help="how many are shown")
     args = parser.parse_args()
