@@ -60,7 +60,8 @@ class Int8DynamicLinear(nn.Linear):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.exact:
             return F.linear(x, self.dequantize().to(x.dtype))
-        return linear(x, self.weight, self.scale)
+        product: Tensor = linear(x, self.weight, self.scale)
+        return product
 
     def dequantize(self) -> Tensor:
         """Return the weight that the layer multiplies with, float32, not rotated."""
