@@ -235,6 +235,8 @@ def test_random_weights_are_quantised_too(base):
 def test_what_cannot_work_is_refused_with_what_to_use(base, monkeypatch):
     with pytest.raises(ModelError, match=r"quantization: int8_dynamic runs on a CPU, .* uses cuda; use int8 or nf4"):
         int8_dynamic.check_device("cuda")
+    with pytest.raises(ModelError, match="uses meta"):
+        quantized_layer(64, 48)[0].to("meta")(torch.empty(2, 64, device="meta"))
     with pytest.raises(ModelError, match="uses cuda"):
         base_model.load(base, quantization="int8_dynamic", device="cuda")
     module = Phi3LoRAModule(base, quantization="int8_dynamic")

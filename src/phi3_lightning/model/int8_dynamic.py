@@ -37,7 +37,8 @@ def check_device(device_type: str) -> None:
     """
     if device_type != "cpu":
         raise ModelError(
-            f"model.quantization: int8_dynamic runs on a CPU, and this run uses {device_type}; use int8 or nf4"
+            f"model.quantization: int8_dynamic runs on a CPU, and this run uses {device_type}; use int8 or nf4, or set "
+            "trainer.accelerator: cpu"
         )
     if not torch.cpu.get_capabilities().get("avx512_vnni"):
         raise ModelError(
@@ -56,6 +57,8 @@ class Int8DynamicLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the product in the type of the input, or in that of autocast."""
+        if x.device.type != "cpu":  # moved there after it was loaded
+            check_device(x.device.type)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         if self.exact:
