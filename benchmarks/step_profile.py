@@ -98,17 +98,23 @@ def operators(step: Callable[[], None], device: torch.device, limit: int) -> Tab
     return table
 
 
+def loaded(base: str, args: argparse.Namespace, quantization: Any, device: torch.device) -> Phi3LoRAModule:
+    """Return a module with its base in memory."""
+    module = Phi3LoRAModule(
+        base, gradient_checkpointing=args.gradient_checkpointing, quantization=quantization,
+        lora={"r": 16, "lora_alpha": 32, "use_dora": args.dora},
+    ).to(device)  # fmt: skip
+    module.configure_model()
+    return module
+
+
 def budget(title: str, base: str, args: argparse.Namespace) -> None:
     """Print where the time of a step of one model goes."""
     console = Console()
     console.print(f"\n{title}", style="bold")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory() as name:
-        module = Phi3LoRAModule(
-            base, gradient_checkpointing=args.gradient_checkpointing, quantization=args.quantization,
-            lora={"r": 16, "lora_alpha": 32, "use_dora": args.dora},
-        ).to(device)  # fmt: skip
-        module.configure_model()
+        module = loaded(base, args, args.quantization, device)
         batch = packed_row(base, args.row_tokens, Path(name))
     tokens = sum(length for row in batch["document_lengths"] for length in row)
     supervised = int((batch["labels"] != IGNORE_INDEX).sum())
@@ -118,9 +124,12 @@ def budget(title: str, base: str, args: argparse.Namespace) -> None:
     with module.autocast():
         choose_compilation(module.loaded_model, args.compile, args.repeats, dora=args.dora)
     on_device: Any = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
-    work = {
-        "the step": step_of(module, on_device), "its frozen products alone": frozen_products(module, tokens, supervised)
-    }  # fmt: skip
+    work = {"the step": step_of(module, on_device)}
+    plain = module
+    if args.quantization == "int8_dynamic":
+        plain = loaded(base, args, None, device).train()
+        work["the step in bfloat16"] = step_of(plain, on_device)
+    work["its frozen products alone"] = frozen_products(plain, tokens, supervised)
     taken: dict[str, list[float]] = {name: [] for name in work}
     for turn in range(args.repeats + 1):
         for name, function in work.items():
@@ -140,6 +149,9 @@ def budget(title: str, base: str, args: argparse.Namespace) -> None:
     console.print(table)
     console.print(f"the step takes {step / statistics.median(taken['its frozen products alone']):.2f} times its frozen "
                   f"products; {tokens / step:,.0f} tokens/s")  # fmt: skip
+    if "the step in bfloat16" in taken:
+        ratio = statistics.median(b / a for a, b in zip(taken["the step"], taken["the step in bfloat16"], strict=True))
+        console.print(f"in 8 bits the step is {ratio:.2f} times as fast as in bfloat16, the median of the turns")
     if device.type == "cuda":
         console.print(f"peak memory {torch.cuda.max_memory_allocated() / 1e9:.1f} GB")
     console.print(operators(work["the step"], device, args.operators))
@@ -153,7 +165,9 @@ def main() -> None:
     parser.add_argument("--gradient_checkpointing", default="none", choices=("none", "selective", "full", "offload"))
     parser.add_argument("--compile", default="none", choices=("none", "layers"))
     parser.add_argument("--dora", action="store_true")
-    parser.add_argument("--quantization", choices=("nf4", "int8"))
+    parser.add_argument(
+        "--quantization", choices=("nf4", "int8", "int8_dynamic"), help="int8_dynamic: beside the step in bfloat16"
+    )
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--operators", type=int, default=20, help="how many are shown")
     args = parser.parse_args()

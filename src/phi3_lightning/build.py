@@ -23,7 +23,7 @@ from phi3_lightning.distributed.sharding import Sharding, build_placeholder_mode
 from phi3_lightning.errors import CheckpointError, ConfigError, ModelError, Phi3LightningError
 from phi3_lightning.hardware import check_accelerator
 from phi3_lightning.model import base as base_model
-from phi3_lightning.model import packed_attention
+from phi3_lightning.model import int8_dynamic, packed_attention
 from phi3_lightning.model.activation_checkpointing import Checkpointing, check_device, checkpoint_activations, mode_of
 from phi3_lightning.model.compile import Compilation, choose_compilation, uncompile_layers
 from phi3_lightning.model.precision import check_precision
@@ -106,15 +106,15 @@ class Base:
         return build_placeholder_model(self.config(), getattr(torch, self.dtype), attention, device)
 
 
-def check_trainer(
-    trainer: pl.Trainer, mode: Checkpointing, dtype: base_model.DType, optimizer: Optimizer, stage: str
-) -> None:
+def check_trainer(trainer: pl.Trainer, mode: Checkpointing, base: Base, optimizer: Optimizer, stage: str) -> None:
     """Refuse a device, a strategy, a precision or an optimiser that cannot train the adapter."""
     device = trainer.strategy.root_device.type
     check_accelerator(device)
     check_strategy(trainer.strategy)
     check_device(mode, device)
-    check_precision(trainer.precision, dtype, fitting=stage == "fit")
+    if base.quantization == "int8_dynamic":
+        int8_dynamic.check_device(device)
+    check_precision(trainer.precision, base.dtype, fitting=stage == "fit")
     if stage == "fit":
         check_callbacks(trainer)
         check_optimizer(optimizer)

@@ -1,6 +1,7 @@
 """Each fault fails its own check, with a remedy, and no other check that can run."""
 
 import json
+import re
 from itertools import islice
 
 import pytest
@@ -9,9 +10,19 @@ import torch
 from checks.conftest import TINY
 from phi3_lightning import Phi3LoRAModule
 from phi3_lightning.checks import numerics
-from phi3_lightning.checks.suite import CHECKPOINTING, GRADIENTS, HELD_OUT, MY_ROWS, PACKED, REPEATED_ROWS, TEMPLATE
+from phi3_lightning.checks.suite import (
+    CHECKPOINTING,
+    EIGHT_BITS,
+    GRADIENTS,
+    HELD_OUT,
+    MY_ROWS,
+    PACKED,
+    REPEATED_ROWS,
+    TEMPLATE,
+)
 from phi3_lightning.data.conversation import TokenizedDocument
 from phi3_lightning.data.template import ChatTemplate
+from phi3_lightning.model import int8_dynamic
 
 FORWARD = Phi3LoRAModule.forward
 CONFIGURE = Phi3LoRAModule.configure_model
@@ -55,6 +66,18 @@ def test_a_sound_setup_passes_every_check(suite, backend, precision, dtype):
 )
 def test_other_adapters_pass(suite, lora):
     assert set(outcomes(suite(lora=lora)).values()) == {"ok"}
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_vnni"), reason="this CPU has no AVX-512 VNNI")
+def test_the_gradient_in_8_bits_is_near_that_of_exact_products(suite, monkeypatch):
+    made = suite(precision="bf16-mixed", dtype="bfloat16", quantization="int8_dynamic")
+    results = {result.name: result for result in islice(made.run(), QUICK + 1)}
+    assert {result.outcome for result in results.values()} == {"ok"}
+    assert re.search(r"^[1-9]\.\d% off that of exact products .* cosine 0\.99", results[EIGHT_BITS].figure)
+    monkeypatch.setattr(int8_dynamic, "LARGEST", 1)
+    worse = {result.name: result for result in islice(made.run(), QUICK + 1)}[EIGHT_BITS]
+    assert (worse.outcome, "leave model.quantization null" in worse.remedy) == ("FAIL", True)
 
 
 def test_masked_answers_fail_the_check_of_rows(suite, tmp_path):

@@ -1,17 +1,34 @@
 """A quantised base on two ranks of ddp has the gradient of one process, and only the adapter is communicated."""
 
+import importlib.util
+
 import pytest
+import torch
 
 import synthetic
 
 from . import cases, ranks
 
-pytest.importorskip("bitsandbytes", reason="needs the extra qlora")
 DOCUMENTS = [synthetic.document(count + 4, count, count) for count in (5, 30)]
 
 
-def test_nf4_on_two_ranks_has_the_gradient_of_one(base, tmp_path):
-    model = {"quantization": "nf4"}
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            "nf4", marks=pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="no qlora")
+        ),
+        pytest.param(
+            "int8_dynamic",
+            marks=[
+                pytest.mark.slow,
+                pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_vnni"), reason="no AVX-512 VNNI"),
+            ],
+        ),
+    ],
+)
+def test_two_ranks_have_the_gradient_of_one(base, tmp_path, kind):
+    model = {"quantization": kind}
 
     def run(strategy, world):
         if world == 1:

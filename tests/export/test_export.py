@@ -225,6 +225,23 @@ def test_a_file_damaged_while_writing_is_detected(base_folder, tmp_path, monkeyp
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_vnni"), reason="this CPU has no AVX-512 VNNI")
+@pytest.mark.parametrize("kind", ["peft", "merged"])
+def test_an_adapter_of_a_base_in_8_bits_is_exported(tmp_path, kind):
+    base = Path(synthetic.save_tiny(tmp_path / "base", torch.bfloat16, hidden_size=64, intermediate_size=128))
+    module = live(base, dtype="bfloat16", quantization="int8_dynamic")
+    expected = answers(module)
+    exported = write(module, tmp_path / "out", format=kind)
+    figures = exported.certificate
+    assert figures.holds
+    assert figures.adapter.max_logit > 10 * figures.rounding.max_logit
+    if kind == "merged":
+        assert "without int8_dynamic" in figures.compared
+        whole = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
+        near = logits(whole, [IDS[0].tolist()], torch.inference_mode())
+        assert (near - expected).abs().max() < figures.adapter.max_logit / 4
+
+
 @pytest.mark.skipif(not is_bitsandbytes_available(), reason="the extra qlora is not installed")
 @pytest.mark.parametrize("kind", ["peft", "merged"])
 def test_an_adapter_of_a_quantised_base_is_exported(tmp_path, kind):

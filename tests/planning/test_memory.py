@@ -7,6 +7,7 @@ import torch
 
 import synthetic
 from phi3_lightning import Phi3LoRAModule
+from phi3_lightning.errors import ModelError
 from phi3_lightning.model.base import load
 from phi3_lightning.planning import speed
 from phi3_lightning.planning.memory import (
@@ -96,6 +97,19 @@ def test_a_quantised_base_has_the_bytes_of_bitsandbytes(tmp_path, kind):
         elif getattr(getattr(layer, "weight", None), "SCB", None) is not None:
             kept += size([layer.weight.SCB])
     assert predictor(base, quantization=kind).memory(SHAPE).base == pytest.approx(kept, rel=0.01)
+
+
+@pytest.mark.skipif(not torch.cpu.get_capabilities().get("avx512_vnni"), reason="this CPU has no AVX-512 VNNI")
+def test_a_base_that_computes_in_8_bits_is_planned_as_it_is(tmp_path, monkeypatch):
+    monkeypatch.setattr(speed, "TIMING_SECONDS", 1e-9)
+    base = synthetic.save_tiny(tmp_path / "base", torch.bfloat16, hidden_size=64, intermediate_size=128)
+    model = load(base, quantization="int8_dynamic")
+    run = predictor(base, quantization="int8_dynamic")
+    assert run.memory(SHAPE).base == size(model.parameters()) + size(model.buffers())
+    assert run.memory(SHAPE).stored == predictor(base).memory(SHAPE).stored
+    assert timed_seconds(run.spec, BatchShape([[64]], 32), device="cpu", peak=None) > 0
+    with pytest.raises(ModelError, match="runs on a CPU"):
+        predictor(base, quantization="int8_dynamic", process=None).memory(SHAPE)
 
 
 def test_suggestions_are_sorted_and_each_helps(tiny_base):

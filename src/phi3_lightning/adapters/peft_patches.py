@@ -35,8 +35,8 @@ class Linear(lora.Linear):
 
 
 def make_linear(layer: nn.Module, *args: Any, **kwargs: Any) -> Linear | None:
-    """Return :class:`Linear` over a plain linear layer; None leaves bitsandbytes' kinds to PEFT."""
-    return Linear(layer, *args, **kwargs) if type(layer) is nn.Linear else None
+    """Return :class:`Linear` over a linear layer; None leaves bitsandbytes' kinds to PEFT."""
+    return None if type(layer).__module__.startswith("bitsandbytes") else Linear(layer, *args, **kwargs)
 
 
 def patch_layer(layer: Any, adapter: str) -> None:

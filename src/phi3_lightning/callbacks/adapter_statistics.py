@@ -38,7 +38,7 @@ class AdapterStatistics(pl.Callback):
         self._statistics = None
         if trainer.loggers:
             self._statistics = pl_module.adapter_statistics()
-        if pl_module.quantization == "int8":
+        if pl_module.quantization in ("int8", "int8_dynamic"):
             rank_zero_info("adapter/relative_norm is not logged: the norms of a base in 8 bits are not known")
 
     @override

@@ -17,6 +17,7 @@ from torch.nn import functional as F  # noqa: N812
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.config.lora import PHI3_LINEAR_LAYERS
+from phi3_lightning.model import int8_dynamic
 from phi3_lightning.model.activation_checkpointing import checkpoint_activations, mode_of
 from phi3_lightning.model.loss import supervised_positions
 from phi3_lightning.module import Phi3LoRAModule
@@ -125,6 +126,19 @@ def checkpointed_against_stored(module: Phi3LoRAModule, batch: Batch, context: C
     distances = in_roundings(module, stored, recomputed, batch, context)
     checkpoint_activations(model, mode)
     return distances
+
+
+def gradient_error_of_8_bits(module: Phi3LoRAModule, batch: Batch, context: Context) -> tuple[float, float]:
+    """Return how far the gradient is from that of exact products with the same weights: relative norm, and cosine."""
+    module.train()
+    model = module.loaded_model
+    mode = mode_of(model)
+    checkpoint_activations(model, "full")  # keeps no dequantised weight for the backward pass
+    own = compute(module, batch, context).gradient
+    with int8_dynamic.exact_products(model):
+        exact = compute(module, batch, context).gradient
+    checkpoint_activations(model, mode)
+    return ((own - exact).norm() / exact.norm()).item(), F.cosine_similarity(own, exact, dim=0).item()
 
 
 def without_gradient(module: Phi3LoRAModule, batch: Batch, context: Context) -> tuple[int, list[str]]:

@@ -37,7 +37,10 @@ TEMPLATE = "mask = template"
 PACKED = "packed = unpacked"
 CHECKPOINTING = "gradient checkpointing on = off"
 GRADIENTS = "every adapter gets a gradient"
+EIGHT_BITS = "gradient in 8 bits"
 
+MAX_GRADIENT_ERROR = 0.25
+"""Relative error of the gradient in 8 bits, with which its direction still has a cosine of 0.97."""
 MIN_USABLE_FRACTION = 0.5
 """Fraction of the rows that training has to use, and of those the fraction that must have an answer and its end."""
 
@@ -203,6 +206,9 @@ class Suite:
             )
             self.on_begin(GRADIENTS)
             yield self._gradients(*numerics.without_gradient(module, single, context))
+            if module.quantization == "int8_dynamic":
+                self.on_begin(EIGHT_BITS)
+                yield _of_8_bits(*numerics.gradient_error_of_8_bits(module, single, context))
 
     def _gradients(self, count: int, without: list[str]) -> Result:
         figure = f"{count} layers or slices, all of them"
@@ -213,6 +219,13 @@ class Suite:
             "something freezes them, or cuts the graph before them: check model.lora.target_modules and quantization"
         )
         return Result.of(GRADIENTS, not without, figure, remedy)
+
+
+def _of_8_bits(error: float, cosine: float) -> Result:
+    figure = f"{error:.1%} off that of exact products with the same weights (limit {MAX_GRADIENT_ERROR:.0%}), "
+    figure += f"cosine {cosine:.5f}"
+    remedy = "activations or gradients of this base do not fit into 8 bits: leave model.quantization null"
+    return Result.of(EIGHT_BITS, error <= MAX_GRADIENT_ERROR, figure, remedy)
 
 
 def _near(name: str, distances: dict[str, float], remedy: str) -> Result:

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from transformers import Phi3ForCausalLM
 
 from phi3_lightning.config.checks import require, require_choice
+from phi3_lightning.model import int8_dynamic
 
 CheckpointingMode = Literal["none", "selective", "full", "offload"]
 ModeName = Literal["auto", "none", "selective", "full", "offload"]
@@ -20,6 +21,7 @@ Checkpointing = ModeName | int
 
 SAVED_OPERATORS: Final = [
     torch.ops.aten.mm.default,
+    int8_dynamic.LINEAR,
     torch.ops.phi3_lightning.attend_documents.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.aten._scaled_dot_product_flash_attention.default,

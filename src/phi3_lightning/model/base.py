@@ -14,11 +14,12 @@ from transformers.utils.import_utils import is_bitsandbytes_available, is_flash_
 
 from phi3_lightning.errors import ModelError
 from phi3_lightning.hub import refusal, with_revision
+from phi3_lightning.model import int8_dynamic
 from phi3_lightning.model.packed_attention import PACKED
 
 DType = Literal["bfloat16", "float16", "float32"]
 Initialisation = Literal["pretrained", "random"]
-Quantization = Literal["nf4", "int8"]
+Quantization = Literal["nf4", "int8", "int8_dynamic"]
 Attention = Literal["auto", "documents", "sdpa", "eager", "flash_attention_2"]
 
 RELATIVES = {
@@ -94,7 +95,8 @@ def load(
     Args:
         init: ``pretrained`` reads the safetensors; ``random`` needs config.json alone.
         quantization: Keep the linear layers' weights in 4 bits (``nf4`` with double quantisation, Dettmers et al. 2023,
-            https://arxiv.org/abs/2305.14314) or 8 bits (``int8``) and compute in ``dtype``.
+            https://arxiv.org/abs/2305.14314) or 8 bits (``int8``) and compute in ``dtype``; ``int8_dynamic`` computes
+            in 8 bits too (:mod:`~phi3_lightning.model.int8_dynamic`).
 
     Raises:
         ModelError: If the model cannot be used, or the attention kernel is not available.
@@ -102,7 +104,11 @@ def load(
     config = read_config(base, revision)
     attention = choose_attention(attn_implementation, torch.device(device))
     torch_dtype = getattr(torch, dtype)
-    quantized = None if quantization is None else _quantization_config(quantization, init, torch_dtype)
+    quantized = None
+    if quantization == "int8_dynamic":
+        int8_dynamic.check_device(torch.device(device).type)
+    elif quantization is not None:
+        quantized = _quantization_config(quantization, init, torch_dtype)
     if init == "random":
         model = _random(config, torch_dtype, attention, torch.device(device))
     else:
@@ -122,14 +128,16 @@ def load(
                 f"model.base: {base} has no safetensors weights ({error}); give a folder or hub id that has them, "
                 "or set model.init: random for a trial without weights"
             ) from error
-    if quantized is not None:
+    if quantization == "int8_dynamic":
+        int8_dynamic.quantize_layers(model)
+    if quantization is not None:
         for parameter in model.parameters():
             if parameter.is_floating_point():  # a norm that is not copied keeps the pages of its whole file in memory
                 parameter.data = parameter.data.clone()
     return model.requires_grad_(False)
 
 
-def _quantization_config(kind: Quantization, init: Initialisation, dtype: torch.dtype) -> BitsAndBytesConfig:
+def _quantization_config(kind: Literal["nf4", "int8"], init: Initialisation, dtype: torch.dtype) -> BitsAndBytesConfig:
     if init == "random":
         raise ModelError(f"model.quantization: {kind} needs trained weights; leave it out with model.init: random")
     if not is_bitsandbytes_available():

@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 from torch import Tensor, nn
 
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode
-from phi3_lightning.model.base import Quantization
 from phi3_lightning.model.loss import CHUNK, GPU_CHUNK
 from phi3_lightning.optim import state_bytes
 from phi3_lightning.planning.dry_run import Activations, FakeModule
@@ -109,7 +109,7 @@ class MemoryPredictor:
             process=CUDA_CONTEXT_BYTES if spec.process is None else spec.process,
             fragmentation=0 if spec.on_gpu else self._fragmentation(shape, activations.peak),
         )
-        if spec.quantization is not None:
+        if spec.quantization is not None and spec.quantization != "int8_dynamic":  # the model has these weights itself
             memory = quantized(memory, model, spec.quantization)
         return sharded(memory, model, spec.ranks) if spec.sharded else memory
 
@@ -124,7 +124,7 @@ def _chunks_of_a_gpu(supervised: int) -> float:
     return min(GPU_CHUNK, supervised) / min(CHUNK, supervised) if supervised else 1.0
 
 
-def quantized(memory: Memory, model: nn.Module, kind: Quantization) -> Memory:
+def quantized(memory: Memory, model: nn.Module, kind: Literal["nf4", "int8"]) -> Memory:
     """Return the memory with the layers' linear weights, not the head, in 4 or 8 bits; a calculation."""
     layers = [part for part in model.get_submodule("model").modules() if isinstance(part, nn.Linear)]
     weights = [layer.weight for layer in layers if not layer.weight.requires_grad]

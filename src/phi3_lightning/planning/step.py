@@ -13,7 +13,7 @@ from transformers import Phi3ForCausalLM
 from phi3_lightning import adapters
 from phi3_lightning.adapters.adapter import Adapter
 from phi3_lightning.batch import IGNORE_INDEX, Batch
-from phi3_lightning.model import loss, packed_attention, precision
+from phi3_lightning.model import int8_dynamic, loss, packed_attention, precision
 from phi3_lightning.model.base import skeleton
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.reference import evaluating
@@ -58,6 +58,9 @@ def build_meta_model(spec: RunSpec, layers: int | None = None) -> tuple[Phi3ForC
     kernel = spec.attn_implementation
     attention = packed_attention.PACKED if kernel in ("auto", "flash_attention_2") else kernel
     model = skeleton(config, getattr(torch, spec.dtype), attention)
+    if spec.quantization == "int8_dynamic":
+        int8_dynamic.check_device("cuda" if spec.on_gpu else "cpu")
+        int8_dynamic.quantize_layers(model)
     lora = replace(spec.lora, init_from=None, init_lora_weights=True)  # those are about values
     adapter = adapters.attach(model, lora)
     model.model.rotary_emb.rope_type = "default"  # longrope looks at positions; its angles have the same shape
