@@ -15,8 +15,8 @@ from contenders import environments, machine
 
 HERE = Path(__file__).parent
 SCRIPTS: dict[str, str | None] = {
-    "step_profile": None, "cost_per_token": None, "adapters": None, "checkpoints": None, "restart": None,
-    "distributed": None, "data_preparation": "trl",
+    "products": None, "step_profile": None, "cost_per_token": None, "adapters": None, "checkpoints": None,
+    "restart": None, "distributed": None, "data_preparation": "trl",
 }  # fmt: skip
 """What runs before the comparisons with peers, which write their own files, and the peer whose environment it needs."""
 

@@ -114,6 +114,8 @@ def pieces(out: Path, dry: bool) -> Iterator[Piece]:
     for name, options in STEPS.items():
         options = ON_A_CPU.get(name, options) if dry else options
         yield Piece(f"step, {name}", [*profile, *options, "--operators", "5" if dry else "40"])
+    products = ["--rows", "16", "--shrink", "64", "--repeats", "1"] if dry else ["--rows", "4096"]
+    yield Piece("products in 8 bits", [python, str(BENCHMARKS / "products.py"), *products])
     yield Piece("auto in a run", [python, str(REPOSITORY / "cli.py"), *auto_run(base, chats, dry)])
     small, whole = ["--row-tokens=512", "--micro-batch=1", "--steps=2"], ["--row-tokens=4096", "--steps=6"]
     table = [python, str(BENCHMARKS / "training.py"), "--models=full", f"--full={base}", "--repeats=1", "--same-rows"]

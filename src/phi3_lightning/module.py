@@ -49,7 +49,7 @@ class Phi3LoRAModule(ObjectiveMixin, TokenWeightedModule):
         init: 'pretrained', or 'random' weights from config.json alone, for smoke tests and benchmarks.
         dtype: Type of the base weights, and of the matrix products where the Trainer's precision names none.
         attn_implementation: Attention kernel; 'auto' is 'documents', attention within documents that needs no mask:
-            torch's flash attention for all of them on a GPU, else sdpa for one at a time. A loaded model keeps its own.
+            torch's flash attention on a GPU, products by blocks on a CPU. A loaded model keeps its own.
         quantization: Keep the base in 4 bits ('nf4', QLoRA) or 8 bits ('int8'), with the extra qlora; 'int8_dynamic'
             computes in 8 bits too, faster than in bfloat16 on a CPU with AVX-512 VNNI. null: in dtype.
         neftune_noise_alpha: Strength of NEFTune's noise on the embeddings in training, often 5; null: none.
