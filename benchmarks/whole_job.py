@@ -9,7 +9,6 @@ train all tokens, and both pad where this package packs.
 import argparse
 import dataclasses
 import json
-import os
 import random
 import statistics
 import subprocess
@@ -23,7 +22,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from contenders import chats, environments, machine, models
+from contenders import ENVIRONMENT, chats, environments, machine, models
 from contenders.job import Job
 from contenders.phases import PHASES
 from contenders.report import alternating, markdown
@@ -72,7 +71,7 @@ def do(name: str, job: Job, python: Path, log: Path) -> Seconds:
     """
     _, module, stages = JOBS[name]
     found: Seconds = {}
-    env = os.environ | {"PYTHONPATH": python_path(), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
+    env = ENVIRONMENT | {"PYTHONPATH": python_path(), "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     env["HF_DATASETS_CACHE"] = f"{job.out}/datasets"  # nothing is tokenised before
     for stage in stages:
         report, start = Path(job.out) / f"{stage}.json", time.time()

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from contenders import environments
+from contenders import ENVIRONMENT, environments
 from contenders.catalogue import Contender
 from contenders.task import Task
 
@@ -65,7 +65,7 @@ class Servers:
             quiet["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # looking for a GPU must not keep forks from using it
             with log.open("w") as errors:
                 server = subprocess.Popen(
-                    [self.pythons[environment], "-m", "contenders.worker", runner], env=os.environ | quiet, text=True,
+                    [self.pythons[environment], "-m", "contenders.worker", runner], env=ENVIRONMENT | quiet, text=True,
                     stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors,
                 )  # fmt: skip
             if server.stdout.readline() != "ready\n":

@@ -117,7 +117,8 @@ def test_the_rate_of_a_preference_run_is_raised_for_a_few_steps(suite, lr, tried
     "name",
     [pytest.param(name, marks=() if name == "dpo" else pytest.mark.slow) for name in USED if name != "supervised"],
 )
-def test_good_preferences_are_overfitted(suite, name):
+def test_good_preferences_are_overfitted(suite, name, monkeypatch):
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # another test's: KTO at this rate is stuck from some seeds
     made = suite(objective={"name": name, "beta": 2.0 if name == "simpo" else 0.1})
     diagnosis = OverfitDiagnosis(made.shared_base, made.template, 1.0, made.folder, print, lambda: None)
     rows = packaged_rows(made.template, "labelled" if name == "kto" else "pair")

@@ -353,7 +353,7 @@ def test_equal_answers_have_the_best_score_in_every_script(cli, tmp_path):
     ]
     file = write_rows(tmp_path, *({"messages": row} for row in rows))
     data = (f"--data.train={file}", f"--data.val={file}", f"--data.test={file}", "--model.generation.max_new_tokens=64")
-    cli("fit", *QUICK, *data, "--trainer.max_steps=120", "--trainer.check_val_every_n_epoch=1000")
+    cli("fit", *QUICK, *data, "--trainer.max_steps=160", "--trainer.check_val_every_n_epoch=1000")
     cli("test", *QUICK, *data)
     report = json.loads((tmp_path / "runs/phi3-lora/test.json").read_text(encoding="utf-8"))
     assert [answer["tuned"]["answer"] for answer in report["answers"]] == [row[1]["content"] for row in rows]

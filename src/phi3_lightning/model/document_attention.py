@@ -6,6 +6,7 @@ at once, without a running softmax: a CPU is fast at products, and the scores of
 """
 
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ MAX_SCORES = 2**21
 """Scores of a block (8 MB), unless one key-value head has more."""
 MAX_SAVED_KEYS = 1024
 """Longest document, in keys, whose probabilities are saved in training: attention is a quarter faster with them."""
+max_saved_keys: ContextVar[int] = ContextVar("max_saved_keys", default=MAX_SAVED_KEYS)
+"""The same in this context; a plan for a GPU, whose kernel saves none, sets it to 0."""
 
 
 class _Document(NamedTuple):
@@ -190,8 +193,6 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor
 
 def _backward(ctx: Any, grad: Tensor, _: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     q, k, v, output, *probabilities = ctx.saved_tensors
-    lengths, shared, scaling, window, max_saved_keys = ctx.options
-    size = v.shape[-1]
     # a score's gradient is its probability times (grad @ v - delta), with delta the row's sum of both weighted: as two
     # more columns of the product, delta is subtracted before anything is rounded
     delta = (grad.float() * output.float()).sum(-1, keepdim=True).neg_()
@@ -200,23 +201,48 @@ def _backward(ctx: Any, grad: Tensor, _: list[Tensor | None]) -> tuple[Tensor | 
     values_and_ones = torch.cat([v, v.new_ones(*v.shape[:2], 2)], dim=-1)
     grad_q = torch.empty_like(q)
     grad_k, grad_v = (torch.zeros_like(states, dtype=torch.float32) for states in (k, v))
+    _set_gradients(q, k, values_and_ones, grads, probabilities, *ctx.options, grad_q, grad_k, grad_v)
+    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None, None
+
+
+@torch.library.custom_op("phi3_lightning::set_attention_gradients", mutates_args=("grad_q", "grad_k", "grad_v"))
+def _set_gradients(
+    q: Tensor,
+    k: Tensor,
+    values_and_ones: Tensor,
+    grads: Tensor,
+    probabilities: list[Tensor],
+    lengths: list[int],
+    shared: list[int],
+    scaling: float,
+    window: int,
+    max_saved_keys: int,
+    grad_q: Tensor,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> None:
+    saved_weights = iter(probabilities)
     for document, blocks, saved in _plan(q, k, lengths, shared, window, max_saved_keys):
         keys, values = document.keys_of(k), document.keys_of(values_and_ones)
         keys_in_full = None if saved else keys.float()
         document_k, document_v = document.gradient_of(grad_k), document.gradient_of(grad_v)
         for block in blocks:
             if keys_in_full is None:
-                weights = probabilities.pop(0)
+                weights = next(saved_weights)
             else:
-                weights = _scores(q, keys_in_full, block, scaling).softmax(-1).to(v.dtype)
+                weights = _scores(q, keys_in_full, block, scaling).softmax(-1).to(values.dtype)
             block_grads = block.queries_of(grads)
-            document_v[block.heads, block.keys] += torch.bmm(weights.transpose(1, 2), block_grads[..., :size])
+            document_v[block.heads, block.keys] += torch.bmm(weights.transpose(1, 2), block_grads[..., :-2])
             by_score = torch.bmm(block_grads, values[block.heads, block.keys].transpose(1, 2)).mul_(weights)
             block.write_to(grad_q, _scaled_bmm(by_score, keys[block.heads, block.keys], scaling))
             document_k[block.heads, block.keys] += _scaled_bmm(by_score.transpose(1, 2), block.queries_of(q), scaling)
         document.add_to(grad_k, document_k)
         document.add_to(grad_v, document_v)
-    return grad_q, grad_k.to(k.dtype), grad_v.to(v.dtype), None, None, None, None, None
+
+
+@_set_gradients.register_fake
+def _set_nothing(*args: Any) -> None:
+    """A dry run needs no pass over the blocks, of which a long document has thousands."""
 
 
 attend_documents.register_autograd(_backward, setup_context=_set_up)

@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.model.document_attention import MAX_SAVED_KEYS, attend_documents
+from phi3_lightning.model.document_attention import attend_documents, max_saved_keys
 from phi3_lightning.model.shared_prompts import ComputedRow, computed_row, with_shared
 
 PACKED = "documents"
@@ -69,7 +69,7 @@ def attend(
         query, key = query.to(value.dtype), key.to(value.dtype)  # rotary angles may be in float32
         lengths = shared or [0] * len(documents)
         window = sliding_window or query.shape[2]
-        saved = MAX_SAVED_KEYS if torch.is_grad_enabled() else 0
+        saved = max_saved_keys.get() if torch.is_grad_enabled() else 0
         output, _ = attend_documents(query[0], key[0], value[0], documents, lengths, scaling, window, saved)
         return output[None], None
     queries, keys, values = (states.split(documents, dim=2) for states in (query, key, value))

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from phi3_lightning.model.activation_checkpointing import CheckpointingMode, checkpoint_activations, recomputed_share
+from phi3_lightning.model.document_attention import MAX_SAVED_KEYS, max_saved_keys
 from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.step import BatchShape, build_meta_model, take_step
 
@@ -136,15 +137,22 @@ class FakeModule:
             for parameter in self.trained:
                 parameter.grad = torch.zeros_like(parameter)  # of the micro-batches before
         gradients = [parameter.grad for parameter in self.trained]
-        with self._fake_tensors, _Storages([*self.model.parameters(), *self.model.buffers(), *gradients]) as storages:
-            take_step(
-                self.model,
-                self._adapter,
-                self.spec,
-                shape,
-                on_phase=lambda: phases.append((storages.restart(), storages.live)),
-                trains=trains,
-            )
+        saved = max_saved_keys.set(0 if self.spec.on_gpu else MAX_SAVED_KEYS)
+        try:
+            with (
+                self._fake_tensors,
+                _Storages([*self.model.parameters(), *self.model.buffers(), *gradients]) as storages,
+            ):
+                take_step(
+                    self.model,
+                    self._adapter,
+                    self.spec,
+                    shape,
+                    on_phase=lambda: phases.append((storages.restart(), storages.live)),
+                    trains=trains,
+                )
+        finally:
+            max_saved_keys.reset(saved)
         return phases
 
 
