@@ -17,7 +17,7 @@ from transformers.masking_utils import sdpa_mask
 
 from phi3_lightning.batch import Batch
 from phi3_lightning.errors import ConfigError
-from phi3_lightning.model.document_attention import attend_documents, max_saved_keys
+from phi3_lightning.model.document_attention import MAX_SAVED_KEYS, attend_documents, max_saved_keys
 from phi3_lightning.model.shared_prompts import ComputedRow, computed_row, with_shared
 
 PACKED = "documents"
@@ -65,13 +65,10 @@ def attend(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if query.device.type == "cpu" and dropout == 0:
-        query, key = query.to(value.dtype), key.to(value.dtype)  # rotary angles may be in float32
-        lengths = shared or [0] * len(documents)
-        window = sliding_window or query.shape[2]
-        saved = max_saved_keys.get() if torch.is_grad_enabled() else 0
-        output, _ = attend_documents(query[0], key[0], value[0], documents, lengths, scaling, window, saved)
-        return output[None], None
+    own_kernel = query.device.type == "cpu" and dropout == 0
+    query, key = query.to(value.dtype), key.to(value.dtype)  # rotary angles may be in float32
+    if own_kernel and (shared is not None or max(documents) <= MAX_SAVED_KEYS):
+        return _by_blocks(query, key, value, documents, shared, scaling, sliding_window).transpose(1, 2), None
     queries, keys, values = (states.split(documents, dim=2) for states in (query, key, value))
     if shared is not None:
         keys, values = with_shared(keys, shared), with_shared(values, shared)
@@ -98,10 +95,23 @@ def _varlen(
     return cast("Tensor", out)[None]
 
 
+def _by_blocks(
+    q: Tensor, k: Tensor, v: Tensor, documents: list[int], shared: list[int] | None, scaling: float, window: int | None
+) -> Tensor:
+    """Attend on a CPU by blocks of products; in shapes as in sdpa."""
+    saved = max_saved_keys.get() if torch.is_grad_enabled() else 0
+    common = shared or [0] * len(documents)
+    output, _ = attend_documents(q[0], k[0], v[0], documents, common, scaling, window or k.shape[2], saved)
+    return cast("Tensor", output).transpose(0, 1)[None]
+
+
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None) -> Tensor:
     queries, keys = q.shape[2], k.shape[2]
     # `is_causal` puts the first query on the first key, and not the last on the last
     causal = queries == keys and (window is None or keys <= window)
+    # torch's flash kernel is faster on long documents, unless it needs a mask
+    if q.device.type == "cpu" and dropout == 0 and queries == keys and not (causal and keys > MAX_SAVED_KEYS):
+        return _by_blocks(q, k, v, [queries], None, scaling, window)
     mask = None if causal else _band(queries, keys, window or keys, q.device)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
