@@ -20,6 +20,7 @@ import docstring_parser
 import pytest
 import torch.utils.tensorboard  # noqa: F401
 from peft.utils import transformers_weight_conversion  # noqa: F401
+from tqdm import tqdm
 
 from phi3_lightning.cli import Phi3CLI, main
 
@@ -93,6 +94,7 @@ def start(folder: Path, *args: str) -> Run:
             sys.path.insert(0, str(folder))
             warnings.resetwarnings()  # as in a user's process
             threading.excepthook = threading.__excepthook__  # and not pytest's
+            tqdm.set_lock(threading.RLock())  # its own is shared with all forks, and a killed one may hold it for ever
             logging.getLogger("lightning.pytorch").handlers = [logging.StreamHandler(sys.stderr)]
             for logger in ("lightning.pytorch", "lightning.fabric"):
                 logging.getLogger(logger).setLevel(logging.INFO)  # commands run in this process lower it

@@ -68,7 +68,7 @@ def attend(
     own_kernel = query.device.type == "cpu" and dropout == 0
     query, key = query.to(value.dtype), key.to(value.dtype)  # rotary angles may be in float32
     if own_kernel and (shared is not None or max(documents) <= MAX_SAVED_KEYS):
-        return _by_blocks(query, key, value, documents, shared, scaling, sliding_window).transpose(1, 2), None
+        return _by_blocks(query, key, value, documents, shared, scaling, sliding_window), None
     queries, keys, values = (states.split(documents, dim=2) for states in (query, key, value))
     if shared is not None:
         keys, values = with_shared(keys, shared), with_shared(values, shared)
@@ -98,11 +98,11 @@ def _varlen(
 def _by_blocks(
     q: Tensor, k: Tensor, v: Tensor, documents: list[int], shared: list[int] | None, scaling: float, window: int | None
 ) -> Tensor:
-    """Attend on a CPU by blocks of products; in shapes as in sdpa."""
+    """Attend on a CPU by blocks of products; the result has the shape (1, tokens, heads, head size)."""
     saved = max_saved_keys.get() if torch.is_grad_enabled() else 0
     common = shared or [0] * len(documents)
     output, _ = attend_documents(q[0], k[0], v[0], documents, common, scaling, window or k.shape[2], saved)
-    return cast("Tensor", output).transpose(0, 1)[None]
+    return cast("Tensor", output)[None]
 
 
 def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float, window: int | None) -> Tensor:
@@ -111,7 +111,7 @@ def _attend_one(q: Tensor, k: Tensor, v: Tensor, scaling: float, dropout: float,
     causal = queries == keys and (window is None or keys <= window)
     # torch's flash kernel is faster on long documents, unless it needs a mask
     if q.device.type == "cpu" and dropout == 0 and queries == keys and not (causal and keys > MAX_SAVED_KEYS):
-        return _by_blocks(q, k, v, [queries], None, scaling, window)
+        return _by_blocks(q, k, v, [queries], None, scaling, window).transpose(1, 2)
     mask = None if causal else _band(queries, keys, window or keys, q.device)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(
