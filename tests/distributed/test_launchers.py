@@ -100,8 +100,9 @@ def test_the_adapter_returns_to_the_parent_of_forked_ranks(tmp_path, strategy, i
 def test_a_bad_row_is_the_last_line_of_the_output(cli, tmp_path):
     (tmp_path / "bad.jsonl").write_text('{"messages": [{"role": "cat", "content": "x"}]}\n')
     arguments = (f"--config={OVERLAYS}/ddp.yaml", *TWO, "--data.train=bad.jsonl", "--data.val=null")
-    text = cli("fit", *arguments, code=1).text
-    assert "bad.jsonl:1" in "\n".join(text.strip().splitlines()[-8:])
+    run = cli("fit", *arguments, code=1)
+    wait_for(lambda: "error: rank 1 ends because another did" in run.text, lambda: run.text)  # it may outlive rank 0
+    assert "bad.jsonl:1" in "\n".join(run.text.strip().splitlines()[-8:])
 
 
 FRESH = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}

@@ -61,7 +61,12 @@ class RankFailure(pl.Callback):
         # there is no watch while data are being prepared, when the other ranks do not listen either
         watch = self._watch or _Watch(trainer.global_rank, [None] * trainer.world_size, self.grace)
         if is_communication(exception):
-            exception.add_note(watch.cause(self.patience))
+            if self._watch is None and trainer.global_rank != 0:
+                # the store has gone with rank 0, and a question to it prints a C++ stack below the error of rank 0
+                note = f"rank {trainer.global_rank} ends because another did while the data were being prepared"
+            else:
+                note = watch.cause(self.patience)
+            exception.add_note(note)
         else:
             cause = f"{type(exception).__name__}: {str(exception)[:2000]}"
             watch.report(cause, self.patience if watch.is_alive() else 0.0)
