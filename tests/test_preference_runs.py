@@ -191,6 +191,6 @@ def test_auto_batch_size_counts_both_answers_of_pairs(tmp_path, monkeypatch, cap
     trainer = synthetic.trainer(tmp_path, max_steps=1, callbacks=[auto.AutoBatchSize()], limit_val_batches=0)
     with caplog.at_level("INFO"):
         trainer.fit(module("simpo"), pairs)
-    assert "auto is 384: 3 rows, 2 such micro-batches to an optimiser step of 6 rows" in caplog.text
+    assert "auto is 3 rows to a micro-batch, and 2 such micro-batches to an optimiser step of 6 rows" in caplog.text
     assert pairs.largest_train_batch()["shared_lengths"][0][0] == 0
     assert len(pairs.largest_train_batch()["document_lengths"]) <= 3

@@ -40,7 +40,7 @@ class PlannedData(Protocol):
 
     @property
     def hparams(self) -> Any:
-        """The hyper-parameters that Lightning keeps; ``batch_size`` and ``max_length`` are read."""
+        """The hyper-parameters that Lightning keeps; ``batch_size`` is read."""
 
     @property
     def awaits_batch_size(self) -> bool:
@@ -52,8 +52,8 @@ class PlannedData(Protocol):
     def largest_train_row(self) -> Batch:
         """Return the training row with the most tokens, in a batch of its own."""
 
-    def set_tokens_per_batch(self, tokens: int, validation_tokens: int) -> None:
-        """Plan batches of at most this many tokens, padding included; those of validation may be larger."""
+    def set_rows_per_batch(self, rows: int, validation_tokens: int | None) -> None:
+        """Plan batches of so many rows, and those of validation by tokens, padding included, where that is more."""
 
     def checkpoint_identity(self) -> dict[str, str]:
         """Return hashes of ``tokenizer`` and ``template``, which tie a checkpoint to its tokens."""

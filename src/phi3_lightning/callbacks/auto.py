@@ -47,7 +47,7 @@ class AutoCheckpointing(pl.Callback):
 
 
 class AutoBatchSize(pl.Callback):
-    """Decides ``data.max_tokens_per_batch: auto``: as many full rows as fit into the device's memory.
+    """Decides ``data.max_tokens_per_batch: auto``: as many of the largest rows as fit into memory.
 
     The Trainer's ``accumulate_grad_batches`` changes, so that an optimiser step keeps its ``batch_size`` x
     ``accumulate_grad_batches`` rows. The limit is 85% of the device's total memory, on the rank with the least, and not
@@ -75,24 +75,22 @@ class AutoBatchSize(pl.Callback):
             self._trainer, self._configured_accumulation = trainer, trainer.accumulate_grad_batches
         step = data.hparams["batch_size"] * self._configured_accumulation
         _, total = _memory(trainer)
-        largest = data.largest_train_row()
-        row = BatchShape.of(largest)
+        row = BatchShape.of(data.largest_train_row())
         spec, room = pl_module.spec(), PLANNED_SHARE_OF_MEMORY * total
         fitting, mode = rows_that_fit(spec, row, room)
         trainer.accumulate_grad_batches, rows = share_step(step, fitting)
-        tokens = rows * data.hparams["max_length"] * (2 if "shared_lengths" in largest else 1)
         rank_zero_info(
             f"{fitting} rows fit into {PLANNED_SHARE_OF_MEMORY:.0%} of {total / 1e9:.1f} GB "
             f"with gradient_checkpointing {mode}"
         )
         rank_zero_info(
-            f"data.max_tokens_per_batch: auto is {tokens}: {rows} rows, {trainer.accumulate_grad_batches} such "
-            f"micro-batches to an optimiser step of {step} rows"
+            f"data.max_tokens_per_batch: auto is {rows} rows to a micro-batch, and {trainer.accumulate_grad_batches} "
+            f"such micro-batches to an optimiser step of {step} rows"
         )
         if pl_module.objective.name == "kto":
             rank_zero_info("model.objective.name: kto has a baseline of each micro-batch, whose size this decides")
         enlarges = spec.on_gpu and trainer.limit_val_batches == 1.0 and pl_module.objective.name != "kto"
-        data.set_tokens_per_batch(tokens, tokens_that_validate(spec, row, room) if enlarges else tokens)
+        data.set_rows_per_batch(rows, tokens_that_validate(spec, row, room) if enlarges else None)
 
 
 def _memory(trainer: pl.Trainer) -> tuple[float, float]:

@@ -31,7 +31,6 @@ from phi3_lightning.commands.quiet import quieten_trainers
 from phi3_lightning.commands.single_device import device_list, single_device_trainer
 from phi3_lightning.config import Schedule
 from phi3_lightning.data.datamodule import ChatDataModule
-from phi3_lightning.data.plans import row_capacity
 from phi3_lightning.distributed.fsdp2 import check_shardable
 from phi3_lightning.errors import ConfigError, ModelError
 from phi3_lightning.hardware import check_accelerator, device_memory, peak_flops, resident_memory
@@ -46,7 +45,6 @@ from phi3_lightning.planning.spec import RunSpec
 from phi3_lightning.planning.speed import least_seconds, timed_seconds
 from phi3_lightning.planning.step import BatchShape
 from phi3_lightning.planning.suggestions import Suggestion, suggestions
-from phi3_lightning.preferences import learns_from
 from phi3_lightning.progress import phase_progress
 
 DESCRIPTION = "Predict memory, speed and hours of a run from its configuration, and what would help most."
@@ -110,8 +108,7 @@ class Plan:
         on_begin("reading the data")
         options = config.data.as_dict()
         if config.data.max_tokens_per_batch == "auto":
-            capacity = row_capacity(ChatDataModule(**options).options, learns_from(self.objective))
-            options["max_tokens_per_batch"] = self._rows_that_fit(spec, options) * capacity
+            options |= {"batch_size": self._rows_that_fit(spec, options), "max_tokens_per_batch": None}
         self.rows: PlannedRows = planned_rows(ChatDataModule(**options), self.objective)
         self.predictor, self.choice = self._with_mode(MemoryPredictor(spec))
         self.spec = self.predictor.spec

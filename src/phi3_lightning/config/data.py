@@ -171,9 +171,10 @@ class DataConfig(RowOptions):
     predict_batch_size: int = 16
     """Prompts that predict answers together: more are faster, and take more memory."""
     max_tokens_per_batch: int | Literal["auto"] | None = None
-    """Maximum number of tokens in a micro-batch, padding included, instead of batch_size. auto: in fit as many full
-    rows as the device's memory holds, by calculation, and trainer.accumulate_grad_batches changes so that an optimiser
-    step keeps its rows; validation on a GPU gets more. A script needs callbacks.AutoBatchSize in its Trainer for it."""
+    """Maximum number of tokens in a micro-batch, padding included, instead of batch_size. auto: in fit as many rows
+    as the device's memory holds, by calculation with the largest, and trainer.accumulate_grad_batches changes so that
+    an optimiser step keeps its rows; validation on a GPU gets more. A script needs callbacks.AutoBatchSize in its
+    Trainer for it."""
     streaming: bool = False
     """Whether training data are tokenised during training, for sets larger than the disk. Needs trainer.max_steps;
     packs and shuffles within a buffer only, and reads again from the beginning to resume."""

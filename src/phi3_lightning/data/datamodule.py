@@ -136,9 +136,9 @@ class ChatDataModule(LightningDataModule):
         """Whether ``max_tokens_per_batch`` is auto and not decided yet; until then ``batch_size`` counts."""
         return self._splits.options.max_tokens_per_batch == "auto"
 
-    def set_tokens_per_batch(self, tokens: int, validation_tokens: int) -> None:
+    def set_rows_per_batch(self, rows: int, validation_tokens: int | None) -> None:
         """Decide ``max_tokens_per_batch: auto``, in validation for itself, and plan the batches again."""
-        self._splits.decide(tokens, validation_tokens, ranks_of(self.trainer)["num_replicas"])
+        self._splits.decide(rows, validation_tokens, ranks_of(self.trainer)["num_replicas"])
         if "train" in self.plans:
             rank_zero_info(self._splits.describe_train())
 

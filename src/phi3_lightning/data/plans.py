@@ -25,7 +25,7 @@ class SplitPlans:
     """The documents of each split, and which of them make a batch.
 
     Args:
-        options: The options; here the number that ``max_tokens_per_batch: auto`` is decided to be replaces ``auto``.
+        options: The options; here the ``batch_size`` that is decided replaces ``max_tokens_per_batch: auto``.
     """
 
     def __init__(self, options: DataConfig) -> None:
@@ -57,18 +57,22 @@ class SplitPlans:
         for split, plan in self.plans.items():
             self._plan(split, np.sort(plan.documents))
 
-    def decide(self, tokens: int, validation_tokens: int, ranks: int) -> None:
-        """Set the most tokens of a micro-batch, and plan the batches of all splits again.
+    def decide(self, rows: int, validation_tokens: int | None, ranks: int) -> None:
+        """Set the rows of a micro-batch, and plan the batches of all splits again.
 
-        Micro-batches of validation are never smaller, and larger only where the ranks still share them evenly.
+        Micro-batches of validation have ``validation_tokens`` where that is more than such rows may have, or as many as
+        let the ranks share them evenly. None: they have the same rows.
         """
-        if ranks > 1 and "val" in self.plans:
-            held_out = int(self.prepared["val"].lengths()[self.plans["val"].documents].sum())
-            validation_tokens = min(validation_tokens, held_out // (ranks * LEAST_VALIDATION_BATCHES))
-        self._validation_tokens = max(tokens, validation_tokens)
-        self.replan(max_tokens_per_batch=tokens)
-        if "val" in self.plans and self._validation_tokens > tokens:
-            rank_zero_info(f"a micro-batch of validation has up to {self._validation_tokens} tokens")
+        self._validation_tokens = None
+        if validation_tokens is not None and "val" in self.plans:
+            held_out = self.prepared["val"]
+            if ranks > 1:
+                tokens = int(held_out.lengths()[self.plans["val"].documents].sum())
+                validation_tokens = min(validation_tokens, tokens // (ranks * LEAST_VALIDATION_BATCHES))
+            if validation_tokens > rows * row_capacity(self.options, held_out.statistics.kind):
+                self._validation_tokens = validation_tokens
+                rank_zero_info(f"a micro-batch of validation has up to {validation_tokens} tokens")
+        self.replan(batch_size=rows, max_tokens_per_batch=None)
 
     def _plan(self, split: Split, documents: Ints) -> None:
         prepared, seed = self.prepared[split], data_seed(self.options)
@@ -88,8 +92,8 @@ class SplitPlans:
 
     def order(self) -> dict[str, Any]:
         """Return what determines the order of training batches."""
-        tokens = self.options.max_tokens_per_batch
-        decision = {"max_tokens_per_batch": tokens} if self._auto and tokens != "auto" else {}
+        decided = self._auto and self.options.max_tokens_per_batch != "auto"
+        decision = {"batch_size": self.options.batch_size} if decided else {}
         return {"seed": data_seed(self.options), **decision, "plan": self.plans["train"].fingerprint()}
 
     def largest_train_batch(self, collate: Callable[[Any], Any], *, single_row: bool = False) -> Batch:

@@ -16,7 +16,7 @@ State = Mapping[str, Any]
 class ResumedOrder:
     """Compares the order of batches with that of a checkpoint, and lets another number of ranks continue it.
 
-    An order is a mapping of what determines it: ``seed``, ``plan`` and, where it was chosen, ``max_tokens_per_batch``.
+    An order is a mapping of what determines it: ``seed``, ``plan`` and, where memory decided it, ``batch_size``.
     """
 
     def __init__(self) -> None:
