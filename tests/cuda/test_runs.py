@@ -48,7 +48,7 @@ CASES = {
 }  # fmt: skip
 NEEDS_A_GPU = {"16-mixed", "offload", "dora, compiled"}  # the last breaks the single graph of the stand-in
 QUANTISED = {
-    "nf4": ("--model.quantization=nf4", "--model.optimizer.name=paged_adamw_8bit"),
+    "nf4": ("--model.quantization=nf4", f"--model.optimizer.name={'adamw' if DRY else 'paged_adamw_8bit'}"),
     "nf4, loralib": ("--model.quantization=nf4", "--model.lora.backend=loralib"),
     "nf4, compiled": ("--model.quantization=nf4", "--model.torch_compile=layers"),
     "int8": ("--model.quantization=int8",),
