@@ -75,7 +75,7 @@ kill-test: setup
 test-distributed: setup
 	$(BIN)/python -m pytest tests/distributed
 
-# every benchmark, with its tables in benchmarks/results: under an hour, and only an idle machine tells the truth
+# every benchmark, with its tables in benchmarks/results: an hour or more, and only an idle machine tells the truth
 bench: setup
 	$(BIN)/python benchmarks/run_all.py
 

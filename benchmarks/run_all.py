@@ -1,6 +1,6 @@
 """Every benchmark, one after the other; what each prints is kept in ``results/`` with machine, releases and commit.
 
-On two idle cores it takes well under an hour. Benchmarks that need a peer run in that peer's environment, which is made
+On two idle cores it takes an hour or more. Benchmarks that need a peer run in that peer's environment, which is made
 where it is missing.
 """
 
