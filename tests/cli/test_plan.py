@@ -75,7 +75,7 @@ def test_plan_decides_auto_as_fit_does(cli, tmp_path):
 def test_fit_decides_what_is_auto(cli, tmp_path):
     quiet = ("--monitor.base_drift=false", "--monitor.samples=0", "--trainer.max_steps=1")
     text = cli("fit", *QUICKSTART, *AUTO, *quiet, f"--data.cache_dir={tmp_path}/cache").text
-    assert "4 rows, 1 such micro-batches to an optimiser step of 4 rows" in text
+    assert "auto is 4 rows to a micro-batch, and 1 such micro-batches to an optimiser step of 4 rows" in text
     assert "model.gradient_checkpointing: auto is none: the largest batch takes less than" in text
     assert "gradient checkpointing: none" in text
 
